@@ -1,0 +1,1 @@
+"""Run edgemoe bundles: no torch, no transformers, engines imported only when opened."""

@@ -1,0 +1,159 @@
+"""Strict, typed reading of one JSON document; every error names the path to the value."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
+
+from edgemoe_runtime.errors import ManifestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+T = TypeVar("T")
+
+_REMEDY = "Export the bundle again with a matching edgemoe."
+_SHOWN_CHARACTERS = 80
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def parse_json(text: str, source: str) -> Json:
+    """Parse strict JSON: no duplicate keys, no NaN or Infinity.
+
+    Args:
+        text: the document.
+        source: what to call it in errors.
+
+    Raises:
+        ManifestError: when the text is not strict JSON.
+    """
+
+    def unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+        mapping = dict(pairs)
+        if len(mapping) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ManifestError(
+                f"{source} must not repeat a key, got {twice} more than once. {_REMEDY}"
+            )
+        return mapping
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise ManifestError(f"{source} must hold finite numbers, got {name}. {_REMEDY}")
+
+    try:
+        return cast(
+            "Json",
+            json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant),
+        )
+    except ManifestError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{source} must be valid JSON, got {error}. {_REMEDY}") from error
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+class Value:
+    """One JSON value together with the path that leads to it."""
+
+    def __init__(self, value: Json, path: str) -> None:
+        self._value = value
+        self._path = path
+
+    def refuse(self, rule: str) -> NoReturn:
+        """Raise a ManifestError that says the rule and the value.
+
+        Raises:
+            ManifestError: always.
+        """
+        raise ManifestError(f"{self._path} must {rule}, got {_shown(self._value)}. {_REMEDY}")
+
+    def raw(self) -> Json:
+        """Return the value unchecked."""
+        return self._value
+
+    def text(self) -> str:
+        """Return a non-empty string."""
+        if not isinstance(self._value, str) or not self._value:
+            self.refuse("be a non-empty string")
+        return self._value
+
+    def one_of(self, *names: str) -> str:
+        """Return a string that is one of the names."""
+        if self._value not in names:
+            self.refuse(f"be one of {', '.join(names)}")
+        return self.text()
+
+    def sha256(self) -> str:
+        """Return 64 lower-case hexadecimal digits."""
+        if not isinstance(self._value, str) or not _SHA256.fullmatch(self._value):
+            self.refuse("be a sha256 in 64 lower-case hexadecimal digits")
+        return self._value
+
+    def integer(self, minimum: int) -> int:
+        """Return an integer that is at least the minimum."""
+        value = self._value
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            self.refuse(f"be an integer >= {minimum}")
+        return value
+
+    def number(self) -> float:
+        """Return a finite number."""
+        value = self._value
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            self.refuse("be a number")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            self.refuse("be a finite number")
+        return number
+
+    def boolean(self) -> bool:
+        """Return true or false."""
+        if not isinstance(self._value, bool):
+            self.refuse("be true or false")
+        return self._value
+
+    def items(self) -> list[Value]:
+        """Return the elements of a list."""
+        if not isinstance(self._value, list):
+            self.refuse("be a list")
+        return [Value(item, f"{self._path}[{index}]") for index, item in enumerate(self._value)]
+
+    def mapping(self) -> dict[str, Value]:
+        """Return the entries of an object with free keys."""
+        if not isinstance(self._value, dict):
+            self.refuse("be an object")
+        return {name: Value(item, f"{self._path}.{name}") for name, item in self._value.items()}
+
+    def free_form(self) -> dict[str, Json]:
+        """Return an object whose content is not ours to check."""
+        if not isinstance(self._value, dict):
+            self.refuse("be an object")
+        return self._value
+
+    def fields(self, *names: str) -> Mapping[str, Value]:
+        """Return the entries of an object that has exactly these keys."""
+        entries = self.mapping()
+        missing = [name for name in names if name not in entries]
+        unknown = [name for name in entries if name not in names]
+        if missing:
+            raise ManifestError(f"{self._path} must have the keys {missing}. {_REMEDY}")
+        if unknown:
+            raise ManifestError(
+                f"{self._path} must have no keys but {list(names)}, got {unknown}. {_REMEDY}"
+            )
+        return entries
+
+    def optional(self, read: Callable[[Value], T]) -> T | None:
+        """Return None for null, else what `read` makes of the value."""
+        return None if self._value is None else read(self)

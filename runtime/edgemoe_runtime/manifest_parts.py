@@ -1,0 +1,403 @@
+"""The parts of a manifest, each a frozen record that reads and writes its own JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgemoe_runtime.json_fields import Json, Value
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ExpertGroup = int | tuple[int, ...]
+"""One expert of a task: an id of the checkpoint, or the ids that were merged into it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """The language model.
+
+    Attributes:
+        family: transformers' model_type.
+        name: for people.
+        vocab_size: width of the logits.
+        hidden_size: width of the residual stream.
+        num_layers: decoder layers.
+        max_position_embeddings: longest sequence in tokens.
+        bos_token_id: first token of a document, or None.
+        eos_token_ids: tokens that end a text; may be empty.
+        moe_layers: indices of the decoder layers that have experts, ascending.
+        checkpoint_sha256: fingerprint of the checkpoint that was exported.
+    """
+
+    family: str
+    name: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    moe_layers: tuple[int, ...]
+    checkpoint_sha256: str
+
+    @classmethod
+    def read(cls, value: Value) -> ModelInfo:
+        """Read from JSON."""
+        fields = value.fields(
+            "family",
+            "name",
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "max_position_embeddings",
+            "bos_token_id",
+            "eos_token_ids",
+            "moe_layers",
+            "checkpoint_sha256",
+        )
+        return cls(
+            family=fields["family"].text(),
+            name=fields["name"].text(),
+            vocab_size=fields["vocab_size"].integer(1),
+            hidden_size=fields["hidden_size"].integer(1),
+            num_layers=fields["num_layers"].integer(1),
+            max_position_embeddings=fields["max_position_embeddings"].integer(1),
+            bos_token_id=fields["bos_token_id"].optional(lambda item: item.integer(0)),
+            eos_token_ids=_integers(fields["eos_token_ids"], 0),
+            moe_layers=_integers(fields["moe_layers"], 0),
+            checkpoint_sha256=fields["checkpoint_sha256"].sha256(),
+        )
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object."""
+        return {
+            "family": self.family,
+            "name": self.name,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_layers,
+            "max_position_embeddings": self.max_position_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_ids": list(self.eos_token_ids),
+            "moe_layers": list(self.moe_layers),
+            "checkpoint_sha256": self.checkpoint_sha256,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvLayer:
+    """Key-value cache of one decoder layer: [batch, heads, length, key_dim | value_dim]."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @classmethod
+    def read(cls, value: Value) -> KvLayer:
+        """Read from JSON."""
+        fields = value.fields("heads", "key_dim", "value_dim")
+        return cls(
+            heads=fields["heads"].integer(1),
+            key_dim=fields["key_dim"].integer(1),
+            value_dim=fields["value_dim"].integer(1),
+        )
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object."""
+        return {"heads": self.heads, "key_dim": self.key_dim, "value_dim": self.value_dim}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvCache:
+    """The key-value cache.
+
+    Attributes:
+        form: `shared_buffer`: past and present may be one preallocated buffer, and
+            attention_mask [batch, total] tells the true length; `concat`: present is past
+            with the new positions appended.
+        dtype: of keys and values.
+        layers: one entry per decoder layer.
+    """
+
+    form: str
+    dtype: str
+    layers: tuple[KvLayer, ...]
+
+    @classmethod
+    def read(cls, value: Value) -> KvCache:
+        """Read from JSON."""
+        fields = value.fields("form", "dtype", "layers")
+        return cls(
+            form=fields["form"].text(),
+            dtype=fields["dtype"].text(),
+            layers=tuple(KvLayer.read(item) for item in fields["layers"].items()),
+        )
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object."""
+        return {
+            "form": self.form,
+            "dtype": self.dtype,
+            "layers": [layer.to_json() for layer in self.layers],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A graph input or output; a dimension is a size, or the name of a dynamic one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @classmethod
+    def read(cls, value: Value) -> TensorSpec:
+        """Read from JSON."""
+        fields = value.fields("name", "dtype", "shape")
+        return cls(
+            name=fields["name"].text(),
+            dtype=fields["dtype"].text(),
+            shape=tuple(
+                item.text() if isinstance(item.raw(), str) else item.integer(0)
+                for item in fields["shape"].items()
+            ),
+        )
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """How far the exported graph is from its reference.
+
+    Attributes:
+        max_abs_logit_difference: largest absolute difference of any logit.
+        tokens: positions compared.
+        reference: what it was compared with, such as "eager fp32".
+    """
+
+    max_abs_logit_difference: float
+    tokens: int
+    reference: str
+
+    @classmethod
+    def read(cls, value: Value) -> ParityReport:
+        """Read from JSON."""
+        fields = value.fields("max_abs_logit_difference", "tokens", "reference")
+        return cls(
+            max_abs_logit_difference=fields["max_abs_logit_difference"].number(),
+            tokens=fields["tokens"].integer(1),
+            reference=fields["reference"].text(),
+        )
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object."""
+        return {
+            "max_abs_logit_difference": self.max_abs_logit_difference,
+            "tokens": self.tokens,
+            "reference": self.reference,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """Held-out data on which quality was judged."""
+
+    file: str
+    sha256: str
+    lines: int
+
+    @classmethod
+    def read(cls, value: Value) -> DataInfo:
+        """Read from JSON."""
+        fields = value.fields("file", "sha256", "lines")
+        return cls(
+            file=fields["file"].text(),
+            sha256=fields["sha256"].sha256(),
+            lines=fields["lines"].integer(1),
+        )
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object."""
+        return {"file": self.file, "sha256": self.sha256, "lines": self.lines}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityReport:
+    """The task's score before and after, and the gate it passed.
+
+    Attributes:
+        before: `edgemoe evaluate --json` of the checkpoint, or None.
+        after: the same of the exported task, or None.
+        data: what was scored, or None.
+        max_drop: largest loss allowed, or None where there was no gate.
+        passed: whether the gate was passed, or None where there was no gate.
+    """
+
+    before: Mapping[str, Json] | None
+    after: Mapping[str, Json] | None
+    data: DataInfo | None
+    max_drop: float | None
+    passed: bool | None
+
+    @classmethod
+    def read(cls, value: Value) -> QualityReport:
+        """Read from JSON."""
+        fields = value.fields("before", "after", "data", "max_drop", "passed")
+        return cls(
+            before=fields["before"].optional(Value.free_form),
+            after=fields["after"].optional(Value.free_form),
+            data=fields["data"].optional(DataInfo.read),
+            max_drop=fields["max_drop"].optional(Value.number),
+            passed=fields["passed"].optional(Value.boolean),
+        )
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object."""
+        return {
+            "before": None if self.before is None else dict(self.before),
+            "after": None if self.after is None else dict(self.after),
+            "data": None if self.data is None else self.data.to_json(),
+            "max_drop": self.max_drop,
+            "passed": self.passed,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskEntry:
+    """One task of a bundle.
+
+    Attributes:
+        graph: ONNX file of the task, "<task>.onnx".
+        top_k: experts per token at most.
+        experts_per_layer: experts that each MoE layer of this graph has.
+        experts: per MoE layer, which experts of the checkpoint they are; None where all.
+        plan: provenance of the plan that chose them, or None.
+        parity: how far the graph is from eager, or None where not measured.
+        quality: the score before and after, or None where not measured.
+    """
+
+    graph: str
+    top_k: int
+    experts_per_layer: tuple[int, ...]
+    experts: tuple[tuple[ExpertGroup, ...], ...] | None = None
+    plan: Mapping[str, Json] | None = None
+    parity: ParityReport | None = None
+    quality: QualityReport | None = None
+
+    @classmethod
+    def read(cls, value: Value) -> TaskEntry:
+        """Read from JSON."""
+        fields = value.fields(
+            "graph", "top_k", "experts_per_layer", "experts", "plan", "parity", "quality"
+        )
+        return cls(
+            graph=fields["graph"].text(),
+            top_k=fields["top_k"].integer(1),
+            experts_per_layer=_integers(fields["experts_per_layer"], 1),
+            experts=fields["experts"].optional(_experts),
+            plan=fields["plan"].optional(Value.free_form),
+            parity=fields["parity"].optional(ParityReport.read),
+            quality=fields["quality"].optional(QualityReport.read),
+        )
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object."""
+        experts: Json = None
+        if self.experts is not None:
+            experts = [
+                [list(group) if isinstance(group, tuple) else group for group in layer]
+                for layer in self.experts
+            ]
+        return {
+            "graph": self.graph,
+            "top_k": self.top_k,
+            "experts_per_layer": list(self.experts_per_layer),
+            "experts": experts,
+            "plan": None if self.plan is None else dict(self.plan),
+            "parity": None if self.parity is None else self.parity.to_json(),
+            "quality": None if self.quality is None else self.quality.to_json(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class KRung:
+    """One step of the ladder: the cap of experts per token for every MoE layer."""
+
+    name: str
+    k_cap: tuple[int, ...]
+
+    @classmethod
+    def read(cls, value: Value) -> KRung:
+        """Read from JSON."""
+        fields = value.fields("name", "k_cap")
+        return cls(name=fields["name"].text(), k_cap=_integers(fields["k_cap"], 1))
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object."""
+        return {"name": self.name, "k_cap": list(self.k_cap)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeReport:
+    """Bytes on disk: of all files listed, of shared weights, and of each task's own."""
+
+    total_bytes: int
+    shared_bytes: int
+    task_bytes: Mapping[str, int]
+
+    @classmethod
+    def read(cls, value: Value) -> SizeReport:
+        """Read from JSON."""
+        fields = value.fields("total_bytes", "shared_bytes", "task_bytes")
+        return cls(
+            total_bytes=fields["total_bytes"].integer(0),
+            shared_bytes=fields["shared_bytes"].integer(0),
+            task_bytes={
+                name: item.integer(0) for name, item in fields["task_bytes"].mapping().items()
+            },
+        )
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object."""
+        return {
+            "total_bytes": self.total_bytes,
+            "shared_bytes": self.shared_bytes,
+            "task_bytes": dict(self.task_bytes),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """Digest and size in bytes of one file."""
+
+    sha256: str
+    size: int
+
+    @classmethod
+    def read(cls, value: Value) -> FileEntry:
+        """Read from JSON."""
+        fields = value.fields("sha256", "size")
+        return cls(sha256=fields["sha256"].sha256(), size=fields["size"].integer(0))
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object."""
+        return {"sha256": self.sha256, "size": self.size}
+
+
+def _integers(value: Value, minimum: int) -> tuple[int, ...]:
+    return tuple(item.integer(minimum) for item in value.items())
+
+
+def _experts(value: Value) -> tuple[tuple[ExpertGroup, ...], ...]:
+    return tuple(
+        tuple(
+            _integers(group, 0) if isinstance(group.raw(), list) else group.integer(0)
+            for group in layer.items()
+        )
+        for layer in value.items()
+    )
