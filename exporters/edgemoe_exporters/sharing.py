@@ -25,7 +25,7 @@ from edgemoe.errors import ExportError
 ExpertKey = Hashable
 """What makes two experts the same one: an original id, or how a merged one was made."""
 
-_EXHAUSTIVE_TASKS = 6  # 720 orders of the tasks; beyond that one good order is tried per first task
+_EXHAUSTIVE_TASKS = 6  # 720 orders of the tasks
 
 _Bags = tuple[tuple[ExpertKey, ...], ...]
 
@@ -192,6 +192,6 @@ def _find(slots: Sequence[ExpertKey], wanted: frozenset[ExpertKey]) -> Window:
         if set(slots[start : start + count]) == wanted:
             return Window(start=start, count=count)
     raise ExportError(
-        f"every task's experts must be contiguous, got {sorted(map(str, wanted))} scattered over "
-        f"{list(slots)}. This is a defect of edgemoe: please report it with this message."
+        f"every task's experts must be contiguous, got {sorted(map(str, wanted))} scattered "
+        f"over {list(slots)}. This is a defect of edgemoe: please report it with this message."
     )

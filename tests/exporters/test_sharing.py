@@ -42,7 +42,10 @@ def test_two_tasks_are_first_only_common_second_only():
     assert layout.slots[4:] == (4,)
 
 
-@given(st.permutations(range(12)), st.lists(st.tuples(st.integers(0, 11), st.integers(1, 12)), min_size=3, max_size=5))
+@given(
+    st.permutations(range(12)),
+    st.lists(st.tuples(st.integers(0, 11), st.integers(1, 12)), min_size=3, max_size=5),
+)
 @settings(max_examples=100, deadline=None)
 def test_selections_with_consecutive_ones_are_stored_once(row, cuts):
     windows = {str(i): row[start : start + count] for i, (start, count) in enumerate(cuts)}
