@@ -1,0 +1,198 @@
+"""Open checkpoints, and refuse the unsafe and the broken before any weight is read."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from edgemoe.errors import CheckpointError
+from edgemoe.models.adapter import adapt_model, find_layers
+from edgemoe.models.contract import ModelShape
+from edgemoe.models.ragged import make_ragged_class, read_ragged_note
+from edgemoe.models.registry import find_family
+from edgemoe.models.safety import check_directory, check_weights, read_json_object
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedConfig
+
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.models.registry import Family
+
+_LOADING_FAILURES = (RuntimeError, ValueError, TypeError, KeyError, OSError)
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> MoeModel:
+    """Open a checkpoint.
+
+    Args:
+        path: Checkpoint directory.
+        dtype: Floating type to hold the weights in.
+
+    Returns:
+        The model, in eval mode, without gradients.
+
+    Raises:
+        FamilyError: The family is not supported; found before weights are looked at.
+        CheckpointError: The checkpoint is missing, a pickle, truncated or inconsistent.
+    """
+    family, config = read_config(path)
+    note = read_ragged_note(path)
+    check_weights(path)
+    base = family.load_class(family.causal_lm)
+    model_class = base if note is None else make_ragged_class(family, note)
+    try:
+        with quiet_transformers():
+            model, report = model_class.from_pretrained(
+                str(path),
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except _LOADING_FAILURES as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"the weights in {path} must fit its config.json, got: {error}. Copy the "
+            "checkpoint "
+            "again."
+        ) from error
+    model.__class__ = base
+    unfit = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
+    if unfit:
+        raise CheckpointError(
+            f"the weights in {path} must fit its config.json, got {len(unfit)} tensors "
+            "missing or of "
+            f"another shape, such as {unfit[0]}. Copy the checkpoint again."
+        )
+    return adapt_model(model, path, stored_dtype=_stored_dtype(config, dtype))
+
+
+def read_config(path: Path) -> tuple[Family, PreTrainedConfig]:
+    """Read the configuration of a checkpoint; weights are not touched.
+
+    Args:
+        path: Checkpoint directory.
+
+    Returns:
+        Family and configuration.
+
+    Raises:
+        FamilyError: The family is not supported.
+        CheckpointError: The directory or its config.json is missing or malformed.
+    """
+    check_directory(path)
+    content = read_json_object(path / "config.json")
+    family = find_family(content.get("model_type"))
+    if content.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{path} must hold plain weights, got quantization_config in config.json. Use the "
+            "checkpoint that it was quantised from."
+        )
+    import transformers
+
+    try:
+        return family, getattr(transformers, family.configuration).from_dict(content)
+    except Exception as error:  # the strict dataclasses of the hub raise classes of their own
+        raise CheckpointError(
+            f"{path / 'config.json'} must be a {family.model_type} configuration, got: "
+            f"{error}. "
+            "Correct the entry."
+        ) from error
+
+
+def read_shape(path: Path) -> ModelShape:
+    """Read how many experts each layer of a checkpoint has; weights are not loaded.
+
+    Args:
+        path: Checkpoint directory.
+
+    Returns:
+        The shape.
+
+    Raises:
+        FamilyError: The family is not supported.
+        CheckpointError: The directory or its configuration is missing or malformed.
+    """
+    family, config = read_config(path)
+    note = read_ragged_note(path)
+    base = family.load_class(family.causal_lm)
+    model_class = base if note is None else make_ragged_class(family, note)
+    with torch.device("meta"):
+        layers = find_layers(model_class(config), family)
+    return ModelShape(
+        family=family.model_type,
+        layers=tuple(layer.shape for layer in layers),
+        hidden_size=layers[0].hidden_size,
+        intermediate_size=layers[0].intermediate_size,
+    )
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Open the tokenizer of a checkpoint, with the library that the runtime uses.
+
+    Args:
+        path: Checkpoint directory.
+
+    Returns:
+        The tokenizer, without truncation or padding.
+
+    Raises:
+        CheckpointError: tokenizer.json is missing or malformed.
+    """
+    from tokenizers import Tokenizer
+
+    check_directory(path)
+    file = path / "tokenizer.json"
+    if not file.exists():
+        raise CheckpointError(
+            f"a checkpoint must have tokenizer.json, got none in {path}. Copy it from the "
+            "original "
+            "model, or write it with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises Exception itself
+        raise CheckpointError(
+            f"{file} must be a tokenizer of the tokenizers library, got: {error}. Copy it "
+            "again."
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the progress bars of transformers: they draw even where nobody watches.
+
+    Yields:
+        Nothing.
+    """
+    from transformers.utils import logging
+
+    drew = logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    # What its report would say is refused here, or does not matter.
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if drew:
+            logging.enable_progress_bar()
+
+
+def _stored_dtype(config: Any, default: torch.dtype) -> torch.dtype:
+    found = getattr(config, "dtype", None)
+    if isinstance(found, str):
+        found = getattr(torch, found, None)
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else default

@@ -1,0 +1,124 @@
+"""Watch and limit the routing of a model that runs eagerly."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.errors import EdgemoeError
+from edgemoe.models.routers import Routing, select
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import torch
+    from torch import nn
+
+    from edgemoe.models.contract import MoeLayer, MoeModel
+
+    ExpertsFunction = Callable[[int, torch.Tensor], torch.Tensor]
+    Observer = Callable[[MoeLayer, torch.Tensor, Routing, ExpertsFunction], None]
+
+
+@contextlib.contextmanager
+def observe(model: MoeModel, callback: Observer) -> Iterator[None]:
+    """Call back for each MoE layer of each forward pass, before its experts run.
+
+    Args:
+        model: The model to watch.
+        callback: Gets the layer, the hidden states [tokens, hidden] that reach the router and
+            the experts, the routing that the model uses (a cap included; slots in the
+            family's own order), and a function from (expert, hidden [n, hidden]) to that
+            expert's output [n, hidden], without its gate.
+
+    Yields:
+        Nothing; the callbacks stop with the block.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in model.layers:
+            _observe_layer(layer, callback, stack)
+        yield
+
+
+def _observe_layer(layer: MoeLayer, callback: Observer, stack: contextlib.ExitStack) -> None:
+    logits: list[torch.Tensor] = []
+
+    def keep_logits(
+        _: nn.Module, __: tuple[Any, ...], output: tuple[torch.Tensor, ...]
+    ) -> None:
+        logits[:] = [output[0]]
+
+    def call_back(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        hidden, indices, weights = arguments
+        routing = Routing(logits.pop().float(), weights, indices)
+        callback(layer, hidden, routing, layer.expert_output)
+
+    # What the experts are given is what counts, whoever changed it after the router.
+    stack.callback(layer.router.register_forward_hook(keep_logits).remove)
+    stack.callback(layer.experts.register_forward_pre_hook(call_back).remove)
+
+
+@contextlib.contextmanager
+def limit_k(model: MoeModel, k_cap: int | Sequence[int]) -> Iterator[None]:
+    """Let each token use at most ``k_cap`` experts.
+
+    Args:
+        model: The model to limit.
+        k_cap: One cap for all MoE layers, or one for each, in [1, inf).
+
+    Yields:
+        Nothing; the limit ends with the block.
+
+    Raises:
+        EdgemoeError: A cap is below 1, or there are not as many as MoE layers.
+    """
+    caps = check_k_cap(k_cap, len(model.layers))
+    with contextlib.ExitStack() as stack:
+        for layer, cap in zip(model.layers, caps, strict=True):
+            if cap < layer.top_k:
+                _limit_layer(layer, cap, stack)
+        yield
+
+
+def check_k_cap(k_cap: int | Sequence[int], moe_layers: int) -> list[int]:
+    """Check caps, and spread a single one over all MoE layers.
+
+    Args:
+        k_cap: One cap for all MoE layers, or one for each.
+        moe_layers: How many there are.
+
+    Returns:
+        One cap for each MoE layer.
+
+    Raises:
+        EdgemoeError: A cap is below 1, or there are not as many as MoE layers.
+    """
+    caps = [k_cap] * moe_layers if isinstance(k_cap, int) else list(k_cap)
+    if len(caps) != moe_layers:
+        raise EdgemoeError(
+            f"k_cap must have one value for each of the {moe_layers} MoE layers, got "
+            f"{len(caps)}. "
+            "Give one number for all, or as many as there are layers."
+        )
+    if any(isinstance(cap, bool) or not isinstance(cap, int) or cap < 1 for cap in caps):
+        raise EdgemoeError(f"k_cap must be integers in [1, inf), got {k_cap}. Use 1 or more.")
+    return caps
+
+
+def _limit_layer(layer: MoeLayer, cap: int, stack: contextlib.ExitStack) -> None:
+    def limit(
+        _: nn.Module, __: tuple[Any, ...], output: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        logits, weights = output[:2]
+        routing = select(logits, layer.correction_bias, layer.rule, layer.top_k, cap)
+        return logits, routing.weights.to(weights.dtype), routing.indices
+
+    stack.callback(layer.router.register_forward_hook(limit).remove)
+    # The faster implementations skip sentinels only where they expect them, and would read
+    # memory that was never written otherwise.
+    before = bool(getattr(layer.experts, _EXPECTS_SENTINELS))
+    setattr(layer.experts, _EXPECTS_SENTINELS, True)
+    stack.callback(setattr, layer.experts, _EXPECTS_SENTINELS, before)
+
+
+_EXPECTS_SENTINELS = "_is_expert_parallel"

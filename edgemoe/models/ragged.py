@@ -1,0 +1,165 @@
+"""Checkpoints whose layers have different numbers of experts.
+
+Transformers builds every layer with the same number, so such a checkpoint carries
+``edgemoe.json``, which says how many each layer really has.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from edgemoe.errors import CheckpointError
+from edgemoe.models.adapter import find_layers
+from edgemoe.models.safety import read_json_object
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from edgemoe.models.registry import Family
+
+FILE_NAME = "edgemoe.json"
+_FORMAT = "edgemoe.checkpoint"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaggedNote:
+    """What ``edgemoe.json`` says.
+
+    Attributes:
+        moe_layers: Indices of the decoder layers with experts.
+        experts_per_layer: Experts of each of them.
+        provenance: How the checkpoint was made.
+    """
+
+    moe_layers: tuple[int, ...]
+    experts_per_layer: tuple[int, ...]
+    provenance: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write the note.
+
+        Args:
+            path: Checkpoint directory.
+        """
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "moe_layers": list(self.moe_layers),
+            "experts_per_layer": list(self.experts_per_layer),
+            "plan_sha256": self.provenance.get("plan_sha256"),
+            "provenance": self.provenance,
+        }
+        text = json.dumps(content, indent=2) + "\n"
+        (path / FILE_NAME).write_text(text, encoding="utf-8")
+
+
+def read_ragged_note(path: Path) -> RaggedNote | None:
+    """Read ``edgemoe.json``, where a checkpoint has one.
+
+    Args:
+        path: Checkpoint directory.
+
+    Returns:
+        What it says; None for a plain checkpoint.
+
+    Raises:
+        CheckpointError: The file breaks the format.
+    """
+    file = path / FILE_NAME
+    if not file.exists():
+        return None
+    content = read_json_object(file)
+    if content.get("format") != _FORMAT or content.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{file} must be {_FORMAT} version {_VERSION}, got {content.get('format')!r} "
+            "version "
+            f"{content.get('version')!r}. Open it with the edgemoe that wrote it."
+        )
+    unknown = set(content) - {
+        "format", "version", "moe_layers", "experts_per_layer", "plan_sha256", "provenance",
+    }  # fmt: skip
+    if unknown:
+        raise CheckpointError(
+            f"{file} must have no other keys, got {sorted(unknown)}. Remove them."
+        )
+    provenance = content.get("provenance")
+    return RaggedNote(
+        moe_layers=_counts(file, content, "moe_layers", least=0),
+        experts_per_layer=_counts(file, content, "experts_per_layer", least=1),
+        provenance=provenance if isinstance(provenance, dict) else {},
+    )
+
+
+def _counts(file: Path, content: dict[str, Any], key: str, *, least: int) -> tuple[int, ...]:
+    found = content.get(key)
+    if not isinstance(found, list) or any(
+        isinstance(value, bool) or not isinstance(value, int) or value < least
+        for value in found
+    ):
+        raise CheckpointError(
+            f"{file}: {key} must be a list of integers in [{least}, inf), got {found!r}. Apply "
+            "the plan again."
+        )
+    return tuple(found)
+
+
+def make_ragged_class(family: Family, note: RaggedNote) -> type[Any]:
+    """Derive the family's language model with the right number of experts in each layer.
+
+    Transformers then loads the weights by its own conversion rules, into these shapes.
+
+    Args:
+        family: The family.
+        note: What ``edgemoe.json`` says.
+
+    Returns:
+        A subclass; set an instance's class back to the base once it is loaded.
+    """
+    base = family.load_class(family.causal_lm)
+
+    def build(
+        self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        resize_layers(self, family, note.moe_layers, note.experts_per_layer)
+
+    return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
+
+
+def resize_layers(
+    model: PreTrainedModel, family: Family, moe_layers: Sequence[int], counts: Sequence[int]
+) -> None:
+    """Give each MoE layer room for its number of experts; contents are undefined.
+
+    Args:
+        model: A model that is being built.
+        family: Its family.
+        moe_layers: Indices of the decoder layers with experts.
+        counts: Experts of each of them.
+
+    Raises:
+        CheckpointError: The model has other MoE layers.
+    """
+    layers = find_layers(model, family)
+    if [layer.index for layer in layers] != list(moe_layers) or len(counts) != len(layers):
+        raise CheckpointError(
+            f"{FILE_NAME} must describe the MoE layers {[layer.index for layer in layers]}, "
+            "got "
+            f"{len(counts)} counts for {list(moe_layers)}. Apply the plan again."
+        )
+    for layer, count in zip(layers, counts, strict=True):
+        bias = layer.correction_bias
+        layer.replace_experts(
+            torch.empty_like(layer.gate_up[:1]).repeat(count, 1, 1),
+            torch.empty_like(layer.down[:1]).repeat(count, 1, 1),
+            torch.empty_like(layer.router_weight[:1]).repeat(count, 1),
+            None if bias is None else torch.zeros_like(bias[:1]).repeat(count),
+        )

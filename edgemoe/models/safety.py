@@ -1,0 +1,171 @@
+"""Look at a checkpoint's files before anything is loaded from them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from edgemoe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold one object.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The object.
+
+    Raises:
+        CheckpointError: The file is missing, not UTF-8 JSON, or not an object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"a checkpoint must have {path.name}, got none in {path.parent}. Give the "
+            "directory "
+            "of a Hugging Face checkpoint."
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} must be a JSON object, got {error}. Copy the checkpoint again."
+        ) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{path} must be a JSON object, got a {type(found).__name__}. Copy the "
+            "checkpoint again."
+        )
+    return found
+
+
+def check_directory(path: Path) -> None:
+    """Refuse what cannot be a checkpoint directory.
+
+    Args:
+        path: What the user named.
+
+    Raises:
+        CheckpointError: It is missing, a file, or a bundle.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"checkpoint must be a directory, got {path}, which does not exist."
+        )
+    if path.is_file():
+        remedy = "Give the directory that holds config.json and the safetensors files."
+        if path.suffix in _PICKLE_SUFFIXES:
+            remedy = "Pickles run code when opened: save the model as safetensors."
+        elif path.suffix == ".gguf":
+            remedy = "Turn GGUF into a checkpoint with `edgemoe carve`."
+        raise CheckpointError(f"checkpoint must be a directory, got the file {path}. {remedy}")
+    if (path / "manifest.json").exists() and not (path / _SINGLE).exists():
+        raise CheckpointError(
+            f"checkpoint must be a Hugging Face directory, got the bundle {path}. Give the "
+            "checkpoint that it was exported from."
+        )
+
+
+def check_weights(path: Path) -> list[Path]:
+    """Check that the weights are safetensors, all there, and whole.
+
+    Args:
+        path: Checkpoint directory.
+
+    Returns:
+        The weight files, in order.
+
+    Raises:
+        CheckpointError: Weights are pickles, missing, truncated, or not as the index says.
+    """
+    index = path / _INDEX
+    if index.exists():
+        return _check_shards(path, read_json_object(index))
+    single = path / _SINGLE
+    if single.exists():
+        read_tensor_names(single)
+        return [single]
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"weights must be safetensors, got the pickle {pickles[0]} in {path}. Pickles "
+            "run code "
+            "when opened; convert it where you trust it: load it with transformers and call "
+            "save_pretrained()."
+        )
+    raise CheckpointError(
+        f"a checkpoint must have {_SINGLE} or {_INDEX}, got neither in {path}. Copy the "
+        "checkpoint "
+        "again, weights included."
+    )
+
+
+def _check_shards(path: Path, index: dict[str, Any]) -> list[Path]:
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{path / _INDEX} must map tensors to files in weight_map, got "
+            f"{type(weight_map).__name__}. Copy the checkpoint again."
+        )
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or "/" in shard or "\\" in shard:
+            raise CheckpointError(
+                f"{path / _INDEX} must name files of its own directory, got {shard!r} for "
+                f"{tensor}. "
+                "Do not use this checkpoint unless you know who wrote it."
+            )
+        if not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"weights must be safetensors, got {shard} for {tensor} in {path / _INDEX}. "
+                "Convert "
+                "the checkpoint where you trust it: load it and call save_pretrained()."
+            )
+        shards.setdefault(shard, set()).add(tensor)
+    for shard, tensors in sorted(shards.items()):
+        if not (path / shard).exists():
+            raise CheckpointError(
+                f"{_INDEX} names the file {shard}, got no such file in {path}. Copy the "
+                "checkpoint "
+                "again, all shards included."
+            )
+        absent = tensors - read_tensor_names(path / shard)
+        if absent:
+            raise CheckpointError(
+                f"{_INDEX} places {min(absent)} in {shard}, got a file without it. Copy the "
+                "checkpoint again, from one version."
+            )
+    return [path / shard for shard in sorted(shards)]
+
+
+def read_tensor_names(file: Path) -> set[str]:
+    """Read the header of a safetensors file; the format's own checks compare it to the size.
+
+    Args:
+        file: A safetensors file.
+
+    Returns:
+        Names of its tensors.
+
+    Raises:
+        CheckpointError: The file is truncated or malformed.
+    """
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return set(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} must be a whole safetensors file, got {file.stat().st_size} bytes: "
+            f"{error}. "
+            "Copy it again."
+        ) from error

@@ -1,0 +1,140 @@
+"""Write checkpoints: plain Hugging Face ones wherever transformers can express them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from edgemoe.errors import OutputError
+from edgemoe.models.checkpoint import quiet_transformers
+from edgemoe.models.ragged import RaggedNote
+from edgemoe.models.registry import FAMILIES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+    from edgemoe.models.contract import MoeModel
+
+# What belongs to a checkpoint besides configuration and weights, where the source has it.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def save_model(
+    model: MoeModel,
+    directory: Path,
+    *,
+    source: Path | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model, in the floating type that its checkpoint is stored in.
+
+    Equal numbers of experts in all layers give a plain Hugging Face checkpoint; different ones
+    add ``edgemoe.json``, and then only edgemoe opens it.
+
+    Args:
+        model: What to write.
+        directory: An existing empty directory, best a staged one.
+        source: Checkpoint to copy tokenizer and licence files from; ``model.path`` by default.
+        provenance: How the model was made; ``model.provenance`` by default.
+
+    Raises:
+        OutputError: The disk refuses (full, read-only).
+    """
+    provenance = dict(provenance if provenance is not None else model.provenance or {})
+    counts = model.experts_per_layer
+    set_expert_counts(model)
+    ragged = len(set(counts)) > 1
+    note: dict[str, Any] = {"provenance": provenance} if provenance else {}
+    if ragged:
+        note["experts_per_layer"] = list(counts)
+    try:
+        with quiet_transformers():
+            model.model.save_pretrained(str(directory), state_dict=_stored_tensors(model))
+    except SafetensorError as error:
+        raise OutputError(
+            f"{directory} could not be written: {error}. Free space or choose another -o."
+        ) from error
+    _complete_config(directory / "config.json", model.stored_dtype, note)
+    if ragged:
+        indices = tuple(layer.index for layer in model.layers)
+        RaggedNote(moe_layers=indices, experts_per_layer=counts, provenance=provenance).save(
+            directory
+        )
+    source = source or model.path
+    if source is not None:
+        copy_companions(source, directory)
+
+
+def set_expert_counts(model: MoeModel) -> None:
+    """Make the configuration say how many experts there are.
+
+    A configuration holds one number: of a ragged model it is the largest, so that stock
+    transformers refuses the smaller layers instead of misreading them.
+
+    Args:
+        model: Any model.
+    """
+    most = max(model.experts_per_layer)
+    for name in FAMILIES[model.family].expert_counts:
+        setattr(model.config, name, most)
+    if hasattr(model.model, "num_experts"):
+        model.model.num_experts = most
+
+
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copy tokenizer, chat template, generation settings and licences.
+
+    Args:
+        source: Checkpoint that has them.
+        directory: Checkpoint that gets them.
+    """
+    for pattern in _COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
+
+
+def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = model.model.state_dict()
+    # A choice bias is float32 in every checkpoint: it breaks ties between close scores.
+    biases = [layer.correction_bias for layer in model.layers]
+    keep = {
+        name
+        for name, buffer in model.model.named_buffers()
+        if any(buffer is bias for bias in biases)
+    }
+    return {
+        name: tensor.to(model.stored_dtype)
+        if tensor.is_floating_point() and name not in keep
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _complete_config(file: Path, dtype: torch.dtype, note: Mapping[str, Any]) -> None:
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("edgemoe", None)
+    if note:
+        config["edgemoe"] = dict(note)
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")
