@@ -1,0 +1,189 @@
+"""Trace a model once, to an ONNX graph with opaque nodes that every flavour lowers.
+
+The graph's inputs and outputs are those of a bundle; initializers have the names of the
+checkpoint's tensors; nodes of the domain ``edgemoe`` are those of
+:mod:`edgemoe_exporters.ops`.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import Sequential, common
+
+from edgemoe.errors import ExportError
+from edgemoe_exporters import schemas
+from edgemoe_exporters.prepare import prepared
+
+if TYPE_CHECKING:
+    from edgemoe.models.contract import MoeModel
+
+OPSET = 20
+
+_PREFIX = "lm."
+
+
+def trace(model: MoeModel) -> ir.Model:
+    """Trace ``model`` with dynamic batch, sequence and past.
+
+    Args:
+        model: The model; it is as before when this returns.
+
+    Returns:
+        The graph. Initializers share the model's memory until they are written.
+
+    Raises:
+        ExportError: The model cannot be traced.
+    """
+    config = model.config
+    layers = int(config.num_hidden_layers)
+    with prepared(model) as module, torch.no_grad():
+        arguments = _example(model, layers)
+        try:
+            program = _export(module, arguments, layers)
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(
+                f"the {model.family} model cannot be traced: {error}. Run with --debug for the "
+                "exporter's report."
+            ) from error
+    traced: ir.Model = program.model
+    _rename_initializers(traced, model)
+    _tidy(traced)
+    return traced
+
+
+def _example(model: MoeModel, layers: int) -> tuple[Any, ...]:
+    """Return arguments with sizes that differ, so that no two dimensions look related."""
+    config = model.config
+    batch, new, past = 2, 3, 4
+    heads = config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dtype = next(model.model.parameters()).dtype
+    return (
+        torch.ones(batch, new, dtype=torch.int64),
+        torch.ones(batch, past + new, dtype=torch.int64),
+        torch.arange(past, past + new).repeat(batch, 1),
+        [
+            (
+                torch.zeros(batch, heads, past, size, dtype=dtype),
+                torch.zeros(batch, heads, past, size, dtype=dtype),
+            )
+            for _ in range(layers)
+        ],
+        torch.tensor([layer.top_k for layer in model.layers], dtype=torch.int64),
+    )
+
+
+def _export(module: torch.nn.Module, arguments: tuple[Any, ...], layers: int) -> Any:
+    batch = torch.export.Dim("batch")
+    new = torch.export.Dim("sequence")
+    past = torch.export.Dim("past")
+    total = torch.export.Dim("total")
+    cached = {0: batch, 2: past}
+    names = ("key", "value")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        return torch.onnx.export(
+            module,
+            arguments,
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+            opset_version=OPSET,
+            custom_translation_table=schemas.translations(),
+            input_names=[
+                "input_ids",
+                "attention_mask",
+                "position_ids",
+                *(f"past_key_values.{i}.{name}" for i in range(layers) for name in names),
+                "k_cap",
+            ],
+            output_names=[
+                "logits",
+                *(f"present.{i}.{name}" for i in range(layers) for name in names),
+            ],
+            dynamic_shapes=(
+                {0: batch, 1: new},
+                {0: batch, 1: total},
+                {0: batch, 1: new},
+                [(dict(cached), dict(cached)) for _ in range(layers)],
+                None,
+            ),
+        )
+
+
+def _rename_initializers(traced: ir.Model, model: MoeModel) -> None:
+    """Give initializers the names of the checkpoint; a tied head is the embedding."""
+    head = model.model.get_output_embeddings()
+    embedding = model.model.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    names = {id(module): name for name, module in model.model.named_modules()}
+    for initializer in list(traced.graph.initializers.values()):
+        name = (initializer.name or "").removeprefix(_PREFIX)
+        if tied and name == f"{names[id(head)]}.weight":
+            name = f"{names[id(embedding)]}.weight"
+        initializer.name = name
+
+
+def _tidy(traced: ir.Model) -> None:
+    """Remove what the exporter left: source paths, constants, repeated arithmetic on shapes."""
+    for node in traced.graph:
+        if node.op_type == "Reshape" and node.domain == "":
+            _fix_shape(traced.graph, node)
+        elif node.op_type == "Slice" and node.domain == "":
+            _skip_whole_slice(node)
+    Sequential(
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.ClearMetadataAndDocStringPass(),
+    )(traced)
+    for value in traced.graph.initializers.values():
+        value.metadata_props.clear()
+        value.meta.clear()
+    traced.graph.name = "edgemoe"
+    traced.producer_name = "edgemoe"
+    traced.producer_version = None
+
+
+def _skip_whole_slice(node: ir.Node) -> None:
+    """Go round a forward slice that takes everything, such as ``hidden[:, 0:]``."""
+    data, output = node.inputs[0], node.outputs[0]
+    if data is not None and data.shape is not None and data.shape == output.shape:
+        output.replace_all_uses_with(data)
+
+
+def _fix_shape(graph: ir.Graph, node: ir.Node) -> None:
+    """Make a Reshape's shape a constant where at most one size is left to be inferred."""
+    data, output = node.inputs[0], node.outputs[0]
+    if data is None or data.shape is None or output.shape is None:
+        return
+    sizes: list[int] = []
+    for axis, size in enumerate(output.shape):
+        if isinstance(size, int):
+            sizes.append(size)
+        elif axis < len(data.shape) and data.shape[axis] == size:
+            sizes.append(0)
+        else:
+            sizes.append(-1)
+    if sizes.count(-1) > 1:
+        return
+    name = "shape_" + "_".join(str(size).replace("-", "n") for size in sizes)
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.array(sizes, dtype=np.int64), name=name)
+        graph.register_initializer(
+            ir.Value(
+                name=name,
+                type=ir.TensorType(ir.DataType.INT64),
+                shape=ir.Shape([len(sizes)]),
+                const_value=tensor,
+            )
+        )
+    node.replace_input_with(1, graph.initializers[name])
+    node.attributes.clear()
