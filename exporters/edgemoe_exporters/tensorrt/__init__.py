@@ -1,0 +1,1 @@
+"""Build TensorRT engines from a bundle: needs no torch, because it runs on the device."""

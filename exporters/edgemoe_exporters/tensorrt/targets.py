@@ -1,0 +1,166 @@
+"""What a compile target needs: which TensorRT, which GPUs, which machine."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgemoe.errors import CompileError
+
+_COMPATIBLE = Path("/proc/device-tree/compatible")
+_CUDA_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+# CUdevice_attribute numbers of cuda.h.
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileTarget:
+    """One target of `edgemoe compile`.
+
+    Attributes:
+        name: As on the command line.
+        package: `tensorrt` or `tensorrt_rtx`.
+        capabilities: Compute capabilities that can be asked for; empty: that of the GPU here.
+        board: What the device tree calls the board's chip, or None for any machine.
+        board_name: For people.
+        max_batch: Default of the largest batch; a Jetson has little memory.
+    """
+
+    name: str
+    package: str
+    capabilities: tuple[int, ...]
+    board: str | None
+    board_name: str
+    max_batch: int
+
+
+TARGETS: dict[str, CompileTarget] = {
+    "tensorrt-rtx": CompileTarget(
+        name="tensorrt-rtx",
+        package="tensorrt_rtx",
+        capabilities=(75, 80, 86, 89, 120, 121),
+        board=None,
+        board_name="any x86-64 machine",
+        max_batch=4,
+    ),
+    "tensorrt": CompileTarget(
+        name="tensorrt",
+        package="tensorrt",
+        capabilities=(),
+        board=None,
+        board_name="the machine with the GPU",
+        max_batch=4,
+    ),
+    "jetson-orin": CompileTarget(
+        name="jetson-orin",
+        package="tensorrt",
+        capabilities=(87,),
+        board="tegra234",
+        board_name="the Jetson Orin",
+        max_batch=1,
+    ),
+    "jetson-thor": CompileTarget(
+        name="jetson-thor",
+        package="tensorrt",
+        capabilities=(110,),
+        board="tegra264",
+        board_name="the Jetson Thor",
+        max_batch=1,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The machine that compiles.
+
+    Attributes:
+        chips: Entries of the device tree's `compatible`, such as "nvidia,tegra234".
+        compute_capability: Of the first GPU, major times ten plus minor, or None without one.
+    """
+
+    chips: tuple[str, ...]
+    compute_capability: int | None
+
+    @classmethod
+    def detect(cls) -> Machine:
+        """Look at this machine: its device tree and its CUDA driver."""
+        try:
+            text = _COMPATIBLE.read_bytes().decode(errors="replace")
+        except OSError:
+            text = ""
+        return cls(
+            chips=tuple(entry for entry in text.split("\0") if entry),
+            compute_capability=_gpu_compute_capability(),
+        )
+
+    def is_board(self, chip: str) -> bool:
+        """Return whether this is a board with the chip."""
+        return any(entry.endswith(chip) for entry in self.chips)
+
+
+def find_target(name: str) -> CompileTarget:
+    """Return the target of that name.
+
+    Raises:
+        CompileError: There is no engine to build for it.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    hint = ""
+    if name in {"cpu", "cuda"}:
+        hint = f" Target {name} runs in onnxruntime as exported: there is nothing to compile."
+    raise CompileError(f"target must be one of {', '.join(TARGETS)}, got {name!r}.{hint}")
+
+
+def choose_capabilities(
+    target: CompileTarget, asked: tuple[int, ...] | None, machine: Machine
+) -> tuple[int, ...]:
+    """Return the compute capabilities to build for.
+
+    Args:
+        target: The compile target.
+        asked: What the caller wants, or None for all that make sense.
+        machine: This machine.
+
+    Returns:
+        Capabilities, ascending and distinct.
+
+    Raises:
+        CompileError: One that was asked for cannot be built for, or there is no GPU.
+    """
+    known = target.capabilities
+    if not known:
+        if machine.compute_capability is None:
+            raise CompileError(
+                "target tensorrt must be compiled on the machine whose GPU will run it, and no "
+                "CUDA GPU was found here. Run it there (is the driver installed? try "
+                "`nvidia-smi`), or use --target tensorrt-rtx, which builds without a GPU."
+            )
+        known = (machine.compute_capability,)
+    wanted = tuple(sorted(set(asked))) if asked is not None else known
+    unknown = sorted(set(wanted) - set(known))
+    if unknown or not wanted:
+        raise CompileError(
+            f"compute capabilities of target {target.name} must be among "
+            f"{', '.join(map(str, known))}, got {', '.join(map(str, unknown)) or 'none'}. "
+            "Leave the choice out to build for all of them."
+        )
+    return wanted
+
+
+def _gpu_compute_capability() -> int | None:
+    try:
+        cuda = ctypes.CDLL(_CUDA_LIBRARY)
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    failed = (
+        cuda.cuInit(0)
+        or cuda.cuDeviceGet(ctypes.byref(device), 0)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
+        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+    )
+    return None if failed else major.value * 10 + minor.value
