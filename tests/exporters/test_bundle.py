@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -14,17 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemoe.errors import ExportError, OutputError
-from edgemoe_exporters import bundle
 from edgemoe_exporters.bundle import BundleWriter, copy_model_files, list_files, tensor_specs
 from edgemoe_exporters.sharing import lay_out
 from edgemoe_exporters.weight_files import ALIGNMENT_BYTES
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgemoe_runtime.manifest_parts import SizeReport
+
+Array = np.ndarray[Any, Any]
 HIDDEN = 16
 ALL_EXPERTS = np.random.default_rng(0).standard_normal((16, HIDDEN, HIDDEN), dtype=np.float32)
 BACKBONE = np.random.default_rng(1).standard_normal((HIDDEN, HIDDEN), dtype=np.float32)
 
 
-def make_model(experts: np.ndarray, backbone: np.ndarray = BACKBONE) -> ir.Model:
+def make_model(experts: Array, backbone: Array = BACKBONE) -> ir.Model:
     """y = sum over experts of x @ backbone @ expert."""
     x = ir.Value(
         name="x", shape=ir.Shape(["rows", HIDDEN]), type=ir.TensorType(ir.DataType.FLOAT)
@@ -53,7 +61,9 @@ def make_model(experts: np.ndarray, backbone: np.ndarray = BACKBONE) -> ir.Model
     return ir.Model(graph, ir_version=10)
 
 
-def write(directory, selections, *, stack=True):
+def write(
+    directory: Path, selections: dict[str, list[int]], *, stack: bool = True
+) -> tuple[SizeReport, dict[str, Array]]:
     directory.mkdir()
     layouts = {3: lay_out(selections)}
     orders = {
@@ -68,7 +78,7 @@ def write(directory, selections, *, stack=True):
     return size, orders
 
 
-def read_back(directory, task):
+def read_back(directory: Path, task: str) -> dict[str, Array]:
     model = onnx.load(directory / f"{task}.onnx")
     return {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
 
@@ -78,7 +88,9 @@ chosen = st.lists(st.integers(0, 15), min_size=1, max_size=16, unique=True)
 
 @given(selections=st.dictionaries(st.sampled_from(["a", "b", "c", "d"]), chosen, min_size=1))
 @settings(max_examples=25, deadline=None)
-def test_every_task_reads_back_exactly_its_tensors(tmp_path_factory, selections):
+def test_every_task_reads_back_exactly_its_tensors(
+    tmp_path_factory: pytest.TempPathFactory, selections: dict[str, list[int]]
+) -> None:
     directory = tmp_path_factory.mktemp("bundle") / "b"
     _, orders = write(directory, selections)
     for task, order in orders.items():
@@ -89,7 +101,9 @@ def test_every_task_reads_back_exactly_its_tensors(tmp_path_factory, selections)
 
 @given(first=chosen, second=chosen)
 @settings(max_examples=25, deadline=None)
-def test_two_tasks_take_the_bytes_of_the_union(tmp_path_factory, first, second):
+def test_two_tasks_take_the_bytes_of_the_union(
+    tmp_path_factory: pytest.TempPathFactory, first: list[int], second: list[int]
+) -> None:
     directory = tmp_path_factory.mktemp("bundle") / "b"
     write(directory, {"a": first, "b": second})
     stored = sum(path.stat().st_size for path in directory.glob("*.onnx.data"))
@@ -97,7 +111,7 @@ def test_two_tasks_take_the_bytes_of_the_union(tmp_path_factory, first, second):
     assert union <= stored < union + 3 * ALIGNMENT_BYTES
 
 
-def test_engine_computes_the_same_from_overlapping_ranges(tmp_path):
+def test_engine_computes_the_same_from_overlapping_ranges(tmp_path: Path) -> None:
     _, orders = write(tmp_path / "b", {"a": [0, 1, 2, 3, 9], "b": [2, 3, 5], "c": [7]})
     x = np.ones((2, HIDDEN), np.float32)
     for task, order in orders.items():
@@ -107,7 +121,7 @@ def test_engine_computes_the_same_from_overlapping_ranges(tmp_path):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_what_one_task_reads_is_in_its_own_file(tmp_path):
+def test_what_one_task_reads_is_in_its_own_file(tmp_path: Path) -> None:
     size, _ = write(tmp_path / "b", {"a": [0, 1], "b": [2, 3]})
     files = {path.name: path.stat().st_size for path in (tmp_path / "b").iterdir()}
     assert files.keys() == {
@@ -123,7 +137,7 @@ def test_what_one_task_reads_is_in_its_own_file(tmp_path):
     assert size.total_bytes == sum(files.values())
 
 
-def test_one_unnamed_task_is_model_onnx(tmp_path):
+def test_one_unnamed_task_is_model_onnx(tmp_path: Path) -> None:
     write(tmp_path / "b", {"model": [0, 1]}, stack=False)
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
         "model.onnx",
@@ -131,7 +145,7 @@ def test_one_unnamed_task_is_model_onnx(tmp_path):
     ]
 
 
-def test_offsets_are_aligned_and_inside_the_file(tmp_path):
+def test_offsets_are_aligned_and_inside_the_file(tmp_path: Path) -> None:
     write(tmp_path / "b", {"a": [0, 1, 2], "b": [2, 4]})
     proto = onnx.load(tmp_path / "b" / "b.onnx", load_external_data=False)
     for tensor in proto.graph.initializer:
@@ -144,7 +158,7 @@ def test_offsets_are_aligned_and_inside_the_file(tmp_path):
             assert tensor.name == "axes"
 
 
-def test_experts_that_differ_between_tasks_are_stored_apart(tmp_path):
+def test_experts_that_differ_between_tasks_are_stored_apart(tmp_path: Path) -> None:
     layouts = {3: lay_out({"a": [0, 1], "b": [1, 2]})}
     rescaled = ALL_EXPERTS[[1, 2]] * 2
     with BundleWriter(tmp_path, ["a", "b"], layouts) as writer:
@@ -159,7 +173,7 @@ def test_experts_that_differ_between_tasks_are_stored_apart(tmp_path):
     assert (tmp_path / "a.onnx.data").stat().st_size == 2 * ALL_EXPERTS[0].nbytes
 
 
-def test_same_graphs_give_the_same_bytes_and_no_paths(tmp_path):
+def test_same_graphs_give_the_same_bytes_and_no_paths(tmp_path: Path) -> None:
     selections = {"a": [0, 1, 2], "b": [2, 4]}
     write(tmp_path / "one", selections)
     write(tmp_path / "two", selections)
@@ -167,7 +181,7 @@ def test_same_graphs_give_the_same_bytes_and_no_paths(tmp_path):
     assert b"someone" not in (tmp_path / "one" / "a.onnx").read_bytes()
 
 
-def test_files_are_listed_with_their_digests(tmp_path):
+def test_files_are_listed_with_their_digests(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     (tmp_path / "config.json").write_bytes(b"abc")
     entry = list_files(tmp_path)
@@ -176,15 +190,16 @@ def test_files_are_listed_with_their_digests(tmp_path):
     assert entry["config.json"].size == 3
 
 
-def test_inputs_are_described_with_their_dynamic_dimensions():
+def test_inputs_are_described_with_their_dynamic_dimensions() -> None:
     (spec,) = tensor_specs(make_model(ALL_EXPERTS[:1]).graph.inputs)
     assert (spec.name, spec.dtype, spec.shape) == ("x", "float32", ("rows", HIDDEN))
 
 
-def test_full_disk_is_refused_before_writing(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        bundle.shutil, "disk_usage", lambda _: bundle.shutil._ntuple_diskusage(9, 9, 0)
-    )
+def test_full_disk_is_refused_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = SimpleNamespace(free=9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with (
         BundleWriter(tmp_path, ["model"]) as writer,
         pytest.raises(OutputError, match="MB free"),
@@ -193,12 +208,12 @@ def test_full_disk_is_refused_before_writing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("tasks", [[], ["a", "A"], ["shared"], ["../x"], [""], ["a/b"]])
-def test_task_names_that_cannot_be_files_are_refused(tmp_path, tasks):
+def test_task_names_that_cannot_be_files_are_refused(tmp_path: Path, tasks: list[str]) -> None:
     with pytest.raises(ExportError, match="task"):
         BundleWriter(tmp_path, tasks)
 
 
-def test_stack_that_does_not_fit_its_layout_is_refused(tmp_path):
+def test_stack_that_does_not_fit_its_layout_is_refused(tmp_path: Path) -> None:
     layouts = {3: lay_out({"a": [0, 1]})}
     with (
         BundleWriter(tmp_path, ["a"], layouts) as writer,
@@ -207,7 +222,7 @@ def test_stack_that_does_not_fit_its_layout_is_refused(tmp_path):
         writer.add_graph("a", make_model(ALL_EXPERTS[:3]))
 
 
-def test_checkpoint_without_tokenizer_is_refused(tmp_path):
+def test_checkpoint_without_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({}))
     (tmp_path / "out").mkdir()
     with pytest.raises(ExportError, match=r"tokenizer\.json"):

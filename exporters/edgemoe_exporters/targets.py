@@ -1,0 +1,120 @@
+"""What each ``--target`` means for a graph: one literal table.
+
+Which GPUs and packages an engine is compiled for is in
+:mod:`edgemoe_exporters.tensorrt.targets`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from edgemoe.errors import ExportError
+
+Flavour = Literal["ort", "tensorrt"]
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One kind of machine that a bundle is made for.
+
+    Attributes:
+        name: What ``--target`` says.
+        flavour: Whose operators the graphs use.
+        precision: What is used without ``--precision``.
+        providers: onnxruntime's execution providers, best first; where there is an engine in
+            the bundle, it comes before them.
+        tensorrt_minimum: Oldest TensorRT that must be able to parse the graph, if any.
+        opset_maximum: Newest ONNX opset that the graph may use.
+    """
+
+    name: str
+    flavour: Flavour
+    precision: str
+    providers: tuple[str, ...]
+    tensorrt_minimum: str | None = None
+    opset_maximum: int = 21
+
+
+_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
+_TENSORRT = "TensorrtExecutionProvider"
+_TENSORRT_RTX = "NvTensorRTRTXExecutionProvider"
+
+TARGETS: dict[str, Target] = {
+    "cpu": Target(name="cpu", flavour="ort", precision="int4", providers=(_CPU,)),
+    "cuda": Target(name="cuda", flavour="ort", precision="fp16", providers=(_CUDA, _CPU)),
+    "tensorrt": Target(
+        name="tensorrt",
+        flavour="tensorrt",
+        precision="fp16",
+        providers=(_TENSORRT, _CUDA, _CPU),
+        tensorrt_minimum="10.3",
+        opset_maximum=20,
+    ),
+    "tensorrt-rtx": Target(
+        name="tensorrt-rtx",
+        flavour="tensorrt",
+        precision="fp16",
+        providers=(_TENSORRT_RTX, _CUDA, _CPU),
+        opset_maximum=20,
+    ),
+    # JetPack 6.2 has TensorRT 10.3: no Attention op (10.14), no KV cache layer (10.15).
+    "jetson-orin": Target(
+        name="jetson-orin",
+        flavour="tensorrt",
+        precision="fp16",
+        providers=(_TENSORRT, _CUDA, _CPU),
+        tensorrt_minimum="10.3",
+        opset_maximum=20,
+    ),
+    "jetson-thor": Target(
+        name="jetson-thor",
+        flavour="tensorrt",
+        precision="fp16",
+        providers=(_TENSORRT, _CUDA, _CPU),
+        tensorrt_minimum="10.13",
+        opset_maximum=20,
+    ),
+}
+
+
+def find_target(name: str) -> Target:
+    """Find a target by name.
+
+    Args:
+        name: What ``--target`` says.
+
+    Returns:
+        The target.
+
+    Raises:
+        ExportError: There is no such target.
+    """
+    if name not in TARGETS:
+        raise ExportError(f"target must be one of {', '.join(TARGETS)}, got {name!r}.")
+    return TARGETS[name]
+
+
+def choose_precision(target: Target, precision: str | None) -> str:
+    """Return the precision to export in.
+
+    Args:
+        target: The target.
+        precision: What was asked for, or None for the target's own.
+
+    Returns:
+        One of ``PRECISIONS``.
+
+    Raises:
+        ExportError: There is no such precision.
+    """
+    if precision is None:
+        return target.precision
+    if precision not in PRECISIONS:
+        raise ExportError(
+            f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}."
+        )
+    return precision
