@@ -1,0 +1,1 @@
+"""Measure once what every compression method reads: routing and activation sums per task."""

@@ -1,0 +1,287 @@
+"""The statistics file: additive sums per task and MoE layer, in safetensors.
+
+One float64 tensor per sum, named ``{task}/{layer}/{sum}`` (:mod:`edgemoe.calibrate.sums`
+defines the sums), and one JSON header under the metadata key ``edgemoe``::
+
+    {"format": "edgemoe.statistics", "version": 1, "created_by": "edgemoe 0.1.0",
+     "checkpoint_sha256": "...",
+     "shape": {"family": "glm4_moe", "hidden_size": 576, "intermediate_size": 64,
+               "layers": [{"layer": 0, "num_experts": 16, "top_k": 6, ...}, ...]},
+     "tasks": {"<task>": [{"sha256": "...", "lines": 10, "tokens": 812, "shard": [0, 1],
+                           "sequence_length": 512}, ...]}}
+
+Each entry of a task's list is one pass over (a shard of) a task file. The same content
+always gives the same bytes, so the file's hash names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgemoe import __version__
+from edgemoe.calibrate.sums import SUM_NAMES, Float64, LayerSums, sum_shape
+from edgemoe.errors import StatisticsError
+from edgemoe.models.contract import LayerShape, ModelShape
+from edgemoe.staging import staged_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FORMAT = "edgemoe.statistics"
+VERSION = 1
+_METADATA_KEY = "edgemoe"
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Source:
+    """One calibration pass over (a shard of) one task file.
+
+    Attributes:
+        sha256: Hash of the task file.
+        lines: Lines that were read at least in part.
+        tokens: Tokens that were read.
+        shard: ``(index, of)``: the pass read every ``of``-th line from ``index`` on.
+        sequence_length: Longest window of tokens that the model saw at once.
+    """
+
+    sha256: str
+    lines: int
+    tokens: int
+    shard: tuple[int, int] = (0, 1)
+    sequence_length: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TaskStatistics:
+    """One task's sums.
+
+    Attributes:
+        sources: The passes that were added up, sorted.
+        layers: Sums by decoder layer index, ascending.
+    """
+
+    sources: tuple[Source, ...]
+    layers: Mapping[int, LayerSums]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the sums cover."""
+        return sum(source.tokens for source in self.sources)
+
+    def __add__(self, other: TaskStatistics) -> TaskStatistics:
+        return TaskStatistics(
+            sources=tuple(sorted(self.sources + other.sources)),
+            layers={layer: sums + other.layers[layer] for layer, sums in self.layers.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Statistics:
+    """Sums of one checkpoint, by task.
+
+    Attributes:
+        checkpoint_sha256: Fingerprint of the checkpoint that was measured.
+        shape: Its MoE layers.
+        tasks: The tasks' sums by name.
+    """
+
+    checkpoint_sha256: str
+    shape: ModelShape
+    tasks: Mapping[str, TaskStatistics]
+
+    def task(self, name: str) -> TaskStatistics:
+        """Return one task's sums.
+
+        Args:
+            name: The task.
+
+        Returns:
+            Its sums.
+
+        Raises:
+            StatisticsError: The task was not calibrated.
+        """
+        if name not in self.tasks:
+            raise StatisticsError(
+                f"the task must be one of {sorted(self.tasks)}, which the statistics hold, got "
+                f"{name!r}. Run `edgemoe calibrate` with --task {name}=FILE."
+            )
+        return self.tasks[name]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file that :meth:`save` writes."""
+        return hashlib.sha256(self._to_bytes()).hexdigest()
+
+    def save(self, path: Path | str, *, force: bool = False) -> None:
+        """Write the file, whole or not at all.
+
+        Args:
+            path: The file to write.
+            force: Whether an existing file may be replaced.
+
+        Raises:
+            OutputError: The file exists and ``force`` is false, or it cannot be written.
+        """
+        with staged_file(Path(path), force=force) as staged:
+            staged.write_bytes(self._to_bytes())
+
+    @classmethod
+    def load(cls, path: Path | str) -> Statistics:
+        """Read and check a statistics file.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The statistics.
+
+        Raises:
+            StatisticsError: The file is missing, is not a statistics file, has another
+                version, or a sum is missing, malformed or not finite.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = Path(path)
+        try:
+            header = _read_header(path)
+            tensors = load_file(path)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, StatisticsError):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise StatisticsError(
+                f"{path} must be a file that `edgemoe calibrate` wrote, got one that cannot be "
+                f"read: {reason}."
+            ) from error
+        return _assemble(header, tensors, path)
+
+    def _to_bytes(self) -> bytes:
+        from safetensors.numpy import save
+
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "created_by": f"edgemoe {__version__}",
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "shape": asdict(self.shape),
+            "tasks": {
+                name: [asdict(source) for source in task.sources]
+                for name, task in sorted(self.tasks.items())
+            },
+        }
+        tensors = {
+            f"{name}/{layer}/{key}": np.ascontiguousarray(value)
+            for name, task in self.tasks.items()
+            for layer, sums in task.layers.items()
+            for key, value in sums.as_dict().items()
+        }
+        return save(tensors, metadata={_METADATA_KEY: json.dumps(header)})
+
+
+def merge(first: Statistics, *others: Statistics) -> Statistics:
+    """Add statistics of one checkpoint up: tasks unite, sums of the same task add.
+
+    Args:
+        first: Statistics.
+        *others: More of them, over other data.
+
+    Returns:
+        The statistics over all the data.
+
+    Raises:
+        StatisticsError: Two of them measure different checkpoints.
+    """
+    merged = first
+    for other in others:
+        if other.checkpoint_sha256 != first.checkpoint_sha256 or other.shape != first.shape:
+            raise StatisticsError(
+                "statistics must come from one checkpoint to add up, got "
+                f"{first.checkpoint_sha256[:12]} ({len(first.shape.layers)} MoE layers) "
+                f"and {other.checkpoint_sha256[:12]} ({len(other.shape.layers)} MoE layers). "
+                "Calibrate the same checkpoint for both."
+            )
+        tasks = dict(merged.tasks)
+        for name, task in other.tasks.items():
+            tasks[name] = tasks[name] + task if name in tasks else task
+        merged = replace(merged, tasks=tasks)
+    return merged
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+    if _METADATA_KEY not in metadata:
+        raise StatisticsError(
+            f"{path} must be a file that `edgemoe calibrate` wrote, got some other safetensors "
+            "file. Pass the file that calibrate's -o named."
+        )
+    header = json.loads(metadata[_METADATA_KEY])
+    if (header["format"], header["version"]) != (FORMAT, VERSION):
+        raise StatisticsError(
+            f"{path} must be {FORMAT} version {VERSION}, got {header['format']} version "
+            f"{header['version']}. Calibrate again with this version of edgemoe."
+        )
+    checked: dict[str, Any] = header
+    return checked
+
+
+def _assemble(header: dict[str, Any], tensors: Mapping[str, Float64], path: Path) -> Statistics:
+    try:
+        layers = tuple(LayerShape(**layer) for layer in header["shape"]["layers"])
+        shape = ModelShape(**{**header["shape"], "layers": layers})
+        sources = {
+            name: tuple(
+                Source(**{**entry, "shard": tuple(entry["shard"])}) for entry in entries
+            )
+            for name, entries in header["tasks"].items()
+        }
+        checkpoint_sha256 = str(header["checkpoint_sha256"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StatisticsError(
+            f"{path}: the header must list layers and tasks, got a malformed one ({error}). "
+            "Calibrate again."
+        ) from error
+    tasks = {
+        name: TaskStatistics(
+            sources=entries,
+            layers={
+                layer.layer: _layer_sums(
+                    f"{name}/{layer.layer}", layer.num_experts, tensors, path
+                )
+                for layer in shape.layers
+            },
+        )
+        for name, entries in sources.items()
+    }
+    return Statistics(checkpoint_sha256=checkpoint_sha256, shape=shape, tasks=tasks)
+
+
+def _layer_sums(
+    prefix: str, experts: int, tensors: Mapping[str, Float64], path: Path
+) -> LayerSums:
+    sums = {}
+    for name in SUM_NAMES:
+        value, expected = tensors.get(f"{prefix}/{name}"), sum_shape(name, experts)
+        if value is None or value.dtype != np.float64 or value.shape != expected:
+            found = "none" if value is None else f"{value.dtype}{list(value.shape)}"
+            raise StatisticsError(
+                f"{path}: {prefix}/{name} must be float64{list(expected)}, got {found}. "
+                "Calibrate again."
+            )
+        if not np.isfinite(value).all():
+            raise StatisticsError(
+                f"{path}: {prefix}/{name} must be finite, got NaN or infinity. "
+                "Calibrate again; if it stays, the checkpoint overflows."
+            )
+        sums[name] = value
+    return LayerSums(**sums)

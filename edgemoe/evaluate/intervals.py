@@ -1,0 +1,65 @@
+"""95% intervals: a bootstrap over lines for perplexity, Wilson's for accuracy."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+RESAMPLES = 1000
+_Z_95 = 1.959963984540054
+_INDICES_AT_ONCE = 1_000_000
+
+
+def bootstrap_perplexity(
+    losses: NDArray[np.float64],
+    tokens: NDArray[np.float64],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Resample lines and take percentiles of exp(sum of losses / sum of tokens).
+
+    Lines, not tokens, are drawn: tokens of one line depend on each other.
+
+    Args:
+        losses: Negative log-likelihood of each line in nats, float64 [lines].
+        tokens: Scored tokens of each line, float64 [lines], in [1, inf).
+        resamples: Number of resamples.
+        seed: Seed of the draws.
+
+    Returns:
+        The 2.5 and 97.5 percentiles. One line alone gives an interval of no width.
+    """
+    random = np.random.Generator(np.random.PCG64(seed))
+    lines, values = len(losses), []
+    rows = max(1, _INDICES_AT_ONCE // lines)
+    for start in range(0, resamples, rows):
+        drawn = random.integers(lines, size=(min(rows, resamples - start), lines))
+        values.append(losses[drawn].sum(axis=1) / tokens[drawn].sum(axis=1))
+    low, high = np.exp(np.percentile(np.concatenate(values), [2.5, 97.5]))
+    return float(low), float(high)
+
+
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """Return Wilson's score interval of a fraction, which stays sound at 0 and 1.
+
+    (p + z^2/2n ± z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with p = hits/n, z = 1.96;
+    https://en.wikipedia.org/wiki/Binomial_proportion_confidence_interval
+
+    Args:
+        hits: Successes, in [0, n].
+        n: Trials, in [1, inf).
+
+    Returns:
+        Lower and upper end, in [0, 1].
+    """
+    fraction, square = hits / n, _Z_95**2
+    centre = fraction + square / (2 * n)
+    spread = _Z_95 * math.sqrt(fraction * (1 - fraction) / n + square / (4 * n * n))
+    scale = 1 + square / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

@@ -1,0 +1,130 @@
+"""Open what is to be judged: a Mixture-of-Experts or dense checkpoint, or a bundle."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
+
+    from edgemoe.evaluate.scorer import Scorer
+
+_LOADING_FAILURES = (RuntimeError, ValueError, TypeError, KeyError, OSError)
+
+
+@contextlib.contextmanager
+def open_scorer(
+    path: Path | str, *, task: str | None = None, k_cap: int | Sequence[int] | None = None
+) -> Iterator[tuple[Scorer, Tokenizer]]:
+    """Open a checkpoint or a bundle to be judged.
+
+    Args:
+        path: A Hugging Face directory, Mixture-of-Experts or dense, or a bundle.
+        task: The task; of a bundle its graph is judged, or the only graph that there is.
+        k_cap: Most experts per token, one for all MoE layers or one for each.
+
+    Yields:
+        The scorer and its tokenizer; they serve until the block ends.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, unsafe or malformed, or is dense and
+            ``k_cap`` is given.
+        FamilyError: It is a Mixture-of-Experts checkpoint of a family that is not supported.
+        edgemoe_runtime.errors.BundleError: The bundle cannot be used, or has no such task.
+    """
+    path = Path(path)
+    if (path / "manifest.json").is_file():
+        with _open_bundle(path, task, k_cap) as opened:
+            yield opened
+        return
+    from edgemoe.evaluate.torch_scorer import TorchScorer
+    from edgemoe.models.checkpoint import load_model, load_tokenizer
+    from edgemoe.models.registry import FAMILIES
+    from edgemoe.models.safety import check_directory, read_json_object
+
+    check_directory(path)
+    is_moe = read_json_object(path / "config.json").get("model_type") in FAMILIES
+    tokenizer = load_tokenizer(path)
+    model = load_model(path) if is_moe else load_dense(path)
+    yield TorchScorer(model, k_cap=k_cap), tokenizer
+
+
+def load_dense(path: Path) -> PreTrainedModel:
+    """Open a checkpoint of a language model without experts.
+
+    Args:
+        path: Checkpoint directory.
+
+    Returns:
+        The model in float32, in eval mode, without gradients.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, a pickle, or not as its config.json says.
+        FamilyError: It has experts, and its family is not supported.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from edgemoe.models.adapter import is_experts_module
+    from edgemoe.models.checkpoint import quiet_transformers
+    from edgemoe.models.registry import find_family
+    from edgemoe.models.safety import check_directory, check_weights
+
+    check_directory(path)
+    check_weights(path)
+    try:
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+        has_experts = any(is_experts_module(module) for module in empty.modules())
+        if not has_experts:
+            with quiet_transformers():
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    str(path),
+                    config=config,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
+    except _LOADING_FAILURES as error:
+        raise CheckpointError(
+            f"{path} must be a causal language model that transformers opens, got: {error}. "
+            "Copy the checkpoint again."
+        ) from error
+    if has_experts:
+        find_family(config.model_type)
+        raise CheckpointError(f"{path} has experts, so it must be opened with load_model.")
+    unfit = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
+    if unfit:
+        raise CheckpointError(
+            f"the weights in {path} must fit its config.json, got {len(unfit)} tensors missing "
+            f"or of another shape, such as {unfit[0]}. Copy the checkpoint again."
+        )
+    opened: Any = model.eval().requires_grad_(False)
+    dense: PreTrainedModel = opened
+    return dense
+
+
+@contextlib.contextmanager
+def _open_bundle(
+    path: Path, task: str | None, k_cap: int | Sequence[int] | None
+) -> Iterator[tuple[Scorer, Tokenizer]]:
+    from edgemoe.evaluate.session_scorer import SessionScorer
+    from edgemoe.models.checkpoint import load_tokenizer
+    from edgemoe_runtime import Session
+    from edgemoe_runtime.manifest import Manifest
+
+    manifest = Manifest.load(path)
+    # A single graph answers for any task; of several, the task's own must exist.
+    name, _ = manifest.task(None if len(manifest.tasks) == 1 else task)
+    with Session.open(path, task=name, k_cap=k_cap) as session:
+        max_length = manifest.model.max_position_embeddings
+        yield SessionScorer(session, max_length=max_length), load_tokenizer(path)

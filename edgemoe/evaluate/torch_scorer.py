@@ -1,0 +1,174 @@
+"""Score with a transformers model, dense or Mixture-of-Experts, run eagerly."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from edgemoe.errors import CheckpointError
+from edgemoe.models.contract import MoeModel
+from edgemoe.models.hooks import check_k_cap, limit_k
+from edgemoe.progress import track
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from edgemoe.evaluate.scorer import Logprobs, Request
+
+_BATCH_TOKENS = 512
+_CACHE_TOKENS = 4096
+_ROWS_AT_ONCE = 64
+_PAD = 0
+
+
+class TorchScorer:
+    """Scores with a model in memory.
+
+    Sequences of one continuation are sorted by length and padded on the right into batches of
+    at most 512 tokens. A causal model's tokens never see what is on their right, so padding
+    changes a result by the rounding of float32 at most. Several continuations of one context
+    are run together after it, from its KV cache, and with nothing else.
+    """
+
+    def __init__(
+        self,
+        model: MoeModel | PreTrainedModel,
+        *,
+        k_cap: int | Sequence[int] | None = None,
+        batch_tokens: int = _BATCH_TOKENS,
+    ) -> None:
+        """Wrap a model.
+
+        Args:
+            model: A Mixture-of-Experts model, or a transformers model that has no experts.
+            k_cap: Most experts per token, one for all MoE layers or one for each.
+            batch_tokens: Tokens of a batch, padding included; one longer sequence is a
+                batch of its own.
+
+        Raises:
+            CheckpointError: ``k_cap`` is given for a model without experts.
+            EdgemoeError: ``k_cap`` is out of range.
+        """
+        self._moe = model if isinstance(model, MoeModel) else None
+        self._model: Any = model.model if isinstance(model, MoeModel) else model
+        self._k_cap = k_cap
+        self._batch_tokens = batch_tokens
+        if k_cap is not None:
+            if self._moe is None:
+                raise CheckpointError(
+                    f"k_cap needs a Mixture-of-Experts model, got {k_cap} for a dense one. "
+                    "Leave --k-cap out."
+                )
+            check_k_cap(k_cap, len(self._moe.layers))
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that the model was built for."""
+        return int(getattr(self._model.config, "max_position_embeddings", None) or 2**31)
+
+    def score(self, requests: Sequence[Request]) -> list[list[Logprobs]]:
+        """Score every continuation of every request.
+
+        Args:
+            requests: What to score.
+
+        Returns:
+            log p(token | all before it) in nats, float64 [tokens of the continuation], for each
+            request and each of its continuations.
+        """
+        results: list[list[Logprobs]] = [[] for _ in requests]
+        with torch.inference_mode(), self._capped():
+            for batch in track(_make_batches(requests, self._batch_tokens), "evaluate"):
+                if len(requests[batch[0]].continuations) > 1:
+                    results[batch[0]] = self._score_choices(requests[batch[0]])
+                    continue
+                chosen = [requests[index] for index in batch]
+                for index, logprobs in zip(batch, self._score_batch(chosen), strict=True):
+                    results[index] = [logprobs]
+        return results
+
+    def _capped(self) -> contextlib.AbstractContextManager[None]:
+        if self._moe is None or self._k_cap is None:
+            return contextlib.nullcontext()
+        return limit_k(self._moe, self._k_cap)
+
+    def _score_batch(self, requests: list[Request]) -> list[Logprobs]:
+        """Score requests of one continuation each, padded on the right."""
+        rows = [request.context + request.continuations[0] for request in requests]
+        # Position t predicts token t + 1, so the last token of a row is never an input.
+        ids = self._pad([row[:-1] for row in rows])
+        first = min(len(request.context) for request in requests) - 1
+        logits = self._model(
+            input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first
+        ).logits
+        scored = []
+        for row, request, row_logits in zip(rows, requests, logits, strict=True):
+            start = len(request.context) - 1 - first
+            targets = row[len(request.context) :]
+            scored.append(_gather(row_logits[start : start + len(targets)], targets))
+        return scored
+
+    def _score_choices(self, request: Request) -> list[Logprobs]:
+        """Run the context once, then its continuations from the context's cache."""
+        head = self._model(
+            input_ids=self._pad([request.context]), use_cache=True, logits_to_keep=1
+        )
+        first_logits = head.logits[0, -1:]
+        if max(map(len, request.continuations)) == 1:
+            return [_gather(first_logits, choice) for choice in request.continuations]
+        rows = max(1, _CACHE_TOKENS // request.longest)
+        scored: list[Logprobs] = []
+        for start in range(0, len(request.continuations), rows):
+            choices = request.continuations[start : start + rows]
+            cache = copy.deepcopy(head.past_key_values)
+            cache.batch_repeat_interleave(len(choices))
+            ids = self._pad([choice[:-1] for choice in choices])
+            if ids.shape[1] == 0:
+                scored += [_gather(first_logits, choice) for choice in choices]
+                continue
+            logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            scored += [
+                _gather(torch.cat([first_logits, row[: len(choice) - 1]]), choice)
+                for row, choice in zip(logits, choices, strict=True)
+            ]
+        return scored
+
+    def _pad(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        width = max(map(len, rows))
+        padded = [[*row, *[_PAD] * (width - len(row))] for row in rows]
+        return torch.tensor(padded, dtype=torch.int64, device=self._model.device)
+
+
+def _make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
+    """Group requests by length; those with several continuations stay alone."""
+    alone: list[list[int]] = []
+    batches: list[list[int]] = []
+    open_width = 0
+    for index in sorted(range(len(requests)), key=lambda index: -requests[index].longest):
+        request = requests[index]
+        if len(request.continuations) > 1:
+            alone.append([index])
+        # The first of a batch is its longest, so it sets the width of all.
+        elif open_width and (len(batches[-1]) + 1) * open_width <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            open_width = request.longest
+    return alone + batches
+
+
+def _gather(logits: torch.Tensor, targets: Sequence[int]) -> Logprobs:
+    """Return log softmax(logits)[t, targets[t]], float64 [tokens]."""
+    ids = torch.tensor(targets, dtype=torch.int64, device=logits.device)
+    parts = []
+    for start in range(0, len(targets), _ROWS_AT_ONCE):
+        rows = logits[start : start + _ROWS_AT_ONCE].double()
+        chosen = rows.gather(1, ids[start : start + _ROWS_AT_ONCE, None])[:, 0]
+        parts.append(chosen - rows.logsumexp(dim=-1))
+    scored: Logprobs = torch.cat(parts).cpu().numpy()
+    return scored
