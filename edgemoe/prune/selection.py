@@ -1,0 +1,46 @@
+"""From a score per expert to the experts that stay: what the dropping methods share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemoe.prune.plan import LayerPlan, MergedExpert
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edgemoe.models.contract import LayerShape
+
+
+def keep_highest(layer: LayerShape, scores: NDArray[np.float64], count: int) -> LayerPlan:
+    """Keep the experts of the highest scores, as many of each router group.
+
+    Args:
+        layer: The layer.
+        scores: float64 [experts].
+        count: Experts to keep, a multiple of the layer's router groups.
+
+    Returns:
+        The layer's plan. Of experts with equal scores those of lower id stay.
+    """
+    kept: list[int] = []
+    for group in router_groups(layer):
+        order = np.argsort(-scores[group], kind="stable")
+        kept += group[order[: count // layer.n_group]].tolist()
+    return LayerPlan(
+        layer=layer.layer, experts=tuple(MergedExpert(members=(expert,)) for expert in kept)
+    )
+
+
+def router_groups(layer: LayerShape) -> list[NDArray[np.int64]]:
+    """List the ids of each router group; most routers have one group.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        Ids per group, int64 [experts / groups] each.
+    """
+    return list(np.arange(layer.num_experts).reshape(layer.n_group, -1))
