@@ -1,0 +1,41 @@
+"""``edgemoe apply``: a plan, carried out on its checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from edgemoe.cli.extras import needs
+from edgemoe.cli.options import PATH, force_option, output_option, report, reporting
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.option("--plan", "plan_path", type=PATH, required=True, metavar="PLAN")
+@output_option("Checkpoint directory")
+@force_option
+@reporting
+def apply(model: Path, plan_path: Path, output: Path, force: bool, as_json: bool) -> None:
+    """Keep and merge the experts of MODEL as a plan says."""
+    needs("export")
+    from edgemoe.models import load_model, read_shape, save_model
+    from edgemoe.prune.apply import apply_plan
+    from edgemoe.prune.plan import Plan
+    from edgemoe.staging import refuse_existing, staged_directory
+
+    refuse_existing(output, force=force)
+    plan = Plan.load(plan_path)
+    plan.validate(read_shape(model))
+    pruned = apply_plan(load_model(model), plan)
+    with staged_directory(output, force=force) as staged:
+        save_model(pruned, staged, source=model)
+    counts = pruned.experts_per_layer
+    report(
+        {"output": output, "experts_per_layer": list(counts), "family": pruned.family},
+        f"{output}: {pruned.family}, experts per layer {', '.join(map(str, counts))}",
+        as_json=as_json,
+    )

@@ -1,0 +1,70 @@
+"""``edgemoe compile``: a bundle's graphs to TensorRT engines."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from edgemoe.cli.options import PATH, TARGETS, human_bytes, report, reporting
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command(name="compile")
+@click.argument("bundle", type=PATH)
+@click.option("--target", type=click.Choice(TARGETS), required=True)
+@click.option("--task", metavar="NAME", help="Compile this task only.")
+@click.option(
+    "--compute-capability",
+    "capabilities",
+    type=click.IntRange(10),
+    multiple=True,
+    metavar="NN",
+    help="Build for this GPU only, such as 86 for SM 8.6. Repeatable.",
+)
+@click.option("--max-batch", type=click.IntRange(1), help="Largest batch.")
+@click.option("--max-sequence", type=click.IntRange(1), help="Most new tokens in one call.")
+@click.option("--max-length", type=click.IntRange(1), help="Most tokens of a sequence.")
+@click.option("--force", is_flag=True, help="Build even what is cached.")
+@reporting
+def compile_(
+    bundle: Path,
+    target: str,
+    task: str | None,
+    capabilities: tuple[int, ...],
+    max_batch: int | None,
+    max_sequence: int | None,
+    max_length: int | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Build BUNDLE's TensorRT engines into its cache.
+
+    TensorRT for RTX builds for every GPU without one; the engines of TensorRT and of Jetson
+    boards have to be built on the device itself.
+    """
+    from edgemoe_exporters.tensorrt.compile import compile_bundle
+
+    engines = compile_bundle(
+        bundle,
+        target,
+        task=task,
+        compute_capabilities=capabilities or None,
+        max_batch=max_batch,
+        max_sequence=max_sequence,
+        max_length=max_length,
+        force=force,
+    )
+    lines = [
+        f"{engine.path.name}: {human_bytes(engine.size_bytes)}, "
+        + ("cached" if engine.cached else f"built in {engine.seconds:.1f} s ({engine.reason})")
+        for engine in engines
+    ]
+    report(
+        {"bundle": bundle, "target": target, "engines": [asdict(item) for item in engines]},
+        "\n".join(lines),
+        as_json=as_json,
+    )

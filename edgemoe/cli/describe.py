@@ -1,0 +1,204 @@
+"""What any file of the road is: its kind, sizes, shapes and provenance."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.cli.extras import needs
+from edgemoe.cli.options import human_bytes
+from edgemoe.errors import CheckpointError, EdgemoeError
+from edgemoe_runtime.manifest import MANIFEST_FILE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_MAX_JSON_BYTES = 256 << 20  # 256 MiB: no plan or key is near it
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Tell what a path holds.
+
+    Args:
+        path: A checkpoint or bundle directory, or a statistics, plan or engine file.
+
+    Returns:
+        JSON values; ``kind`` comes first.
+
+    Raises:
+        EdgemoeError: It is none of these, or it is malformed.
+    """
+    if path.is_dir():
+        if (path / MANIFEST_FILE).exists():
+            return _describe_bundle(path)
+        if (path / "config.json").exists():
+            return _describe_checkpoint(path)
+        raise CheckpointError(
+            f"a directory must be a checkpoint (config.json) or a bundle ({MANIFEST_FILE}), "
+            f"got {path}, which has neither."
+        )
+    if not path.exists():
+        raise CheckpointError(f"the path must exist, got {path}.")
+    if path.suffix == ".safetensors":
+        return _describe_statistics(path)
+    if path.suffix == ".engine":
+        return _describe_engine(path.with_suffix(".json"))
+    return _describe_json(path)
+
+
+def _describe_bundle(path: Path) -> dict[str, Any]:
+    from edgemoe_runtime.engine_cache import ENGINES_FOLDER
+    from edgemoe_runtime.manifest import Manifest
+
+    manifest = Manifest.load(path)
+    document: dict[str, Any] = manifest.to_json()
+    engines = {key.name: _describe_engine(key) for key in path.glob(f"{ENGINES_FOLDER}/*.json")}
+    return {
+        "kind": "bundle",
+        "path": str(path),
+        "created_by": manifest.created_by,
+        "target": manifest.target,
+        "flavour": manifest.flavour,
+        "precision": manifest.precision,
+        "model": document["model"],
+        "size": document["size"],
+        "tasks": document["tasks"],
+        "kv_cache": {
+            "form": manifest.kv_cache.form,
+            "dtype": manifest.kv_cache.dtype,
+            "layers": len(manifest.kv_cache.layers),
+        },
+        "k_ladder": document["k_ladder"],
+        "inputs": document["inputs"],
+        "outputs": document["outputs"],
+        "engines": engines,
+        "files": document["files"],
+    }
+
+
+def _describe_checkpoint(path: Path) -> dict[str, Any]:
+    needs("export")
+    from edgemoe.models import FAMILIES, read_shape
+    from edgemoe.models.ragged import read_ragged_note
+    from edgemoe.models.safety import check_weights, read_json_object
+
+    config = read_json_object(path / "config.json")
+    family = config.get("model_type")
+    tensors = [item for file in check_weights(path) for item in _read_tensors(file)]
+    facts: dict[str, Any] = {
+        "kind": "dense checkpoint",
+        "path": str(path),
+        "family": family,
+        "parameters": sum(math.prod(shape) for _, shape in tensors),
+        "dtypes": sorted({dtype for dtype, _ in tensors}),
+        "weight_bytes": sum(file.stat().st_size for file in check_weights(path)),
+        "layers": config.get("num_hidden_layers"),
+        "hidden_size": config.get("hidden_size"),
+        "vocab_size": config.get("vocab_size"),
+    }
+    if family not in FAMILIES:
+        return facts
+    shape = read_shape(path)
+    note = read_ragged_note(path)
+    embedded = config.get("edgemoe") or {}
+    return {
+        **facts,
+        "kind": "MoE checkpoint" if note is None else "ragged MoE checkpoint",
+        "moe_layers": [layer.layer for layer in shape.layers],
+        "experts_per_layer": list(shape.experts_per_layer),
+        "top_k": [layer.top_k for layer in shape.layers],
+        "expert_intermediate_size": shape.intermediate_size,
+        "provenance": embedded.get("provenance") if note is None else note.provenance,
+    }
+
+
+def _read_tensors(file: Path) -> list[tuple[str, list[int]]]:
+    """Read dtype and shape of every tensor from the header of a safetensors file."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    return [
+        (entry["dtype"], entry["shape"])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+
+
+def _describe_statistics(path: Path) -> dict[str, Any]:
+    needs("export")
+    from edgemoe.calibrate.statistics import Statistics
+
+    statistics = Statistics.load(path)
+    return {
+        "kind": "statistics",
+        "path": str(path),
+        "sha256": statistics.sha256,
+        "checkpoint_sha256": statistics.checkpoint_sha256,
+        "family": statistics.shape.family,
+        "moe_layers": [layer.layer for layer in statistics.shape.layers],
+        "experts_per_layer": list(statistics.shape.experts_per_layer),
+        "tasks": {
+            name: {
+                "tokens": task.tokens,
+                "passes": len(task.sources),
+                "files_sha256": sorted({source.sha256 for source in task.sources}),
+            }
+            for name, task in statistics.tasks.items()
+        },
+    }
+
+
+def _describe_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise EdgemoeError(
+            f"{path} must be a file of edgemoe, got {human_bytes(path.stat().st_size)}."
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise EdgemoeError(
+            f"{path} must be a checkpoint, statistics, a plan, a bundle or an engine, got "
+            "something else."
+        ) from error
+    kind = document.get("format") if isinstance(document, dict) else None
+    if kind == "edgemoe.engine":
+        return _describe_engine(path)
+    if kind == "edgemoe.plan":
+        return _describe_plan(path)
+    raise EdgemoeError(f"{path} must be a file that edgemoe wrote, got JSON of another kind.")
+
+
+def _describe_plan(path: Path) -> dict[str, Any]:
+    from edgemoe.prune.plan import Plan
+
+    plan = Plan.load(path)
+    return {
+        "kind": "plan",
+        "path": str(path),
+        "sha256": plan.sha256,
+        "method": plan.method,
+        "task": plan.task,
+        "seed": plan.seed,
+        "options": dict(plan.options),
+        "layers": [layer.layer for layer in plan.layers],
+        "experts_per_layer": list(plan.experts_per_layer),
+        "merged_experts": sum(
+            len(expert.members) > 1 for layer in plan.layers for expert in layer.experts
+        ),
+        "checkpoint_sha256": plan.checkpoint_sha256,
+        "statistics_sha256": plan.statistics_sha256,
+        "edgemoe_version": plan.edgemoe_version,
+    }
+
+
+def _describe_engine(key_path: Path) -> dict[str, Any]:
+    from edgemoe_runtime.engine_cache import EngineKey
+
+    key = EngineKey.load(key_path)
+    engine = key_path.with_name(key.file_name)
+    return {
+        "kind": "engine",
+        "path": str(engine),
+        "present": engine.is_file(),
+        **{name: value for name, value in key.to_json().items() if name != "format"},
+    }

@@ -1,0 +1,45 @@
+"""``edgemoe evaluate``: quality of a checkpoint or a bundle on a task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from edgemoe.cli.extras import needs
+from edgemoe.cli.options import PATH, report, reporting
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command()
+@click.argument("model", type=PATH, metavar="MODEL|BUNDLE")
+@click.option("--task", required=True, metavar="NAME=FILE", help="Held-out data.")
+@click.option("--k-cap", type=click.IntRange(1), help="At most so many experts per token.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Read the first lines only.")
+@reporting
+def evaluate(
+    model: Path, task: str, k_cap: int | None, max_tokens: int | None, as_json: bool
+) -> None:
+    """Judge a model, dense or MoE, or a bundle on a task.
+
+    Text and completions are judged by perplexity, choices by accuracy; with a 95% interval.
+    """
+    from edgemoe.evaluate.evaluation import evaluate as judge
+    from edgemoe.evaluate.subject import open_scorer
+    from edgemoe.tasks import TaskFile
+    from edgemoe_runtime.manifest import MANIFEST_FILE
+
+    task_file = TaskFile.parse(task)
+    if not (model / MANIFEST_FILE).is_file():
+        needs("export")
+    with open_scorer(model, task=task_file.name, k_cap=k_cap) as (scorer, tokenizer):
+        evaluation = judge(scorer, task_file, tokenizer, max_tokens=max_tokens)
+    low, high = evaluation.ci95
+    report(
+        evaluation.to_dict(details=True),
+        f"{evaluation.task}: {evaluation.metric} {evaluation.value:.4g} (95% interval "
+        f"{low:.4g} to {high:.4g}; {evaluation.n} lines, {evaluation.tokens} tokens)",
+        as_json=as_json,
+    )

@@ -1,0 +1,41 @@
+"""Say in one line which extra a command needs, where it is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from edgemoe.errors import MissingDependencyError
+
+# What an extra of pyproject.toml makes importable.
+_MODULES: dict[str, tuple[str, ...]] = {
+    "export": (
+        "torch",
+        "transformers",
+        "safetensors",
+        "scipy",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+    ),
+    "ort": ("onnxruntime",),
+}
+
+
+def needs(*extras: str) -> None:
+    """Check that optional extras are installed.
+
+    Args:
+        extras: Names of extras in pyproject.toml.
+
+    Raises:
+        MissingDependencyError: A package of an extra is missing; the message says how to
+            install it.
+    """
+    for extra in extras:
+        missing = [name for name in _MODULES[extra] if importlib.util.find_spec(name) is None]
+        if missing:
+            raise MissingDependencyError(
+                f"this command needs the extra {extra!r}: {', '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} not installed. "
+                f"Run: pip install 'edgemoe[{extra}]'"
+            )

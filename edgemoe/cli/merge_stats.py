@@ -1,0 +1,39 @@
+"""``edgemoe merge-stats``: statistics of several shards to one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from edgemoe.cli.extras import needs
+from edgemoe.cli.options import PATH, force_option, output_option, report, reporting
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command(name="merge-stats")
+@click.argument("first", type=PATH, metavar="STATS")
+@click.argument("others", type=PATH, nargs=-1, required=True, metavar="STATS...")
+@output_option("Statistics file")
+@force_option
+@reporting
+def merge_stats(
+    first: Path, others: tuple[Path, ...], output: Path, force: bool, as_json: bool
+) -> None:
+    """Add statistics of one checkpoint up: tasks unite, sums of one task add."""
+    needs("export")
+    from edgemoe.calibrate.statistics import Statistics, merge
+    from edgemoe.staging import refuse_existing
+
+    refuse_existing(output, force=force)
+    merged = merge(Statistics.load(first), *(Statistics.load(path) for path in others))
+    merged.save(output, force=force)
+    tokens = {name: task.tokens for name, task in merged.tasks.items()}
+    counted = ", ".join(f"{name} {count} tokens" for name, count in tokens.items())
+    report(
+        {"output": output, "sha256": merged.sha256, "tokens": tokens},
+        f"{output}: {1 + len(others)} files merged, {counted}",
+        as_json=as_json,
+    )

@@ -1,0 +1,77 @@
+"""``edgemoe prune``: statistics of a task to a plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from edgemoe.cli.extras import needs
+from edgemoe.cli.options import PATH, force_option, output_option, report, reporting
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command()
+@click.argument("model", type=PATH)
+@click.option("--stats", type=PATH, required=True, metavar="STATS")
+@click.option("--task", required=True, metavar="NAME", help="A task of the statistics.")
+@click.option("--method", required=True, metavar="M", help="frequency, random, reap or uncurl.")
+@click.option(
+    "--keep", type=float, metavar="F", help="Fraction of each layer's experts to keep, (0, 1]."
+)
+@click.option("--keep-experts", type=int, metavar="N", help="Experts to keep in each layer.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@output_option("Plan")
+@force_option
+@reporting
+def prune(
+    model: Path,
+    stats: Path,
+    task: str,
+    method: str,
+    keep: float | None,
+    keep_experts: int | None,
+    seed: int,
+    output: Path,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Decide which experts of MODEL a task keeps. No weight is moved."""
+    if (keep is None) == (keep_experts is None):
+        raise click.UsageError("give exactly one of --keep and --keep-experts.")
+    needs("export")
+    from edgemoe.calibrate.statistics import Statistics
+    from edgemoe.errors import StatisticsError
+    from edgemoe.models import read_shape
+    from edgemoe.models.fingerprint import fingerprint_checkpoint
+    from edgemoe.prune.keep import count_kept
+    from edgemoe.prune.registry import make_plan
+    from edgemoe.staging import refuse_existing
+
+    refuse_existing(output, force=force)
+    shape = read_shape(model)
+    counts = count_kept(shape, keep=keep, keep_experts=keep_experts)
+    statistics = Statistics.load(stats)
+    if statistics.checkpoint_sha256 != fingerprint_checkpoint(model):
+        raise StatisticsError(
+            f"statistics must be of the checkpoint that is pruned, got {stats} of checkpoint "
+            f"{statistics.checkpoint_sha256[:12]} for {model}. Calibrate {model}."
+        )
+    plan = make_plan(statistics, task, method, counts, seed=seed)
+    plan.save(output, force=force)
+    kept = plan.experts_per_layer
+    report(
+        {
+            "output": output,
+            "sha256": plan.sha256,
+            "method": method,
+            "task": task,
+            "experts_per_layer": list(kept),
+            "experts_before": list(shape.experts_per_layer),
+        },
+        f"{output}: {method} for {task} keeps {sum(kept)} of {sum(shape.experts_per_layer)} "
+        f"experts in {len(kept)} layers",
+        as_json=as_json,
+    )

@@ -1,0 +1,34 @@
+"""``edgemoe verify``: is a bundle whole, unaltered and safe to open."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from edgemoe.cli.options import PATH, human_bytes, report, reporting
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@reporting
+def verify(bundle: Path, as_json: bool) -> None:
+    """Check BUNDLE's digests, graph inputs and outputs, and where external data lies."""
+    from edgemoe_runtime.integrity import verify_bundle
+
+    verified = verify_bundle(bundle)
+    report(
+        {
+            "bundle": bundle,
+            "ok": True,
+            "tasks": list(verified.tasks),
+            "hashed_files": verified.hashed_files,
+            "hashed_bytes": verified.hashed_bytes,
+        },
+        f"{bundle}: intact; {verified.hashed_files} files, "
+        f"{human_bytes(verified.hashed_bytes)}, tasks {', '.join(verified.tasks)}",
+        as_json=as_json,
+    )
