@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.errors import CheckpointError
+from edgemoe.errors import CheckpointError, EdgemoeError
 from edgemoe.models.adapter import adapt_model, find_layers
 from edgemoe.models.contract import ModelShape
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note
@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.registry import Family
 
-_LOADING_FAILURES = (RuntimeError, ValueError, TypeError, KeyError, OSError)
+# What torch and transformers raise when weights and configuration contradict each other.
+_MISFITS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> MoeModel:
@@ -46,24 +55,15 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> MoeModel:
     check_weights(path)
     base = family.load_class(family.causal_lm)
     model_class = base if note is None else make_ragged_class(family, note)
-    try:
-        with quiet_transformers():
-            model, report = model_class.from_pretrained(
-                str(path),
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except _LOADING_FAILURES as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"the weights in {path} must fit its config.json, got: {error}. Copy the "
-            "checkpoint "
-            "again."
-        ) from error
+    with _refusing_misfits(path), quiet_transformers():
+        model, report = model_class.from_pretrained(
+            str(path),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     model.__class__ = base
     unfit = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     if unfit:
@@ -125,7 +125,7 @@ def read_shape(path: Path) -> ModelShape:
     note = read_ragged_note(path)
     base = family.load_class(family.causal_lm)
     model_class = base if note is None else make_ragged_class(family, note)
-    with torch.device("meta"):
+    with _refusing_misfits(path), torch.device("meta"):
         layers = find_layers(model_class(config), family)
     return ModelShape(
         family=family.model_type,
@@ -189,6 +189,20 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if drew:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _refusing_misfits(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except EdgemoeError:
+        raise
+    except _MISFITS as error:
+        raise CheckpointError(
+            f"the weights in {path} must fit its config.json, got: {error}. Copy the "
+            "checkpoint "
+            "again, or correct config.json."
+        ) from error
 
 
 def _stored_dtype(config: Any, default: torch.dtype) -> torch.dtype:
