@@ -1,1 +1,85 @@
-"""Run edgemoe bundles: no torch, no transformers, engines imported only when opened."""
+"""Run edgemoe bundles: no torch, no transformers, engines imported only when opened.
+
+from edgemoe_runtime import Session
+
+with Session.open("bundle", task="defects", deadline_ms=200) as session:
+    answer = session.classify("Spindle vibration above limit", choices=["bearing", "none"])
+    print(session.explain())
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgemoe_runtime.answers import Classification, Generation, Score
+    from edgemoe_runtime.chain import Fallback
+    from edgemoe_runtime.errors import (
+        BackendError,
+        BackendUnavailableError,
+        BundleError,
+        EdgemoeRuntimeError,
+        IntegrityError,
+        ManifestError,
+        RequestError,
+        SessionClosedError,
+    )
+    from edgemoe_runtime.explanation import Explanation
+    from edgemoe_runtime.generation import TextStream
+    from edgemoe_runtime.integrity import VerifiedBundle, verify_bundle
+    from edgemoe_runtime.manifest import Manifest
+    from edgemoe_runtime.session import Session
+
+_MODULES = {
+    "BackendError": "errors",
+    "BackendUnavailableError": "errors",
+    "BundleError": "errors",
+    "Classification": "answers",
+    "EdgemoeRuntimeError": "errors",
+    "Explanation": "explanation",
+    "Fallback": "chain",
+    "Generation": "answers",
+    "IntegrityError": "errors",
+    "Manifest": "manifest",
+    "ManifestError": "errors",
+    "RequestError": "errors",
+    "Score": "answers",
+    "Session": "session",
+    "SessionClosedError": "errors",
+    "TextStream": "generation",
+    "VerifiedBundle": "integrity",
+    "verify_bundle": "integrity",
+}
+
+__all__ = [
+    "BackendError",
+    "BackendUnavailableError",
+    "BundleError",
+    "Classification",
+    "EdgemoeRuntimeError",
+    "Explanation",
+    "Fallback",
+    "Generation",
+    "IntegrityError",
+    "Manifest",
+    "ManifestError",
+    "RequestError",
+    "Score",
+    "Session",
+    "SessionClosedError",
+    "TextStream",
+    "VerifiedBundle",
+    "verify_bundle",
+]
+
+
+def __getattr__(name: str) -> object:
+    # imported on first use: a command that only prints its help need not load numpy
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"edgemoe_runtime.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'edgemoe_runtime' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe_runtime.errors import ManifestError
+from edgemoe_runtime.errors import ManifestError, RequestError
 from edgemoe_runtime.json_fields import Json, Value, parse_json
 from edgemoe_runtime.manifest_parts import (
     FileEntry,
@@ -186,17 +186,17 @@ class Manifest:
         """Return one task; None is allowed where the bundle has a single task.
 
         Raises:
-            ManifestError: when there is no such task, or None is ambiguous.
+            RequestError: when there is no such task, or None is ambiguous.
         """
         if name is None:
             if len(self.tasks) == 1:
                 return next(iter(self.tasks.items()))
-            raise ManifestError(
+            raise RequestError(
                 "A task must be named where a bundle has several, got None. Choose one of"
                 f" {', '.join(sorted(self.tasks))}."
             )
         if name not in self.tasks:
-            raise ManifestError(
+            raise RequestError(
                 f"task must be one of {', '.join(sorted(self.tasks))}, got {name!r}."
             )
         return name, self.tasks[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe_runtime.json_fields import Json, Value
@@ -106,7 +106,7 @@ class KvLayer:
 
     def to_json(self) -> dict[str, Json]:
         """Return the JSON object."""
-        return {"heads": self.heads, "key_dim": self.key_dim, "value_dim": self.value_dim}
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,11 +196,7 @@ class ParityReport:
 
     def to_json(self) -> dict[str, Json]:
         """Return the JSON object."""
-        return {
-            "max_abs_logit_difference": self.max_abs_logit_difference,
-            "tokens": self.tokens,
-            "reference": self.reference,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +219,7 @@ class DataInfo:
 
     def to_json(self) -> dict[str, Json]:
         """Return the JSON object."""
-        return {"file": self.file, "sha256": self.sha256, "lines": self.lines}
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,7 +382,7 @@ class FileEntry:
 
     def to_json(self) -> dict[str, Json]:
         """Return the JSON object."""
-        return {"sha256": self.sha256, "size": self.size}
+        return asdict(self)
 
 
 def _integers(value: Value, minimum: int) -> tuple[int, ...]:

@@ -1,0 +1,219 @@
+"""Run a graph with onnxruntime, everything bound in place; only logits reach the host."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgemoe_runtime.backends.base import CacheMark
+from edgemoe_runtime.backends.kv_onnxruntime import bind_kv_cache
+from edgemoe_runtime.errors import BackendError, BackendUnavailableError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+    from edgemoe_runtime.backends.base import LogitArray, LogitRows, OpenRequest, TokenArray
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+TENSORRT_RTX = "NvTensorRTRTXExecutionProvider"
+
+PROVIDERS: dict[str, tuple[str, ...]] = {
+    # what takes the nodes that the provider itself declines
+    CPU: (),
+    CUDA: (CPU,),
+    TENSORRT: (CUDA, CPU),
+    TENSORRT_RTX: (CPU,),
+}
+# the fused MoE of older versions silently uses another model's constants
+# (microsoft/onnxruntime-genai#2062, fixed by microsoft/onnxruntime#28467)
+MINIMUM_VERSION = (1, 28)
+
+
+class OnnxRuntimeBackend:
+    """One graph in an onnxruntime session."""
+
+    def __init__(self, ort: Any, session: Any, request: OpenRequest, provider: str) -> None:
+        model = request.manifest.model
+        device = "cpu" if provider == CPU else "cuda"
+        dtypes = {spec.name: spec.dtype for spec in request.manifest.outputs}
+        half = dtypes["logits"] != "float32"
+        self.name = f"onnxruntime:{provider}"
+        self.chunk_tokens = request.chunk_tokens
+        self._length = 0
+        self._session: Any = session
+        self._has_k_cap = bool(model.moe_layers)
+        self._logits: NDArray[Any] = np.empty(
+            (1, self.chunk_tokens, model.vocab_size), dtype=np.float16 if half else np.float32
+        )
+        self._mask = np.ones((1, request.max_length), dtype=np.int64)
+        self._binding: Any = session.io_binding()
+        self._bind_logits(1)
+        self._cache = bind_kv_cache(
+            ort, self._binding, request.manifest.kv_cache, request.max_length, device
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens in the key-value cache."""
+        return self._length
+
+    def run(self, token_ids: TokenArray, k_cap: TokenArray, rows: LogitRows) -> LogitArray:
+        """Append tokens to the cache and compute logits; see `Backend.run`."""
+        count = len(token_ids)
+        total = self._length + count
+        positions = np.arange(self._length, total, dtype=np.int64)[None]
+        bind = self._binding.bind_cpu_input
+        bind("input_ids", np.ascontiguousarray(token_ids, dtype=np.int64)[None])
+        bind("attention_mask", self._mask[:, :total])
+        bind("position_ids", positions)
+        if self._has_k_cap:
+            bind("k_cap", k_cap)
+        self._bind_logits(count)
+        self._cache.before_run()
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(
+                f"{self.name} failed on {count} tokens after {self._length}: {error}. Open the"
+                " session with other providers, or free memory."
+            ) from error
+        self._cache.after_run()
+        self._length = total
+        first = {"none": count, "last": count - 1, "all": 0}[rows]
+        return self._logits[0, first:count].astype(np.float32, copy=False)
+
+    def mark(self) -> CacheMark:
+        """Return the state of the cache."""
+        return CacheMark(self._length, self._cache.mark())
+
+    def rewind(self, mark: CacheMark) -> None:
+        """Forget the tokens that were appended after the mark."""
+        self._length = mark.length
+        self._cache.rewind(mark.state)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.rewind(CacheMark(0, None))
+
+    def close(self) -> None:
+        """Free the session and its buffers."""
+        self._binding = self._session = None
+        del self._cache
+
+    def __enter__(self) -> OnnxRuntimeBackend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _bind_logits(self, count: int) -> None:
+        # a pointer into our own buffer: onnxruntime writes there and nothing is copied
+        self._binding.bind_output(
+            "logits",
+            "cpu",
+            0,
+            self._logits.dtype.type,
+            (1, count, self._logits.shape[-1]),
+            self._logits.ctypes.data,
+        )
+
+
+def open_onnxruntime(request: OpenRequest) -> OnnxRuntimeBackend:
+    """Open a graph with one execution provider.
+
+    Raises:
+        BackendUnavailableError: when onnxruntime, the provider or the graph cannot be used.
+    """
+    provider = request.provider or CPU
+    try:
+        ort: Any = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"onnxruntime cannot be imported ({error}); install it with"
+            " `pip install 'edgemoe[ort]'` (GPU: 'edgemoe[ort-gpu]')"
+        ) from error
+    version = str(ort.__version__)
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_VERSION:
+        least = ".".join(map(str, MINIMUM_VERSION))
+        raise BackendUnavailableError(
+            f"onnxruntime must be at least {least}, got {version}:"
+            " older ones compute fused experts wrongly; update it with pip"
+        )
+    available: list[str] = ort.get_available_providers()
+    if provider not in available:
+        raise BackendUnavailableError(
+            f"onnxruntime {version} here has no {provider} (it has {', '.join(available)});"
+            " install the onnxruntime package of this device"
+        )
+    session = _open_session(ort, request, provider)
+    opened: list[str] = session.get_providers()
+    if provider not in opened:
+        # onnxruntime itself only warns and goes on with the next provider
+        raise BackendUnavailableError(
+            f"onnxruntime {version} could not start {provider} (it fell back to"
+            f" {', '.join(opened)}); check the driver and the CUDA and TensorRT libraries"
+        )
+    try:
+        return OnnxRuntimeBackend(ort, session, request, provider)
+    except Exception as error:
+        raise BackendUnavailableError(
+            f"{provider} could not allocate a cache of {request.max_length} tokens ({error})"
+        ) from error
+
+
+def _open_session(ort: Any, request: OpenRequest, provider: str) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = _thread_count(request.threads)
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    # spin between the operators of a run, where waking a thread would cost more than the
+    # operator, but give the cores back as soon as a run ends
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    names = [provider, *PROVIDERS.get(provider, (CPU,))]
+    available: list[str] = ort.get_available_providers()
+    providers = [
+        (name, _provider_options(request, name)) for name in names if name in available
+    ]
+    try:
+        return ort.InferenceSession(str(request.graph), options, providers=providers)
+    except Exception as error:
+        raise BackendUnavailableError(
+            f"{provider} could not load {request.graph.name} ({error})"
+        ) from error
+
+
+def _thread_count(threads: int | None) -> int:
+    """Return the threads to use; 0 lets onnxruntime count the physical cores."""
+    if threads is not None:
+        return threads
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    # onnxruntime counts the machine's cores, not those that this process may use
+    return allowed if 0 < allowed < (os.cpu_count() or 1) else 0
+
+
+def _provider_options(request: OpenRequest, name: str) -> dict[str, str]:
+    engines = request.bundle / "engines"
+    cached = engines.is_dir() and os.access(engines, os.W_OK)
+    if name == TENSORRT and cached:
+        return {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(engines),
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(engines),
+        }
+    if name == TENSORRT_RTX and cached:
+        return {"nv_runtime_cache_path": str(engines)}
+    return {}

@@ -1,0 +1,109 @@
+"""What a session says about itself: engine, fall-backs, ladder position, deadlines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgemoe_runtime.k_cap import compact
+
+if TYPE_CHECKING:
+    from edgemoe_runtime.chain import Fallback
+    from edgemoe_runtime.json_fields import Json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """How a session runs, and why so.
+
+    Attributes:
+        bundle: path of the bundle.
+        task: task that is run.
+        model: name of the model.
+        target: what the bundle was exported for.
+        precision: of the weights.
+        backend: engine and provider in use.
+        fallbacks: engines that were tried before it, with reasons.
+        k_cap: cap of experts per token, by MoE layer.
+        ladder_position: name of the ladder's rung with these caps, or None.
+        top_k: experts per token at full quality.
+        experts_per_token: experts per token and MoE layer in use, averaged over layers.
+        threads: CPU threads asked for, or None where the engine chooses.
+        max_length: tokens that fit into the cache.
+        kv_cache: form of the cache.
+        load_seconds: time that opening took.
+        verified: whether digests were compared on opening.
+        requests: requests answered.
+        last_seconds: time of the last one, or None.
+        deadline_ms: deadline of a request, or None.
+        deadlines_met: requests that ended in time.
+    """
+
+    bundle: str
+    task: str
+    model: str
+    target: str
+    precision: str
+    backend: str
+    fallbacks: tuple[Fallback, ...]
+    k_cap: tuple[int, ...]
+    ladder_position: str | None
+    top_k: int
+    experts_per_token: float
+    threads: int | None
+    max_length: int
+    kv_cache: str
+    load_seconds: float
+    verified: bool
+    requests: int
+    last_seconds: float | None
+    deadline_ms: float | None
+    deadlines_met: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"task      {self.task} of {self.model} ({self.precision}, for {self.target})",
+            f"backend   {self.backend}, opened in {self.load_seconds:.2f} s"
+            + ("" if self.verified else ", digests not compared"),
+        ]
+        lines += [f"  not     {fallback}" for fallback in self.fallbacks]
+        rung = f"rung {self.ladder_position}" if self.ladder_position else "no rung"
+        lines.append(
+            f"experts   {self.experts_per_token:g} of {self.top_k} per token"
+            f" (k_cap {compact(self.k_cap)}, {rung} of the ladder)"
+        )
+        threads = "engine's choice" if self.threads is None else str(self.threads)
+        lines.append(
+            f"limits    {self.max_length} tokens ({self.kv_cache} cache), threads: {threads}"
+        )
+        if self.deadline_ms is None:
+            lines.append(f"requests  {self.requests}, no deadline")
+        else:
+            met = f"{self.deadlines_met} within {self.deadline_ms:g} ms"
+            lines.append(f"requests  {self.requests}, {met}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Json]:
+        """Return the JSON object."""
+        return {
+            "bundle": self.bundle,
+            "task": self.task,
+            "model": self.model,
+            "target": self.target,
+            "precision": self.precision,
+            "backend": self.backend,
+            "fallbacks": [dict(fallback.to_dict()) for fallback in self.fallbacks],
+            "k_cap": list(self.k_cap),
+            "ladder_position": self.ladder_position,
+            "top_k": self.top_k,
+            "experts_per_token": self.experts_per_token,
+            "threads": self.threads,
+            "max_length": self.max_length,
+            "kv_cache": self.kv_cache,
+            "load_seconds": self.load_seconds,
+            "verified": self.verified,
+            "requests": self.requests,
+            "last_seconds": self.last_seconds,
+            "deadline_ms": self.deadline_ms,
+            "deadlines_met": self.deadlines_met,
+        }

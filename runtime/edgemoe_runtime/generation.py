@@ -1,0 +1,145 @@
+"""The loop that makes text, one piece at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemoe_runtime.errors import RequestError
+from edgemoe_runtime.sampling import Sampling, choose_token
+from edgemoe_runtime.stopping import StopFilter
+from edgemoe_runtime.tokenizer import Detokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from edgemoe_runtime.answers import Generation
+    from edgemoe_runtime.decoder import Decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """What to generate.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: most tokens to make, at least 1.
+        sampling: how tokens are chosen.
+        seed: of the random generator; None takes a new one.
+        stop: strings that end the text.
+        eos_token_ids: tokens that end the text.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int | None
+    stop: tuple[str, ...]
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(kw_only=True)
+class GenerationProgress:
+    """What the loop has done so far; the seconds do not count time outside the loop."""
+
+    tokens: list[int]
+    text: str = ""
+    finish_reason: str = "length"
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+
+
+class TextStream(Iterator[str]):
+    """Pieces of a text as they become certain; joined they are the whole text.
+
+    Pieces end at whole characters. A session has one cache, so a stream ends with an error
+    when the session takes another request before the stream is exhausted.
+    """
+
+    def __init__(
+        self,
+        pieces: Iterator[str],
+        progress: GenerationProgress,
+        finish: Callable[[GenerationProgress], Generation],
+    ) -> None:
+        self._pieces = pieces
+        self._progress = progress
+        self._finish = finish
+        self._generation: Generation | None = None
+
+    def __iter__(self) -> TextStream:
+        return self
+
+    def __next__(self) -> str:
+        if self._generation is not None:
+            raise StopIteration
+        begin = time.perf_counter()
+        piece = next(self._pieces, None)
+        self._progress.seconds += time.perf_counter() - begin
+        if piece is None:
+            self._generation = self._finish(self._progress)
+            raise StopIteration
+        self._progress.text += piece
+        return piece
+
+    @property
+    def generation(self) -> Generation:
+        """The whole answer, once the stream is exhausted.
+
+        Raises:
+            RequestError: when it is not.
+        """
+        if self._generation is None:
+            raise RequestError("A stream must be exhausted before its generation is known.")
+        return self._generation
+
+
+def generate_pieces(
+    request: GenerationRequest,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    progress: GenerationProgress,
+    check_turn: Callable[[], None],
+) -> Iterator[str]:
+    """Yield the pieces of a text that are not empty.
+
+    Args:
+        request: what to generate.
+        decoder: runs the tokens.
+        tokenizer: turns them into text.
+        progress: is filled along the way.
+        check_turn: raises when the decoder's cache belongs to another request by now.
+    """
+    generator = np.random.default_rng(request.seed)
+    text, stop = Detokenizer(tokenizer, request.prompt), StopFilter(request.stop)
+    begin = time.perf_counter()
+    check_turn()
+    logits = decoder.prefill(request.prompt)
+    progress.prefill_seconds = time.perf_counter() - begin
+    while True:
+        token = choose_token(logits, request.sampling, generator)
+        progress.tokens.append(token)
+        if token in request.eos_token_ids:
+            progress.finish_reason = "eos"
+            break
+        piece = stop.push(text.push(token))
+        if piece:
+            yield piece
+        if stop.stopped:
+            break
+        if len(progress.tokens) >= request.max_new_tokens:
+            break
+        if not decoder.free:
+            progress.finish_reason = "max_length"
+            break
+        check_turn()
+        logits = decoder.step(token)
+    rest = stop.push(text.flush())
+    if stop.stopped:
+        progress.finish_reason = "stop"
+    else:
+        rest += stop.flush()
+    if rest:
+        yield rest
