@@ -156,10 +156,9 @@ class Statistics:
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, StatisticsError):
                 raise
-            reason = error.strerror if isinstance(error, OSError) else error
             raise StatisticsError(
                 f"{path} must be a file that `edgemoe calibrate` wrote, got one that cannot be "
-                f"read: {reason}."
+                f"read: {error}."
             ) from error
         return _assemble(header, tensors, path)
 
@@ -178,7 +177,7 @@ class Statistics:
             },
         }
         tensors = {
-            f"{name}/{layer}/{key}": np.ascontiguousarray(value)
+            f"{name}/{layer}/{key}": np.array(value, dtype=np.float64, order="C")
             for name, task in self.tasks.items()
             for layer, sums in task.layers.items()
             for key, value in sums.as_dict().items()

@@ -117,8 +117,10 @@ def load_dense(path: Path) -> PreTrainedModel:
 def _open_bundle(
     path: Path, task: str | None, k_cap: int | Sequence[int] | None
 ) -> Iterator[tuple[Scorer, Tokenizer]]:
+    # Nothing here needs torch: a bundle can be judged where it runs.
+    from tokenizers import Tokenizer
+
     from edgemoe.evaluate.session_scorer import SessionScorer
-    from edgemoe.models.checkpoint import load_tokenizer
     from edgemoe_runtime import Session
     from edgemoe_runtime.manifest import Manifest
 
@@ -127,4 +129,8 @@ def _open_bundle(
     name, _ = manifest.task(None if len(manifest.tasks) == 1 else task)
     with Session.open(path, task=name, k_cap=k_cap) as session:
         max_length = manifest.model.max_position_embeddings
-        yield SessionScorer(session, max_length=max_length), load_tokenizer(path)
+        # Opening the session has checked that the file is there and is whole.
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        yield SessionScorer(session, max_length=max_length), tokenizer

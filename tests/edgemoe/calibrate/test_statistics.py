@@ -1,0 +1,146 @@
+"""The statistics file: round trip, merging, refusals."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from edgemoe.calibrate.statistics import Source, Statistics, TaskStatistics, merge
+from edgemoe.calibrate.sums import LayerSums
+from edgemoe.errors import OutputError, StatisticsError
+from edgemoe.models.contract import LayerShape, ModelShape
+
+SHAPE = ModelShape(
+    family="glm4_moe",
+    layers=(
+        LayerShape(layer=1, num_experts=4, top_k=2),
+        LayerShape(layer=2, num_experts=6, top_k=2),
+    ),
+    hidden_size=8,
+    intermediate_size=4,
+)
+
+
+def make_statistics(seed: int, *tasks: str, checkpoint: str = "c") -> Statistics:
+    random = np.random.Generator(np.random.PCG64(seed))
+
+    def sums(experts: int) -> LayerSums:
+        indices = np.argsort(-random.random((9, experts)), axis=1)[:, :2]
+        logits = random.normal(size=(9, experts))
+        return LayerSums.of_tokens(
+            logits, random.random((9, 2)), indices, random.random((9, 2))
+        )
+
+    return Statistics(
+        checkpoint_sha256=checkpoint,
+        shape=SHAPE,
+        tasks={
+            task: TaskStatistics(
+                sources=(Source(sha256=f"{task}{seed}", lines=3, tokens=9, sequence_length=5),),
+                layers={layer.layer: sums(layer.num_experts) for layer in SHAPE.layers},
+            )
+            for task in tasks
+        },
+    )
+
+
+def assert_equal(left: Statistics, right: Statistics) -> None:
+    assert left._to_bytes() == right._to_bytes()
+
+
+def test_round_trip_is_exact_and_the_hash_is_the_files(tmp_path: Path) -> None:
+    statistics = make_statistics(0, "b", "a")
+    path = tmp_path / "deep" / "stats.safetensors"
+    statistics.save(path)
+    loaded = Statistics.load(path)
+    assert_equal(loaded, statistics)
+    assert loaded.shape == SHAPE
+    assert loaded.task("a").sources == statistics.task("a").sources
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == statistics.sha256 == loaded.sha256
+    with pytest.raises(OutputError, match="--force"):
+        statistics.save(path)
+    statistics.save(path, force=True)
+
+
+@given(st.integers(0, 1000), st.integers(0, 1000), st.integers(0, 1000))
+def test_merging_commutes_exactly_and_associates_up_to_rounding(a: int, b: int, c: int) -> None:
+    first = make_statistics(a, "x", "y")
+    second, third = make_statistics(b, "y"), make_statistics(c, "y", "z")
+    assert_equal(merge(first, second), merge(second, first))
+    left = merge(first, second, third)
+    right = merge(first, merge(second, third))
+    assert set(left.tasks) == {"x", "y", "z"}
+    assert left.task("y").tokens == 27
+    assert left.task("y").sources == right.task("y").sources
+    for layer, sums in left.task("y").layers.items():
+        other = right.task("y").layers[layer]
+        assert (sums.count == other.count).all()
+        assert (sums.coactivation == other.coactivation).all()
+        np.testing.assert_allclose(sums.logit_gram, other.logit_gram, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(sums.gate_norm, other.gate_norm, rtol=1e-13)
+    assert_equal(merge(first), first)
+
+
+def test_statistics_of_other_checkpoints_do_not_add_up() -> None:
+    with pytest.raises(StatisticsError, match="one checkpoint"):
+        merge(make_statistics(0, "a"), make_statistics(0, "a", checkpoint="d"))
+    smaller = replace(make_statistics(0, "a"), shape=replace(SHAPE, layers=SHAPE.layers[:1]))
+    with pytest.raises(StatisticsError, match="one checkpoint"):
+        merge(make_statistics(0, "a"), smaller)
+    with pytest.raises(StatisticsError, match=r"one of \['a'\]"):
+        make_statistics(0, "a").task("b")
+
+
+def test_files_that_are_no_statistics_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stats"
+    with pytest.raises(StatisticsError, match="No such file"):
+        Statistics.load(path)
+    with pytest.raises(StatisticsError, match="cannot be read"):
+        Statistics.load(tmp_path)
+    for content in (b"", b"{}", b"x" * 100, make_statistics(0, "a")._to_bytes()[:-8]):
+        path.write_bytes(content)
+        with pytest.raises(StatisticsError, match="cannot be read"):
+            Statistics.load(path)
+    save_file({"a": np.zeros(2)}, path)
+    with pytest.raises(StatisticsError, match="some other safetensors"):
+        Statistics.load(path)
+    save_file({"a": np.zeros(2)}, path, metadata={"edgemoe": "[]"})
+    with pytest.raises(StatisticsError, match="cannot be read"):
+        Statistics.load(path)
+
+
+def test_missing_malformed_and_infinite_sums_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stats"
+    statistics = make_statistics(0, "a")
+    statistics.save(path)
+    from safetensors import safe_open
+    from safetensors.numpy import load_file
+
+    tensors = load_file(path)
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+
+    def refuse(match: str, header: str | None = None, **changes: np.ndarray | None) -> None:
+        changed = {**tensors, **{k.replace("_", "/", 2): v for k, v in changes.items()}}
+        save_file(
+            {name: value for name, value in changed.items() if value is not None},
+            path,
+            metadata={"edgemoe": header or metadata["edgemoe"]},
+        )
+        with pytest.raises(StatisticsError, match=match):
+            Statistics.load(path)
+
+    refuse(r"a/1/count must be float64\[4\], got none", a_1_count=None)
+    refuse(r"got float64\[5\]", a_1_count=np.zeros(5))
+    refuse(r"got float32\[4\]", a_1_count=np.zeros(4, np.float32))
+    refuse("a/2/logit_gram must be finite", a_2_logit_gram=np.full((6, 6), np.nan))
+    header = json.loads(metadata["edgemoe"])
+    refuse("version 2", json.dumps({**header, "version": 2}))
+    refuse("malformed", json.dumps({**header, "tasks": {"a": [{"lines": 1}]}}))
+    refuse("malformed", json.dumps({**header, "shape": {}}))

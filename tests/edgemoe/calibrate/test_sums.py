@@ -1,0 +1,81 @@
+"""The sums against their definition, token by token; and that they add up."""
+
+import itertools
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgemoe.calibrate.sums import SUM_NAMES, LayerSums, sum_shape
+
+EXACT = {"tokens", "count", "coactivation"}
+
+
+def draw_tokens(
+    seed: int, tokens: int, experts: int, top_k: int, *, capped: bool = False
+) -> tuple[np.ndarray, ...]:
+    random = np.random.Generator(np.random.PCG64(seed))
+    logits = random.normal(size=(tokens, experts))
+    indices = np.argsort(-random.random((tokens, experts)), axis=1)[:, :top_k]
+    weights = random.random((tokens, top_k)) * 2 + 0.1
+    if capped:
+        indices[:, 1:] = experts
+    return logits, weights, indices, random.random((tokens, top_k)) * 5
+
+
+def test_every_sum_equals_its_definition() -> None:
+    for capped in (False, True):
+        logits, weights, indices, norms = draw_tokens(1, 23, 6, 3, capped=capped)
+        sums = LayerSums.of_tokens(logits, weights, indices, norms)
+        expected = {name: np.zeros(sum_shape(name, 6)) for name in SUM_NAMES}
+        expected["tokens"] = np.asarray(23.0)
+        for t in range(23):
+            used = [s for s in range(3) if indices[t, s] < 6]
+            mass = sum(weights[t, s] for s in used)
+            for s in used:
+                j, gate = indices[t, s], weights[t, s] / mass
+                expected["count"][j] += 1
+                expected["gate_mass"][j] += gate
+                expected["gate_norm"][j] += gate * norms[t, s]
+                expected["norm"][j] += norms[t, s]
+                expected["norm_squared"][j] += norms[t, s] ** 2
+                for other in used:
+                    expected["coactivation"][j, indices[t, other]] += 1
+            expected["logit_gram"] += np.outer(logits[t], logits[t])
+        for name, value in sums.as_dict().items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-12, err_msg=name)
+            if name in EXACT:
+                assert (value == expected[name]).all(), name
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    experts=st.integers(1, 9),
+    cuts=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    data=st.data(),
+)
+def test_shards_add_up_to_the_whole(
+    seed: int, experts: int, cuts: list[int], data: st.DataObject
+) -> None:
+    top_k = data.draw(st.integers(1, experts))
+    tokens = draw_tokens(seed, 40, experts, top_k)
+    whole = LayerSums.of_tokens(*tokens)
+    edges = [0, *sorted(cuts), 40]
+    total = LayerSums.zeros(experts)
+    for start, stop in itertools.pairwise(edges):
+        total += LayerSums.of_tokens(*(part[start:stop] for part in tokens))
+    for name, value in total.as_dict().items():
+        expected = getattr(whole, name)
+        if name in EXACT:
+            assert (value == expected).all(), name
+        np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-12, err_msg=name)
+    assert total.count.sum() == 40 * top_k
+    np.testing.assert_allclose(total.gate_mass.sum(), 40, rtol=1e-12)
+
+
+@given(seed=st.integers(0, 2**32), factor=st.floats(1e-3, 1e3))
+def test_a_routed_scaling_factor_cancels(seed: int, factor: float) -> None:
+    logits, weights, indices, norms = draw_tokens(seed, 7, 5, 2)
+    plain = LayerSums.of_tokens(logits, weights, indices, norms)
+    scaled = LayerSums.of_tokens(logits, weights * factor, indices, norms)
+    np.testing.assert_allclose(scaled.gate_norm, plain.gate_norm, rtol=1e-12)
