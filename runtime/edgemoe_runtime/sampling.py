@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,7 @@ def choose_token(logits: LogitArray, sampling: Sampling, generator: np.random.Ge
     Raises:
         BackendError: when the engine returned logits that are not finite.
     """
-    best: int = logits.argmax().item()
+    best = int(cast("np.intp", np.argmax(logits)))
     if not math.isfinite(float(logits[best])):
         raise BackendError(
             f"Logits must be finite, got {logits[best]}: the graph or the engine is broken."

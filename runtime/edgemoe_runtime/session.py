@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
+import numpy as np
+
 from edgemoe_runtime.answers import Classification, Generation, Score, meets_deadline
 from edgemoe_runtime.decoder import Decoder
 from edgemoe_runtime.errors import RequestError, SessionClosedError
@@ -175,7 +177,7 @@ class Session:
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         begin = time.perf_counter()
         request = GenerationRequest(
-            prompt=tuple(self._encode_prompt(prompt)),
+            prompt=tuple(self.encode(prompt)),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
@@ -317,7 +319,9 @@ class Session:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a prompt, as `generate` runs them."""
-        return self._encode_prompt(text)
+        ids = self._tokenizer.encode(text)
+        begin = self.manifest.model.bos_token_id
+        return [begin] if not ids and begin is not None else ids
 
     def explain(self) -> Explanation:
         """Tell which engine runs, what was tried before, and how deadlines were kept."""
@@ -366,14 +370,14 @@ class Session:
         return self.manifest.tasks[self.task].top_k
 
     def _score_all(self, prompt: str, completions: Sequence[str]) -> list[Score]:
-        ids = self._encode_prompt(prompt)
+        ids = self.encode(prompt)
         encoded = [self._tokenizer.encode(text, special_tokens=False) for text in completions]
         for text, tokens in zip(completions, encoded, strict=True):
             if not tokens:
                 raise RequestError(f"A completion must be at least one token, got {text!r}.")
         self._decoder.check(ids, max(map(len, encoded)) - 1)
         self._next_turn()
-        first = self._decoder.prefill(ids).copy()
+        first = np.array(self._decoder.prefill(ids), dtype=np.float32)
         mark = self._decoder.mark()
         return [
             Score(
@@ -383,11 +387,6 @@ class Session:
             )
             for text, tokens in zip(completions, encoded, strict=True)
         ]
-
-    def _encode_prompt(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text)
-        begin = self.manifest.model.bos_token_id
-        return [begin] if not ids and begin is not None else ids
 
     def _next_turn(self) -> int:
         self._turn += 1
