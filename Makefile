@@ -51,8 +51,8 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.demo
-	@$(BIN)/python examples/demo/run.py --quiet
-	@$(BIN)/python benchmarks/speed.py
+	@$(BIN)/python examples/demo/run.py --prepare
+	@$(BIN)/python examples/demo/speed.py
 
 wheel: $(VENV)/.dev
 	@$(BIN)/python -m build --outdir dist .

@@ -1,8 +1,138 @@
 """``edgemoe export``: the whole road from a checkpoint to a bundle."""
 
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
 import click
+
+from edgemoe.cli.extras import needs
+from edgemoe.cli.options import (
+    PATH,
+    PRECISIONS,
+    TARGETS,
+    force_option,
+    human_bytes,
+    output_option,
+    report,
+    reporting,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgemoe_exporters.request import ExportReport
 
 
 @click.command()
-def export() -> None:
-    """x."""
+@click.argument("model", type=PATH)
+@output_option("Bundle directory")
+@click.option("--target", type=click.Choice(TARGETS), required=True)
+@click.option("--precision", type=click.Choice(PRECISIONS), help="The target's own without.")
+@click.option(
+    "--task", "tasks", multiple=True, metavar="NAME=FILE", help="Data of a task. Repeatable."
+)
+@click.option(
+    "--plan", "plans", multiple=True, metavar="NAME=PLAN", help="Plan of a task. Repeatable."
+)
+@click.option(
+    "--keep", type=float, metavar="F", help="Fraction of each layer's experts to keep, (0, 1]."
+)
+@click.option(
+    "--max-drop",
+    type=float,
+    metavar="D",
+    help="Fail where a score gets worse by more: 0.05 is 5% of perplexity or 5 points.",
+)
+@click.option("--method", default="reap", show_default=True, help="Method for tasks of --task.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--calibration-tokens", type=click.IntRange(1), default=16_384, show_default=True)
+@click.option("--held-out-tokens", type=click.IntRange(1), default=8_192, show_default=True)
+@force_option
+@reporting
+def export(
+    model: Path,
+    output: Path,
+    target: str,
+    precision: str | None,
+    tasks: tuple[str, ...],
+    plans: tuple[str, ...],
+    keep: float | None,
+    max_drop: float | None,
+    method: str,
+    seed: int,
+    calibration_tokens: int,
+    held_out_tokens: int,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write MODEL as a bundle that runs on a device.
+
+    With --task alone this is the whole road: three quarters of the lines choose the experts,
+    one quarter judges the result. Without --task the model is exported as it is.
+    """
+    needs("export", "ort")
+    from edgemoe_exporters.export import export_bundle
+    from edgemoe_exporters.request import ExportRequest
+
+    request = ExportRequest(
+        model=model,
+        output=output,
+        target=target,
+        precision=precision,
+        tasks=_named_paths(tasks),
+        plans=_named_paths(plans),
+        keep=keep,
+        max_drop=max_drop,
+        force=force,
+        method=method,
+        seed=seed,
+        calibration_tokens=calibration_tokens,
+        held_out_tokens=held_out_tokens,
+    )
+    exported = export_bundle(request, on_stage=_show_stage)
+    report(exported.to_json(), _text(exported), as_json=as_json)
+
+
+def _named_paths(arguments: tuple[str, ...]) -> dict[str, Path]:
+    from edgemoe.errors import ExportError
+    from edgemoe.tasks import split_task_argument
+
+    named: dict[str, Path] = {}
+    for argument in arguments:
+        name, path = split_task_argument(argument)
+        if name in named:
+            raise ExportError(f"a task must be named once, got {name!r} twice. Rename one.")
+        named[name] = path
+    return named
+
+
+def _show_stage(stage: str) -> None:
+    if sys.stderr.isatty():
+        click.echo(f"{stage} ...", err=True)
+
+
+def _text(exported: ExportReport) -> str:
+    from edgemoe_runtime.manifest import Manifest
+
+    size = exported.size
+    lines = [
+        f"{exported.output}: {exported.flavour} {exported.precision} for {exported.target}, "
+        f"{human_bytes(size.total_bytes)}, of which {human_bytes(size.shared_bytes)} shared "
+        f"(the checkpoint in fp32: {human_bytes(exported.checkpoint_bytes)})"
+    ]
+    kept = Manifest.load(exported.output).tasks
+    for name, task in exported.tasks.items():
+        line = (
+            f"  {name}: {sum(kept[name].experts_per_layer)} of {sum(exported.experts_before)} "
+            f"experts, parity {task.parity.max_abs_logit_difference:.2g}"
+        )
+        quality = task.quality
+        if quality is not None and quality.before is not None and quality.after is not None:
+            line += (
+                f", {quality.before['metric']} {quality.before['value']:.4g} before, "
+                f"{quality.after['value']:.4g} after"
+            )
+        lines.append(line)
+    return "\n".join(lines)

@@ -150,7 +150,9 @@ def _throttling(root: Path) -> list[str]:
     devices = (root / "sys/class/thermal").glob("cooling_device*")
     alerts = {_read(device / "type"): _read(device / "cur_state") for device in sorted(devices)}
     return [
-        name for name, state in alerts.items() if name.endswith("-alert") and state not in {"", "0"}
+        name
+        for name, state in alerts.items()
+        if name.endswith("-alert") and state not in {"", "0"}
     ]
 
 

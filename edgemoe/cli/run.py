@@ -1,4 +1,4 @@
-"""``edgemoe run``: a bundle answers a prompt."""
+"""``edgemoe run``: a bundle continues a prompt."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from edgemoe.cli.options import PATH, report, reporting
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from edgemoe_runtime.answers import Generation
+
 
 @click.command()
 @click.argument("bundle", type=PATH)
@@ -18,15 +20,57 @@ if TYPE_CHECKING:
 @click.option("--task", metavar="NAME", help="The task, where the bundle has several.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--k-cap", type=click.IntRange(1), help="At most so many experts per token.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0 is greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0)
-@click.option(
-    "--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable."
-)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--temperature", type=float, default=0.0, help="0, the default, is greedy.")
+@click.option("--top-p", type=float, default=1.0, help="With a temperature: (0, 1].")
+@click.option("--seed", type=int, help="With a temperature: repeat the same choices.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of the engine.")
-@click.option("--backend", metavar="NAME", help="Use this engine only.")
+@click.option("--backend", metavar="NAME", help="Only this engine: onnxruntime, tensorrt ...")
 @click.option("--stream", is_flag=True, help="Print the text as it comes.")
 @reporting
-def run() -> None:
-    """Continue a prompt with BUNDLE."""
+def run(
+    bundle: Path,
+    prompt: str,
+    task: str | None,
+    max_new_tokens: int,
+    k_cap: int | None,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    threads: int | None,
+    backend: str | None,
+    stream: bool,
+    as_json: bool,
+) -> None:
+    """Continue a prompt with BUNDLE. Needs no torch."""
+    from edgemoe_runtime import Session
+
+    with Session.open(
+        bundle, task=task, k_cap=k_cap, threads=threads, backend=backend
+    ) as session:
+        pieces = session.generate(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            stream=True,
+        )
+        for piece in pieces:
+            if stream and not as_json:
+                click.echo(piece, nl=False)
+        answer = pieces.generation
+    report(answer.to_dict(), "" if stream else answer.text, as_json=as_json)
+    if not as_json:
+        click.echo(_summary(answer), err=True)
+
+
+def _summary(answer: Generation) -> str:
+    lines = [f"[not {fallback}]" for fallback in answer.fallbacks]
+    lines.append(
+        f"[{answer.new_tokens} tokens, {answer.ms_per_token:.1f} ms each, "
+        f"{answer.experts_per_token:g} experts per token, {answer.backend}]"
+    )
+    return "\n".join(lines)
