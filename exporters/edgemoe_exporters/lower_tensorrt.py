@@ -1,0 +1,153 @@
+"""Lower a traced model to a graph that TensorRT builds: basic ops, opset 20 at most.
+
+The graph is strongly typed. In fp16, weights and activations are float16; router, norms,
+softmax and angles are float32, and so are the logits. The cache grows by Concat.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
+from edgemoe.errors import ExportError
+from edgemoe_exporters.lower_tensorrt_attention import (
+    Shared,
+    lower_attention,
+    lower_norm,
+    lower_rotary,
+)
+from edgemoe_exporters.lower_tensorrt_emit import FLOAT32, Emitter, set_weight, weight_of
+from edgemoe_exporters.lower_tensorrt_moe import lower_experts, lower_route
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgemoe_exporters.lower_tensorrt_moe import ExpertsForm
+
+DOMAIN = "edgemoe"
+MAX_OPSET = 20
+_IR_VERSION = 10
+_COMPUTE = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+# Inputs of opaque nodes that stay float32, by position.
+_WIDE_INPUTS = {"Route": (1, 2), "RotaryEmbedding": (2,), "RMSNorm": (1,)}
+_LOGITS = "logits"
+
+
+def lower(model: ir.Model, precision: str, *, experts_form: ExpertsForm = "auto") -> ir.Model:
+    """Replace the opaque nodes of a traced model by ops that TensorRT builds.
+
+    Args:
+        model: What :func:`edgemoe_exporters.trace.trace` made; it is taken over.
+        precision: ``fp32`` or ``fp16``.
+        experts_form: How experts run, see :mod:`edgemoe_exporters.lower_tensorrt_moe`.
+
+    Returns:
+        The same model, lowered.
+
+    Raises:
+        ExportError: The precision, an op or an activation has no TensorRT form.
+    """
+    if precision not in _COMPUTE:
+        raise ExportError(
+            f"precision of a TensorRT target must be one of {', '.join(_COMPUTE)}, got "
+            f"{precision!r}: opset {MAX_OPSET}, the newest that JetPack 6.2 parses, has no "
+            "block-wise int4 or int8 weights. Use --precision fp16."
+        )
+    graph = model.graph
+    compute = _COMPUTE[precision]
+    if compute != FLOAT32:
+        _narrow(graph, compute)
+    _lower_nodes(graph, compute, experts_form)
+    _restore_logits(graph)
+    model.opset_imports.pop(DOMAIN, None)
+    opset = model.opset_imports[""]
+    if opset > MAX_OPSET:
+        raise ExportError(f"opset of a TensorRT graph must be <= {MAX_OPSET}, got {opset}.")
+    model.ir_version = min(model.ir_version, _IR_VERSION)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.TopologicalSortPass()(model)
+    return model
+
+
+def _narrow(graph: ir.Graph, compute: ir.DataType) -> None:
+    """Make float weights, cache and the float part of the graph ``compute``."""
+    kept = {
+        node.inputs[index]
+        for node in graph
+        if node.domain == DOMAIN
+        for index in _WIDE_INPUTS.get(node.op_type, ())
+        if index < len(node.inputs)
+    }
+    for value in graph.initializers.values():
+        if value.dtype == FLOAT32 and value not in kept:
+            set_weight(value, weight_of(value), compute)
+    for value in graph.inputs:
+        if value.dtype == FLOAT32:
+            value.dtype = compute
+    for node in graph:
+        _narrow_attributes(node, compute)
+        for value in node.outputs:
+            if value.dtype == FLOAT32:
+                value.dtype = compute
+
+
+def _narrow_attributes(node: ir.Node, compute: ir.DataType) -> None:
+    if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT32:
+        node.attributes["to"] = ir.AttrInt64("to", compute)
+    elif node.op_type in {"Constant", "ConstantOfShape"}:
+        attribute = node.attributes.get("value")
+        if attribute is not None and attribute.as_tensor().dtype == FLOAT32:
+            array = attribute.as_tensor().numpy().astype(compute.numpy())
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array))
+
+
+def _lower_nodes(graph: ir.Graph, compute: ir.DataType, form: ExpertsForm) -> None:
+    shared = Shared()
+    gates: set[ir.Value] = set()
+    for node in list(graph):
+        if node.domain != DOMAIN:
+            continue
+        emit = Emitter(graph, compute, str(node.name or node.op_type))
+        if node.op_type == "Route":
+            outputs = lower_route(emit, node)
+            gates.add(outputs[0])
+        elif node.op_type == "Experts":
+            if node.inputs[2] not in gates:
+                raise ExportError(f"{node.name} must get its weights from a Route node.")
+            outputs = lower_experts(emit, node, form)
+        elif node.op_type == "Attention":
+            outputs = lower_attention(emit, node, shared)
+        elif node.op_type == "RotaryEmbedding":
+            outputs = lower_rotary(emit, node, shared)
+        elif node.op_type == "RMSNorm":
+            outputs = lower_norm(emit, node)
+        else:
+            raise ExportError(f"op {node.op_type} must have a TensorRT form, and has none.")
+        _replace(graph, node, emit.nodes, outputs)
+
+
+def _replace(
+    graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]
+) -> None:
+    graph.insert_before(node, nodes)
+    for old, new in zip(node.outputs, outputs, strict=True):
+        new.shape = old.shape
+        new.type = new.type or old.type
+        if old.is_graph_output():
+            new.name = old.name
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _restore_logits(graph: ir.Graph) -> None:
+    """Give the logits in float32, as every sampler wants them."""
+    for index, value in enumerate(graph.outputs):
+        if value.name == _LOGITS and value.dtype != FLOAT32:
+            node = ir.node("Cast", [value], attributes={"to": FLOAT32}, name="logits/Cast")
+            wide = node.outputs[0]
+            wide.shape, wide.type = value.shape, ir.TensorType(FLOAT32)
+            value.name, wide.name = "logits_narrow", _LOGITS
+            graph.append(node)
+            graph.outputs[index] = wide
