@@ -192,7 +192,7 @@ def _(
     scale: float,
     sliding_window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, heads, new, size = query.shape
+    batch, heads, new, _ = query.shape
     slots = past_key.shape[2] + new
     present_key = key.new_empty((batch, key.shape[1], slots, key.shape[3]))
     present_value = value.new_empty((batch, value.shape[1], slots, value.shape[3]))

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 OPSET = 20
 
+# Metadata of initializers whose given axis counts the experts of a decoder layer.
+EXPERT_AXIS = "edgemoe.expert_axis"
+EXPERT_LAYER = "edgemoe.layer"
+
 _PREFIX = "lm."
 
 
@@ -54,6 +58,7 @@ def trace(model: MoeModel) -> ir.Model:
     traced: ir.Model = program.model
     _rename_initializers(traced, model)
     _tidy(traced)
+    _mark_experts(traced, model)
     return traced
 
 
@@ -129,6 +134,20 @@ def _rename_initializers(traced: ir.Model, model: MoeModel) -> None:
         if tied and name == f"{names[id(head)]}.weight":
             name = f"{names[id(embedding)]}.weight"
         initializer.name = name
+
+
+def _mark_experts(traced: ir.Model, model: MoeModel) -> None:
+    """Say which initializers have experts along an axis, and of which decoder layer."""
+    for layer in model.layers:
+        prefix = f"{layer.name}."
+        owned = {id(layer.gate_up), id(layer.down), id(layer.router_weight)}
+        if layer.correction_bias is not None:
+            owned.add(id(layer.correction_bias))
+        for part, tensor in [*layer.block.named_parameters(), *layer.block.named_buffers()]:
+            value = traced.graph.initializers.get(prefix + part)
+            if value is not None and id(tensor) in owned:
+                value.metadata_props[EXPERT_AXIS] = "0"
+                value.metadata_props[EXPERT_LAYER] = str(layer.index)
 
 
 def _tidy(traced: ir.Model) -> None:

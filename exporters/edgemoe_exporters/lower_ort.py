@@ -1,0 +1,69 @@
+"""Lower a traced model to ops of onnxruntime 1.28 or later, on a CPU or on CUDA.
+
+Past and present of a layer may be one buffer ``[B, heads, slots, size]``: the attention mask
+``[B, total]`` says how many slots are in use. A batch of more than one row cannot read several
+new tokens after a past (a limit of GroupQueryAttention on a CPU): read prompts whole.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from edgemoe.errors import ExportError
+from edgemoe_exporters.ops import DOMAIN
+from edgemoe_exporters.ort.attention import lower_attention
+from edgemoe_exporters.ort.editor import MICROSOFT, Editor
+from edgemoe_exporters.ort.half import convert_to_half
+from edgemoe_exporters.ort.linear import lower_embedding, lower_linears
+from edgemoe_exporters.ort.moe import lower_moe
+from edgemoe_exporters.ort.norms import lower_activations, lower_norms
+from edgemoe_exporters.ort.precision import find_precision
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edgemoe_exporters.ort.precision import Precision
+
+# In this order: attention and experts are recognised by the plain ops around them.
+_STEPS: dict[str, Callable[[Editor, Precision], None]] = {
+    "attention": lower_attention,
+    "moe": lower_moe,
+    "norms": lambda editor, _: lower_norms(editor),
+    "activations": lambda editor, _: lower_activations(editor),
+    "embedding": lower_embedding,
+    "linears": lower_linears,
+    "half": convert_to_half,
+}
+
+
+def lower(model: ir.Model, precision: str) -> ir.Model:
+    """Lower a traced model.
+
+    Args:
+        model: What :func:`edgemoe_exporters.trace.trace` returned; it is not changed.
+        precision: ``fp32``, ``fp16``, ``int8`` or ``int4``.
+
+    Returns:
+        A new graph. Initializers with experts along an axis say so in ``metadata_props``:
+        ``edgemoe.expert_axis`` (always 0) and ``edgemoe.layer``, the decoder layer.
+
+    Raises:
+        ExportError: The precision is unknown, or a traced op has no lowering.
+    """
+    meaning = find_precision(precision)
+    lowered = model.clone()
+    editor = Editor(lowered)
+    for step in _STEPS.values():
+        step(editor, meaning)
+        editor.tidy()
+    left = sorted({node.op_type for node in lowered.graph if node.domain == DOMAIN})
+    if left:
+        raise ExportError(
+            f"every traced op must have a lowering for onnxruntime, got {', '.join(left)} left. "
+            "Choose another target."
+        )
+    lowered.opset_imports.pop(DOMAIN, None)
+    lowered.opset_imports[MICROSOFT] = 1
+    return lowered

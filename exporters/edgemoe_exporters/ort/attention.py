@@ -1,0 +1,210 @@
+"""Attention and rotary embedding as onnxruntime's GroupQueryAttention and RotaryEmbedding.
+
+Cache slot j belongs to column j of the attention mask, so every row of a batch counts
+``total`` slots, and padding, wherever it is, is a bias on the scores. The rotation is its own
+op: GroupQueryAttention's own rotation ignores ``position_ids`` when it reads a prompt
+(onnxruntime 1.31), which breaks decoding after a padded prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from edgemoe.errors import ExportError
+from edgemoe_exporters.ort.editor import (
+    MICROSOFT,
+    TRACED,
+    Editor,
+    producer_of,
+    required,
+    sole_consumer,
+)
+
+if TYPE_CHECKING:
+    from edgemoe_exporters.ort.precision import Precision
+
+# Finite, so that a padding row that sees nothing does not become NaN; in float16 too.
+_HIDDEN = -30000.0
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all layers read, computed once per run."""
+
+    past_slots: ir.Value
+    total: ir.Value
+    bias: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+    positions: ir.Value
+
+
+def lower_attention(editor: Editor, precision: Precision) -> None:
+    """Replace every Attention and the RotaryEmbedding before it.
+
+    Args:
+        editor: The graph.
+        precision: Says the type of activations.
+
+    Raises:
+        ExportError: Two layers rotate by different frequencies.
+    """
+    shared: _Shared | None = None
+    for node in editor.nodes("Attention", TRACED):
+        if shared is None:
+            shared = _share(editor, node, precision)
+        query = _rotated(editor, node, 0, shared)
+        key = _rotated(editor, node, 1, shared)
+        value = _tokens_first(editor, node, required(node.inputs[2]))
+        heads = _heads(required(node.inputs[0]))
+        window = node.attributes["sliding_window"].as_int()
+        outputs = editor.add(
+            node,
+            "GroupQueryAttention",
+            [
+                query,
+                key,
+                value,
+                node.inputs[3],
+                node.inputs[4],
+                shared.past_slots,
+                shared.total,
+                None,
+                None,
+                None,
+                shared.bias,
+            ],
+            {
+                "num_heads": heads,
+                "kv_num_heads": _heads(required(node.inputs[1])),
+                "scale": node.attributes["scale"].as_float(),
+                "local_window_size": window or -1,
+                "do_rotary": 0,
+            },
+            domain=MICROSOFT,
+            outputs=3,
+        )
+        _flatten_heads(editor, node, outputs[0])
+        editor.replace(node.outputs[1], outputs[1])
+        editor.replace(node.outputs[2], outputs[2])
+
+
+def _share(editor: Editor, node: ir.Node, precision: Precision) -> _Shared:
+    """Compute the number of slots, the bias and the angles before the first layer."""
+    first = editor.graph[0]
+    mask = required(node.inputs[5])
+    rotary = producer_of(node.inputs[0], "RotaryEmbedding", TRACED)
+    if rotary is None:
+        raise ExportError(
+            "queries must be rotated by position to be lowered for onnxruntime, got another "
+            "position embedding. Choose another target."
+        )
+    positions = required(rotary.inputs[1])
+    int32, float32 = int(ir.DataType.INT32), int(ir.DataType.FLOAT)
+
+    def ints(*numbers: int) -> ir.Value:
+        name = "ints_" + "_".join(str(number).replace("-", "n") for number in numbers)
+        return editor.constant(name, np.array(numbers, dtype=np.int64))
+
+    (shape,) = editor.add(first, "Shape", [mask])
+    (batch,) = editor.add(first, "Gather", [shape, ints(0)])
+    zero_axis = editor.constant("axis_1", np.array(1, dtype=np.int64))
+    (columns,) = editor.add(first, "Gather", [shape, zero_axis])
+    (total,) = editor.add(first, "Cast", [columns], {"to": int32})
+    one = editor.constant("one_int32", np.array(1, dtype=np.int32))
+    (last,) = editor.add(first, "Sub", [total, one])
+    (past_slots,) = editor.add(first, "Expand", [last, batch])
+
+    (rows,) = editor.add(first, "Shape", [positions], {"start": 1, "end": 2})
+    (mask_float,) = editor.add(first, "Cast", [mask], {"to": float32})
+    unit = editor.constant("one", np.array(1, dtype=np.float32))
+    hidden = editor.constant("hidden", np.array(_HIDDEN, dtype=np.float32))
+    (padding,) = editor.add(first, "Sub", [unit, mask_float])
+    (columns_bias,) = editor.add(first, "Mul", [padding, hidden])
+    (bias,) = editor.add(first, "Unsqueeze", [columns_bias, ints(1, 2)])
+    (bias_shape,) = editor.add(first, "Concat", [ints(1, 1), rows, ints(1)], {"axis": 0})
+    (bias,) = editor.add(first, "Expand", [bias, bias_shape])
+
+    scaling = rotary.attributes["scaling"].as_float()
+    (flat,) = editor.add(first, "Reshape", [positions, ints(-1, 1)])
+    (flat,) = editor.add(first, "Cast", [flat], {"to": float32})
+    (angles,) = editor.add(first, "Mul", [flat, required(rotary.inputs[2])])
+    (cos,) = editor.add(first, "Cos", [angles])
+    (sin,) = editor.add(first, "Sin", [angles])
+    if scaling != 1.0:
+        factor = editor.constant("rotary_scaling", np.array(scaling, dtype=np.float32))
+        (cos,) = editor.add(first, "Mul", [cos, factor])
+        (sin,) = editor.add(first, "Mul", [sin, factor])
+    # The op looks angles up by position: here the table has one row per token of this run.
+    (ids_shape,) = editor.add(first, "Shape", [positions])
+    (size,) = editor.add(first, "Size", [positions])
+    zero = editor.constant("zero_int64", np.array(0, dtype=np.int64))
+    step = editor.constant("one_int64", np.array(1, dtype=np.int64))
+    (lookup,) = editor.add(first, "Range", [zero, size, step])
+    (lookup,) = editor.add(first, "Reshape", [lookup, ids_shape])
+    bias, cos, sin = (precision.cast(editor, first, value) for value in (bias, cos, sin))
+    return _Shared(past_slots, total, bias, cos, sin, lookup)
+
+
+def _rotated(editor: Editor, node: ir.Node, position: int, shared: _Shared) -> ir.Value:
+    source = required(node.inputs[position])
+    rotary = producer_of(source, "RotaryEmbedding", TRACED)
+    if rotary is None:
+        return _tokens_first(editor, node, source)
+    states = required(rotary.inputs[0])
+    inv_freq = required(rotary.inputs[2])
+    assert inv_freq.shape is not None
+    (output,) = editor.add(
+        node,
+        "RotaryEmbedding",
+        [_tokens_first(editor, node, states), shared.positions, shared.cos, shared.sin],
+        {
+            "num_heads": _heads(states),
+            "rotary_embedding_dim": 2 * int(inv_freq.shape[0]),
+            "interleaved": 0,
+        },
+        domain=MICROSOFT,
+    )
+    return output
+
+
+def _heads(states: ir.Value) -> int:
+    assert states.shape is not None
+    return int(states.shape[1])
+
+
+def _tokens_first(editor: Editor, before: ir.Node, states: ir.Value) -> ir.Value:
+    """Turn ``[B, heads, S, D]`` into ``[B, S, heads * D]``, undoing the model where possible."""
+    transpose = producer_of(states, "Transpose")
+    if transpose is not None and transpose.attributes["perm"].as_ints() == (0, 2, 1, 3):
+        split_heads = required(transpose.inputs[0])
+    else:
+        (split_heads,) = editor.add(before, "Transpose", [states], {"perm": [0, 2, 1, 3]})
+    reshape = producer_of(split_heads, "Reshape")
+    if reshape is not None:
+        source = required(reshape.inputs[0])
+        if source.shape is not None and len(source.shape) == 3:
+            return source
+    shape = editor.constant("merge_heads", np.array([0, 0, -1], dtype=np.int64))
+    (merged,) = editor.add(before, "Reshape", [split_heads, shape])
+    return merged
+
+
+def _flatten_heads(editor: Editor, node: ir.Node, output: ir.Value) -> None:
+    """Give ``[B, S, heads * D]`` to whom took ``[B, S, heads, D]`` and flattened it."""
+    old = node.outputs[0]
+    reshape = sole_consumer(old, "Reshape")
+    if reshape is not None:
+        flat = reshape.outputs[0]
+        if flat.shape is not None and len(flat.shape) == 3:
+            editor.replace(flat, output)
+            return
+    assert old.shape is not None
+    shape = np.array([0, 0, int(old.shape[2]), int(old.shape[3])], dtype=np.int64)
+    name = f"split_heads_{shape[2]}_{shape[3]}"
+    (split,) = editor.add(node, "Reshape", [output, editor.constant(name, shape)])
+    editor.replace(old, split)

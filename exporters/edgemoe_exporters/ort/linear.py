@@ -1,0 +1,158 @@
+"""Linear layers and the embedding: MatMul, MatMulNBits, Gather, GatherBlockQuantized."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from edgemoe_exporters.ort.editor import (
+    MICROSOFT,
+    Editor,
+    array_of,
+    producer_of,
+    required,
+    sole_consumer,
+)
+from edgemoe_exporters.quantize import quantize_blocks
+
+if TYPE_CHECKING:
+    from edgemoe_exporters.ort.precision import Precision
+
+# A matrix with fewer rows saves nothing worth its loss: gates of shared experts.
+_MIN_ROWS = 16
+
+
+def lower_linears(editor: Editor, precision: Precision) -> None:
+    """Replace ``x @ transpose(W)`` by one op that reads W as it is stored.
+
+    Args:
+        editor: The graph.
+        precision: MatMul for fp32 and fp16, MatMulNBits for the others.
+    """
+    for node in editor.nodes("MatMul"):
+        transpose = producer_of(node.inputs[1], "Transpose")
+        if transpose is None or not required(transpose.inputs[0]).is_initializer():
+            continue
+        weight = required(transpose.inputs[0])
+        states = required(node.inputs[0])
+        if can_quantise(weight, precision):
+            _quantised(editor, node, states, weight, precision)
+        else:
+            (output,) = editor.add(
+                node, "FusedMatMul", [states, weight], {"transB": 1}, domain=MICROSOFT
+            )
+            editor.replace(node.outputs[0], output)
+
+
+def can_quantise(weight: ir.Value, precision: Precision) -> bool:
+    """Tell whether a matrix is stored in blocks.
+
+    Args:
+        weight: An initializer ``[rows, columns]``.
+        precision: The precision of the graph.
+
+    Returns:
+        Whether it is.
+    """
+    assert weight.shape is not None
+    rows, columns = int(weight.shape[0]), int(weight.shape[1])
+    return bool(precision.bits) and rows >= _MIN_ROWS and columns % precision.block == 0
+
+
+def _parts(
+    editor: Editor, weight: ir.Value, precision: Precision
+) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """Quantise a matrix once, however many nodes read it."""
+    name = f"{weight.name}.quantised"
+    if name not in editor.graph.initializers:
+        array = array_of(weight)
+        quantised = quantize_blocks(array, precision.bits, precision.block, precision.symmetric)
+        blocks = quantised.packed.reshape(
+            array.shape[0], -1, precision.block * precision.bits // 8
+        )
+        editor.initializer(name, ir.tensor(blocks))
+        editor.initializer(f"{weight.name}.scales", ir.tensor(quantised.scales))
+        if quantised.zero_points is not None:
+            zeros = ir.tensor(quantised.zero_points)
+            editor.initializer(f"{weight.name}.zero_points", zeros)
+    initializers = editor.graph.initializers
+    return (
+        initializers[name],
+        initializers[f"{weight.name}.scales"],
+        initializers.get(f"{weight.name}.zero_points"),
+    )
+
+
+def _quantised(
+    editor: Editor, node: ir.Node, states: ir.Value, weight: ir.Value, precision: Precision
+) -> None:
+    blocks, scales, zeros = _parts(editor, weight, precision)
+    bias, old = None, node.outputs[0]
+    addition = sole_consumer(old, "Add")
+    if addition is not None:
+        bias = _bias(addition, old)
+        if bias is not None:
+            assert addition is not None
+            old = addition.outputs[0]
+    assert weight.shape is not None
+    inputs: list[ir.Value | None] = [states, blocks, scales, zeros, None, bias]
+    while inputs[-1] is None:
+        inputs.pop()
+    (output,) = editor.add(
+        node,
+        "MatMulNBits",
+        inputs,
+        {
+            "N": int(weight.shape[0]),
+            "K": int(weight.shape[1]),
+            "bits": precision.bits,
+            "block_size": precision.block,
+            "accuracy_level": 4,
+        },
+        domain=MICROSOFT,
+    )
+    editor.replace(old, output)
+
+
+def _bias(addition: ir.Node, product: ir.Value) -> ir.Value | None:
+    for term in addition.inputs:
+        if term is not product and term is not None and term.is_initializer():
+            return term
+    return None
+
+
+def lower_embedding(editor: Editor, precision: Precision) -> None:
+    """Read the embedding in blocks, from the bytes of the head where the two are tied.
+
+    Args:
+        editor: The graph.
+        precision: The precision of the graph.
+    """
+    for node in editor.nodes("Gather"):
+        weight, ids = required(node.inputs[0]), required(node.inputs[1])
+        if not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2:
+            continue
+        if not can_quantise(weight, precision):
+            continue
+        blocks, scales, zeros = _parts(editor, weight, precision)
+        # The head wants [rows, blocks, bytes], the gather [rows, bytes]: the same bytes.
+        width = int(weight.shape[1]) * precision.bits // 8
+        flat_shape = np.array([int(weight.shape[0]), width], dtype=np.int64)
+        shape = editor.constant(f"ints_{flat_shape[0]}_{width}", flat_shape)
+        (flat,) = editor.add(node, "Reshape", [blocks, shape])
+        inputs = [flat, ids, scales] if zeros is None else [flat, ids, scales, zeros]
+        (output,) = editor.add(
+            node,
+            "GatherBlockQuantized",
+            inputs,
+            {
+                "bits": precision.bits,
+                "block_size": precision.block,
+                "gather_axis": 0,
+                "quantize_axis": 1,
+            },
+            domain=MICROSOFT,
+        )
+        editor.replace(node.outputs[0], output)

@@ -1,0 +1,97 @@
+"""What a precision means for an onnxruntime graph: types, bits and blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from edgemoe.errors import ExportError
+
+if TYPE_CHECKING:
+    from edgemoe_exporters.ort.editor import Editor
+
+Name = Literal["fp32", "fp16", "int8", "int4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """How numbers are stored.
+
+    Attributes:
+        name: What ``--precision`` calls it.
+        dtype: Type of activations, of the cache and of weights that are not quantised.
+        bits: Bits of a quantised weight; 0 for none.
+        block: Weights of a row that share a scale.
+        symmetric: Whether the zero point is the middle of the range.
+    """
+
+    name: str
+    dtype: ir.DataType = ir.DataType.FLOAT
+    bits: int = 0
+    block: int = 32
+    symmetric: bool = False
+
+    @property
+    def numpy(self) -> np.dtype[np.floating]:
+        """The numpy type of activations."""
+        return np.dtype(self.dtype.numpy())
+
+    def cast(self, editor: Editor, before: ir.Node, value: ir.Value) -> ir.Value:
+        """Cast a float32 value to the type of activations.
+
+        Args:
+            editor: The graph.
+            before: The node that the cast comes before.
+            value: float32.
+
+        Returns:
+            The value itself where activations are float32.
+        """
+        if self.dtype == ir.DataType.FLOAT:
+            return value
+        (output,) = editor.add(before, "Cast", [value], {"to": int(self.dtype)})
+        return output
+
+    def to_float32(self, editor: Editor, before: ir.Node, value: ir.Value) -> ir.Value:
+        """Cast an activation to float32.
+
+        Args:
+            editor: The graph.
+            before: The node that the cast comes before.
+            value: Of the type of activations.
+
+        Returns:
+            The value itself where activations are float32.
+        """
+        if self.dtype == ir.DataType.FLOAT:
+            return value
+        (output,) = editor.add(before, "Cast", [value], {"to": int(ir.DataType.FLOAT)})
+        return output
+
+
+PRECISIONS: dict[str, Precision] = {
+    "fp32": Precision(name="fp32"),
+    "fp16": Precision(name="fp16", dtype=ir.DataType.FLOAT16),
+    "int8": Precision(name="int8", bits=8),
+    "int4": Precision(name="int4", bits=4),
+}
+
+
+def find_precision(name: str) -> Precision:
+    """Find a precision by its name.
+
+    Args:
+        name: What ``--precision`` was given.
+
+    Returns:
+        What it means.
+
+    Raises:
+        ExportError: There is none of that name.
+    """
+    if name not in PRECISIONS:
+        raise ExportError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}.")
+    return PRECISIONS[name]
