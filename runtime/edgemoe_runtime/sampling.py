@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,7 @@ def choose_token(logits: LogitArray, sampling: Sampling, generator: np.random.Ge
     Raises:
         BackendError: when the engine returned logits that are not finite.
     """
-    best = int(cast("np.intp", np.argmax(logits)))
+    best = int(np.argmax(logits))
     if not math.isfinite(float(logits[best])):
         raise BackendError(
             f"Logits must be finite, got {logits[best]}: the graph or the engine is broken."
@@ -65,7 +65,7 @@ def choose_token(logits: LogitArray, sampling: Sampling, generator: np.random.Ge
         return best
     tokens, probabilities = keep_likely(logits, sampling)
     point = generator.random() * probabilities.sum()
-    index = int(np.searchsorted(np.cumsum(probabilities), point, side="right"))
+    index = int(np.count_nonzero(np.cumsum(probabilities) <= point))
     return int(tokens[min(index, len(tokens) - 1)])
 
 

@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
-import numpy as np
-
 from edgemoe_runtime.answers import Classification, Generation, Score, meets_deadline
 from edgemoe_runtime.decoder import Decoder
 from edgemoe_runtime.errors import RequestError, SessionClosedError
@@ -21,6 +19,7 @@ from edgemoe_runtime.generation import (
 from edgemoe_runtime.k_cap import check_k_cap, experts_per_token, ladder_position
 from edgemoe_runtime.opening import OpenedTask, open_task
 from edgemoe_runtime.sampling import FloatArray, Sampling
+from edgemoe_runtime.scoring import score_completions
 from edgemoe_runtime.stopping import check_stop
 
 if TYPE_CHECKING:
@@ -141,6 +140,20 @@ class Session:
         stream: Literal[True],
     ) -> TextStream: ...
 
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_p: float = ...,
+        top_k: int | None = ...,
+        seed: int | None = ...,
+        stop: str | Sequence[str] | None = ...,
+        stream: bool,
+    ) -> Generation | TextStream: ...
+
     def generate(
         self,
         prompt: str,
@@ -249,8 +262,11 @@ class Session:
             BackendError: when the engine fails.
         """
         self._check_open()
-        if isinstance(choices, str) or not choices or len(set(choices)) != len(choices):
-            raise RequestError(f"choices must be a list of distinct strings, got {choices!r}.")
+        distinct = not isinstance(choices, str) and len(set(choices)) == len(choices) > 0
+        if not distinct or "" in choices:
+            raise RequestError(
+                f"choices must be a list of distinct, non-empty strings, got {choices!r}."
+            )
         if by not in ("total", "token", "character"):
             raise RequestError(f"by must be total, token or character, got {by!r}.")
         pattern = DEFAULT_TEMPLATE if template is None else template
@@ -370,23 +386,10 @@ class Session:
         return self.manifest.tasks[self.task].top_k
 
     def _score_all(self, prompt: str, completions: Sequence[str]) -> list[Score]:
-        ids = self.encode(prompt)
-        encoded = [self._tokenizer.encode(text, special_tokens=False) for text in completions]
-        for text, tokens in zip(completions, encoded, strict=True):
-            if not tokens:
-                raise RequestError(f"A completion must be at least one token, got {text!r}.")
-        self._decoder.check(ids, max(map(len, encoded)) - 1)
         self._next_turn()
-        first = np.array(self._decoder.prefill(ids), dtype=np.float32)
-        mark = self._decoder.mark()
-        return [
-            Score(
-                log_likelihood=float(self._decoder.continuation(mark, first, tokens).sum()),
-                tokens=len(tokens),
-                characters=len(text),
-            )
-            for text, tokens in zip(completions, encoded, strict=True)
-        ]
+        return score_completions(
+            self._decoder, self._tokenizer, self.encode(prompt), completions
+        )
 
     def _next_turn(self) -> int:
         self._turn += 1
