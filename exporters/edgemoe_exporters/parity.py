@@ -41,8 +41,9 @@ MAX_FP32_DIFFERENCE = 1e-4
 MAX_MEAN_KL = {"fp16": 0.02, "int8": 0.2, "int4": 1.0}  # nats
 
 _ROW_TOKENS = 24
-# Batch and lengths of successive calls; their sums are at most _ROW_TOKENS.
-_SCHEDULES = ((1, (16, 1, 1, 1, 1)), (1, (5, 4, 3)), (2, (7, 1, 1, 2)))
+# Batch and lengths of successive calls; their sums are at most _ROW_TOKENS. GroupQueryAttention
+# continues a batch by one token at a time only.
+_SCHEDULES = ((1, (16, 1, 1, 1, 1)), (1, (5, 4, 3)), (2, (7, 1, 1)))
 
 
 @dataclass(frozen=True)

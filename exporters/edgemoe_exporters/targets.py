@@ -14,6 +14,8 @@ from edgemoe.errors import ExportError
 Flavour = Literal["ort", "tensorrt"]
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
+# Block-wise int8 and int4 weights need opset 21, which JetPack 6.2's TensorRT does not parse.
+_TENSORRT_PRECISIONS = ("fp32", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,7 @@ class Target:
         name: What ``--target`` says.
         flavour: Whose operators the graphs use.
         precision: What is used without ``--precision``.
+        precisions: What ``--precision`` may say.
         providers: onnxruntime's execution providers, best first; where there is an engine in
             the bundle, it comes before them.
         tensorrt_minimum: Oldest TensorRT that must be able to parse the graph, if any.
@@ -33,6 +36,7 @@ class Target:
     name: str
     flavour: Flavour
     precision: str
+    precisions: tuple[str, ...]
     providers: tuple[str, ...]
     tensorrt_minimum: str | None = None
     opset_maximum: int = 21
@@ -44,12 +48,21 @@ _TENSORRT = "TensorrtExecutionProvider"
 _TENSORRT_RTX = "NvTensorRTRTXExecutionProvider"
 
 TARGETS: dict[str, Target] = {
-    "cpu": Target(name="cpu", flavour="ort", precision="int4", providers=(_CPU,)),
-    "cuda": Target(name="cuda", flavour="ort", precision="fp16", providers=(_CUDA, _CPU)),
+    "cpu": Target(
+        name="cpu", flavour="ort", precision="int4", precisions=PRECISIONS, providers=(_CPU,)
+    ),
+    "cuda": Target(
+        name="cuda",
+        flavour="ort",
+        precision="fp16",
+        precisions=PRECISIONS,
+        providers=(_CUDA, _CPU),
+    ),
     "tensorrt": Target(
         name="tensorrt",
         flavour="tensorrt",
         precision="fp16",
+        precisions=_TENSORRT_PRECISIONS,
         providers=(_TENSORRT, _CUDA, _CPU),
         tensorrt_minimum="10.3",
         opset_maximum=20,
@@ -58,6 +71,7 @@ TARGETS: dict[str, Target] = {
         name="tensorrt-rtx",
         flavour="tensorrt",
         precision="fp16",
+        precisions=_TENSORRT_PRECISIONS,
         providers=(_TENSORRT_RTX, _CUDA, _CPU),
         opset_maximum=20,
     ),
@@ -66,6 +80,7 @@ TARGETS: dict[str, Target] = {
         name="jetson-orin",
         flavour="tensorrt",
         precision="fp16",
+        precisions=_TENSORRT_PRECISIONS,
         providers=(_TENSORRT, _CUDA, _CPU),
         tensorrt_minimum="10.3",
         opset_maximum=20,
@@ -74,6 +89,7 @@ TARGETS: dict[str, Target] = {
         name="jetson-thor",
         flavour="tensorrt",
         precision="fp16",
+        precisions=_TENSORRT_PRECISIONS,
         providers=(_TENSORRT, _CUDA, _CPU),
         tensorrt_minimum="10.13",
         opset_maximum=20,
@@ -109,12 +125,17 @@ def choose_precision(target: Target, precision: str | None) -> str:
         One of ``PRECISIONS``.
 
     Raises:
-        ExportError: There is no such precision.
+        ExportError: There is no such precision, or the target cannot run it.
     """
     if precision is None:
         return target.precision
     if precision not in PRECISIONS:
         raise ExportError(
             f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}."
+        )
+    if precision not in target.precisions:
+        raise ExportError(
+            f"precision of target {target.name} must be one of {', '.join(target.precisions)}, "
+            f"got {precision!r}. Use --precision {target.precision}."
         )
     return precision

@@ -1,0 +1,306 @@
+"""The whole road of ``edgemoe export``: checkpoint in, checked bundle out, or nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from edgemoe.calibrate.collect import collect
+from edgemoe.evaluate.evaluation import evaluate
+from edgemoe.evaluate.torch_scorer import TorchScorer
+from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
+from edgemoe.prune.keep import count_kept
+from edgemoe.prune.plan import Plan
+from edgemoe.prune.registry import make_plan
+from edgemoe.staging import staged_directory
+from edgemoe.tasks import TaskFile
+from edgemoe_exporters import lower_ort, lower_tensorrt
+from edgemoe_exporters.bundle import (
+    BundleWriter,
+    copy_model_files,
+    list_files,
+    require_space,
+    tensor_specs,
+)
+from edgemoe_exporters.manifest_writer import (
+    CREATED_BY,
+    describe_cache,
+    describe_model,
+    describe_plan,
+)
+from edgemoe_exporters.parity import (
+    GraphRunner,
+    GraphScorer,
+    check_parity,
+    measure_parity,
+    run_eager,
+)
+from edgemoe_exporters.quality import judge_quality, split_task
+from edgemoe_exporters.request import ExportReport, ExportRequest, TaskReport
+from edgemoe_exporters.task_experts import (
+    KEEP_ALL,
+    compressed,
+    keep_all,
+    lay_out_plans,
+    list_experts,
+)
+from edgemoe_exporters.trace import trace
+from edgemoe_runtime.integrity import verify_bundle
+from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.manifest_parts import KRung, TaskEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    import onnx_ir as ir
+    from tokenizers import Tokenizer
+
+    from edgemoe.evaluate.evaluation import Evaluation
+    from edgemoe.evaluate.scorer import Scorer
+    from edgemoe.models.contract import MoeModel
+    from edgemoe_exporters.parity import EagerRun
+    from edgemoe_exporters.sharing import StackLayout
+    from edgemoe_exporters.targets import Target
+    from edgemoe_runtime.manifest_parts import KvCache, SizeReport, TensorSpec
+
+Lowering: TypeAlias = "Callable[[ir.Model, str], ir.Model]"
+Say: TypeAlias = "Callable[[str], None]"
+
+_LOWERINGS: dict[str, Lowering] = {
+    "ort": lower_ort.lower,
+    "tensorrt": lower_tensorrt.lower,
+}
+# Bytes of a graph for each parameter, at most: embeddings stay wider than 4 bits.
+_BYTES_PER_PARAMETER = {"fp32": 4.1, "fp16": 2.1, "int8": 1.5, "int4": 1.2}
+_PARITY_TEXT = (
+    "The spindle of station 4 vibrates above its limit. Check the bearing, then the alignment, "
+    "and write down what you found: def median(values): return sorted(values)[len(values) // 2]"
+)
+
+
+def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> ExportReport:
+    """Export a checkpoint for one or more tasks.
+
+    Without tasks the model is exported as it is. For a task without a plan, experts are chosen
+    on three quarters of its lines; scores before and after are those of the remaining lines.
+    Every graph is compared with the eager model that has the same experts.
+
+    Args:
+        request: What to export.
+        on_stage: Called with a short text at the beginning of each stage.
+
+    Returns:
+        Sizes, parity and quality.
+
+    Raises:
+        EdgemoeError: Something is refused, a graph disagrees with eager, or a score fell more
+            than allowed; the output is then as it was before.
+    """
+    target, precision = request.check()
+    data = _TaskData.load(request)
+    shape = read_shape(request.model)
+    for plan in data.plans.values():
+        plan.validate(shape)
+    # Refuses what no method could keep, before anything is calibrated.
+    counts = count_kept(shape, keep=request.keep_or_default) if request.pruned_here else ()
+    tokenizer = load_tokenizer(request.model)
+    with staged_directory(request.output, force=request.force) as staged:
+        copy_model_files(request.model, staged)
+        on_stage("open the checkpoint")
+        model = load_model(request.model)
+        parameters = sum(parameter.numel() for parameter in model.model.parameters())
+        require_space(staged, int(parameters * _BYTES_PER_PARAMETER[precision]))
+        road = _Road(request, target, precision, staged, model, tokenizer, data, on_stage)
+        plans = road.choose_plans(counts)
+        before = road.evaluate_before()
+        layouts = lay_out_plans(plans, shape)
+        graphs = road.write_graphs(plans, layouts)
+        reports = {name: road.judge(name, graphs.eager[name], before) for name in plans}
+        road.write_manifest(plans, layouts, graphs, reports)
+        on_stage("verify the bundle")
+        verify_bundle(staged, hashes=False)
+    return ExportReport(
+        output=request.output,
+        target=target.name,
+        flavour=target.flavour,
+        precision=precision,
+        experts_before=shape.experts_per_layer,
+        checkpoint_bytes=parameters * 4,
+        size=graphs.size,
+        tasks=reports,
+        separate_stacks=graphs.separate_stacks,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TaskData:
+    """The files of the request, read and checked."""
+
+    calibration: Mapping[str, TaskFile]
+    held_out: Mapping[str, TaskFile]
+    plans: Mapping[str, Plan]
+
+    @classmethod
+    def load(cls, request: ExportRequest) -> _TaskData:
+        files = {name: TaskFile.load(name, path) for name, path in request.tasks.items()}
+        splits = {name: split_task(files[name]) for name in request.pruned_here}
+        return cls(
+            calibration={name: split[0] for name, split in splits.items()},
+            held_out={
+                name: splits[name][1] if name in splits else file
+                for name, file in files.items()
+            },
+            plans={name: Plan.load(path) for name, path in request.plans.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Graphs:
+    """What was written, and what it must agree with."""
+
+    eager: Mapping[str, list[EagerRun]]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    cache: KvCache
+    size: SizeReport
+    separate_stacks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Road:
+    """One export under way: its stages, in the order in which they run."""
+
+    request: ExportRequest
+    target: Target
+    precision: str
+    staged: Path
+    model: MoeModel
+    tokenizer: Tokenizer
+    data: _TaskData
+    say: Say
+
+    @property
+    def full_k(self) -> tuple[int, ...]:
+        return tuple(layer.top_k for layer in self.model.layers)
+
+    def choose_plans(self, counts: tuple[int, ...]) -> dict[str, Plan]:
+        """Return the plan of every task, in the order of the request."""
+        plans = {}
+        for name in self.request.names:
+            if name in self.data.plans:
+                plans[name] = self.data.plans[name]
+            elif name in self.data.calibration and counts != self.model.experts_per_layer:
+                self.say(f"choose the experts for {name}")
+                statistics = collect(
+                    self.model,
+                    [self.data.calibration[name]],
+                    self.tokenizer,
+                    max_tokens=self.request.calibration_tokens,
+                )
+                plans[name] = make_plan(
+                    statistics, name, self.request.method, counts, seed=self.request.seed
+                )
+            else:
+                plans[name] = keep_all(self.model.shape)
+        return plans
+
+    def evaluate_before(self) -> dict[str, Evaluation]:
+        """Return the score of the whole model on each task's held-out lines."""
+        scores = {}
+        for name, held_out in self.data.held_out.items():
+            self.say(f"evaluate the checkpoint on {name}")
+            scores[name] = self._evaluate(TorchScorer(self.model), held_out)
+        return scores
+
+    def write_graphs(
+        self, plans: Mapping[str, Plan], layouts: Mapping[int, StackLayout]
+    ) -> _Graphs:
+        """Trace, lower and write each task's model."""
+        eager = {}
+        with BundleWriter(self.staged, tuple(plans), layouts) as writer:
+            for name, plan in plans.items():
+                self.say(f"make the graph of {name}")
+                with compressed(self.model, plan, layouts, name) as small:
+                    eager[name] = run_eager(small, self._parity_tokens(name))
+                    lowered = _LOWERINGS[self.target.flavour](trace(small), self.precision)
+                    inputs = tensor_specs(lowered.graph.inputs)
+                    outputs = tensor_specs(lowered.graph.outputs)
+                    cache = describe_cache(lowered.graph, inputs)
+                    writer.add_graph(name, lowered)
+            self.say("write the bundle")
+            size = writer.finish()
+            return _Graphs(
+                eager=eager,
+                inputs=inputs,
+                outputs=outputs,
+                cache=cache,
+                size=size,
+                separate_stacks=tuple(writer.separate_stacks),
+            )
+
+    def judge(
+        self, name: str, eager: list[EagerRun], before: Mapping[str, Evaluation]
+    ) -> TaskReport:
+        """Compare a written graph with the eager model, and its score with the one before."""
+        self.say(f"compare the graph of {name} with the eager model")
+        runner = GraphRunner(self.staged / f"{name}.onnx")
+        parity = measure_parity(runner, eager, self.full_k)
+        check_parity(parity, self.precision, name)
+        quality = None
+        if name in before:
+            self.say(f"evaluate the graph of {name}")
+            held_out = self.data.held_out[name]
+            longest = int(self.model.config.max_position_embeddings)
+            after = self._evaluate(GraphScorer(runner, self.full_k, longest), held_out)
+            quality = judge_quality(held_out, before[name], after, self.request.max_drop)
+        return TaskReport(parity=parity, quality=quality)
+
+    def write_manifest(
+        self,
+        plans: Mapping[str, Plan],
+        layouts: Mapping[int, StackLayout],
+        graphs: _Graphs,
+        reports: Mapping[str, TaskReport],
+    ) -> None:
+        """Write manifest.json, last of all files."""
+        whole = self.model.experts_per_layer
+        Manifest(
+            created_by=CREATED_BY,
+            model=describe_model(self.model, self.request.model.resolve().name),
+            target=self.target.name,
+            flavour=self.target.flavour,
+            precision=self.precision,
+            kv_cache=graphs.cache,
+            tasks={
+                name: TaskEntry(
+                    graph=f"{name}.onnx",
+                    top_k=max(self.full_k),
+                    experts_per_layer=plan.experts_per_layer,
+                    experts=list_experts(plan, layouts, name)
+                    if name in self.data.plans or plan.experts_per_layer != whole
+                    else None,
+                    plan=None if plan.method == KEEP_ALL else describe_plan(plan),
+                    parity=reports[name].parity.to_report(),
+                    quality=reports[name].quality,
+                )
+                for name, plan in plans.items()
+            },
+            inputs=graphs.inputs,
+            outputs=graphs.outputs,
+            k_ladder=(KRung(name="full", k_cap=self.full_k),),
+            size=graphs.size,
+            files=list_files(self.staged),
+        ).save(self.staged)
+
+    def _evaluate(self, scorer: Scorer, task: TaskFile) -> Evaluation:
+        return evaluate(scorer, task, self.tokenizer, max_tokens=self.request.held_out_tokens)
+
+    def _parity_tokens(self, name: str) -> list[int]:
+        text = _PARITY_TEXT
+        if name in self.data.held_out:
+            records = self.data.held_out[name].records
+            text = "\n".join(record.calibration_text for record in records[:16])
+        ids: list[int] = self.tokenizer.encode(text).ids
+        vocabulary = int(self.model.config.vocab_size)
+        return [token for token in ids if token < vocabulary] or [0]

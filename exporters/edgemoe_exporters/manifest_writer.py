@@ -1,0 +1,114 @@
+"""The manifest of a bundle, from the model and the graphs that were written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgemoe import __version__
+from edgemoe.errors import ExportError
+from edgemoe_runtime.manifest_parts import KvCache, KvLayer, ModelInfo
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.prune.plan import Plan
+    from edgemoe_runtime.json_fields import Json
+    from edgemoe_runtime.manifest_parts import TensorSpec
+
+CREATED_BY = f"edgemoe {__version__}"
+
+
+def describe_model(model: MoeModel, name: str) -> ModelInfo:
+    """Describe the language model.
+
+    Args:
+        model: The whole model.
+        name: What people call it.
+
+    Returns:
+        What the manifest says of it.
+    """
+    config: Any = model.config
+    generation: Any = getattr(model.model, "generation_config", None) or config
+    eos = generation.eos_token_id
+    if eos is None:
+        eos = config.eos_token_id
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    vocabulary = int(config.vocab_size)
+    bos = config.bos_token_id
+    return ModelInfo(
+        family=model.family,
+        name=name,
+        vocab_size=vocabulary,
+        hidden_size=int(config.hidden_size),
+        num_layers=int(config.num_hidden_layers),
+        max_position_embeddings=int(config.max_position_embeddings),
+        bos_token_id=bos if isinstance(bos, int) and 0 <= bos < vocabulary else None,
+        eos_token_ids=tuple(token for token in ends if 0 <= token < vocabulary),
+        moe_layers=tuple(layer.index for layer in model.layers),
+        checkpoint_sha256=model.sha256,
+    )
+
+
+def describe_cache(graph: ir.Graph, inputs: tuple[TensorSpec, ...]) -> KvCache:
+    """Describe the key-value cache of a lowered graph.
+
+    Args:
+        graph: The graph.
+        inputs: Its inputs.
+
+    Returns:
+        What the manifest says of it.
+
+    Raises:
+        ExportError: The cache inputs are not pairs of key and value of one type.
+    """
+    keys = [spec for spec in inputs if spec.name.endswith(".key")]
+    values = [spec for spec in inputs if spec.name.endswith(".value")]
+    dtypes = {spec.dtype for spec in keys + values}
+    if len(keys) != len(values) or len(dtypes) != 1:
+        raise ExportError(
+            f"a graph's cache must be pairs of key and value of one type, got {len(keys)} "
+            f"keys, {len(values)} values, types {sorted(dtypes)}: a defect of the lowering."
+        )
+    shared = any(node.op_type == "GroupQueryAttention" for node in graph)
+    return KvCache(
+        form="shared_buffer" if shared else "concat",
+        dtype=dtypes.pop(),
+        layers=tuple(
+            KvLayer(heads=_size(key, 1), key_dim=_size(key, 3), value_dim=_size(value, 3))
+            for key, value in zip(keys, values, strict=True)
+        ),
+    )
+
+
+def describe_plan(plan: Plan) -> dict[str, Json]:
+    """Say where a task's experts come from.
+
+    Args:
+        plan: The task's plan.
+
+    Returns:
+        Its provenance as JSON values.
+    """
+    return {
+        "method": plan.method,
+        "options": dict(sorted(plan.options.items())),
+        "seed": plan.seed,
+        "task": plan.task,
+        "sha256": plan.sha256,
+        "checkpoint_sha256": plan.checkpoint_sha256,
+        "statistics_sha256": plan.statistics_sha256,
+        "edgemoe_version": plan.edgemoe_version,
+    }
+
+
+def _size(spec: TensorSpec, axis: int) -> int:
+    size = spec.shape[axis]
+    if not isinstance(size, int):
+        raise ExportError(
+            f"{spec.name} must have a fixed size on axis {axis}, got {size!r}. This is a "
+            "defect of the lowering: please report it."
+        )
+    return size

@@ -1,0 +1,174 @@
+"""What an export is asked for, checked before any work, and what it answers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.errors import ExportError
+from edgemoe.staging import refuse_existing
+from edgemoe_exporters.bundle import UNNAMED_TASK, check_task_names
+from edgemoe_exporters.targets import Target, choose_precision, find_target
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from edgemoe_exporters.parity import Parity
+    from edgemoe_runtime.manifest_parts import QualityReport, SizeReport
+
+DEFAULT_KEEP = 0.75
+DEFAULT_METHOD = "reap"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """One call of ``edgemoe export``.
+
+    Attributes:
+        model: The checkpoint.
+        output: The bundle to write.
+        target: One of :data:`edgemoe_exporters.targets.TARGETS`.
+        precision: One of ``PRECISIONS``, or None for the target's own.
+        tasks: Task files by task name. Without a plan, three quarters of the lines choose the
+            experts and one quarter judges them; with a plan, all lines judge.
+        plans: Plan files by task name.
+        keep: Fraction of each layer's experts to keep for tasks without a plan, in (0, 1];
+            None for 0.75.
+        max_drop: How much worse a score may get, in [0, inf): relative for perplexity,
+            absolute for accuracy. None for no gate.
+        force: Whether an existing output may be replaced.
+        method: Pruning method for tasks without a plan.
+        seed: Its seed.
+        calibration_tokens: Most tokens of each task that choose experts.
+        held_out_tokens: Most tokens of each task that judge; the same before and after.
+    """
+
+    model: Path
+    output: Path
+    target: str
+    precision: str | None = None
+    tasks: Mapping[str, Path] = field(default_factory=dict)
+    plans: Mapping[str, Path] = field(default_factory=dict)
+    keep: float | None = None
+    max_drop: float | None = None
+    force: bool = False
+    method: str = DEFAULT_METHOD
+    seed: int = 0
+    calibration_tokens: int = 16_384
+    held_out_tokens: int = 8_192
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tasks of the bundle, in order; one unnamed where none was given."""
+        return tuple({**self.tasks, **self.plans}) or (UNNAMED_TASK,)
+
+    @property
+    def pruned_here(self) -> tuple[str, ...]:
+        """Tasks whose experts are chosen by this export."""
+        return tuple(name for name in self.tasks if name not in self.plans)
+
+    @property
+    def keep_or_default(self) -> float:
+        """Fraction of each layer's experts to keep for tasks without a plan."""
+        return DEFAULT_KEEP if self.keep is None else self.keep
+
+    def check(self) -> tuple[Target, str]:
+        """Check all that can be known before the checkpoint is opened.
+
+        Returns:
+            Target and precision.
+
+        Raises:
+            ExportError: An option breaks a rule, or two do not fit together.
+            OutputError: The output exists and ``force`` is false.
+        """
+        target = find_target(self.target)
+        precision = choose_precision(target, self.precision)
+        check_task_names(self.names)
+        if self.keep is not None:
+            if not 0 < self.keep <= 1:
+                raise ExportError(
+                    f"keep must be in (0, 1], got {self.keep:g}: it is the fraction of each "
+                    "layer's experts that stay."
+                )
+            if not self.pruned_here:
+                raise ExportError(
+                    "keep needs a task to choose the experts for, got none without a plan. Add "
+                    "--task NAME=FILE.jsonl, or leave --keep out to export the model as it is."
+                )
+        if self.max_drop is not None:
+            if not 0 <= self.max_drop < math.inf:
+                raise ExportError(
+                    f"max-drop must be in [0, inf), got {self.max_drop:g}: 0.05 allows 5% more "
+                    "perplexity, or five points less accuracy."
+                )
+            unjudged = [name for name in self.names if name not in self.tasks]
+            if unjudged:
+                raise ExportError(
+                    f"max-drop needs lines to judge every task by, got none for "
+                    f"{', '.join(unjudged)}. Add --task NAME=FILE.jsonl for it, or leave "
+                    "--max-drop out."
+                )
+        refuse_existing(self.output, force=self.force)
+        return target, precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskReport:
+    """What became of one task.
+
+    Attributes:
+        parity: How far the graph is from the eager model with the same experts.
+        quality: Scores before and after, where there were lines to judge by.
+    """
+
+    parity: Parity
+    quality: QualityReport | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What an export made.
+
+    Attributes:
+        output: The bundle.
+        target: Its target.
+        flavour: Whose operators the graphs use: ``ort`` or ``tensorrt``.
+        precision: Of the weights.
+        experts_before: Experts of each MoE layer of the checkpoint.
+        checkpoint_bytes: Size of the checkpoint's weights as the model holds them in float32.
+        size: Bytes on disk.
+        tasks: What became of each task.
+        separate_stacks: Tensors of experts that were stored apart although tasks share them.
+    """
+
+    output: Path
+    target: str
+    flavour: str
+    precision: str
+    experts_before: tuple[int, ...]
+    checkpoint_bytes: int
+    size: SizeReport
+    tasks: Mapping[str, TaskReport]
+    separate_stacks: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        return {
+            "output": str(self.output),
+            "target": self.target,
+            "flavour": self.flavour,
+            "precision": self.precision,
+            "experts_before": list(self.experts_before),
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "size": self.size.to_json(),
+            "tasks": {
+                name: {
+                    "parity": vars(task.parity),
+                    "quality": None if task.quality is None else task.quality.to_json(),
+                }
+                for name, task in self.tasks.items()
+            },
+        }

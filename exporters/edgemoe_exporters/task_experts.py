@@ -1,0 +1,154 @@
+"""The experts of each task in one model: chosen by a plan, put in the order of the bundle."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from edgemoe.models.saving import set_expert_counts
+from edgemoe.prune.apply import apply_plan
+from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
+from edgemoe_exporters.sharing import ExpertKey, StackLayout, lay_out
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from edgemoe.models.contract import ModelShape, MoeLayer, MoeModel
+    from edgemoe_runtime.manifest_parts import ExpertGroup
+
+KEEP_ALL = "none"
+
+
+def keep_all(shape: ModelShape) -> Plan:
+    """Return the plan that changes nothing.
+
+    Args:
+        shape: The model.
+
+    Returns:
+        A plan that keeps every expert of every layer.
+    """
+    return Plan(
+        method=KEEP_ALL,
+        layers=tuple(
+            LayerPlan(
+                layer=layer.layer,
+                experts=tuple(
+                    MergedExpert(members=(expert,)) for expert in range(layer.num_experts)
+                ),
+            )
+            for layer in shape.layers
+        ),
+    )
+
+
+def lay_out_plans(plans: Mapping[str, Plan], shape: ModelShape) -> dict[int, StackLayout]:
+    """Order the experts of every layer so that the tasks share what they have in common.
+
+    A layer whose router compares experts in groups keeps its order, and is not stacked: there
+    an expert's place tells its group.
+
+    Args:
+        plans: The plan of each task.
+        shape: The model that they are about.
+
+    Returns:
+        The layout by decoder layer; none for layers that must keep their order.
+    """
+    return {
+        layer.layer: lay_out(
+            {
+                task: [_key(expert) for expert in plan.layers[position].experts]
+                for task, plan in plans.items()
+            }
+        )
+        for position, layer in enumerate(shape.layers)
+        if layer.n_group == 1
+    }
+
+
+@contextlib.contextmanager
+def compressed(
+    model: MoeModel, plan: Plan, layouts: Mapping[int, StackLayout], task: str
+) -> Iterator[MoeModel]:
+    """Yield the model with the experts of one task; it is as before when the block ends.
+
+    Args:
+        model: The whole model.
+        plan: The task's plan.
+        layouts: The order of the experts by decoder layer.
+        task: The task.
+
+    Yields:
+        The task's model; it shares all other weights with ``model``.
+
+    Raises:
+        PlanError: The plan does not fit the model.
+    """
+    whole = [
+        (layer.gate_up, layer.down, layer.router_weight, layer.correction_bias)
+        for layer in model.layers
+    ]
+    try:
+        small = apply_plan(model, plan)
+        for layer, layer_plan in zip(small.layers, plan.layers, strict=True):
+            if layer.index in layouts:
+                order = _order(layer_plan, layouts[layer.index].experts_of(task))
+                _permute(layer, order)
+        yield small
+    finally:
+        for layer, tensors in zip(model.layers, whole, strict=True):
+            layer.replace_experts(*tensors)
+        set_expert_counts(model)
+
+
+def list_experts(
+    plan: Plan, layouts: Mapping[int, StackLayout], task: str
+) -> tuple[tuple[ExpertGroup, ...], ...]:
+    """List the original ids of a task's experts in the order of its graph.
+
+    Args:
+        plan: The task's plan.
+        layouts: The order of the experts by decoder layer.
+        task: The task.
+
+    Returns:
+        Per MoE layer an id for each kept expert, and the ids of its members for each merged.
+    """
+    listed = []
+    for layer in plan.layers:
+        experts: Sequence[MergedExpert] = layer.experts
+        if layer.layer in layouts:
+            order = _order(layer, layouts[layer.layer].experts_of(task))
+            experts = [layer.experts[position] for position in order]
+        listed.append(
+            tuple(
+                expert.members[0] if len(expert.members) == 1 else expert.members
+                for expert in experts
+            )
+        )
+    return tuple(listed)
+
+
+def _key(expert: MergedExpert) -> ExpertKey:
+    """Tell apart experts whose weights differ."""
+    if len(expert.members) == 1:
+        return expert.members[0]
+    return expert.members, expert.shares, expert.aligned_to
+
+
+def _order(plan: LayerPlan, keys: Sequence[ExpertKey]) -> list[int]:
+    positions = {_key(expert): position for position, expert in enumerate(plan.experts)}
+    return [positions[key] for key in keys]
+
+
+def _permute(layer: MoeLayer, order: list[int]) -> None:
+    if order == sorted(order):
+        return
+    bias = layer.correction_bias
+    layer.replace_experts(
+        layer.gate_up[order],
+        layer.down[order],
+        layer.router_weight[order],
+        None if bias is None else bias[order],
+    )
