@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from edgemoe_runtime.answers import Classification, Generation, Score
     from edgemoe_runtime.chain import Fallback
+    from edgemoe_runtime.device import Device, inspect_device
     from edgemoe_runtime.errors import (
         BackendError,
         BackendUnavailableError,
@@ -36,6 +37,7 @@ _MODULES = {
     "BackendUnavailableError": "errors",
     "BundleError": "errors",
     "Classification": "answers",
+    "Device": "device",
     "EdgemoeRuntimeError": "errors",
     "Explanation": "explanation",
     "Fallback": "chain",
@@ -49,6 +51,7 @@ _MODULES = {
     "SessionClosedError": "errors",
     "TextStream": "generation",
     "VerifiedBundle": "integrity",
+    "inspect_device": "device",
     "verify_bundle": "integrity",
 }
 
@@ -57,6 +60,7 @@ __all__ = [
     "BackendUnavailableError",
     "BundleError",
     "Classification",
+    "Device",
     "EdgemoeRuntimeError",
     "Explanation",
     "Fallback",
@@ -70,6 +74,7 @@ __all__ = [
     "SessionClosedError",
     "TextStream",
     "VerifiedBundle",
+    "inspect_device",
     "verify_bundle",
 ]
 
