@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from edgemoe.errors import TaskFileError
+from edgemoe.errors import CheckpointError
 from edgemoe.evaluate.intervals import RESAMPLES, bootstrap_perplexity, wilson_interval
 from edgemoe.evaluate.requests import Question, build_questions
 
@@ -84,8 +84,9 @@ def evaluate(
         The evaluation.
 
     Raises:
-        TaskFileError: No token can be scored, or the model answers NaN.
-        TaskFileError: A completion is longer than the model's longest sequence.
+        TaskFileError: No token can be scored, or a completion is longer than the model's
+            longest sequence.
+        CheckpointError: The model answers NaN or infinity.
     """
     questions = build_questions(
         task, tokenizer, max_length=scorer.max_length, max_tokens=max_tokens
@@ -99,7 +100,7 @@ def evaluate(
     losses = [-_answer_loglikelihood(q, row) for q, row in zip(questions, rows, strict=True)]
     tokens = [_answer_tokens(question) for question in questions]
     if not np.isfinite(losses).all():
-        raise TaskFileError(
+        raise CheckpointError(
             f"log-probabilities must be finite, got NaN or infinity on task {task.name!r}. The "
             "model overflows; use fp32."
         )
