@@ -131,7 +131,8 @@ def set_weight(
         ExportError: A number is beyond what the type can hold.
     """
     if dtype is not None:
-        converted = array.astype(dtype.numpy())
+        with np.errstate(over="ignore"):  # checked below, with the weight's name
+            converted = array.astype(dtype.numpy())
         if not np.isfinite(converted).all() and np.isfinite(array).all():
             largest = float(np.abs(array).max())
             raise ExportError(

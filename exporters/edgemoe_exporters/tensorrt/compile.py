@@ -72,7 +72,7 @@ def compile_bundle(
         target: `tensorrt-rtx`, `tensorrt`, `jetson-orin` or `jetson-thor`.
         task: Task to compile; all where None.
         compute_capabilities: GPUs to build for; all of the target where None.
-        max_batch: Largest batch; by default 4, on a Jetson 1.
+        max_batch: Largest batch; by default 1, which is what the runtime uses.
         max_sequence: Most new tokens in one call; by default 256.
         max_length: Most tokens of a row; by default the model's, at most 2048.
         force: Whether to build even what the cache holds.
@@ -98,13 +98,13 @@ def compile_bundle(
         )
     limits = choose_limits(
         manifest,
-        max_batch=wanted.max_batch if max_batch is None else max_batch,
+        max_batch=max_batch,
         max_sequence=max_sequence,
         max_length=max_length,
     )
     profile = make_profile(manifest, limits)
     machine = Machine.detect() if machine is None else machine
-    if wanted.board is not None and not machine.is_board(wanted.board):
+    if wanted.on_jetson and machine.jetson_target != wanted.name:
         raise CompileError(_on_the_device(bundle, manifest, wanted, tasks, profile))
     asked = None if compute_capabilities is None else tuple(compute_capabilities)
     capabilities = choose_capabilities(wanted, asked, machine)
@@ -179,7 +179,7 @@ def _on_the_device(
     """Return what to run on a Jetson, where its engines have to be built."""
     name = bundle.resolve().name
     lines = [
-        f"target {target.name} must be compiled on {target.board_name} itself, for TensorRT "
+        f"target {target.name} must be compiled on {target.place} itself, for TensorRT "
         f"builds for the GPU that it runs on; this machine is none. Copy {name} there and run:",
         *(f"    edgemoe compile {name} --target {target.name} --task {task}" for task in tasks),
         "JetPack's own tool builds the same engine (edgemoe loads only those that `edgemoe "

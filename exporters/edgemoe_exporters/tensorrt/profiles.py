@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from edgemoe_runtime.manifest import Manifest
     from edgemoe_runtime.manifest_parts import TensorSpec
 
-# Context memory is reserved for the largest shapes: float32 logits of 4 x 256 tokens and a
-# vocabulary of 49152 alone are 200 MB.
+# Context memory is reserved for the largest shapes: float32 logits of 256 tokens and a
+# vocabulary of 49152 alone are 50 MB.
+DEFAULT_MAX_BATCH = 1
 DEFAULT_MAX_SEQUENCE = 256
 DEFAULT_MAX_LENGTH = 2048
 
@@ -56,7 +57,7 @@ class _Extent:
 def choose_limits(
     manifest: Manifest,
     *,
-    max_batch: int,
+    max_batch: int | None = None,
     max_sequence: int | None = None,
     max_length: int | None = None,
 ) -> ShapeLimits:
@@ -72,7 +73,11 @@ def choose_limits(
         )
     length = min(DEFAULT_MAX_LENGTH, longest) if max_length is None else max_length
     sequence = min(DEFAULT_MAX_SEQUENCE, length) if max_sequence is None else max_sequence
-    return ShapeLimits(max_batch=max_batch, max_sequence=sequence, max_length=length)
+    return ShapeLimits(
+        max_batch=DEFAULT_MAX_BATCH if max_batch is None else max_batch,
+        max_sequence=sequence,
+        max_length=length,
+    )
 
 
 def make_profile(manifest: Manifest, limits: ShapeLimits) -> Profile:

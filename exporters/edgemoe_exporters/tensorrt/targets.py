@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgemoe.errors import CompileError
+from edgemoe_runtime.jetson import detect_jetson
 
-_COMPATIBLE = Path("/proc/device-tree/compatible")
 _CUDA_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 # CUdevice_attribute numbers of cuda.h.
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
@@ -23,17 +23,15 @@ class CompileTarget:
         name: As on the command line.
         package: `tensorrt` or `tensorrt_rtx`.
         capabilities: Compute capabilities that can be asked for; empty: that of the GPU here.
-        board: What the device tree calls the board's chip, or None for any machine.
-        board_name: For people.
-        max_batch: Default of the largest batch; a Jetson has little memory.
+        place: Where it has to be compiled, for people.
+        on_jetson: Whether only a Jetson of this target can compile it.
     """
 
     name: str
     package: str
     capabilities: tuple[int, ...]
-    board: str | None
-    board_name: str
-    max_batch: int
+    place: str
+    on_jetson: bool = False
 
 
 TARGETS: dict[str, CompileTarget] = {
@@ -41,33 +39,27 @@ TARGETS: dict[str, CompileTarget] = {
         name="tensorrt-rtx",
         package="tensorrt_rtx",
         capabilities=(75, 80, 86, 89, 120, 121),
-        board=None,
-        board_name="any x86-64 machine",
-        max_batch=4,
+        place="any x86-64 machine",
     ),
     "tensorrt": CompileTarget(
         name="tensorrt",
         package="tensorrt",
         capabilities=(),
-        board=None,
-        board_name="the machine with the GPU",
-        max_batch=4,
+        place="the machine with the GPU",
     ),
     "jetson-orin": CompileTarget(
         name="jetson-orin",
         package="tensorrt",
         capabilities=(87,),
-        board="tegra234",
-        board_name="the Jetson Orin",
-        max_batch=1,
+        on_jetson=True,
+        place="the Jetson Orin",
     ),
     "jetson-thor": CompileTarget(
         name="jetson-thor",
         package="tensorrt",
         capabilities=(110,),
-        board="tegra264",
-        board_name="the Jetson Thor",
-        max_batch=1,
+        on_jetson=True,
+        place="the Jetson Thor",
     ),
 }
 
@@ -77,28 +69,21 @@ class Machine:
     """The machine that compiles.
 
     Attributes:
-        chips: Entries of the device tree's `compatible`, such as "nvidia,tegra234".
+        jetson_target: Target of the Jetson that it is, or None.
         compute_capability: Of the first GPU, major times ten plus minor, or None without one.
     """
 
-    chips: tuple[str, ...]
+    jetson_target: str | None
     compute_capability: int | None
 
     @classmethod
     def detect(cls) -> Machine:
         """Look at this machine: its device tree and its CUDA driver."""
-        try:
-            text = _COMPATIBLE.read_bytes().decode(errors="replace")
-        except OSError:
-            text = ""
+        jetson = detect_jetson(Path("/"))
         return cls(
-            chips=tuple(entry for entry in text.split("\0") if entry),
+            jetson_target=None if jetson is None or jetson.soc is None else jetson.soc.target,
             compute_capability=_gpu_compute_capability(),
         )
-
-    def is_board(self, chip: str) -> bool:
-        """Return whether this is a board with the chip."""
-        return any(entry.endswith(chip) for entry in self.chips)
 
 
 def find_target(name: str) -> CompileTarget:

@@ -1,0 +1,303 @@
+"""The TensorRT lowering, run in onnxruntime, against the eager model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+)
+
+from edgemoe.errors import ExportError
+from edgemoe.models.adapter import adapt_model
+from edgemoe.models.hooks import limit_k
+from edgemoe_exporters import ops
+from edgemoe_exporters.lower_tensorrt import MAX_OPSET, lower
+from edgemoe_exporters.trace import trace
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgemoe.models.contract import MoeModel
+
+VOCABULARY = 96
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+# Experts and k of each: E <= 3k is dense, E > 3k chooses between gather and dense as it runs.
+CONFIGS = {
+    "glm4_moe": Glm4MoeConfig(
+        **COMMON,
+        head_dim=16,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_shared_experts=1,
+        first_k_dense_replace=0,
+        norm_topk_prob=False,
+        routed_scaling_factor=2.0,
+        partial_rotary_factor=0.5,
+        tie_word_embeddings=True,
+    ),
+    "qwen2_moe": Qwen2MoeConfig(
+        **COMMON,
+        num_experts=8,
+        num_experts_per_tok=2,
+        shared_expert_intermediate_size=48,
+        norm_topk_prob=True,
+    ),
+    "mixtral": MixtralConfig(
+        **{name: value for name, value in COMMON.items() if name != "moe_intermediate_size"},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+}
+# What TensorRT 10.3 to 11 refuse, or what JetPack 6.2 does not know.
+REFUSED = {"NonZero", "ScatterND", "ScatterElements", "Attention", "RotaryEmbedding", "MoE"}
+
+_traced: dict[str, tuple[MoeModel, ir.Model]] = {}
+
+
+def traced(family: str) -> tuple[MoeModel, ir.Model]:
+    """Return a tiny model, its second layer with fewer experts, and a copy of its trace."""
+    if family not in _traced:
+        torch.set_num_threads(2)
+        torch.manual_seed(1)
+        model = adapt_model(AutoModelForCausalLM.from_config(CONFIGS[family]))
+        for layer in model.layers:
+            layer.router_weight.normal_()
+        layer, keep = model.layers[1], torch.tensor([0, 2, 3])
+        bias = layer.correction_bias
+        layer.replace_experts(
+            layer.gate_up[keep].clone(),
+            layer.down[keep].clone(),
+            layer.router_weight[keep].clone(),
+            None if bias is None else bias[keep].clone(),
+        )
+        if model.layers[0].correction_bias is not None:
+            model.layers[0].correction_bias.normal_(std=0.3)
+        _traced[family] = (model, trace(model))
+    model, graph = _traced[family]
+    return model, graph.clone()
+
+
+class Graph:
+    """A lowered graph in onnxruntime, with its cache."""
+
+    def __init__(self, model: ir.Model, folder: Path) -> None:
+        self.path = folder / "graph.onnx"
+        ir.save(model, self.path)
+        onnx.checker.check_model(str(self.path), full_check=True)
+        self.session = onnxruntime.InferenceSession(
+            str(self.path), providers=["CPUExecutionProvider"]
+        )
+        self.past: dict[str, np.ndarray[Any, Any]] = {}
+
+    def logits(
+        self, ids: torch.Tensor, mask: torch.Tensor, steps: list[int], k_cap: list[int]
+    ) -> torch.Tensor:
+        kinds = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        past = {
+            item.name: np.zeros((len(ids), item.shape[1], 0, item.shape[3]), kinds[item.type])
+            for item in self.session.get_inputs()
+            if item.name.startswith("past_key_values")
+        }
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        names = [item.name for item in self.session.get_outputs()]
+        logits, start = [], 0
+        for count in steps:
+            stop = start + count
+            feeds = {
+                "input_ids": ids[:, start:stop].numpy(),
+                "attention_mask": mask[:, :stop].numpy(),
+                "position_ids": positions[:, start:stop].numpy(),
+                "k_cap": np.array(k_cap, dtype=np.int64),
+            }
+            outputs = self.session.run(None, feeds | past)
+            results = dict(zip(names, outputs, strict=True))
+            past = {name: results[name.replace("past_key_values", "present")] for name in past}
+            logits.append(torch.from_numpy(results["logits"]))
+            start = stop
+        return torch.cat(logits, dim=1)
+
+
+def eager(model: MoeModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        output = model.model(input_ids=ids, attention_mask=mask, position_ids=positions)
+    logits: torch.Tensor = output.logits
+    return logits
+
+
+def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, VOCABULARY, (2, 11), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_prefill_and_decode_with_padding_and_caps_agree_with_eager(
+    family: str, tmp_path: Path
+) -> None:
+    model, graph = traced(family)
+    lowered = Graph(lower(graph, "fp32"), tmp_path)
+    ids, mask = padded_batch()
+    top_k = model.layers[0].top_k
+    for k_cap in ([top_k, top_k], [1, top_k], [2, 1]):
+        with limit_k(model, k_cap):
+            expected = eager(model, ids, mask)
+        found = lowered.logits(ids, mask, [6, 1, 3, 1], k_cap)
+        difference = (found - expected)[mask.bool()].abs().max()
+        assert difference <= 1e-4, k_cap
+
+
+@pytest.mark.parametrize("form", ["dense", "gather"])
+def test_each_form_of_experts_agrees_with_eager(form: Any, tmp_path: Path) -> None:
+    model, graph = traced("qwen2_moe")
+    lowered = Graph(lower(graph, "fp32", experts_form=form), tmp_path)
+    ids, mask = padded_batch()
+    found = lowered.logits(ids, mask, [10, 1], [2, 1])
+    with limit_k(model, [2, 1]):
+        expected = eager(model, ids, mask)
+    assert (found - expected)[mask.bool()].abs().max() <= 1e-4
+
+
+def test_experts_beyond_three_k_choose_as_they_run() -> None:
+    _, graph = traced("qwen2_moe")
+    counts = [node.op_type for node in lower(graph, "fp32").graph].count("If")
+    assert counts == 1  # 8 experts with k = 2; the second layer has 3
+
+
+def test_half_precision_keeps_what_chooses_in_float32(tmp_path: Path) -> None:
+    model, graph = traced("glm4_moe")
+    lowered = lower(graph, "fp16")
+    weights = lowered.graph.initializers
+    assert weights["model.layers.0.mlp.gate.weight"].dtype == ir.DataType.FLOAT
+    assert weights["model.norm.weight"].dtype == ir.DataType.FLOAT
+    assert weights["model.layers.0.mlp.experts.gate_up_proj"].dtype == ir.DataType.FLOAT16
+    assert weights["model.embed_tokens.weight"].dtype == ir.DataType.FLOAT16
+    types = {value.name: value.dtype for value in lowered.graph.outputs}
+    assert types.pop("logits") == ir.DataType.FLOAT
+    assert set(types.values()) == {ir.DataType.FLOAT16}
+    ids, mask = padded_batch()
+    found = Graph(lowered, tmp_path).logits(ids, mask, [10, 1], [3, 3])
+    expected = eager(model, ids, mask)
+    same = (found - expected)[mask.bool()].abs().amax(-1) < 0.05
+    assert same.float().mean() > 0.8  # experts with nearly equal scores may swap in float16
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_graph_has_only_ops_that_jetpack_parses(family: str) -> None:
+    _, graph = traced(family)
+    lowered = lower(graph, "fp16")
+    nodes = [*ir.traversal.RecursiveGraphIterator(lowered.graph)]
+    assert {node.domain for node in nodes} == {""}
+    assert not REFUSED & {node.op_type for node in nodes}
+    assert set(lowered.opset_imports) == {""}
+    assert lowered.opset_imports[""] <= MAX_OPSET
+    assert len(nodes) < 150 * 2
+
+
+def test_stacks_of_experts_say_so() -> None:
+    _, graph = traced("glm4_moe")
+    weights = lower(graph, "fp32").graph.initializers
+    for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
+        value = weights[f"model.layers.1.mlp.{name}"]
+        assert value.metadata_props == {"edgemoe.expert_axis": "0", "edgemoe.layer": "1"}
+        assert value.shape is not None
+        assert value.shape[0] == 3
+
+
+@pytest.mark.parametrize("rule", [(True, 4, 2), (False, 2, 1), (False, 1, 1)])
+def test_grouped_and_biased_routing_agrees_with_the_op(
+    rule: tuple[bool, int, int], tmp_path: Path
+) -> None:
+    renormalise, n_group, topk_group = rule
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(50, 16), torch.randn(8, 16)
+    bias, k_cap = 0.3 * torch.randn(8), torch.tensor([1, 2])
+    attributes: dict[str, Any] = {
+        "k_cap_index": 1,
+        "top_k": 3,
+        "scoring": "sigmoid",
+        "renormalise": renormalise,
+        "scaling_factor": 2.5,
+        "n_group": n_group,
+        "topk_group": topk_group,
+        "softmax_over": "all",
+    }
+    expected, ids = ops.route(hidden, weight, bias, k_cap, **attributes)
+    inputs = [
+        ir.val("hidden", ir.DataType.FLOAT, (50, 16)),
+        ir.val("k_cap", ir.DataType.INT64, (2,)),
+    ]
+    weights = [
+        ir.Value(
+            name=name,
+            shape=ir.Shape(tensor.shape),
+            type=ir.TensorType(ir.DataType.FLOAT),
+            const_value=ir.tensor(tensor.numpy(), name=name),
+        )
+        for name, tensor in (("weight", weight), ("bias", bias))
+    ]
+    node = ir.node(
+        "Route",
+        [inputs[0], *weights, inputs[1]],
+        attributes={
+            name: int(value) if isinstance(value, bool) else value
+            for name, value in attributes.items()
+        },
+        domain="edgemoe",
+        num_outputs=2,
+    )
+    for output, name, kind in zip(
+        node.outputs, ("gates", "ids"), (ir.DataType.FLOAT, ir.DataType.INT64), strict=True
+    ):
+        output.name, output.dtype, output.shape = name, kind, ir.Shape((50, 3))
+    graph = ir.Graph(
+        inputs,
+        node.outputs,
+        nodes=[node],
+        initializers=weights,
+        opset_imports={"": 20, "edgemoe": 1},
+        name="route",
+    )
+    path = tmp_path / "route.onnx"
+    ir.save(lower(ir.Model(graph, ir_version=10), "fp32"), path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    gates, found = session.run(None, {"hidden": hidden.numpy(), "k_cap": k_cap.numpy()})
+    np.testing.assert_allclose(gates, expected.numpy(), atol=1e-6)
+    used = expected.numpy() > 0
+    np.testing.assert_array_equal(found[used], ids.numpy()[used])
+
+
+def test_other_precisions_are_refused() -> None:
+    with pytest.raises(ExportError, match="must be one of fp32, fp16, got 'int4'"):
+        lower(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10), "int4")
+
+
+def test_weights_beyond_half_precision_are_refused() -> None:
+    _, graph = traced("mixtral")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    value = graph.graph.initializers[name]
+    value.const_value = ir.tensor(np.full((64, 64), 1e6, dtype=np.float32), name=name)
+    with pytest.raises(ExportError, match=r"got 1e\+06 in .*q_proj.weight"):
+        lower(graph, "fp16")
