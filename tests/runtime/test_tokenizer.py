@@ -1,0 +1,65 @@
+"""Decoding token by token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from edgemoe_runtime.errors import BundleError
+from edgemoe_runtime.tokenizer import Detokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(bundles: dict[str, Path]) -> Tokenizer:
+    return Tokenizer(bundles["concat"] / "tokenizer.json")
+
+
+@settings(deadline=None)
+@given(prompt=st.text(max_size=8), text=st.text(max_size=20))
+def test_pieces_make_the_text_and_never_half_a_character(
+    byte_tokenizer: Tokenizer, prompt: str, text: str
+) -> None:
+    stream = Detokenizer(byte_tokenizer, byte_tokenizer.encode(prompt))
+    pieces = [stream.push(token) for token in byte_tokenizer.encode(text)]
+    assert "".join(pieces) + stream.flush() == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@settings(deadline=None)
+@given(tokens=st.lists(st.integers(0, 255), max_size=30))
+def test_broken_characters_end_as_the_whole_decoding(
+    byte_tokenizer: Tokenizer, tokens: list[int]
+) -> None:
+    stream = Detokenizer(byte_tokenizer, [])
+    text = "".join(map(stream.push, tokens)) + stream.flush()
+    assert text == byte_tokenizer.decode(tokens)
+
+
+def test_the_space_before_the_first_new_word_is_kept(tmp_path: Path) -> None:
+    raw = RawTokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "?": 2}, unk_token="?"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.decoder = decoders.Metaspace()
+    raw.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    stream = Detokenizer(tokenizer, tokenizer.encode("one"))
+    assert stream.push(1) + stream.push(0) + stream.flush() == " two one"
+
+
+def test_special_tokens_are_not_shown(byte_tokenizer: Tokenizer) -> None:
+    stream = Detokenizer(byte_tokenizer, [])
+    assert stream.push(256) + stream.flush() == ""
+
+
+def test_a_broken_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"tokenizer\.json must be a tokenizer"):
+        Tokenizer(tmp_path / "tokenizer.json")
