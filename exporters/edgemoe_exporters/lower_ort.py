@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
     from edgemoe_exporters.ort.precision import Precision
 
-# In this order: attention and experts are recognised by the plain ops around them.
+# In this order: types first, then what is recognised by the plain ops around it.
 _STEPS: dict[str, Callable[[Editor, Precision], None]] = {
+    "half": convert_to_half,
+    "linears": lower_linears,
+    "embedding": lower_embedding,
     "attention": lower_attention,
     "moe": lower_moe,
-    "norms": lambda editor, _: lower_norms(editor),
-    "activations": lambda editor, _: lower_activations(editor),
-    "embedding": lower_embedding,
-    "linears": lower_linears,
-    "half": convert_to_half,
+    "norms": lower_norms,
+    "activations": lower_activations,
 }
 
 

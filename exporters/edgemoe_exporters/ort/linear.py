@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from edgemoe_exporters.ort.editor import (
     MICROSOFT,
+    Attribute,
     Editor,
     array_of,
     producer_of,
@@ -35,14 +36,26 @@ def lower_linears(editor: Editor, precision: Precision) -> None:
         transpose = producer_of(node.inputs[1], "Transpose")
         if transpose is None or not required(transpose.inputs[0]).is_initializer():
             continue
-        weight = required(transpose.inputs[0])
-        states = required(node.inputs[0])
-        if can_quantise(weight, precision):
-            _quantised(editor, node, states, weight, precision)
-        else:
+        weight, states = required(transpose.inputs[0]), required(node.inputs[0])
+        if not can_quantise(weight, precision):
             (output,) = editor.add(
                 node, "FusedMatMul", [states, weight], {"transB": 1}, domain=MICROSOFT
             )
+            editor.replace(node.outputs[0], output)
+            continue
+        addition = sole_consumer(node.outputs[0], "Add")
+        bias = None if addition is None else _bias(addition, node.outputs[0])
+        output = _quantised(editor, node, states, weight, bias, precision)
+        if bias is None or addition is None:
+            editor.replace(node.outputs[0], output)
+        else:
+            editor.replace(addition.outputs[0], output)
+    # A linear layer over tokens without a batch is traced as Gemm.
+    for node in editor.nodes("Gemm"):
+        weight, states = required(node.inputs[1]), required(node.inputs[0])
+        if weight.is_initializer() and can_quantise(weight, precision):
+            bias = node.inputs[2] if len(node.inputs) > 2 else None
+            output = _quantised(editor, node, states, weight, bias, precision)
             editor.replace(node.outputs[0], output)
 
 
@@ -86,34 +99,26 @@ def _parts(
 
 
 def _quantised(
-    editor: Editor, node: ir.Node, states: ir.Value, weight: ir.Value, precision: Precision
-) -> None:
+    editor: Editor,
+    node: ir.Node,
+    states: ir.Value,
+    weight: ir.Value,
+    bias: ir.Value | None,
+    precision: Precision,
+) -> ir.Value:
     blocks, scales, zeros = _parts(editor, weight, precision)
-    bias, old = None, node.outputs[0]
-    addition = sole_consumer(old, "Add")
-    if addition is not None:
-        bias = _bias(addition, old)
-        if bias is not None:
-            assert addition is not None
-            old = addition.outputs[0]
     assert weight.shape is not None
     inputs: list[ir.Value | None] = [states, blocks, scales, zeros, None, bias]
     while inputs[-1] is None:
         inputs.pop()
-    (output,) = editor.add(
-        node,
-        "MatMulNBits",
-        inputs,
-        {
-            "N": int(weight.shape[0]),
-            "K": int(weight.shape[1]),
-            "bits": precision.bits,
-            "block_size": precision.block,
-            "accuracy_level": 4,
-        },
-        domain=MICROSOFT,
-    )
-    editor.replace(old, output)
+    attributes: dict[str, Attribute] = {
+        "N": int(weight.shape[0]),
+        "K": int(weight.shape[1]),
+        "bits": precision.bits,
+        "block_size": precision.block,
+        "accuracy_level": 4,
+    }
+    return editor.add(node, "MatMulNBits", inputs, attributes, domain=MICROSOFT)[0]
 
 
 def _bias(addition: ir.Node, product: ir.Value) -> ir.Value | None:

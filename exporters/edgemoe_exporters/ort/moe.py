@@ -207,6 +207,8 @@ def _quantised(
         "block_size": precision.block,
         "accuracy_level": 4,
         **_SWIGLU,
+        # It would divide even the weights that it is given by their sum.
+        "normalize_routing_weights": int(weights is None),
     }
 
     def add_op(hidden: ir.Value) -> ir.Value:

@@ -9,12 +9,15 @@ from edgemoe_exporters.ort.editor import MICROSOFT, TRACED, Editor, producer_of,
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from edgemoe_exporters.ort.precision import Precision
 
-def lower_norms(editor: Editor) -> None:
+
+def lower_norms(editor: Editor, _: Precision) -> None:
     """Replace every RMSNorm, together with the residual addition before it.
 
     Args:
         editor: The graph.
+        _: The same for every precision.
     """
     for node in editor.nodes("RMSNorm", TRACED):
         states, weight = required(node.inputs[0]), required(node.inputs[1])
@@ -50,11 +53,12 @@ def _can_fuse(addition: ir.Node) -> bool:
     )
 
 
-def lower_activations(editor: Editor) -> None:
+def lower_activations(editor: Editor, _: Precision) -> None:
     """Replace ``x * sigmoid(x)`` by one op.
 
     Args:
         editor: The graph.
+        _: The same for every precision.
     """
     for node in editor.nodes("Mul"):
         states = required(node.inputs[0])
