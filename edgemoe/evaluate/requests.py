@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgemoe.tasks import CompletionRecord, TaskFile
 
 WINDOW_TOKENS = 512
-_PROMPT_TOKENS = 2048
+PROMPT_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def build_questions(
             ids = tokenizer.encode(record.text).ids[:left]
             question, read = _ask_text(ids, min(WINDOW_TOKENS, max_length)), len(ids)
         else:
-            limit = min(_PROMPT_TOKENS, max_length)
+            limit = min(PROMPT_TOKENS, max_length)
             where = f"{task.path}, line {record.line}"
             question = _ask_continuations(record, tokenizer, limit, where)
             (request,) = question.requests

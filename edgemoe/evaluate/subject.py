@@ -120,6 +120,7 @@ def _open_bundle(
     # Nothing here needs torch: a bundle can be judged where it runs.
     from tokenizers import Tokenizer
 
+    from edgemoe.evaluate.requests import PROMPT_TOKENS
     from edgemoe.evaluate.session_scorer import SessionScorer
     from edgemoe_runtime import Session
     from edgemoe_runtime.manifest import Manifest
@@ -127,8 +128,8 @@ def _open_bundle(
     manifest = Manifest.load(path)
     # A single graph answers for any task; of several, the task's own must exist.
     name, _ = manifest.task(None if len(manifest.tasks) == 1 else task)
-    with Session.open(path, task=name, k_cap=k_cap) as session:
-        max_length = manifest.model.max_position_embeddings
+    max_length = min(manifest.model.max_position_embeddings, PROMPT_TOKENS)
+    with Session.open(path, task=name, k_cap=k_cap, max_length=max_length) as session:
         # Opening the session has checked that the file is there and is whole.
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         tokenizer.no_truncation()
