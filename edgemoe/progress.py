@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,17 +25,18 @@ def track(
     Yields:
         The items, unchanged. Nothing is drawn when stderr is not a terminal.
     """
-    if not sys.stderr.isatty():
+    # A device has no rich: what it runs is done in silence.
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
         yield from items
         return
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield from progress.track(items, description=description, total=total)

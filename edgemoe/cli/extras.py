@@ -32,10 +32,17 @@ def needs(*extras: str) -> None:
             install it.
     """
     for extra in extras:
-        missing = [name for name in _MODULES[extra] if importlib.util.find_spec(name) is None]
+        missing = [name for name in _MODULES[extra] if not _is_installed(name)]
         if missing:
             raise MissingDependencyError(
                 f"this command needs the extra {extra!r}: {', '.join(missing)} "
                 f"{'is' if len(missing) == 1 else 'are'} not installed. "
                 f"Run: pip install 'edgemoe[{extra}]'"
             )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # sys.modules[module] is None: its import is blocked
+        return False

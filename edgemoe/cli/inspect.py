@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +10,9 @@ from edgemoe.cli.options import PATH, report, reporting
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# Long lists that no person reads.
+_ONLY_JSON = ("inputs", "outputs", "files", "experts")
 
 
 @click.command()
@@ -23,27 +26,28 @@ def inspect(path: Path, as_json: bool) -> None:
     report(facts, "\n".join(_lines(facts)), as_json=as_json)
 
 
-def _lines(facts: dict[str, object], indent: str = "") -> list[str]:
+def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     """Return one aligned line per fact; a mapping is indented below its name."""
-    width = max((len(name) for name in facts), default=0)
+    shown = {name: value for name, value in facts.items() if name not in _ONLY_JSON}
+    width = max(map(len, shown), default=0)
     lines: list[str] = []
-    for name, value in facts.items():
+    for name, value in shown.items():
         label = f"{indent}{name.replace('_', ' '):<{width}}"
         if isinstance(value, dict) and value:
-            lines += [label.rstrip(), *_lines(value, indent + "  ")]
+            lines += [label.rstrip(), *_lines(value, f"{indent}  ")]
         else:
             lines.append(f"{label}  {_text(value)}")
     return lines
 
 
 def _text(value: object) -> str:
-    if isinstance(value, (list, tuple)):
-        texts = [_text(item) for item in value]
-        return f"{texts[0]} x {len(texts)}" if _repeats(texts) else ", ".join(texts)
+    if isinstance(value, list):
+        texts = [f"[{_text(item)}]" if isinstance(item, list) else _text(item) for item in value]
+        if len(texts) > 2 and len(set(texts)) == 1:
+            return f"{texts[0]} ({len(texts)} times)"
+        return ", ".join(texts) or "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(item)}" for name, item in value.items()) or "-"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return "-" if value in (None, {}) else str(value)
-
-
-def _repeats(texts: list[str]) -> bool:
-    return len(texts) > 2 and len(set(texts)) == 1
+    return "-" if value is None else str(value)

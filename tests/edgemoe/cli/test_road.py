@@ -1,0 +1,191 @@
+"""Every command once, each on what the one before it made."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import transformers
+
+from edgemoe_runtime import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+Answer = "Callable[..., dict[str, Any]]"
+
+
+@pytest.fixture(scope="module")
+def statistics(road: Path, answer: Answer) -> Path:
+    """Statistics of both tasks, measured in two shards and added up."""
+    shards = [road / f"shard{index}.safetensors" for index in range(2)]
+    for index, shard in enumerate(shards):
+        tasks = [f"--task={name}={road / name}.jsonl" for name in ("code", "prose")]
+        answer("calibrate", road / "moe", *tasks, "-o", shard, "--shard", f"{index}/2")
+    merged = road / "merged.safetensors"
+    told = answer("merge-stats", *shards, "-o", merged)
+    assert set(told["tokens"]) == {"code", "prose"}
+    return merged
+
+
+@pytest.fixture(scope="module")
+def plan(road: Path, statistics: Path, answer: Answer) -> Path:
+    path = road / "plan.json"
+    asked = ("--task", "code", "--method", "reap", "--keep", 0.5)
+    told = answer("prune", road / "moe", "--stats", statistics, *asked, "-o", path)
+    assert told["experts_per_layer"] == [4, 4]
+    assert told["experts_before"] == [8, 8]
+    return path
+
+
+@pytest.fixture(scope="module")
+def pruned(road: Path, plan: Path, answer: Answer) -> Path:
+    path = road / "pruned"
+    assert answer("apply", road / "moe", "--plan", plan, "-o", path)["family"] == "glm4_moe"
+    return path
+
+
+def test_shards_add_up_to_the_whole(road: Path, statistics: Path, answer: Answer) -> None:
+    whole = road / "whole.safetensors"
+    answer("calibrate", road / "moe", f"--task=code={road}/code.jsonl", "-o", whole)
+
+    merged = answer("inspect", statistics)["tasks"]["code"]
+
+    assert merged["tokens"] == answer("inspect", whole)["tasks"]["code"]["tokens"]
+    assert merged["passes"] == 2
+
+
+@pytest.mark.parametrize("method", ["frequency", "random", "uncurl"])
+def test_each_method_makes_a_plan_that_applies(
+    road: Path, statistics: Path, answer: Answer, tmp_path: Path, method: str
+) -> None:
+    asked = ("--task", "prose", "--method", method, "--keep-experts", 5, "--seed", 1)
+    answer("prune", road / "moe", "--stats", statistics, *asked, "-o", tmp_path / "plan.json")
+
+    told = answer(
+        "apply", road / "moe", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out"
+    )
+
+    assert told["experts_per_layer"] == [5, 5]
+
+
+def test_transformers_opens_the_pruned_checkpoint(pruned: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(pruned)
+
+    assert model.config.n_routed_experts == 4
+
+
+def test_evaluate_answers_the_contract(road: Path, pruned: Path, answer: Answer) -> None:
+    told = answer("evaluate", pruned, f"--task=code={road}/code.jsonl", "--k-cap", 1)
+
+    assert set(told) >= {"task", "metric", "value", "ci95", "n", "perplexity", "tokens"}
+    low, high = told["ci95"]
+    assert low <= told["value"] <= high
+    assert told["n"] == 12
+
+
+def test_a_bundle_scores_as_its_checkpoint_does(
+    road: Path, pruned: Path, answer: Answer, tmp_path: Path
+) -> None:
+    answer("export", pruned, "-o", tmp_path / "b", "--target", "cpu", "--precision", "fp32")
+    task = f"--task=code={road}/code.jsonl"
+
+    exported = answer("evaluate", tmp_path / "b", task, "--max-tokens", 400)
+
+    eager = answer("evaluate", pruned, task, "--max-tokens", 400)
+    assert exported["value"] == pytest.approx(eager["value"], rel=1e-5)
+
+
+def test_export_takes_a_plan(road: Path, plan: Path, answer: Answer, tmp_path: Path) -> None:
+    planned = ("--plan", f"code={plan}", "--task", f"code={road}/code.jsonl", "--max-drop", 9)
+
+    told = answer("export", road / "moe", "-o", tmp_path / "b", "--target", "cpu", *planned)
+
+    assert told["precision"] == "int4"
+    quality = told["tasks"]["code"]["quality"]
+    assert quality["passed"] is True
+    assert math.isfinite(quality["after"]["value"])
+    assert answer("inspect", tmp_path / "b")["tasks"]["code"]["experts_per_layer"] == [4, 4]
+
+
+def test_run_answers_the_contract(bundle: Path, answer: Answer) -> None:
+    told = answer("run", bundle, "--task=code", "--prompt=def add(", "--max-new-tokens=6")
+
+    assert set(told) >= {
+        "text", "tokens", "prompt_tokens", "new_tokens", "seconds", "ms_per_token",
+        "experts_per_token", "k_cap", "backend", "fallbacks",
+    }  # fmt: skip
+    assert told["new_tokens"] == len(told["tokens"]) <= 6
+    assert told["experts_per_token"] == told["k_cap"] == 2
+    with Session.open(bundle, task="code") as session:
+        assert session.generate("def add(", max_new_tokens=6).text == told["text"]
+
+
+def test_run_prints_the_text_and_streams_the_same(
+    bundle: Path, invoke: Callable[..., Any]
+) -> None:
+    asked = ("run", bundle, "--task=prose", "--prompt=The belt", "--max-new-tokens=8")
+
+    whole = invoke(*asked, "--k-cap", 1)
+    streamed = invoke(*asked, "--k-cap", 1, "--stream")
+
+    assert whole.exit_code == streamed.exit_code == 0
+    assert whole.stdout == streamed.stdout
+    assert "1 experts per token" in whole.stderr
+
+
+def test_bench_answers_the_contract(bundle: Path, answer: Answer) -> None:
+    asked = ("--prompt-tokens=16", "--new-tokens=4", "--repeat=2", "--threads=1")
+    told = answer("bench", bundle, "--task=code", *asked)
+
+    for name in ("prefill_tokens_per_s", "load_s", "peak_rss_bytes"):
+        assert told[name] > 0
+    assert "decode_tokens_per_s" in told
+    assert told["threads"] == 1
+    assert told["prompt_tokens"] >= 16
+
+
+def test_verify_counts_what_it_hashed(bundle: Path, answer: Answer) -> None:
+    told = answer("verify", bundle)
+
+    assert told["ok"] is True
+    assert told["tasks"] == ["code", "prose"]
+    files = json.loads((bundle / "manifest.json").read_text())["files"]
+    assert told["hashed_files"] == len(files)
+
+
+def test_inspect_knows_every_noun(
+    road: Path, statistics: Path, plan: Path, pruned: Path, bundle: Path, answer: Answer
+) -> None:
+    nouns = [road / "moe", pruned, statistics, plan, bundle]
+
+    kinds = [answer("inspect", noun)["kind"] for noun in nouns]
+
+    assert kinds == ["MoE checkpoint", "MoE checkpoint", "statistics", "plan", "bundle"]
+    assert answer("inspect", pruned)["provenance"]["method"] == "reap"
+
+
+def test_inspect_shows_layers_of_different_sizes(
+    road: Path, statistics: Path, plan: Path, invoke: Any, answer: Answer, tmp_path: Path
+) -> None:
+    document = json.loads(plan.read_text())
+    document["layers"][1]["experts"] = [{"members": [expert]} for expert in range(3)]
+    (tmp_path / "plan.json").write_text(json.dumps(document))
+    answer("apply", road / "moe", "--plan", tmp_path / "plan.json", "-o", tmp_path / "ragged")
+
+    told = answer("inspect", tmp_path / "ragged")
+
+    assert told["kind"] == "ragged MoE checkpoint"
+    assert told["experts_per_layer"] == [4, 3]
+    assert "4, 3" in invoke("inspect", tmp_path / "ragged").stdout
+
+
+def test_doctor_tells_what_is_here(answer: Answer, invoke: Callable[..., Any]) -> None:
+    told = answer("doctor")
+
+    assert "CPUExecutionProvider" in told["onnxruntime_providers"]
+    assert told["memory"]["total_bytes"] > 0
+    assert invoke("doctor").stdout.startswith("machine")
