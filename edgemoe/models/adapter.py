@@ -85,6 +85,12 @@ def find_layers(model: PreTrainedModel, family: Family) -> list[MoeLayer]:
             "entries of config.json that make layers dense."
         )
     for layer in layers:
+        if layer.top_k < 1 or layer.num_experts % layer.rule.n_group:
+            raise CheckpointError(
+                f"layer {layer.index} must use 1 or more experts per token and have equal groups, "
+                f"got num_experts_per_tok={layer.top_k} and {layer.num_experts} experts in "
+                f"{layer.rule.n_group} groups. Correct config.json."
+            )
         if layer.num_experts < layer.top_k:
             raise CheckpointError(
                 f"layer {layer.index} must have at least num_experts_per_tok={layer.top_k} "

@@ -69,9 +69,8 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> MoeModel:
     unfit = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     if unfit:
         raise CheckpointError(
-            f"the weights in {path} must fit its config.json, got {len(unfit)} tensors "
-            "missing or of "
-            f"another shape, such as {unfit[0]}. Copy the checkpoint again."
+            f"the weights in {path} must fit its config.json, got {len(unfit)} tensors missing "
+            f"or of another shape, such as {unfit[0]}. Copy the checkpoint again."
         )
     _align_tensors(model)
     return adapt_model(model, path, stored_dtype=_stored_dtype(config, dtype))
@@ -105,8 +104,7 @@ def read_config(path: Path) -> tuple[Family, PreTrainedConfig]:
     except Exception as error:  # the strict dataclasses of the hub raise classes of their own
         raise CheckpointError(
             f"{path / 'config.json'} must be a {family.model_type} configuration, got: "
-            f"{error}. "
-            "Correct the entry."
+            f"{error}. Correct the entry."
         ) from error
 
 
@@ -156,8 +154,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if not file.exists():
         raise CheckpointError(
             f"a checkpoint must have tokenizer.json, got none in {path}. Copy it from the "
-            "original "
-            "model, or write it with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+            "original model, or write it with "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
     try:
         tokenizer = Tokenizer.from_file(str(file))
@@ -202,8 +200,7 @@ def _refusing_misfits(path: Path) -> Iterator[None]:
     except _MISFITS as error:
         raise CheckpointError(
             f"the weights in {path} must fit its config.json, got: {error}. Copy the "
-            "checkpoint "
-            "again, or correct config.json."
+            "checkpoint again, or correct config.json."
         ) from error
 
 

@@ -231,8 +231,7 @@ class MoeLayer:
             found = None if correction_bias is None else tuple(correction_bias.shape)
             raise CheckpointError(
                 f"{self.name}: the correction bias must have one value for each of the "
-                f"{experts} "
-                f"experts exactly where the router has one, got {found}."
+                f"{experts} experts exactly where the router has one, got {found}."
             )
         if experts < self.shape.min_experts:
             raise CheckpointError(

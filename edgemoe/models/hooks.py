@@ -97,8 +97,7 @@ def check_k_cap(k_cap: int | Sequence[int], moe_layers: int) -> list[int]:
     if len(caps) != moe_layers:
         raise EdgemoeError(
             f"k_cap must have one value for each of the {moe_layers} MoE layers, got "
-            f"{len(caps)}. "
-            "Give one number for all, or as many as there are layers."
+            f"{len(caps)}. Give one number for all, or as many as there are layers."
         )
     if any(isinstance(cap, bool) or not isinstance(cap, int) or cap < 1 for cap in caps):
         raise EdgemoeError(f"k_cap must be integers in [1, inf), got {k_cap}. Use 1 or more.")

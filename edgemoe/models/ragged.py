@@ -80,8 +80,7 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
     if content.get("format") != _FORMAT or content.get("version") != _VERSION:
         raise CheckpointError(
             f"{file} must be {_FORMAT} version {_VERSION}, got {content.get('format')!r} "
-            "version "
-            f"{content.get('version')!r}. Open it with the edgemoe that wrote it."
+            f"version {content.get('version')!r}. Open it with the edgemoe that wrote it."
         )
     unknown = set(content) - {
         "format", "version", "moe_layers", "experts_per_layer", "plan_sha256", "provenance",
@@ -152,8 +151,7 @@ def resize_layers(
     if [layer.index for layer in layers] != list(moe_layers) or len(counts) != len(layers):
         raise CheckpointError(
             f"{FILE_NAME} must describe the MoE layers {[layer.index for layer in layers]}, "
-            "got "
-            f"{len(counts)} counts for {list(moe_layers)}. Apply the plan again."
+            f"got {len(counts)} counts for {list(moe_layers)}. Apply the plan again."
         )
     for layer, count in zip(layers, counts, strict=True):
         bias = layer.correction_bias

@@ -34,8 +34,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(
             f"a checkpoint must have {path.name}, got none in {path.parent}. Give the "
-            "directory "
-            "of a Hugging Face checkpoint."
+            "directory of a Hugging Face checkpoint."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -43,8 +42,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(found, dict):
         raise CheckpointError(
-            f"{path} must be a JSON object, got a {type(found).__name__}. Copy the "
-            "checkpoint again."
+            f"{path} must be a JSON object, got a {type(found).__name__}. Copy the checkpoint "
+            "again."
         )
     return found
 
@@ -98,15 +97,13 @@ def check_weights(path: Path) -> list[Path]:
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
-            f"weights must be safetensors, got the pickle {pickles[0]} in {path}. Pickles "
-            "run code "
-            "when opened; convert it where you trust it: load it with transformers and call "
-            "save_pretrained()."
+            f"weights must be safetensors, got the pickle {pickles[0]} in {path}. Pickles run "
+            "code when opened; convert it where you trust it: load it with transformers and "
+            "call save_pretrained()."
         )
     raise CheckpointError(
         f"a checkpoint must have {_SINGLE} or {_INDEX}, got neither in {path}. Copy the "
-        "checkpoint "
-        "again, weights included."
+        "checkpoint again, weights included."
     )
 
 
@@ -122,22 +119,19 @@ def _check_shards(path: Path, index: dict[str, Any]) -> list[Path]:
         if not isinstance(shard, str) or "/" in shard or "\\" in shard:
             raise CheckpointError(
                 f"{path / _INDEX} must name files of its own directory, got {shard!r} for "
-                f"{tensor}. "
-                "Do not use this checkpoint unless you know who wrote it."
+                f"{tensor}. Do not use this checkpoint unless you know who wrote it."
             )
         if not shard.endswith(".safetensors"):
             raise CheckpointError(
                 f"weights must be safetensors, got {shard} for {tensor} in {path / _INDEX}. "
-                "Convert "
-                "the checkpoint where you trust it: load it and call save_pretrained()."
+                "Convert the checkpoint where you trust it: load it and call save_pretrained()."
             )
         shards.setdefault(shard, set()).add(tensor)
     for shard, tensors in sorted(shards.items()):
         if not (path / shard).exists():
             raise CheckpointError(
                 f"{_INDEX} names the file {shard}, got no such file in {path}. Copy the "
-                "checkpoint "
-                "again, all shards included."
+                "checkpoint again, all shards included."
             )
         absent = tensors - read_tensor_names(path / shard)
         if absent:
@@ -166,6 +160,5 @@ def read_tensor_names(file: Path) -> set[str]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file} must be a whole safetensors file, got {file.stat().st_size} bytes: "
-            f"{error}. "
-            "Copy it again."
+            f"{error}. Copy it again."
         ) from error

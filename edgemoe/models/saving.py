@@ -71,9 +71,13 @@ def save_model(
             model.model.save_pretrained(str(directory), state_dict=_stored_tensors(model))
     except SafetensorError as error:
         raise OutputError(
-            f"{directory} could not be written: {error}. Free space or choose another -o."
+            f"the checkpoint could not be written: {error}. Free space or choose another -o."
         ) from error
     _complete_config(directory / "config.json", model.stored_dtype, note)
+    mode = (directory / "config.json").stat().st_mode
+    for file in directory.glob("*.safetensors"):
+        # The library writes them for the owner alone; the rest follows the umask.
+        file.chmod(mode)
     if ragged:
         indices = tuple(layer.index for layer in model.layers)
         RaggedNote(moe_layers=indices, experts_per_layer=counts, provenance=provenance).save(

@@ -47,8 +47,7 @@ class MergedExpert:
         if not self.members or any(member < 0 for member in self.members):
             raise PlanError(
                 "members must be one or more expert ids in [0, inf), got "
-                f"{list(self.members)}. "
-                f"{_EDIT}"
+                f"{list(self.members)}. {_EDIT}"
             )
         if len(set(self.members)) != len(self.members):
             raise PlanError(
@@ -59,8 +58,7 @@ class MergedExpert:
             if len(weights) != len(self.members):
                 raise PlanError(
                     "weights must have one value for each of the members "
-                    f"{list(self.members)}, "
-                    f"got {list(weights)}. {_EDIT}"
+                    f"{list(self.members)}, got {list(weights)}. {_EDIT}"
                 )
             if not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
                 raise PlanError(
@@ -139,24 +137,20 @@ class LayerPlan:
         if count < shape.top_k:
             raise PlanError(
                 f"layer {self.layer} must keep at least top_k={shape.top_k} experts, got "
-                f"{count}. "
-                f"Keep {shape.top_k} or more there (--keep-experts {shape.top_k}), or lower "
-                "num_experts_per_tok of the checkpoint first."
+                f"{count}. Keep {shape.top_k} or more there (--keep-experts {shape.top_k}), or "
+                "lower num_experts_per_tok of the checkpoint first."
             )
         if count < shape.min_experts:
             raise PlanError(
                 f"layer {self.layer} must keep at least {shape.min_experts} experts, because "
-                "its "
-                f"router compares {shape.min_group_size} in each of {shape.n_group} groups, "
-                "got "
-                f"{count}. Keep {shape.min_experts} or more there."
+                f"its router compares {shape.min_group_size} in each of {shape.n_group} "
+                f"groups, got {count}. Keep {shape.min_experts} or more there."
             )
         last = max(expert.members[-1] for expert in self.experts)
         if last >= shape.num_experts:
             raise PlanError(
                 f"layer {self.layer}: expert ids must be in [0, {shape.num_experts}), got "
-                f"{last}. "
-                f"{_EDIT}"
+                f"{last}. {_EDIT}"
             )
         self._check_groups(shape)
 
@@ -171,15 +165,13 @@ class LayerPlan:
             if len(groups) > 1:
                 raise PlanError(
                     f"layer {self.layer}: merged experts must be of one router group of "
-                    f"{size}, "
-                    f"got {list(expert.members)}. {_EDIT}"
+                    f"{size}, got {list(expert.members)}. {_EDIT}"
                 )
             kept[groups.pop()] += 1
         if len(set(kept)) > 1:
             raise PlanError(
                 f"layer {self.layer}: each of the {shape.n_group} router groups must keep as "
-                "many "
-                f"experts, got {kept}. {_EDIT}"
+                f"many experts, got {kept}. {_EDIT}"
             )
 
 
@@ -242,8 +234,8 @@ class Plan:
             raise PlanError(
                 "the plan must have been made for this checkpoint, got checkpoint_sha256 "
                 f"{self.checkpoint_sha256} for checkpoint {checkpoint_sha256}. Calibrate and "
-                "prune "
-                "this checkpoint, or set checkpoint_sha256 to null if you know that it fits."
+                "prune this checkpoint, or set checkpoint_sha256 to null if you know that it "
+                "fits."
             )
         planned = [layer.layer for layer in self.layers]
         present = [layer.layer for layer in shape.layers]
@@ -252,8 +244,7 @@ class Plan:
             extra = sorted(set(planned) - set(present))
             raise PlanError(
                 f"a plan must name each MoE layer once, got layers {missing} missing and "
-                "layers "
-                f"{extra} that have no experts. {_EDIT}"
+                f"layers {extra} that have no experts. {_EDIT}"
             )
         for layer, layer_shape in zip(self.layers, shape.layers, strict=True):
             layer.check(layer_shape)
@@ -329,8 +320,7 @@ class Plan:
         except FileNotFoundError as error:
             raise PlanError(
                 f"a plan must be a file, got {path}, which does not exist. Make one with "
-                "`edgemoe "
-                "prune`."
+                "`edgemoe prune`."
             ) from error
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(

@@ -45,6 +45,8 @@ class PlanReader:
             found = json.loads(
                 text, object_pairs_hook=_refuse_repeated_keys, parse_constant=_refuse_constant
             )
+            # What cannot be written again, such as half a surrogate pair, has no stable bytes.
+            json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError) as error:
             raise PlanError(
                 f"{source}: a plan must be JSON, got: {error}. {_REMEDY}"
@@ -210,8 +212,7 @@ class PlanReader:
         if self.left:
             raise PlanError(
                 f"{self.place} must have known keys only, got {sorted(self.left)}. Remove "
-                "them, or "
-                "correct their spelling."
+                "them, or correct their spelling."
             )
 
     def _take(self, key: str) -> Any:

@@ -63,6 +63,14 @@ def test_a_model_without_moe_layers_is_refused(make_model: Callable[..., Any]) -
         adapt_model(make_model("glm4_moe", first_k_dense_replace=3))
 
 
+@pytest.mark.parametrize("changes", [{"num_experts_per_tok": 0}, {"n_group": 3}])
+def test_a_routing_that_makes_no_sense_is_refused(
+    make_model: Callable[..., Any], changes: dict[str, int]
+) -> None:
+    with pytest.raises(CheckpointError, match="1 or more experts per token and have equal"):
+        adapt_model(make_model("glm4_moe", **changes))
+
+
 def test_more_experts_per_token_than_experts_is_refused(make_model: Callable[..., Any]) -> None:
     with pytest.raises(CheckpointError, match="at least num_experts_per_tok=9 experts, got 8"):
         adapt_model(make_model("mixtral", num_experts_per_tok=9))

@@ -107,6 +107,7 @@ def test_saving_what_was_loaded_changes_no_tensor_and_twice_gives_the_same_bytes
     assert files == sorted(file.name for file in second.iterdir())
     for name in files:
         assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert len({file.stat().st_mode for file in first.iterdir()}) == 1
 
 
 def test_tied_embeddings_and_generation_settings_survive(

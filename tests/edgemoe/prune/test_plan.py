@@ -212,7 +212,17 @@ def test_every_broken_entry_is_refused_where_it_is(
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{", '"plan"', '{"seed": NaN}', '{"seed": 1, "seed": 2}', "[" * 100_000],
+    [
+        "",
+        "[]",
+        "{",
+        '"plan"',
+        '{"seed": NaN}',
+        '{"seed": 1, "seed": 2}',
+        '{"task": "\\ud800"}',
+        '{"options": {"a": 1e999}}',
+        "[" * 100_000,
+    ],
 )
 def test_what_is_no_json_object_is_refused(text: str) -> None:
     with pytest.raises(PlanError, match="a plan must be"):
