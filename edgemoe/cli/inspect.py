@@ -42,7 +42,7 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
 
 def _text(value: object) -> str:
     if isinstance(value, list):
-        texts = [f"[{_text(item)}]" if isinstance(item, list) else _text(item) for item in value]
+        texts = [_text(item) for item in value]
         if len(texts) > 2 and len(set(texts)) == 1:
             return f"{texts[0]} ({len(texts)} times)"
         return ", ".join(texts) or "-"

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import edgemoe
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel, built by the build backend that is installed: nothing is downloaded."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        folder,
+        ROOT,
+    ]
+    subprocess.run(build, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_three_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+
+    assert tops == {
+        "edgemoe",
+        "edgemoe_exporters",
+        "edgemoe_runtime",
+        f"edgemoe-{edgemoe.__version__}.dist-info",
+    }
+    assert all(
+        not name.endswith((".pyc", ".pt", ".bin")) and "test" not in name
+        for name in wheel.namelist()
+    )
+
+
+def test_the_wheel_carries_its_licence(wheel: zipfile.ZipFile) -> None:
+    licences = [name for name in wheel.namelist() if name.endswith("licenses/LICENSE")]
+
+    assert "Apache License" in wheel.read(licences[0]).decode()
+
+
+def test_a_device_needs_three_packages(wheel: zipfile.ZipFile) -> None:
+    (metadata,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+    needed = re.findall(
+        r"^Requires-Dist: ([\w-]+)[^;\n]*$", wheel.read(metadata).decode(), re.M
+    )
+
+    assert set(needed) == {"click", "numpy", "tokenizers"}
+
+
+def test_constraints_pin_every_direct_dependency() -> None:
+    pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.M))
+    wanted = {
+        re.split(r"[<>=!\[;\s]", line)[0]
+        for line in importlib.metadata.requires("edgemoe") or []
+        # TensorRT proper comes with the machine; any version that its driver takes will do.
+        if not line.startswith(("edgemoe", "tensorrt>="))
+    }
+
+    assert wanted <= pinned
