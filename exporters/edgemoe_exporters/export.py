@@ -39,6 +39,7 @@ from edgemoe_exporters.quality import judge_quality, split_task
 from edgemoe_exporters.request import ExportReport, ExportRequest, TaskReport
 from edgemoe_exporters.task_experts import (
     KEEP_ALL,
+    bind_experts,
     compressed,
     keep_all,
     lay_out_plans,
@@ -216,14 +217,17 @@ class _Road:
     def write_graphs(
         self, plans: Mapping[str, Plan], layouts: Mapping[int, StackLayout]
     ) -> _Graphs:
-        """Trace, lower and write each task's model."""
+        """Trace the model once; lower and write it with each task's experts."""
         eager = {}
+        lower = _LOWERINGS[self.target.flavour]
+        self.say("trace the model")
+        traced = trace(self.model)
         with BundleWriter(self.staged, tuple(plans), layouts) as writer:
             for name, plan in plans.items():
                 self.say(f"make the graph of {name}")
                 with compressed(self.model, plan, layouts, name) as small:
                     eager[name] = run_eager(small, self._parity_tokens(name))
-                    lowered = _LOWERINGS[self.target.flavour](trace(small), self.precision)
+                    lowered = lower(bind_experts(traced, small), self.precision)
                     inputs = tensor_specs(lowered.graph.inputs)
                     outputs = tensor_specs(lowered.graph.outputs)
                     cache = describe_cache(lowered.graph, inputs)

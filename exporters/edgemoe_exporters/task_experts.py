@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
+from onnx_ir.tensor_adapters import TorchTensor
+
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.prune.apply import apply_plan
 from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
 from edgemoe_exporters.sharing import ExpertKey, StackLayout, lay_out
+from edgemoe_exporters.trace import EXPERT_AXIS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -100,6 +104,29 @@ def compressed(
         for layer, tensors in zip(model.layers, whole, strict=True):
             layer.replace_experts(*tensors)
         set_expert_counts(model)
+
+
+def bind_experts(traced: ir.Model, model: MoeModel) -> ir.Model:
+    """Give the graph of the whole model the experts of one task.
+
+    The opaque ops do not say how many experts there are, only the weights do: one trace
+    serves every task.
+
+    Args:
+        traced: Graph of the whole model; it is not changed.
+        model: The task's model.
+
+    Returns:
+        A graph that has the weights of ``model`` and shares their memory.
+    """
+    graph = traced.clone()
+    tensors = {**dict(model.model.named_parameters()), **dict(model.model.named_buffers())}
+    for name, value in graph.graph.initializers.items():
+        if EXPERT_AXIS in value.metadata_props:
+            tensor = TorchTensor(tensors[name], name=name)
+            value.const_value = tensor
+            value.shape = ir.Shape(tensor.shape.numpy())
+    return graph
 
 
 def list_experts(

@@ -26,14 +26,20 @@ from edgemoe.models.checkpoint import load_model
 from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
 from edgemoe_exporters import export
 from edgemoe_exporters.export import export_bundle
-from edgemoe_exporters.parity import GraphRunner
+from edgemoe_exporters.parity import GraphRunner, run_eager
 from edgemoe_exporters.quality import split_task
 from edgemoe_exporters.request import ExportReport, ExportRequest
+from edgemoe_exporters.trace import trace
 from edgemoe_runtime.integrity import verify_bundle
 from edgemoe_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    import onnx_ir as ir
+
+    from edgemoe.models.contract import MoeModel
 
 VOCABULARY = 96
 LAYERS = 2
@@ -88,6 +94,21 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "low": task_file(folder / "low.jsonl", 3, 40),
         "high": task_file(folder / "high.jsonl", 50, 90),
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_trace() -> Iterator[None]:
+    """All tests export one checkpoint, and tracing is most of an export."""
+    traces: list[ir.Model] = []
+
+    def trace_once(model: MoeModel) -> ir.Model:
+        if not traces:
+            traces.append(trace(model))
+        return traces[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "trace", trace_once)
+        yield
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -300,10 +321,8 @@ def test_interrupted_export_leaves_nothing(
 def test_wrong_graph_leaves_nothing(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = export.run_eager
-
     def other_model(model: Any, ids: Any) -> Any:
-        runs = real(model, ids)
+        runs = run_eager(model, ids)
         for run in runs:
             run.logits[..., 5] += 1e-2
         return runs
