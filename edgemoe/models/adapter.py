@@ -87,9 +87,9 @@ def find_layers(model: PreTrainedModel, family: Family) -> list[MoeLayer]:
     for layer in layers:
         if layer.top_k < 1 or layer.num_experts % layer.rule.n_group:
             raise CheckpointError(
-                f"layer {layer.index} must use 1 or more experts per token and have equal groups, "
-                f"got num_experts_per_tok={layer.top_k} and {layer.num_experts} experts in "
-                f"{layer.rule.n_group} groups. Correct config.json."
+                f"layer {layer.index} must use 1 or more experts per token and have equal "
+                f"groups, got num_experts_per_tok={layer.top_k} and {layer.num_experts} "
+                f"experts in {layer.rule.n_group} groups. Correct config.json."
             )
         if layer.num_experts < layer.top_k:
             raise CheckpointError(
