@@ -136,8 +136,8 @@ def find_problems(
     )
     add(
         version is not None and _version(version) < MINIMUM_VERSION,
-        f"onnxruntime {version} computes fused experts wrongly",
-        f"update it to {'.'.join(map(str, MINIMUM_VERSION))} or later",
+        f"onnxruntime {version} computes fused experts wrongly, so it refuses such graphs",
+        f"update it to {'.'.join(map(str, MINIMUM_VERSION))} or later (needs Python 3.11)",
     )
     add(
         "onnxruntime" in packages and "onnxruntime-gpu" in packages,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -14,7 +15,11 @@ _ONNX_BFLOAT16 = 16
 
 
 class KvBinding(Protocol):
-    """A cache bound to one IOBinding whose first output is the logits."""
+    """A cache bound to an IOBinding whose first output is the logits."""
+
+    def attach(self, binding: Any) -> None:
+        """Bind to an IOBinding instead of the last one."""
+        ...
 
     def before_run(self) -> None:
         """Bind what the next run reads and writes."""
@@ -25,7 +30,10 @@ class KvBinding(Protocol):
         ...
 
     def mark(self) -> object:
-        """Return the state."""
+        """Return the state; None where the length alone tells it.
+
+        After another answer than None the next run must use another IOBinding.
+        """
         ...
 
     def rewind(self, mark: object) -> None:
@@ -33,33 +41,32 @@ class KvBinding(Protocol):
         ...
 
 
-def bind_kv_cache(
-    ort: Any, binding: Any, cache: KvCache, max_length: int, device: str
-) -> KvBinding:
-    """Allocate and bind the cache in the form that the graph has.
+def make_kv_cache(ort: Any, cache: KvCache, max_length: int, device: str) -> KvBinding:
+    """Allocate the cache in the form that the graph has.
 
     Args:
         ort: the onnxruntime module.
-        binding: an IOBinding with the logits bound already.
         cache: form, type and shapes.
         max_length: tokens to hold.
         device: `cpu` or `cuda`.
     """
     if cache.form == "shared_buffer":
-        return SharedKvBinding(ort, binding, cache, max_length, device)
-    return ConcatKvBinding(ort, binding, cache, device)
+        return SharedKvBinding(ort, cache, max_length, device)
+    return ConcatKvBinding(ort, cache, device)
 
 
 class SharedKvBinding:
     """One buffer per layer, bound once as both past and present."""
 
-    def __init__(
-        self, ort: Any, binding: Any, cache: KvCache, max_length: int, device: str
-    ) -> None:
-        self._values: list[Any] = []
-        for past, present, shape in _names_and_shapes(cache, max_length):
-            value = _allocate(ort, shape, cache.dtype, device)
-            self._values.append(value)
+    def __init__(self, ort: Any, cache: KvCache, max_length: int, device: str) -> None:
+        self._values = [
+            (past, present, _allocate(ort, shape, cache.dtype, device))
+            for past, present, shape in _names_and_shapes(cache, max_length)
+        ]
+
+    def attach(self, binding: Any) -> None:
+        """Bind every buffer as past and present."""
+        for past, present, value in self._values:
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)
 
@@ -77,11 +84,19 @@ class SharedKvBinding:
         """Do nothing: positions past the length are overwritten before they are read."""
 
 
+@dataclass(frozen=True)
+class _PresentValues:
+    """Present values, and the IOBinding whose list of outputs they live in."""
+
+    values: list[Any]
+    binding: Any
+
+
 class ConcatKvBinding:
     """Each run's present values become the next run's past values, wherever they lie."""
 
-    def __init__(self, ort: Any, binding: Any, cache: KvCache, device: str) -> None:
-        self._binding = binding
+    def __init__(self, ort: Any, cache: KvCache, device: str) -> None:
+        self._binding: Any = None
         self._device = device
         self._names: list[tuple[str, str]] = []
         self._empty: list[Any] = []
@@ -89,6 +104,10 @@ class ConcatKvBinding:
             self._names.append((past, present))
             self._empty.append(_allocate(ort, shape, cache.dtype, device))
         self._past = self._empty
+
+    def attach(self, binding: Any) -> None:
+        """Use this IOBinding for the runs that follow."""
+        self._binding = binding
 
     def before_run(self) -> None:
         """Bind the last present values as past, and let onnxruntime allocate new ones."""
@@ -101,12 +120,16 @@ class ConcatKvBinding:
         self._past = self._binding.get_outputs()[1:]
 
     def mark(self) -> object:
-        """Return the values themselves: runs never change them."""
-        return self._past
+        """Return the present values together with what keeps them as they are.
+
+        Up to onnxruntime 1.23 the values are references into the IOBinding's outputs, which
+        its next run would replace.
+        """
+        return _PresentValues(self._past, self._binding)
 
     def rewind(self, mark: object) -> None:
         """Go back to the marked values; None means the empty cache."""
-        self._past = self._empty if mark is None else cast("list[Any]", mark)
+        self._past = mark.values if isinstance(mark, _PresentValues) else self._empty
 
 
 def _names_and_shapes(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemoe_runtime.backends.base import CacheMark
-from edgemoe_runtime.backends.kv_onnxruntime import bind_kv_cache
+from edgemoe_runtime.backends.kv_onnxruntime import make_kv_cache
 from edgemoe_runtime.errors import BackendError, BackendUnavailableError
+from edgemoe_runtime.onnx_wire import read_graph
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -34,6 +35,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
 # the fused MoE of older versions silently uses another model's constants
 # (microsoft/onnxruntime-genai#2062, fixed by microsoft/onnxruntime#28467)
 MINIMUM_VERSION = (1, 28)
+FUSED_OPERATORS = frozenset({"com.microsoft::MoE", "com.microsoft::QMoE"})
 
 
 class OnnxRuntimeBackend:
@@ -53,11 +55,8 @@ class OnnxRuntimeBackend:
             (1, self.chunk_tokens, model.vocab_size), dtype=np.float16 if half else np.float32
         )
         self._mask = np.ones((1, request.max_length), dtype=np.int64)
-        self._binding: Any = session.io_binding()
-        self._bind_logits(1)
-        self._cache = bind_kv_cache(
-            ort, self._binding, request.manifest.kv_cache, request.max_length, device
-        )
+        self._cache = make_kv_cache(ort, request.manifest.kv_cache, request.max_length, device)
+        self._binding: Any = self._new_binding()
 
     @property
     def length(self) -> int:
@@ -75,7 +74,7 @@ class OnnxRuntimeBackend:
         bind("position_ids", positions)
         if self._has_k_cap:
             bind("k_cap", k_cap)
-        self._bind_logits(count)
+        self._bind_logits(self._binding, count)
         self._cache.before_run()
         try:
             self._session.run_with_iobinding(self._binding)
@@ -91,7 +90,10 @@ class OnnxRuntimeBackend:
 
     def mark(self) -> CacheMark:
         """Return the state of the cache."""
-        return CacheMark(self._length, self._cache.mark())
+        state = self._cache.mark()
+        if state is not None:
+            self._binding = self._new_binding()
+        return CacheMark(self._length, state)
 
     def rewind(self, mark: CacheMark) -> None:
         """Forget the tokens that were appended after the mark."""
@@ -118,9 +120,15 @@ class OnnxRuntimeBackend:
     ) -> None:
         self.close()
 
-    def _bind_logits(self, count: int) -> None:
+    def _new_binding(self) -> Any:
+        binding = self._session.io_binding()
+        self._bind_logits(binding, 1)  # first, for the cache takes the outputs after it
+        self._cache.attach(binding)
+        return binding
+
+    def _bind_logits(self, binding: Any, count: int) -> None:
         # a pointer into our own buffer: onnxruntime writes there and nothing is copied
-        self._binding.bind_output(
+        binding.bind_output(
             "logits",
             "cpu",
             0,
@@ -145,12 +153,7 @@ def open_onnxruntime(request: OpenRequest) -> OnnxRuntimeBackend:
             " `pip install 'edgemoe[ort]'` (GPU: 'edgemoe[ort-gpu]')"
         ) from error
     version = str(ort.__version__)
-    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_VERSION:
-        least = ".".join(map(str, MINIMUM_VERSION))
-        raise BackendUnavailableError(
-            f"onnxruntime must be at least {least}, got {version}:"
-            " older ones compute fused experts wrongly; update it with pip"
-        )
+    _check_version(version, request)
     available: list[str] = ort.get_available_providers()
     if provider not in available:
         raise BackendUnavailableError(
@@ -171,6 +174,20 @@ def open_onnxruntime(request: OpenRequest) -> OnnxRuntimeBackend:
         raise BackendUnavailableError(
             f"{provider} could not allocate a cache of {request.max_length} tokens ({error})"
         ) from error
+
+
+def _check_version(version: str, request: OpenRequest) -> None:
+    if tuple(int(part) for part in version.split(".")[:2]) >= MINIMUM_VERSION:
+        return
+    # Python 3.10, which JetPack 6 brings, gets no newer one: other graphs run with it
+    operators = read_graph(request.graph.read_bytes(), request.graph.name).operators
+    fused = sorted(operators & FUSED_OPERATORS)
+    if fused:
+        raise BackendUnavailableError(
+            f"onnxruntime must be at least {'.'.join(map(str, MINIMUM_VERSION))} for"
+            f" {', '.join(fused)}, got {version}, which computes it wrongly; update it, or"
+            " export with a target whose graphs have no fused experts"
+        )
 
 
 def _open_session(ort: Any, request: OpenRequest, provider: str) -> Any:
