@@ -26,7 +26,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from edgemoe.errors import ParityError
+from edgemoe.errors import ExportError, ParityError
 from edgemoe.progress import track
 from edgemoe_runtime.manifest_parts import ParityReport
 
@@ -100,6 +100,9 @@ class GraphRunner:
 
     Attributes:
         state: Tokens seen and the cache, by input; may be kept and put back.
+
+    Raises:
+        ExportError: onnxruntime cannot open the graph.
     """
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
@@ -109,9 +112,16 @@ class GraphRunner:
         )
         if threads is not None:
             options.intra_op_num_threads = threads
-        self._session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ExportError(
+                f"onnxruntime {onnxruntime.__version__} must open the graph, got: "
+                f"{error}. Install a tested version, or report it with the model's name."
+            ) from error
+        self._name = path.name
         self._outputs = [output.name for output in self._session.get_outputs()]
         self.state: tuple[int, dict[str, np.ndarray[Any, Any]]] = (0, {})
         self._k_cap: np.ndarray[Any, Any] | None = None
@@ -141,6 +151,9 @@ class GraphRunner:
 
         Returns:
             Logits, float32 ``[batch, tokens, vocabulary]``.
+
+        Raises:
+            ExportError: onnxruntime cannot run the graph.
         """
         seen, past = self.state
         batch, total = len(ids), seen + ids.shape[1]
@@ -152,7 +165,13 @@ class GraphRunner:
         }
         if self._k_cap is not None and self._k_cap.size:
             feeds["k_cap"] = self._k_cap
-        results = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
+        try:
+            results = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ExportError(
+                f"onnxruntime {onnxruntime.__version__} must run {self._name}, got: {error}. "
+                "Install a tested version, or report it with the model's name."
+            ) from error
         present = {
             name: results[name.replace("past_key_values.", "present.", 1)] for name in past
         }

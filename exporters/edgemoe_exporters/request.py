@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.errors import ExportError
+from edgemoe.errors import ExportError, OutputError
 from edgemoe.staging import refuse_existing
 from edgemoe_exporters.bundle import UNNAMED_TASK, check_task_names
 from edgemoe_exporters.targets import Target, choose_precision, find_target
@@ -82,7 +82,7 @@ class ExportRequest:
 
         Raises:
             ExportError: An option breaks a rule, or two do not fit together.
-            OutputError: The output exists and ``force`` is false.
+            OutputError: The output exists and ``force`` is false, or holds an input.
         """
         target = find_target(self.target)
         precision = choose_precision(target, self.precision)
@@ -112,7 +112,18 @@ class ExportRequest:
                     "--max-drop out."
                 )
         refuse_existing(self.output, force=self.force)
+        self._check_inputs_survive()
         return target, precision
+
+    def _check_inputs_survive(self) -> None:
+        """With ``force`` the output is replaced: nothing that is read may be in it."""
+        output = self.output.resolve()
+        for path in (self.model, *self.tasks.values(), *self.plans.values()):
+            if output in (path.resolve(), *path.resolve().parents):
+                raise OutputError(
+                    f"output must not contain what is exported, got {self.output} for {path}. "
+                    "Choose another -o."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -351,6 +351,11 @@ REFUSALS: list[tuple[dict[str, Any], type[EdgemoeError], str]] = [
     ({"plans": {"low": "missing"}}, PlanError, "does not exist"),
     ({"plans": {"low": "few"}}, PlanError, "top_k=2"),
     ({"output": "exists"}, OutputError, "must not exist"),
+    (
+        {"output": "", "force": True, "tasks": {"low": "../outputs/exists/task"}},
+        OutputError,
+        "must not contain what is exported",
+    ),
 ]
 
 
@@ -373,6 +378,7 @@ def test_refusals_come_before_the_checkpoint_is_opened(
     plan_of([(0,)], [(1,), (2,)]).save(inputs / "few")
     outputs = tmp_path / "outputs"
     (outputs / "exists").mkdir(parents=True)
+    task_file(outputs / "exists" / "task", 3, 40)
     given = dict(changes)
     for key in ("tasks", "plans"):
         given[key] = {

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from edgemoe.errors import ParityError
+from edgemoe.errors import ExportError, ParityError
 from edgemoe.evaluate.scorer import Request
 from edgemoe_exporters.parity import (
     EagerRun,
@@ -156,3 +156,13 @@ def test_scorer_gives_log_probabilities_of_what_follows(
         for continuation, answer in zip(request.continuations, answers, strict=True):
             before = (request.context[-1], *continuation[:-1])
             np.testing.assert_allclose(answer, table[before, continuation], atol=1e-6)
+
+
+def test_graph_that_cannot_be_opened_or_run_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"not a graph")
+    with pytest.raises(ExportError, match="must open the graph"):
+        GraphRunner(tmp_path / "broken.onnx")
+    runner = GraphRunner(write_graph(tmp_path / "g.onnx"))
+    runner.start(1, [1])
+    with pytest.raises(ExportError, match=r"must run g\.onnx"):
+        runner.run(np.array([[VOCABULARY]]))
