@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Calibration text, plain or JSON Lines.  [default: topics of Python's manual]",
 )
+@click.option(
+    "--learned",
+    type=PATH,
+    metavar="FILE",
+    help="Rebuild a distilled MoE from what was learned on DENSE; the shape is the file's.",
+)
 @click.option("--max-tokens", type=int, default=8192, show_default=True, metavar="N")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N")
 @force_option
@@ -42,6 +48,7 @@ def carve(
     shared_fraction: float,
     top_k: int,
     data: Path | None,
+    learned: Path | None,
     max_tokens: int,
     seed: int,
     force: bool,
@@ -49,21 +56,23 @@ def carve(
 ) -> None:
     """Split the feed-forward layers of DENSE, a directory or GGUF file, into experts."""
     needs("export")
-    from edgemoe.carve.carve import CarveOptions, carve_checkpoint
+    from edgemoe.carve.carve import CarveOptions, carve_checkpoint, rebuild_checkpoint
 
-    carved = carve_checkpoint(
-        dense,
-        output,
-        texts=_read_texts(data),
-        options=CarveOptions(
+    if learned is not None:
+        if data is not None:
+            raise click.UsageError("--learned needs no calibration: leave out --data.")
+        carved = rebuild_checkpoint(dense, output, learned=learned, force=force)
+    else:
+        options = CarveOptions(
             experts=experts,
             shared_fraction=shared_fraction,
             top_k=top_k,
             max_tokens=max_tokens,
             seed=seed,
-        ),
-        force=force,
-    )
+        )
+        carved = carve_checkpoint(
+            dense, output, texts=_read_texts(data), options=options, force=force
+        )
     report(
         {"output": output, **carved.to_dict()},
         f"{output}: {carved.layers} layers of {carved.experts} experts of {carved.expert_size} "

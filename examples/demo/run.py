@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo"
 DENSE, MOE, TASKS, BUNDLE = DEMO / "dense", DEMO / "moe", DEMO / "tasks", DEMO / "bundle"
 RESULTS = DEMO / "results.json"
+LEARNED = ROOT / "examples" / "reference_moe" / "smollm2-135m.safetensors"
 
 BUNDLE_TASKS = ("code", "bible")
 KEEP = 0.75
@@ -76,9 +77,9 @@ def prepare() -> None:
             make_dense()
     if not MOE.exists():
         with step("2/4 carve the reference MoE out of it, demo/moe"):
-            from edgemoe.carve.reference import rebuild
+            from edgemoe.carve.carve import rebuild_checkpoint
 
-            rebuild(DENSE, MOE)
+            rebuild_checkpoint(DENSE, MOE, learned=LEARNED)
     with step("3/4 task files, demo/tasks"):
         make_tasks(TASKS)
     if not BUNDLE.exists():

@@ -1,0 +1,204 @@
+"""Hold carved layers in a Mixture-of-Experts checkpoint that stock transformers loads.
+
+The family is ``glm4_moe``: sigmoid scores, no renormalisation, and a correction bias that
+takes part in the choice only. An expert's gate then depends on the token and on that expert
+alone, so gates survive the removal of other experts and any change of k; a softmax over all
+experts would rescale the rest.
+
+The dense layer is the sum of all its neurons with weight one, so gates must be one:
+``gate = 2 * sigmoid(GATE_SLOPE * r(x))`` is one up to 2e-5 for scores of unit deviation,
+while float32 still tells scores apart that differ by 0.004. With every expert chosen the
+carved model is the dense one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.errors import CarveError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from edgemoe.carve.neurons import NeuronAssignment
+    from edgemoe.carve.router import LinearRouter
+
+GATE_SLOPE = 2.0**-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class CarvedLayer:
+    """One carved feed-forward layer.
+
+    Attributes:
+        assignment: Where each neuron goes.
+        router: Which experts a token gets.
+    """
+
+    assignment: NeuronAssignment
+    router: LinearRouter
+
+
+def build_moe(
+    dense: PreTrainedModel, layers: Sequence[CarvedLayer], *, top_k: int
+) -> PreTrainedModel:
+    """Assemble the MoE model from a dense one and its carved layers.
+
+    Args:
+        dense: Dense decoder of a family in ``DENSE_FAMILIES``; it is not changed.
+        layers: One per decoder layer, all of one shape.
+        top_k: Experts per token, in ``[1, experts]``.
+
+    Returns:
+        A ``Glm4MoeForCausalLM`` in float32, in eval mode.
+
+    Raises:
+        CarveError: ``top_k`` is out of range, or the shared neurons are not a multiple of the
+            expert size.
+    """
+    import torch
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    experts, size = layers[0].assignment.experts.shape
+    shared = layers[0].assignment.shared.size
+    check_shape(experts=experts, expert_size=size, shared_size=shared, top_k=top_k)
+    config = Glm4MoeConfig(**_settings(dense.config, experts, size, shared, top_k))
+    model = Glm4MoeForCausalLM(config)
+    source = dense.state_dict()
+    target = {name: source[name] for name in source if ".mlp." not in name}
+    for index, layer in enumerate(layers):
+        prefix = f"model.layers.{index}.mlp"
+        gate = source[f"{prefix}.gate_proj.weight"]
+        up = source[f"{prefix}.up_proj.weight"]
+        down = source[f"{prefix}.down_proj.weight"]
+        neurons = torch.from_numpy(layer.assignment.experts)
+        kept = torch.from_numpy(layer.assignment.shared)
+        target[f"{prefix}.experts.gate_up_proj"] = torch.cat(
+            [gate[neurons], up[neurons]], dim=1
+        )
+        target[f"{prefix}.experts.down_proj"] = down[:, neurons].permute(1, 0, 2)
+        if shared:
+            target[f"{prefix}.shared_experts.gate_proj.weight"] = gate[kept]
+            target[f"{prefix}.shared_experts.up_proj.weight"] = up[kept]
+            target[f"{prefix}.shared_experts.down_proj.weight"] = down[:, kept]
+        weight = torch.from_numpy(layer.router.weight)
+        bias = torch.from_numpy(layer.router.bias)
+        target[f"{prefix}.gate.weight"] = weight * GATE_SLOPE
+        # sigmoid(z) is 1/2 + z/4 for small z, and the correction bias is added behind it.
+        target[f"{prefix}.gate.e_score_correction_bias"] = bias * (GATE_SLOPE / 4)
+    target = {name: tensor.to(torch.float32).contiguous() for name, tensor in target.items()}
+    model.load_state_dict(target, strict=True)
+    model.generation_config = dense.generation_config
+    return model.eval()
+
+
+def check_shape(*, experts: int, expert_size: int, shared_size: int, top_k: int) -> None:
+    """Refuse shapes that the carved family cannot hold.
+
+    Args:
+        experts: Experts per layer.
+        expert_size: Neurons per expert.
+        shared_size: Shared neurons.
+        top_k: Experts per token.
+
+    Raises:
+        CarveError: ``top_k`` is out of range, or the shared neurons are not a positive
+            multiple of the expert size.
+    """
+    if not 1 <= top_k <= experts:
+        raise CarveError(
+            f"--top-k must be between 1 and the {experts} experts, got {top_k}. "
+            "Choose fewer experts per token."
+        )
+    if shared_size < expert_size or shared_size % expert_size:
+        raise CarveError(
+            f"shared neurons must be a positive multiple of the expert size, got {shared_size} "
+            f"shared neurons, experts of {expert_size}. Change --shared-fraction or --experts."
+        )
+
+
+def _settings(config: Any, experts: int, size: int, shared: int, top_k: int) -> dict[str, Any]:
+    rope = dict(config.rope_parameters)
+    rope["partial_rotary_factor"] = 1.0
+    biased = config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        raise CarveError(
+            f"attention must be full, got a sliding window of {window} tokens. "
+            "Carve a checkpoint without one."
+        )
+    if config.hidden_act != "silu":
+        raise CarveError(
+            f"the activation must be silu, got {config.hidden_act}. Carve a SwiGLU checkpoint."
+        )
+    head_dim = getattr(config, "head_dim", None)
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": head_dim or config.hidden_size // config.num_attention_heads,
+        "hidden_act": config.hidden_act,
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_parameters": rope,
+        "attention_bias": biased,
+        "use_qk_norm": config.model_type == "qwen3",
+        "moe_intermediate_size": int(size),
+        "num_experts_per_tok": top_k,
+        "n_shared_experts": int(shared // size),
+        "n_routed_experts": int(experts),
+        "routed_scaling_factor": 2.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": False,
+        "num_mtp_layers": 0,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+        "dtype": "float32",
+    }
+
+
+def neuron_shares(
+    intermediate_size: int, *, experts: int, shared_fraction: float
+) -> tuple[int, int]:
+    """Divide a feed-forward layer into shared neurons and experts of one size.
+
+    Args:
+        intermediate_size: Neurons of the dense layer.
+        experts: Experts to carve.
+        shared_fraction: Wanted share of the neurons that every token uses, in ``(0, 1)``.
+
+    Returns:
+        ``(shared_size, expert_size)``: exact divisions, the shared size nearest to the wish.
+
+    Raises:
+        CarveError: No division exists: shared neurons must be a multiple of the expert size.
+    """
+    if not 0.0 < shared_fraction < 1.0:
+        raise CarveError(
+            f"--shared-fraction must be between 0 and 1, both excluded, got {shared_fraction}."
+        )
+    if experts < 2:
+        raise CarveError(f"--experts must be at least 2, got {experts}.")
+    sizes = [
+        (intermediate_size - experts * size, size)
+        for size in range(1, intermediate_size // (experts + 1) + 1)
+        if (intermediate_size - experts * size) % size == 0
+    ]
+    if not sizes:
+        raise CarveError(
+            f"{intermediate_size} neurons cannot be divided into {experts} experts and shared "
+            "experts of the same size. Choose another --experts."
+        )
+    wish = shared_fraction * intermediate_size
+    return min(sizes, key=lambda pair: (abs(pair[0] - wish), -pair[1]))

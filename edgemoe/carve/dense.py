@@ -1,0 +1,168 @@
+"""Open a dense checkpoint: a Hugging Face directory or a GGUF file."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.errors import CarveError, CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Dense families whose attention the carved family can hold without a change."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseModel:
+    """A dense decoder in float32, ready to be carved.
+
+    Attributes:
+        model: The causal language model, in eval mode.
+        tokenizer: Its tokenizer.
+        source: Where it came from.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: Path
+
+
+def load_dense(source: Path) -> DenseModel:
+    """Load a dense checkpoint in float32.
+
+    Args:
+        source: A Hugging Face directory with safetensors, a ``.gguf`` file, or a directory
+            that holds exactly one ``.gguf`` file.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        CheckpointError: The path is missing, holds pickles only, or cannot be read.
+        CarveError: The family is not one that can be carved.
+    """
+    if not source.exists():
+        raise CheckpointError(f"a dense checkpoint must exist, got {source}. Check the path.")
+    gguf = _gguf_file(source)
+    if gguf is not None:
+        return _load_gguf(gguf, source)
+    if not (source / "config.json").is_file():
+        raise CheckpointError(
+            f"a dense checkpoint must hold config.json or one .gguf file, got {source}. "
+            "Point at a Hugging Face directory or at a .gguf file."
+        )
+    if not list(source.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in _PICKLES for path in source.glob(pattern))
+        raise CheckpointError(
+            f"weights must be safetensors, got {pickles or 'no weights'} in {source}. "
+            "Pickled weights can run code when opened: convert them to safetensors first."
+        )
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+        _check_family(config.model_type)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except CarveError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{source} could not be read as a checkpoint: {error} Download or convert it again."
+        ) from error
+    return DenseModel(model=model.eval(), tokenizer=tokenizer, source=source)
+
+
+def save_dense(dense: DenseModel, directory: Path) -> None:
+    """Write a dense model and its tokenizer as a Hugging Face directory.
+
+    Args:
+        dense: The model.
+        directory: An existing directory to fill.
+    """
+    dense.model.save_pretrained(directory)
+    save_tokenizer(dense, directory)
+
+
+def save_tokenizer(dense: DenseModel, directory: Path) -> None:
+    """Write the tokenizer and the generation settings of a dense model.
+
+    Args:
+        dense: The model.
+        directory: An existing directory to fill.
+    """
+    dense.tokenizer.save_pretrained(directory)
+    if dense.model.generation_config is not None:
+        dense.model.generation_config.save_pretrained(directory)
+    if dense.source.is_dir():
+        for name in _TOKENIZER_FILES:
+            if (dense.source / name).is_file():
+                shutil.copyfile(dense.source / name, directory / name)
+
+
+def _gguf_file(source: Path) -> Path | None:
+    if source.is_file():
+        if source.suffix != ".gguf":
+            raise CheckpointError(
+                f"a checkpoint file must end in .gguf, got {source}. "
+                "Point at a Hugging Face directory or at a .gguf file."
+            )
+        return source
+    if (source / "config.json").is_file():
+        return None
+    files = sorted(source.glob("*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files)
+        raise CheckpointError(
+            f"a directory must hold one .gguf file, got {names} in {source}. "
+            "Name the file itself."
+        )
+    return files[0] if files else None
+
+
+def _load_gguf(file: Path, source: Path) -> DenseModel:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except Exception as error:
+        raise CheckpointError(
+            f"{file} could not be read as GGUF: {error} Download it again."
+        ) from error
+    _check_family(loaded.config.model_type)
+    # A model that carries a quantization_config refuses save_pretrained, although its
+    # weights are plain float32 by now: rebuild it without.
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)
+    settings.pop("_name_or_path", None)
+    config = type(loaded.config)(**settings)
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return DenseModel(model=model.eval(), tokenizer=tokenizer, source=source)
+
+
+def _check_family(family: str) -> None:
+    if family not in DENSE_FAMILIES:
+        raise CarveError(
+            "a dense model must be of a family that can be carved "
+            f"({', '.join(DENSE_FAMILIES)}), got {family}."
+        )
