@@ -43,11 +43,11 @@ class TensorrtApi:
         return str(self.module.__version__)
 
     def make_log(self) -> Any:
-        """Return a logger that keeps errors in its `errors` and logs warnings.
+        """Return a logger that keeps errors in its `errors` and hands warnings to logging.
 
         The builder reports by logging, and keeps a reference to its logger for its lifetime.
         """
-        severity = self.module.ILogger.Severity if self._has_severity else self.module.Logger
+        severity = self.module.ILogger.Severity
         # Without a GPU the driver is reported missing; TensorRT-RTX then builds all the same.
         noise = "CUDA driver version is insufficient" if self.builds_without_gpu else None
         bad = (severity.ERROR, severity.INTERNAL_ERROR)
@@ -69,10 +69,6 @@ class TensorrtApi:
     def builds_without_gpu(self) -> bool:
         """Whether engines can be built for a GPU that is not here."""
         return self.package == "tensorrt_rtx"
-
-    @property
-    def _has_severity(self) -> bool:
-        return hasattr(self.module.ILogger, "Severity")
 
     def network_flags(self) -> int:
         """Return the creation flags of a strongly typed network.
