@@ -39,6 +39,12 @@ class GenerationRequest:
     stop: tuple[str, ...]
     eos_token_ids: frozenset[int]
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}.")
+        if self.seed is not None and self.seed < 0:
+            raise RequestError(f"seed must be None or >= 0, got {self.seed}.")
+
 
 @dataclass(kw_only=True)
 class GenerationProgress:

@@ -183,16 +183,11 @@ class Session:
             BackendError: when the engine fails.
         """
         self._check_open()
-        if max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be >= 1, got {max_new_tokens}.")
-        if seed is not None and seed < 0:
-            raise RequestError(f"seed must be None or >= 0, got {seed}.")
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         begin = time.perf_counter()
         request = GenerationRequest(
             prompt=tuple(self.encode(prompt)),
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
             seed=seed,
             stop=check_stop(stop),
             eos_token_ids=frozenset(self.manifest.model.eos_token_ids),

@@ -49,6 +49,7 @@ class OnnxRuntimeBackend:
         self.name = f"onnxruntime:{provider}"
         self.chunk_tokens = request.chunk_tokens
         self._length = 0
+        self._bound_rows = 0
         self._session: Any = session
         self._has_k_cap = bool(model.moe_layers)
         self._logits: NDArray[Any] = np.empty(
@@ -74,7 +75,8 @@ class OnnxRuntimeBackend:
         bind("position_ids", positions)
         if self._has_k_cap:
             bind("k_cap", k_cap)
-        self._bind_logits(self._binding, count)
+        if count != self._bound_rows:
+            self._bind_logits(self._binding, count)
         self._cache.before_run()
         try:
             self._session.run_with_iobinding(self._binding)
@@ -127,6 +129,7 @@ class OnnxRuntimeBackend:
         return binding
 
     def _bind_logits(self, binding: Any, count: int) -> None:
+        self._bound_rows = count
         # a pointer into our own buffer: onnxruntime writes there and nothing is copied
         binding.bind_output(
             "logits",
