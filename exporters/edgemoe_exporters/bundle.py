@@ -273,6 +273,24 @@ def tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
+def set_default_input(model: ir.Model, name: str, values: Sequence[int]) -> None:
+    """Let callers leave an int64 vector input out, as those who do not know it must.
+
+    Args:
+        model: A graph for onnxruntime; other parsers take such an input for a constant.
+        name: The input, int64 ``[len(values)]``.
+        values: What it is where it is left out.
+
+    Raises:
+        ExportError: The graph has no such input.
+    """
+    found = [value for value in model.graph.inputs if value.name == name]
+    if not found:
+        raise ExportError(f"a graph must have the input {name}, got none of that name.")
+    found[0].const_value = ir.tensor(np.array(values, np.int64), name=name)
+    model.graph.initializers[name] = found[0]
+
+
 def require_space(directory: Path, needed_bytes: int) -> None:
     """Refuse early what the disk cannot hold.
 

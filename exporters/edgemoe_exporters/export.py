@@ -20,6 +20,7 @@ from edgemoe_exporters.bundle import (
     copy_model_files,
     list_files,
     require_space,
+    set_default_input,
     tensor_specs,
 )
 from edgemoe_exporters.manifest_writer import (
@@ -228,6 +229,9 @@ class _Road:
                 with compressed(self.model, plan, layouts, name) as small:
                     eager[name] = run_eager(small, self._parity_tokens(name))
                     lowered = lower(bind_experts(traced, small), self.precision)
+                    if self.target.flavour == "ort":
+                        # optimum does not know this input, and opens bundles all the same.
+                        set_default_input(lowered, "k_cap", self.full_k)
                     inputs = tensor_specs(lowered.graph.inputs)
                     outputs = tensor_specs(lowered.graph.outputs)
                     cache = describe_cache(lowered.graph, inputs)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemoe.errors import ExportError, OutputError
+from edgemoe_exporters import bundle
 from edgemoe_exporters.bundle import BundleWriter, copy_model_files, list_files, tensor_specs
 from edgemoe_exporters.sharing import lay_out
 from edgemoe_exporters.weight_files import ALIGNMENT_BYTES
@@ -193,6 +194,23 @@ def test_files_are_listed_with_their_digests(tmp_path: Path) -> None:
 def test_inputs_are_described_with_their_dynamic_dimensions() -> None:
     (spec,) = tensor_specs(make_model(ALL_EXPERTS[:1]).graph.inputs)
     assert (spec.name, spec.dtype, spec.shape) == ("x", "float32", ("rows", HIDDEN))
+
+
+def test_input_with_a_default_may_be_left_out(tmp_path: Path) -> None:
+    x = ir.Value(name="x", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+    cap = ir.Value(name="k_cap", shape=ir.Shape([1]), type=x.type)
+    node = ir.node("Add", [x, cap])
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", x.type, x.shape
+    graph = ir.Graph([x, cap], node.outputs, nodes=[node], opset_imports={"": 18}, name="sum")
+    model = ir.Model(graph, ir_version=10)
+    bundle.set_default_input(model, "k_cap", [6])
+    with BundleWriter(tmp_path, ["model"]) as writer:
+        writer.add_graph("model", model)
+        writer.finish()
+    assert [spec.name for spec in tensor_specs(graph.inputs)] == ["x", "k_cap"]
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert session.run(None, {"x": np.array([1])})[0] == [7]
+    assert session.run(None, {"x": np.array([1]), "k_cap": np.array([2])})[0] == [3]
 
 
 def test_full_disk_is_refused_before_writing(

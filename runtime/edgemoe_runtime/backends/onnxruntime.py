@@ -195,6 +195,8 @@ def _check_version(version: str, request: OpenRequest) -> None:
 
 def _open_session(ort: Any, request: OpenRequest, provider: str) -> Any:
     options = ort.SessionOptions()
+    # errors only: at its default level it remarks that k_cap, an input, has a default
+    options.log_severity_level = 3
     options.intra_op_num_threads = _thread_count(request.threads)
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
