@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from edgemoe_exporters.tensorrt.builder import BuilderFlags
     from edgemoe_exporters.tensorrt.profiles import Profile
 
+_ALWAYS_STRONGLY_TYPED = 11  # the option is gone since this major version
 # 10.15 moved trtexec to /usr/bin; JetPack 6 has it in TensorRT's own folder only.
 _TRTEXEC = '"$(command -v trtexec || echo /usr/src/tensorrt/bin/trtexec)"'
 
 
 def build_command(
     package: str,
+    version: str | None,
     graph: str,
     engine: str,
     compute_capability: int,
@@ -27,6 +29,7 @@ def build_command(
 
     Args:
         package: `tensorrt` or `tensorrt_rtx`.
+        version: Its version, or None where that is not known: a JetPack's, which is 10.
         graph: Name of the ONNX file.
         engine: Name of the engine to write into engines/.
         compute_capability: GPU to build for.
@@ -42,7 +45,8 @@ def build_command(
         options.append(f"--computeCapabilities={compute_capability}")
     else:
         program = _TRTEXEC
-        options.append("--stronglyTyped")
+        if version is None or int(version.split(".")[0]) < _ALWAYS_STRONGLY_TYPED:
+            options.append("--stronglyTyped")
         options.append(f"--builderOptimizationLevel={flags.optimization_level}")
     if not flags.tf32:
         options.append("--noTF32")

@@ -143,7 +143,9 @@ def _compile(
         engine_size=0,
     )
     engine = engine_path(bundle, wanted)
-    command = build_command(api.package, graph, engine.name, compute_capability, profile, flags)
+    command = build_command(
+        api.package, api.version, graph, engine.name, compute_capability, profile, flags
+    )
     wanted = replace(wanted, command=command)
     found = "it was asked for" if force else look_up(engine, wanted)
     cached = isinstance(found, EngineKey)
@@ -188,6 +190,7 @@ def _on_the_device(
     for task in tasks:
         command = build_command(
             target.package,
+            None,
             manifest.tasks[task].graph,
             f"{task}__{manifest.precision}__sm{target.capabilities[0]}.engine",
             target.capabilities[0],
