@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 @click.option(
     "--keep", type=float, metavar="F", help="Fraction of each layer's experts to keep, (0, 1]."
 )
-@click.option("--keep-experts", type=int, metavar="N", help="Experts to keep in each layer.")
+@click.option(
+    "--keep-experts",
+    metavar="N",
+    help="Experts to keep in each layer: one number, a number per layer with commas between "
+    "them, or the file of a JSON list.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @output_option("Plan")
 @force_option
@@ -32,7 +37,7 @@ def prune(
     task: str,
     method: str,
     keep: float | None,
-    keep_experts: int | None,
+    keep_experts: str | None,
     seed: int,
     output: Path,
     force: bool,
@@ -43,16 +48,20 @@ def prune(
         raise click.UsageError("give exactly one of --keep and --keep-experts.")
     needs("export")
     from edgemoe.calibrate.statistics import Statistics
-    from edgemoe.errors import StatisticsError
+    from edgemoe.errors import PlanError, StatisticsError
     from edgemoe.models import read_shape
     from edgemoe.models.fingerprint import fingerprint_checkpoint
-    from edgemoe.prune.keep import count_kept
+    from edgemoe.prune.keep import count_kept, parse_keep_experts
     from edgemoe.prune.registry import make_plan
     from edgemoe.staging import refuse_existing
 
     refuse_existing(output, force=force)
+    try:
+        asked = None if keep_experts is None else parse_keep_experts(keep_experts)
+    except PlanError as error:
+        raise click.BadParameter(str(error), param_hint="--keep-experts") from error
     shape = read_shape(model)
-    counts = count_kept(shape, keep=keep, keep_experts=keep_experts)
+    counts = count_kept(shape, keep=keep, keep_experts=asked)
     statistics = Statistics.load(stats)
     if statistics.checkpoint_sha256 != fingerprint_checkpoint(model):
         raise StatisticsError(
