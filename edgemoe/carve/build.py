@@ -5,10 +5,13 @@ takes part in the choice only. An expert's gate then depends on the token and on
 alone, so gates survive the removal of other experts and any change of k; a softmax over all
 experts would rescale the rest.
 
-The dense layer is the sum of all its neurons with weight one, so gates must be one:
-``gate = 2 * sigmoid(GATE_SLOPE * r(x))`` is one up to 2e-5 for scores of unit deviation,
-while float32 still tells scores apart that differ by 0.004. With every expert chosen the
-carved model is the dense one.
+The dense layer is the sum of all its neurons with weight one, so gates must be near one:
+``gate = 2 * sigmoid(slope * r(x))`` for router scores ``r`` of unit deviation. Float32 cannot
+give both extremes: gates within ``d`` of one leave scores apart by less than about
+``6e-8 / d`` tied, and engines break ties differently. Where experts are chosen the slope is
+``GATE_SLOPE`` (gates within about one percent of one, near ties as rare as rounding); where
+every expert is used nothing is chosen, and ``EXACT_GATE_SLOPE`` makes the carved model the
+dense one.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from edgemoe.carve.router import LinearRouter
 
 GATE_SLOPE = 2.0**-6
+EXACT_GATE_SLOPE = 2.0**-15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,7 @@ def build_moe(
     check_shape(experts=experts, expert_size=size, shared_size=shared, top_k=top_k)
     config = Glm4MoeConfig(**_settings(dense.config, experts, size, shared, top_k))
     model = Glm4MoeForCausalLM(config)
+    slope = EXACT_GATE_SLOPE if top_k == experts else GATE_SLOPE
     source = dense.state_dict()
     target = {name: source[name] for name in source if ".mlp." not in name}
     for index, layer in enumerate(layers):
@@ -86,9 +91,9 @@ def build_moe(
             target[f"{prefix}.shared_experts.down_proj.weight"] = down[:, kept]
         weight = torch.from_numpy(layer.router.weight)
         bias = torch.from_numpy(layer.router.bias)
-        target[f"{prefix}.gate.weight"] = weight * GATE_SLOPE
+        target[f"{prefix}.gate.weight"] = weight * slope
         # sigmoid(z) is 1/2 + z/4 for small z, and the correction bias is added behind it.
-        target[f"{prefix}.gate.e_score_correction_bias"] = bias * (GATE_SLOPE / 4)
+        target[f"{prefix}.gate.e_score_correction_bias"] = bias * (slope / 4)
     target = {name: tensor.to(torch.float32).contiguous() for name, tensor in target.items()}
     model.load_state_dict(target, strict=True)
     model.generation_config = dense.generation_config

@@ -71,13 +71,19 @@ def load_dense(source: Path) -> DenseModel:
             f"weights must be safetensors, got {pickles or 'no weights'} in {source}. "
             "Pickled weights can run code when opened: convert them to safetensors first."
         )
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    if not (source / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"a dense checkpoint must hold tokenizer.json, got none in {source}. "
+            "Save its tokenizer with a fast tokenizer of transformers."
+        )
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     try:
         config = AutoConfig.from_pretrained(source)
         _check_family(config.model_type)
         model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        # tokenizer.json as it is: the class that a family maps to may rewrite it.
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
     except CarveError:
         raise
     except Exception as error:
@@ -105,7 +111,8 @@ def save_tokenizer(dense: DenseModel, directory: Path) -> None:
         dense: The model.
         directory: An existing directory to fill.
     """
-    dense.tokenizer.save_pretrained(directory)
+    if dense.source.is_file() or not (dense.source / "tokenizer.json").is_file():
+        dense.tokenizer.save_pretrained(directory)
     if dense.model.generation_config is not None:
         dense.model.generation_config.save_pretrained(directory)
     if dense.source.is_dir():

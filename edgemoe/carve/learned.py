@@ -136,8 +136,8 @@ class LearnedCarve:
         if found != self.dense_sha256:
             raise CarveError(
                 f"the dense weights must be those of sha256 {self.dense_sha256[:12]}..., got "
-                f"{found[:12]}.... This carve was learned on another checkpoint: use that one, or "
-                "carve without --learned."
+                f"{found[:12]}.... The carve was learned on another checkpoint: use that one, "
+                "or carve without --learned."
             )
         state = dense.state_dict()
         try:
