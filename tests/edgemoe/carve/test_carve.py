@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -31,6 +30,9 @@ from edgemoe.carve.learned import LearnedCarve, pack_delta, weights_sha256
 from edgemoe.carve.neurons import active_neurons, assign_neurons
 from edgemoe.carve.router import expert_energy, fit_router
 from edgemoe.errors import CarveError, CheckpointError, OutputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 WORDS = 90
 SHAPE: dict[str, Any] = {
@@ -63,9 +65,8 @@ def save_dense_checkpoint(directory: Path, model: Any) -> Path:
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     model.save_pretrained(directory)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(
-        directory
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast.save_pretrained(directory)
     return directory
 
 
@@ -233,9 +234,8 @@ def learned_for(model: Any) -> LearnedCarve:
         tensors[f"{index}.order"] = np.concatenate([np.sort(order[:16]), rows.ravel()]).astype(
             np.int16
         )
-        tensors[f"{index}.router.weight"] = generator.standard_normal((8, 32)).astype(
-            np.float16
-        )
+        router = generator.standard_normal((8, 32))
+        tensors[f"{index}.router.weight"] = router.astype(np.float16)
         tensors[f"{index}.router.bias"] = np.zeros(8, np.float16)
         tensors[f"{index}.input_layernorm"] = np.full(32, 1.25, np.float16)
         tensors[f"{index}.post_attention_layernorm"] = np.full(32, 0.75, np.float16)
