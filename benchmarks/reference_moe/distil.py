@@ -176,11 +176,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="end sooner if need be")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate-every", type=int, default=150, metavar="STEPS")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--carved", type=Path, help="keeps the carve between runs")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     torch.manual_seed(arguments.seed)
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     generator = random.Random(arguments.seed)
 
     dense = load_dense(arguments.dense)
