@@ -34,12 +34,15 @@ def refuse_existing(target: Path, *, force: bool) -> None:
     """
     if (target.exists() or target.is_symlink()) and not force:
         raise OutputError(
-            f"output must not exist, got {target}. Choose another -o, or pass --force to replace it."
+            f"output must not exist, got {target}. Choose another -o, or pass --force to "
+            "replace it."
         )
     for parent in target.absolute().parents:
         if parent.exists():
             if not parent.is_dir():
-                raise OutputError(f"output's parent must be a directory, got the file {parent}.")
+                raise OutputError(
+                    f"output's parent must be a directory, got the file {parent}."
+                )
             break
 
 
@@ -55,7 +58,8 @@ def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         A new empty directory beside ``target``.
 
     Raises:
-        OutputError: ``target`` exists and ``force`` is false, or the disk refuses (full, read-only).
+        OutputError: ``target`` exists and ``force`` is false, or the disk refuses (full,
+            read-only).
     """
     refuse_existing(target, force=force)
     with _staged(target) as staged:
@@ -80,7 +84,8 @@ def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
         A path beside ``target`` that does not exist yet.
 
     Raises:
-        OutputError: ``target`` exists and ``force`` is false, or the disk refuses (full, read-only).
+        OutputError: ``target`` exists and ``force`` is false, or the disk refuses (full,
+            read-only).
     """
     refuse_existing(target, force=force)
     with _staged(target) as staged:
@@ -91,7 +96,9 @@ def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    staged = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{_STAGED_SUFFIX}"
+    staged = (
+        target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{_STAGED_SUFFIX}"
+    )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
@@ -102,8 +109,8 @@ def _staged(target: Path) -> Iterator[Path]:
         if error.errno is None or not _is_output_failure(error, target):
             raise
         raise OutputError(
-            f"{target} could not be written: {error.strerror}. Nothing was left behind; free space "
-            "or choose another -o."
+            f"{target} could not be written: {error.strerror}. Nothing was left behind; free "
+            "space or choose another -o."
         ) from error
     finally:
         _remove(staged)
@@ -121,7 +128,11 @@ def _sweep(target: Path) -> None:
     """Remove staged copies whose process is gone."""
     for stale in target.parent.glob(f".{target.name}.*{_STAGED_SUFFIX}"):
         owner = stale.name[len(target.name) + 2 :].split("-", 1)[0]
-        if owner.isdigit() and not Path("/proc", owner).exists() and Path("/proc/self").exists():
+        if (
+            owner.isdigit()
+            and not Path("/proc", owner).exists()
+            and Path("/proc/self").exists()
+        ):
             _remove(stale)
 
 

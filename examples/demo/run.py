@@ -51,6 +51,8 @@ def main() -> None:
     started = time.perf_counter()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     DEMO.mkdir(exist_ok=True)
     prepare()
     if prepare_only:

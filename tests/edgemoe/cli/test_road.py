@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 import transformers
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-Answer = "Callable[..., dict[str, Any]]"
+Answer: TypeAlias = "Callable[..., dict[str, Any]]"
 
 
 @pytest.fixture(scope="module")
