@@ -25,8 +25,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         "--wheel",
         "--no-isolation",
         "--outdir",
-        folder,
-        ROOT,
+        str(folder),
+        str(ROOT),
     ]
     subprocess.run(build, check=True, capture_output=True)
     (path,) = folder.glob("*.whl")

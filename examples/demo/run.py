@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo"
 DENSE, MOE, TASKS, BUNDLE = DEMO / "dense", DEMO / "moe", DEMO / "tasks", DEMO / "bundle"
 RESULTS = DEMO / "results.json"
+LEARNED = ROOT / "benchmarks/reference_moe/learned.safetensors"
 LEARNED = ROOT / "examples" / "reference_moe" / "smollm2-135m.safetensors"
 
 BUNDLE_TASKS = ("code", "bible")
@@ -106,13 +108,18 @@ def make_dense() -> None:
 
 def export() -> None:
     """Export the bundle as a user would."""
-    command = [sys.executable, "-m", "edgemoe.cli", "export", "demo/moe", "-o", "demo/bundle"]
-    command += ["--target", "cpu", "--precision", "int4", "--keep", str(KEEP)]
-    command += ["--calibration-tokens", str(CALIBRATION_TOKENS)]
-    command += ["--held-out-tokens", str(HELD_OUT_TOKENS)]
+    options = ["--target", "cpu", "--precision", "int4", "--keep", str(KEEP)]
+    options += ["--calibration-tokens", str(CALIBRATION_TOKENS)]
+    options += ["--held-out-tokens", str(HELD_OUT_TOKENS)]
     for task in BUNDLE_TASKS:
-        command += ["--task", f"{task}=demo/tasks/{task}.train.jsonl"]
-    subprocess.run(command, cwd=ROOT, check=True)
+        options += ["--task", f"{task}=demo/tasks/{task}.train.jsonl"]
+    edgemoe("export", "demo/moe", "-o", "demo/bundle", *options)
+
+
+def edgemoe(*arguments: str) -> None:
+    """Run a command as a user would, and show it."""
+    print("$ edgemoe", shlex.join(arguments), flush=True)
+    subprocess.run([sys.executable, "-m", "edgemoe.cli", *arguments], cwd=ROOT, check=True)
 
 
 def complete(task: str, prompt: str) -> str:
