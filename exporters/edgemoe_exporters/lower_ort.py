@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-
 from edgemoe.errors import ExportError
 from edgemoe_exporters.ops import DOMAIN
 from edgemoe_exporters.ort.attention import lower_attention
@@ -23,6 +21,8 @@ from edgemoe_exporters.ort.precision import find_precision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import onnx_ir as ir
 
     from edgemoe_exporters.ort.precision import Precision
 
@@ -61,7 +61,7 @@ def lower(model: ir.Model, precision: str) -> ir.Model:
     left = sorted({node.op_type for node in lowered.graph if node.domain == DOMAIN})
     if left:
         raise ExportError(
-            f"every traced op must have a lowering for onnxruntime, got {', '.join(left)} left. "
+            f"every traced op must have a lowering for onnxruntime, got {', '.join(left)}. "
             "Choose another target."
         )
     lowered.opset_imports.pop(DOMAIN, None)

@@ -8,13 +8,18 @@ smallest squared error, because the range that its extremes span is seldom the b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 # Fractions of a block's range that are tried.
-_SHRINKS = (1.0, 0.95, 0.9, 0.85)
+_SHRINKS = (1.0, 0.93, 0.86)
+
+_CHUNK = 8192
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,22 @@ def quantize_blocks(
             f"bits must be 4 or 8 and block divide the columns, got bits={bits}, "
             f"block={block}, columns={weight.shape[-1]}."
         )
-    blocks = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float32))
-    blocks = blocks.reshape(-1, block)
-    search = _search_symmetric if symmetric else _search_asymmetric
-    levels, scales, zeros = search(blocks, bits)
-    leading = weight.shape[:-1]
-    columns = weight.shape[-1]
-    packed = _pack(levels.reshape(*leading, columns).numpy(), bits)
-    zero_points = None
-    if not symmetric:
-        zero_points = _pack(zeros.reshape(*leading, columns // block).numpy(), bits)
-    return Quantized(packed, scales.reshape(*leading, columns // block).numpy(), zero_points)
+    leading, columns = weight.shape[:-1], weight.shape[-1]
+    count = columns // block
+    parts = [
+        _search(torch.tensor(chunk), bits, symmetric)
+        for chunk in _chunks(weight.reshape(-1, block))
+    ]
+    levels, scales, zeros = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    packed = _pack(levels.reshape(*leading, columns), bits)
+    zero_points = None if symmetric else _pack(zeros.reshape(*leading, count), bits)
+    return Quantized(packed, scales.reshape(*leading, count), zero_points)
+
+
+def _chunks(blocks: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    """Cut into pieces that stay in a core's cache: several times as fast."""
+    for start in range(0, blocks.shape[0], _CHUNK):
+        yield blocks[start : start + _CHUNK].astype(np.float32, copy=False)
 
 
 def dequantize_blocks(quantized: Quantized, bits: int) -> np.ndarray[Any, Any]:
@@ -90,61 +100,58 @@ def dequantize_blocks(quantized: Quantized, bits: int) -> np.ndarray[Any, Any]:
     return values.reshape(levels.shape)
 
 
-def _search_asymmetric(
-    blocks: torch.Tensor, bits: int
+def _search(
+    blocks: torch.Tensor, bits: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return levels uint8 ``[n, block]``, scales float32 ``[n]``, zero points uint8 ``[n]``."""
     top = (1 << bits) - 1
-    # Zero must be a level, as it is of every zero point in [0, top].
+    candidates = _symmetric(blocks, bits) if symmetric else _asymmetric(blocks, bits)
+    best = torch.full((blocks.shape[0],), torch.inf)
+    best_scale, best_zero = torch.zeros_like(best), torch.zeros_like(best)
+    for scale, zero in candidates:
+        centred = _levels(blocks, scale, zero, top).sub_(zero[:, None])
+        product = (blocks * centred).sum(dim=1)
+        squares = (centred * centred).sum(dim=1)
+        # With these levels, least squares gives the best scale, and removes this much error.
+        removed = product * product / squares
+        fitted = product / squares
+        usable = (squares > 0) & (product != 0)
+        error = torch.where(usable, -removed, 0.0)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale = torch.where(better, torch.where(usable, fitted, scale), best_scale)
+        best_zero = torch.where(better, zero, best_zero)
+    levels = _levels(blocks, best_scale, best_zero, top)
+    return levels.to(torch.uint8), best_scale, best_zero.to(torch.uint8)
+
+
+def _levels(
+    blocks: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int
+) -> torch.Tensor:
+    return (blocks / scale[:, None]).add_(zero[:, None]).round_().clamp_(0, top)
+
+
+def _asymmetric(blocks: torch.Tensor, bits: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield scales and zero points around those that the extremes of a block give."""
+    top = (1 << bits) - 1
+    # Zero is a level whatever the zero point, so the range has to hold it.
     low = blocks.amin(dim=1).clamp(max=0.0)
     high = blocks.amax(dim=1).clamp(min=0.0)
-    best = _Best(blocks)
-    for shrink in _SHRINKS if bits == 4 else _SHRINKS[:1]:
-        scale = ((high - low) * (shrink / top)).clamp(min=torch.finfo(torch.float32).tiny)
-        exact = -low * shrink / scale
-        for zero in {4: (exact.floor(), exact.ceil())}.get(bits, (exact.round(),)):
-            best.offer(scale, zero.clamp(0, top), top)
-    return best.levels, best.scale, best.zero
+    width = (high - low).clamp(min=1e-30)
+    exact = -low / width * top
+    for shrink in _SHRINKS if bits == 4 else (1.0,):
+        for zero in (exact.floor(), exact.ceil()) if bits == 4 else (exact.round(),):
+            yield width * (shrink / top), zero
 
 
-def _search_symmetric(
-    blocks: torch.Tensor, bits: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    top, middle = (1 << bits) - 1, 1 << (bits - 1)
-    index = blocks.abs().argmax(dim=1, keepdim=True)
-    extreme = blocks.gather(1, index).squeeze(1)
+def _symmetric(blocks: torch.Tensor, bits: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    middle = 1 << (bits - 1)
+    extreme = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True)).squeeze(1)
     extreme = torch.where(extreme == 0, torch.full_like(extreme, 1e-30), extreme)
-    best = _Best(blocks)
     zero = torch.full_like(extreme, float(middle))
-    for shrink in _SHRINKS if bits == 4 else _SHRINKS[:1]:
-        # The range has one more level below the middle: let the extreme fall there.
-        best.offer(extreme * (shrink / -middle), zero, top)
-    return best.levels, best.scale, best.zero
-
-
-class _Best:
-    """The best scale and zero point of each block so far."""
-
-    def __init__(self, blocks: torch.Tensor) -> None:
-        self.blocks = blocks
-        self.error = torch.full((blocks.shape[0],), torch.inf)
-        self.scale = torch.zeros(blocks.shape[0])
-        self.zero = torch.zeros(blocks.shape[0], dtype=torch.uint8)
-        self.levels = torch.zeros(blocks.shape, dtype=torch.uint8)
-
-    def offer(self, scale: torch.Tensor, zero: torch.Tensor, top: int) -> None:
-        column = zero[:, None]
-        levels = (self.blocks / scale[:, None]).add_(column).round_().clamp_(0, top)
-        centred = levels - column
-        # The best scale for these levels, by least squares.
-        squares = (centred * centred).sum(dim=1)
-        fitted = (self.blocks * centred).sum(dim=1) / squares
-        scale = torch.where((squares > 0) & (fitted != 0), fitted, scale)
-        error = (centred.mul_(scale[:, None]).sub_(self.blocks)).square_().sum(dim=1)
-        better = error < self.error
-        self.error = torch.where(better, error, self.error)
-        self.scale = torch.where(better, scale, self.scale)
-        self.zero = torch.where(better, zero.to(torch.uint8), self.zero)
-        self.levels = torch.where(better[:, None], levels.to(torch.uint8), self.levels)
+    for shrink in _SHRINKS if bits == 4 else (1.0,):
+        # The range has one more level below the middle: the extreme falls there.
+        yield extreme * (shrink / -middle), zero
 
 
 def _pack(levels: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:

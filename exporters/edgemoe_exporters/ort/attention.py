@@ -178,7 +178,7 @@ def _heads(states: ir.Value) -> int:
 
 
 def _tokens_first(editor: Editor, before: ir.Node, states: ir.Value) -> ir.Value:
-    """Turn ``[B, heads, S, D]`` into ``[B, S, heads * D]``, undoing the model where possible."""
+    """Turn ``[B, heads, S, D]`` into ``[B, S, heads * D]``, undoing what the model did."""
     transpose = producer_of(states, "Transpose")
     if transpose is not None and transpose.attributes["perm"].as_ints() == (0, 2, 1, 3):
         split_heads = required(transpose.inputs[0])

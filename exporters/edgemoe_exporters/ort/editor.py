@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgemoe.errors import ExportError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import numpy as np
+
 MICROSOFT = "com.microsoft"
 TRACED = "edgemoe"
 
-# What an initializer's own lowering attaches to it stays with it through a copy.
 Attribute = int | float | str | list[int] | list[float]
 
 
@@ -124,7 +125,7 @@ class Editor:
 
     def tidy(self) -> None:
         """Remove nodes and initializers that nothing reads any more."""
-        ir.passes.common.RemoveUnusedNodesPass()(self.model)
+        RemoveUnusedNodesPass()(self.model)
 
 
 def required(value: ir.Value | None) -> ir.Value:

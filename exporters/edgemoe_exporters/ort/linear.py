@@ -116,7 +116,7 @@ def _quantised(
         "K": int(weight.shape[1]),
         "bits": precision.bits,
         "block_size": precision.block,
-        "accuracy_level": 4,
+        "accuracy_level": precision.accuracy_level,
     }
     return editor.add(node, "MatMulNBits", inputs, attributes, domain=MICROSOFT)[0]
 

@@ -205,7 +205,7 @@ def _quantised(
         "k": route.attributes["top_k"].as_int(),
         "expert_weight_bits": precision.bits,
         "block_size": precision.block,
-        "accuracy_level": 4,
+        "accuracy_level": precision.accuracy_level,
         **_SWIGLU,
         # It would divide even the weights that it is given by their sum.
         "normalize_routing_weights": int(weights is None),
