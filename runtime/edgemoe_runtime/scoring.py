@@ -17,29 +17,40 @@ if TYPE_CHECKING:
 
 
 def score_completions(
-    decoder: Decoder, tokenizer: Tokenizer, prompt: Sequence[int], completions: Sequence[str]
+    decoder: Decoder, tokenizer: Tokenizer, prompt: str, completions: Sequence[str]
 ) -> list[Score]:
     """Return the log-likelihood of each completion after the prompt.
 
-    Prompt and completion are tokenised apart, so every completion starts from the very same
-    cache and the result is exact.
+    Each completion is tokenised together with the prompt, as `edgemoe evaluate` and lm-eval
+    do it; the tokens that all begin with run once. A token that crosses the border counts
+    to the completion.
 
     Args:
         decoder: runs the tokens; what its cache held is lost.
         tokenizer: of the bundle.
-        prompt: token ids, at least one.
-        completions: texts, at least one, each at least one token.
+        prompt: text before the completions.
+        completions: texts, at least one, none empty.
 
     Raises:
         RequestError: when a text is empty, or prompt and completion are too long.
     """
-    encoded = [tokenizer.encode(text, special_tokens=False) for text in completions]
-    for text, tokens in zip(completions, encoded, strict=True):
-        if not tokens:
+    for text in completions:
+        if not text:
             raise RequestError(f"A completion must be at least one token, got {text!r}.")
+    wholes = [tokenizer.encode(prompt + text) for text in completions]
+    shared = _count_shared([tokenizer.encode(prompt), *wholes])
+    # Every completion keeps a token of its own, and the first token of all is context.
+    shared = max(1, min(shared, *(len(whole) - 1 for whole in wholes)))
+    if min(map(len, wholes)) < 2:
+        raise RequestError(
+            "A prompt and its completion must be two or more tokens together, got one. "
+            "Lengthen the prompt."
+        )
+    context = wholes[0][:shared]
+    continuations = [whole[shared:] for whole in wholes]
     # a completion's last token is scored but never run
-    decoder.check(prompt, max(map(len, encoded)) - 1)
-    first = np.array(decoder.prefill(prompt), dtype=np.float32)
+    decoder.check(context, max(map(len, continuations)) - 1)
+    first = np.array(decoder.prefill(context), dtype=np.float32)
     mark = decoder.mark()
     return [
         Score(
@@ -47,5 +58,14 @@ def score_completions(
             tokens=len(tokens),
             characters=len(text),
         )
-        for text, tokens in zip(completions, encoded, strict=True)
+        for text, tokens in zip(completions, continuations, strict=True)
     ]
+
+
+def _count_shared(sequences: Sequence[Sequence[int]]) -> int:
+    count = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        count += 1
+    return count

@@ -268,10 +268,7 @@ class Session:
         if "{text}" not in pattern:
             raise RequestError(f"template must contain {{text}}, got {pattern!r}.")
         begin = time.perf_counter()
-        prompt = pattern.replace("{text}", text)
-        # tokenizers join a space with the word after it, so the space goes to the choice
-        stem = prompt.rstrip(" ")
-        scores = self._score_all(stem, [prompt[len(stem) :] + choice for choice in choices])
+        scores = self._score_all(pattern.replace("{text}", text), choices)
         values = {
             "total": [score.log_likelihood for score in scores],
             "token": [score.per_token for score in scores],
@@ -286,7 +283,7 @@ class Session:
     def score(self, prompt: str, completion: str) -> Score:
         """Return how likely a completion is after a prompt.
 
-        Prompt and completion are tokenised apart, so that the border lies where it is given.
+        Prompt and completion are tokenised together, as `edgemoe evaluate` does it.
 
         Raises:
             RequestError: when the completion is empty or both are too long.
@@ -382,9 +379,7 @@ class Session:
 
     def _score_all(self, prompt: str, completions: Sequence[str]) -> list[Score]:
         self._next_turn()
-        return score_completions(
-            self._decoder, self._tokenizer, self.encode(prompt), completions
-        )
+        return score_completions(self._decoder, self._tokenizer, prompt, completions)
 
     def _next_turn(self) -> int:
         self._turn += 1
