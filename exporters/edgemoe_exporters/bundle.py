@@ -5,7 +5,7 @@
       shared.onnx.data    what two or more tasks read; a stack of experts is here as a whole
                           where any of it is common, since each task's must be contiguous
       <task>.onnx.data    what only that task reads
-      config.json ...     as they are in the checkpoint
+      config.json ...     those of the checkpoint (config.json: see config_file)
       manifest.json       written last, by the caller
 
 The graphs' tensors point at (offset, length) ranges, which overlap where tasks share experts.
@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemoe.errors import ExportError, OutputError
+from edgemoe_exporters.config_file import write_config
 from edgemoe_exporters.weight_files import Extent, Places, WeightSpool
 from edgemoe_runtime.manifest_parts import FileEntry, SizeReport, TensorSpec
 
@@ -215,7 +216,9 @@ def copy_model_files(source: Path, directory: Path) -> None:
     """
     for name in _MODEL_FILES:
         path = source / name
-        if path.is_file():
+        if path.is_file() and name == "config.json":
+            write_config(path, directory / name)
+        elif path.is_file():
             shutil.copyfile(path, directory / name)
         elif name in {"config.json", "tokenizer.json"}:
             raise ExportError(
