@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo"
 DENSE, MOE, TASKS, BUNDLE = DEMO / "dense", DEMO / "moe", DEMO / "tasks", DEMO / "bundle"
 RESULTS = DEMO / "results.json"
-LEARNED = ROOT / "benchmarks/reference_moe/learned.safetensors"
-LEARNED = ROOT / "examples" / "reference_moe" / "smollm2-135m.safetensors"
+LEARNED = ROOT / "examples/reference_moe/smollm2-135m.safetensors"
+LEARNED = ROOT / "examples/reference_moe/smollm2-135m.safetensors"
 
 BUNDLE_TASKS = ("code", "bible")
 KEEP = 0.75

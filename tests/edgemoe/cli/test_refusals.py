@@ -217,18 +217,18 @@ def limit_file_size() -> None:
 
 
 @pytest.mark.parametrize("command", ["export", "apply"])
-def test_a_full_disk_leaves_nothing(road: Path, tmp_path: Path, command: str) -> None:
+def test_a_full_disk_leaves_nothing(
+    road: Path, invoke: Callable[..., Result], tmp_path: Path, command: str
+) -> None:
     """A file size limit stands for the full disk: the kernel refuses the write."""
     plan = tmp_path / "plan.json"
     if command == "export":
         asked = edgemoe("export", road / "moe", *EXPORT, "-o", tmp_path / "out")
     else:
         stats = tmp_path / "stats"
-        task = f"--task=code={road}/code.jsonl"
-        subprocess.run(edgemoe("calibrate", road / "moe", task, "-o", stats), check=True)
+        invoke("calibrate", road / "moe", f"--task=code={road}/code.jsonl", "-o", stats)
         options = ("--task=code", "--method=reap", "--keep=0.5", "-o", plan)
-        prune = edgemoe("prune", road / "moe", "--stats", stats, *options)
-        subprocess.run(prune, check=True)
+        invoke("prune", road / "moe", "--stats", stats, *options)
         asked = edgemoe("apply", road / "moe", "--plan", plan, "-o", tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
 
@@ -250,11 +250,11 @@ def test_an_interrupted_export_leaves_nothing(road: Path, tmp_path: Path) -> Non
         text=True,
     ) as process:
         # Staged output shows that the work has begun.
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=300)
 
     assert process.returncode == 1
     assert stderr.strip() == "Error: interrupted. Nothing was left half-written."

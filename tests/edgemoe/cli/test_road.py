@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 import transformers
+from tokenizers import Tokenizer
 
+from edgemoe.cli.machine import examine
 from edgemoe_runtime import Session
 
 if TYPE_CHECKING:
@@ -46,6 +48,37 @@ def pruned(road: Path, plan: Path, answer: Answer) -> Path:
     path = road / "pruned"
     assert answer("apply", road / "moe", "--plan", plan, "-o", path)["family"] == "glm4_moe"
     return path
+
+
+def test_a_dense_checkpoint_is_carved_and_judged(
+    road: Path, answer: Answer, tmp_path: Path
+) -> None:
+    dense = tmp_path / "dense"
+    config = transformers.LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(dense)
+    tokenizer = Tokenizer.from_file(str(road / "moe/tokenizer.json"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(dense)
+    shape = ("--experts=4", "--top-k=4", "--max-tokens=1200")
+
+    told = answer(
+        "carve", dense, "-o", tmp_path / "moe", *shape, "--data", road / "prose.jsonl"
+    )
+
+    assert told["active_fraction"] == 1
+    task = f"--task=prose={road}/prose.jsonl"
+    assert answer("inspect", tmp_path / "moe")["experts_per_layer"] == [4, 4]
+    assert answer("inspect", dense)["kind"] == "dense checkpoint"
+    carved, before = (answer("evaluate", path, task) for path in (tmp_path / "moe", dense))
+    assert carved["value"] == pytest.approx(before["value"], rel=1e-3)
 
 
 def test_shards_add_up_to_the_whole(road: Path, statistics: Path, answer: Answer) -> None:
@@ -181,6 +214,43 @@ def test_inspect_shows_layers_of_different_sizes(
     assert told["kind"] == "ragged MoE checkpoint"
     assert told["experts_per_layer"] == [4, 3]
     assert "4, 3" in invoke("inspect", tmp_path / "ragged").stdout
+
+
+def test_compile_is_refused_politely_where_it_cannot_be_done(
+    bundle: Path, invoke: Callable[..., Any]
+) -> None:
+    for target in ("cpu", "tensorrt-rtx", "jetson-orin"):
+        result = invoke("compile", bundle, "--target", target)
+
+        assert result.exit_code == 1
+        assert result.stderr.startswith("Error: ")
+
+
+def test_doctor_reads_a_jetsons_files(tmp_path: Path) -> None:
+    release = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64"
+    files = {
+        "etc/nv_tegra_release": release,
+        "proc/device-tree/compatible": "nvidia,p3768-0000+p3767-0005\0nvidia,tegra234\0",
+        "proc/meminfo": "MemTotal:        7790000 kB\nMemAvailable:    6000000 kB\n",
+        "sys/class/thermal/thermal_zone0/type": "tj-thermal",
+        "sys/class/thermal/thermal_zone0/temp": "97500",
+        "sys/class/thermal/cooling_device0/type": "gpu-throttle-alert",
+        "sys/class/thermal/cooling_device0/cur_state": "1",
+        "sys/class/thermal/cooling_device1/type": "pwm-fan",
+        "sys/class/thermal/cooling_device1/cur_state": "3",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+
+    facts = examine(tmp_path)
+
+    assert facts["device"] == "jetson-orin"
+    assert facts["jetpack"] == "6.2 (L4T 36.4.3)"
+    assert facts["memory"]["total_bytes"] == 7790000 * 1024
+    assert facts["temperatures_c"] == {"tj-thermal": 97.5}
+    assert facts["throttling"] == ["gpu-throttle-alert"]
+    assert any("aarch64" in advice for advice in facts["missing"])
 
 
 def test_doctor_tells_what_is_here(answer: Answer, invoke: Callable[..., Any]) -> None:
