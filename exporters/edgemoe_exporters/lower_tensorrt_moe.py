@@ -204,7 +204,10 @@ class _Layer:
 
 def _scores(emit: Emitter, rule: RouteRule, logits: ir.Value) -> ir.Value:
     if rule.scoring == "sigmoid":
-        return emit.call("Sigmoid", logits)
+        # Spelled out: a GPU's Sigmoid may be an approximate tanh, good to 11 bits only.
+        decay = emit.call("Exp", emit.call("Neg", logits))
+        one = emit.number(1.0)
+        return emit.call("Div", one, emit.call("Add", one, decay))
     return logits if rule.softmax_of_chosen else emit.call("Softmax", logits, axis=-1)
 
 
