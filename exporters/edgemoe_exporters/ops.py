@@ -218,7 +218,8 @@ def rotary(
     cos = (angles.cos() * scaling).to(states.dtype)
     sin = (angles.sin() * scaling).to(states.dtype)
     half = inv_freq.shape[0]
-    first, second, rest = states.split([half, half, states.shape[-1] - 2 * half], dim=-1)
+    first, second = states[..., :half], states[..., half : 2 * half]
+    rest = states[..., 2 * half :]
     turned = [first * cos - second * sin, second * cos + first * sin, rest]
     return torch.cat(turned, dim=-1)
 

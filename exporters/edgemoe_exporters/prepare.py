@@ -176,9 +176,10 @@ def _replace_moe(
     def experts(
         hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        return ops.experts(
+        output: torch.Tensor = ops.experts(
             hidden, indices, weights, layer.gate_up, layer.down, layer.activation
         )
+        return output
 
     _replace_forward(stack, layer.router, route)
     _replace_forward(stack, layer.experts, experts)
@@ -186,7 +187,8 @@ def _replace_moe(
 
 def _replace_norm(stack: contextlib.ExitStack, norm: Any) -> None:
     def forward(states: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(states, norm.weight, float(norm.variance_epsilon))
+        output: torch.Tensor = ops.rms_norm(states, norm.weight, float(norm.variance_epsilon))
+        return output
 
     _replace_forward(stack, norm, forward)
 

@@ -21,6 +21,7 @@ from edgemoe_exporters.ort.editor import (
     Editor,
     producer_of,
     required,
+    size_of,
     sole_consumer,
 )
 
@@ -157,14 +158,13 @@ def _rotated(editor: Editor, node: ir.Node, position: int, shared: _Shared) -> i
         return _tokens_first(editor, node, source)
     states = required(rotary.inputs[0])
     inv_freq = required(rotary.inputs[2])
-    assert inv_freq.shape is not None
     (output,) = editor.add(
         node,
         "RotaryEmbedding",
         [_tokens_first(editor, node, states), shared.positions, shared.cos, shared.sin],
         {
             "num_heads": _heads(states),
-            "rotary_embedding_dim": 2 * int(inv_freq.shape[0]),
+            "rotary_embedding_dim": 2 * size_of(inv_freq, 0),
             "interleaved": 0,
         },
         domain=MICROSOFT,
@@ -173,8 +173,7 @@ def _rotated(editor: Editor, node: ir.Node, position: int, shared: _Shared) -> i
 
 
 def _heads(states: ir.Value) -> int:
-    assert states.shape is not None
-    return int(states.shape[1])
+    return size_of(states, 1)
 
 
 def _tokens_first(editor: Editor, before: ir.Node, states: ir.Value) -> ir.Value:
@@ -203,8 +202,7 @@ def _flatten_heads(editor: Editor, node: ir.Node, output: ir.Value) -> None:
         if flat.shape is not None and len(flat.shape) == 3:
             editor.replace(flat, output)
             return
-    assert old.shape is not None
-    shape = np.array([0, 0, int(old.shape[2]), int(old.shape[3])], dtype=np.int64)
+    shape = np.array([0, 0, size_of(old, 2), size_of(old, 3)], dtype=np.int64)
     name = f"split_heads_{shape[2]}_{shape[3]}"
     (split,) = editor.add(node, "Reshape", [output, editor.constant(name, shape)])
     editor.replace(old, split)

@@ -97,7 +97,7 @@ class Editor:
         """
         value = ir.Value(
             name=name,
-            shape=ir.Shape(tensor.shape),
+            shape=ir.Shape(list(tensor.numpy().shape)),
             type=ir.TensorType(tensor.dtype),
             const_value=tensor,
             metadata_props=metadata,
@@ -143,6 +143,27 @@ def required(value: ir.Value | None) -> ir.Value:
     if value is None:
         raise ExportError("a traced node must have all its inputs, got none. Trace again.")
     return value
+
+
+def size_of(value: ir.Value, axis: int) -> int:
+    """Return a size that the trace fixed.
+
+    Args:
+        value: Any value.
+        axis: Which of its axes.
+
+    Returns:
+        The size.
+
+    Raises:
+        ExportError: The size is not known, or differs from run to run.
+    """
+    size = None if value.shape is None else value.shape[axis]
+    if not isinstance(size, int):
+        raise ExportError(
+            f"axis {axis} of {value.name} must be fixed, got {size}. Trace again."
+        )
+    return size
 
 
 def array_of(value: ir.Value) -> np.ndarray[Any, Any]:

@@ -14,6 +14,7 @@ from edgemoe_exporters.ort.editor import (
     array_of,
     producer_of,
     required,
+    size_of,
     sole_consumer,
 )
 from edgemoe_exporters.quantize import quantize_blocks
@@ -69,8 +70,7 @@ def can_quantise(weight: ir.Value, precision: Precision) -> bool:
     Returns:
         Whether it is.
     """
-    assert weight.shape is not None
-    rows, columns = int(weight.shape[0]), int(weight.shape[1])
+    rows, columns = size_of(weight, 0), size_of(weight, 1)
     return bool(precision.bits) and rows >= _MIN_ROWS and columns % precision.block == 0
 
 
@@ -107,13 +107,12 @@ def _quantised(
     precision: Precision,
 ) -> ir.Value:
     blocks, scales, zeros = _parts(editor, weight, precision)
-    assert weight.shape is not None
     inputs: list[ir.Value | None] = [states, blocks, scales, zeros, None, bias]
     while inputs[-1] is None:
         inputs.pop()
     attributes: dict[str, Attribute] = {
-        "N": int(weight.shape[0]),
-        "K": int(weight.shape[1]),
+        "N": size_of(weight, 0),
+        "K": size_of(weight, 1),
         "bits": precision.bits,
         "block_size": precision.block,
         "accuracy_level": precision.accuracy_level,
@@ -143,8 +142,8 @@ def lower_embedding(editor: Editor, precision: Precision) -> None:
             continue
         blocks, scales, zeros = _parts(editor, weight, precision)
         # The head wants [rows, blocks, bytes], the gather [rows, bytes]: the same bytes.
-        width = int(weight.shape[1]) * precision.bits // 8
-        flat_shape = np.array([int(weight.shape[0]), width], dtype=np.int64)
+        width = size_of(weight, 1) * precision.bits // 8
+        flat_shape = np.array([size_of(weight, 0), width], dtype=np.int64)
         shape = editor.constant(f"ints_{flat_shape[0]}_{width}", flat_shape)
         (flat,) = editor.add(node, "Reshape", [blocks, shape])
         inputs = [flat, ids, scales] if zeros is None else [flat, ids, scales, zeros]

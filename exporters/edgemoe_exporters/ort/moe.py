@@ -22,6 +22,7 @@ from edgemoe_exporters.ort.editor import (
     array_of,
     producer_of,
     required,
+    size_of,
     sole_consumer,
 )
 from edgemoe_exporters.ort.routing import Choice, choose
@@ -77,8 +78,7 @@ def _split_caps(editor: Editor, routes: list[ir.Node]) -> tuple[ir.Value, ...]:
     """Clamp ``k_cap`` to [1, top_k] and split it, at the graph's start."""
     first = editor.graph[0]
     caps = required(routes[0].inputs[3])
-    assert caps.shape is not None
-    layers = int(caps.shape[0])
+    layers = size_of(caps, 0)
     limits = np.ones(layers, dtype=np.int64)
     for route in routes:
         limits[route.attributes["k_cap_index"].as_int()] = route.attributes["top_k"].as_int()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemoe_exporters.ort.editor import Editor, array_of, required
+from edgemoe_exporters.ort.editor import Editor, array_of, required, size_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -82,8 +82,7 @@ def choose(
     """
     attributes = route.attributes
     weight = required(route.inputs[1])
-    assert weight.shape is not None
-    experts = int(weight.shape[0])
+    experts = size_of(weight, 0)
     hidden = precision.to_float32(editor, route, required(route.inputs[0]))
     (logits,) = editor.add(route, "Gemm", [hidden, weight], {"transB": 1})
     sigmoid = attributes["scoring"].as_string() == "sigmoid"
@@ -92,16 +91,17 @@ def choose(
     bias = _bias(route)
     grouped = attributes["topk_group"].as_int() < attributes["n_group"].as_int()
 
-    # Sigmoid and softmax keep the order, so logits choose as well as scores, and no two of
-    # them are rounded to the same number.
-    scores, choice_scores = logits, logits
+    # Sigmoid and softmax keep the order, so logits choose as well as scores, but for scores
+    # that are rounded to the same number: those tie, and the model takes the first.
+    scores = choice_scores = logits
     plain_choice = bias is None and not grouped
     softmax_of_chosen = not sigmoid and (renormalise or over_chosen)
-    if not plain_choice or not (sigmoid or softmax_of_chosen):
-        op = "Sigmoid" if sigmoid else "Softmax"
-        if not over_chosen:
-            (scores,) = editor.add(route, op, [logits])
-        choice_scores = scores
+    if sigmoid and not precision.bits:
+        scores = choice_scores = _sigmoid(editor, route, logits)
+    elif sigmoid and not plain_choice:
+        (scores,) = (choice_scores,) = editor.add(route, "Sigmoid", [logits])
+    elif not sigmoid and not over_chosen and not (plain_choice and softmax_of_chosen):
+        (scores,) = (choice_scores,) = editor.add(route, "Softmax", [logits])
     if bias is not None:
         (choice_scores,) = editor.add(route, "Add", [scores, bias])
     if grouped:
@@ -113,8 +113,6 @@ def choose(
     if not plain_choice:
         source = logits if softmax_of_chosen else scores
         (chosen,) = editor.add(route, "GatherElements", [source, indices], {"axis": 1})
-    elif softmax_of_chosen and scores is not logits:
-        (chosen,) = editor.add(route, "GatherElements", [logits, indices], {"axis": 1})
     return Choice(
         experts=experts,
         indices=indices,
@@ -124,6 +122,19 @@ def choose(
         sums_to_one=renormalise or softmax_of_chosen,
         scaling=attributes["scaling_factor"].as_float(),
     )
+
+
+def _sigmoid(editor: Editor, before: ir.Node, logits: ir.Value) -> ir.Value:
+    """Compute ``1 / (1 + exp(-x))`` step by step, which rounds as torch does.
+
+    The fused op differs from torch in the last bit of every third score, enough to choose
+    another expert now and then.
+    """
+    (negative,) = editor.add(before, "Neg", [logits])
+    (power,) = editor.add(before, "Exp", [negative])
+    one = editor.constant("one", np.array(1, dtype=np.float32))
+    (denominator,) = editor.add(before, "Add", [power, one])
+    return editor.add(before, "Div", [one, denominator])[0]
 
 
 def _bias(route: ir.Node) -> ir.Value | None:

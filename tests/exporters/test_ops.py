@@ -1,0 +1,123 @@
+"""The traced ops against transformers' own modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Glm4MoeConfig
+from transformers.models.glm4_moe import modeling_glm4_moe as glm
+
+from edgemoe_exporters import ops
+
+CONFIG = Glm4MoeConfig(
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    moe_intermediate_size=24,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    norm_topk_prob=True,
+    routed_scaling_factor=1.5,
+    partial_rotary_factor=0.5,
+    max_position_embeddings=64,
+    attn_implementation="eager",
+)
+
+
+def test_norm_is_the_models():
+    norm = glm.Glm4MoeRMSNorm(32, eps=1e-5)
+    torch.nn.init.normal_(norm.weight)
+    states = torch.randn(2, 3, 32)
+    torch.testing.assert_close(ops.rms_norm(states, norm.weight, 1e-5), norm(states))
+
+
+def test_rotation_is_the_models_for_part_of_a_head():
+    embedding = glm.Glm4MoeRotaryEmbedding(CONFIG)
+    query, key = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [7, 2, 9, 30, 1]])
+    expected = glm.apply_rotary_pos_emb(query, key, *embedding(query, positions))
+    for states, turned in zip((query, key), expected, strict=True):
+        actual = ops.rotary(states, positions, embedding.inv_freq, 1.0)
+        torch.testing.assert_close(actual, turned)
+
+
+def test_routing_and_experts_are_the_models():
+    torch.manual_seed(0)
+    block = glm.Glm4MoeMoE(CONFIG)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    block.gate.e_score_correction_bias.normal_(std=0.1)
+    hidden = torch.randn(7, 32)
+    _, weights, indices = block.gate(hidden)
+    expected = block.experts(hidden, indices, weights)
+    caps = torch.tensor([1, 99])
+    arguments = (3, "sigmoid", True, 1.5, 4, 2, "all")
+    gate = block.gate
+    weights, indices = ops.route(
+        hidden, gate.weight, gate.e_score_correction_bias, caps, 1, *arguments
+    )
+    moe = block.experts
+    actual = ops.experts(hidden, indices, weights, moe.gate_up_proj, moe.down_proj, "silu")
+    torch.testing.assert_close(actual, expected)
+
+    weights, indices = ops.route(
+        hidden, gate.weight, gate.e_score_correction_bias, caps, 0, *arguments
+    )
+    assert (indices[:, 1:] == 8).all()
+    assert (weights[:, 1:] == 0).all()
+    assert (indices[:, 0] < 8).all()
+    capped = ops.experts(hidden, indices, weights, moe.gate_up_proj, moe.down_proj, "silu")
+    alone = moe(hidden, indices[:, :1], weights[:, :1])
+    torch.testing.assert_close(capped, alone)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_attention_is_the_models_whatever_the_padding(window):
+    torch.manual_seed(1)
+    module = glm.Glm4MoeAttention(CONFIG, 0)
+    query = torch.randn(2, 4, 3, 16)
+    key, value = torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 16)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 1, 1]])
+    row, column = torch.arange(4, 7)[:, None], torch.arange(7)
+    visible = (column <= row) & (mask[:, None, None] != 0)
+    if window:
+        visible &= column > row - window
+    bias = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+    expected, _ = glm.eager_attention_forward(module, query, key, value, bias, 0.3)
+    past = key[:, :, :4], value[:, :, :4]
+    actual, keys, values = ops.attention(
+        query, key[:, :, 4:], value[:, :, 4:], *past, mask, 0.3, window
+    )
+    torch.testing.assert_close(actual, expected)
+    assert torch.equal(keys, key)
+    assert torch.equal(values, value)
+
+
+def test_ops_keep_torchs_contract():
+    states = torch.randn(2, 2, 3, 16)
+    caps, ids = torch.tensor([2]), torch.tensor([[0, 1]])
+    hidden, weight = torch.randn(5, 8), torch.randn(4, 8)
+    mask = torch.ones(2, 5, dtype=torch.int64)
+    past = torch.randn(2, 2, 2, 16)
+    calls = {
+        "rms_norm": (hidden, torch.randn(8), 1e-5),
+        "rotary": (states[:1, :, :2], ids, torch.randn(4), 1.0),
+        "route": (hidden, weight, None, caps, 0, 3, "softmax", True, 1.0, 1, 1, "all"),
+        "experts": (
+            hidden,
+            torch.randint(0, 5, (5, 2)),
+            torch.rand(5, 2),
+            torch.randn(4, 12, 8),
+            torch.randn(4, 8, 6),
+            "silu",
+        ),
+        "attention": (states, states, states, past, past, mask, 0.25, 0),
+    }
+    for name, arguments in calls.items():
+        operator = getattr(torch.ops.edgemoe, name).default
+        torch.library.opcheck(
+            operator, arguments, test_utils=("test_schema", "test_faketensor")
+        )
