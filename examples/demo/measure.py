@@ -49,25 +49,24 @@ def measure(dense: Path, moe: Path, bundle: Path, tasks: Path) -> list[Row]:
     manifest = Manifest.load(bundle)
     tests = {name: TaskFile.load(name, tasks / f"{name}.test.jsonl") for name in manifest.tasks}
     rows = [
-        _measure_checkpoint("dense, transformers fp32", dense, tests),
-        _measure_checkpoint("MoE, transformers fp32", moe, tests),
+        _measure_checkpoint("dense, fp32", dense, tests),
+        _measure_checkpoint("MoE, fp32", moe, tests),
     ]
     for name, entry in manifest.tasks.items():
         with Session.open(bundle, task=name) as session:
             limit = manifest.model.max_position_embeddings
             quality = _judge(SessionScorer(session, max_length=limit), moe, tests)
-        kept = f"{min(entry.experts_per_layer)} of 16 experts"
         speed = bench(bundle, name)
         rows.append(
             {
-                "model": f"bundle, {manifest.precision}, for {name} ({kept})",
+                "model": f"bundle {manifest.precision}: {name}, {entry.experts_per_layer[0]} experts",
                 "bytes": manifest.size.shared_bytes + manifest.size.task_bytes[name],
                 "quality": quality,
                 "prefill_tokens_per_s": speed["prefill_tokens_per_s"],
                 "decode_tokens_per_s": speed["decode_tokens_per_s"],
             }
         )
-    rows.append({"model": "bundle, both tasks", "bytes": manifest.size.total_bytes})
+    rows.append({"model": "bundle: both tasks on disk", "bytes": manifest.size.total_bytes})
     return rows
 
 
@@ -141,7 +140,7 @@ def show(rows: list[Row]) -> None:
     from rich.table import Table
 
     names = list(rows[0]["quality"])
-    table = Table(title="Perplexity on texts of which nothing was trained on, 95% interval")
+    table = Table(title="Size, perplexity on held-out text (95% interval), speed")
     table.add_column("model")
     for column in ("size", *names, "prefill tokens/s", "decode tokens/s"):
         table.add_column(column, justify="right")

@@ -32,7 +32,7 @@ LEARNED = ROOT / "examples/reference_moe/smollm2-135m.safetensors"
 
 BUNDLE_TASKS = ("code", "bible")
 KEEP = 0.75
-CALIBRATION_TOKENS = 8_192
+CALIBRATION_TOKENS = 4_096
 HELD_OUT_TOKENS = 2_048
 PROMPTS = {
     "code": "def median(values):\n    ",
