@@ -56,10 +56,11 @@ def measure(dense: Path, moe: Path, bundle: Path, tasks: Path) -> list[Row]:
         with Session.open(bundle, task=name) as session:
             limit = manifest.model.max_position_embeddings
             quality = _judge(SessionScorer(session, max_length=limit), moe, tests)
+        label = f"bundle {manifest.precision}: {name}, {entry.experts_per_layer[0]} experts"
         speed = bench(bundle, name)
         rows.append(
             {
-                "model": f"bundle {manifest.precision}: {name}, {entry.experts_per_layer[0]} experts",
+                "model": label,
                 "bytes": manifest.size.shared_bytes + manifest.size.task_bytes[name],
                 "quality": quality,
                 "prefill_tokens_per_s": speed["prefill_tokens_per_s"],
