@@ -98,6 +98,40 @@ def select(
     return Routing(logits, weights, indices)
 
 
+def is_near_tie(
+    logits: torch.Tensor, correction_bias: torch.Tensor | None, rule: RouterRule, top_k: int
+) -> torch.Tensor:
+    """Find the tokens whose experts another engine may rightly choose differently.
+
+    The last expert chosen and the best one left are then as good as equal: their choice
+    scores differ by no more than the rounding of the scores and of the logits behind them.
+
+    Args:
+        logits: float32 [tokens, experts].
+        correction_bias: [experts], where the rule has one.
+        rule: How the family chooses.
+        top_k: Experts per token.
+
+    Returns:
+        bool [tokens].
+    """
+    logits = logits.float()
+    choice = _score(logits, rule)
+    if correction_bias is not None:
+        choice = choice + correction_bias.float()
+    if rule.topk_group < rule.n_group:
+        choice = _mask_groups(choice, rule)
+    if top_k >= choice.shape[-1]:
+        return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    best = torch.topk(choice, top_k + 1, dim=-1, sorted=True).values
+    last, next_best = best[..., -2], best[..., -1]
+    epsilon = torch.finfo(torch.float32).eps
+    # Sigmoid and softmax are nowhere steeper than 1/4.
+    slope = 1.0 if rule.softmax_over == "top_k" else 0.25
+    rounding = 2 * epsilon * last.abs() + slope * 32 * epsilon * logits.abs().amax(dim=-1)
+    return last - next_best <= rounding
+
+
 def _score(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor:
     if rule.scoring == "sigmoid":
         return logits.sigmoid()

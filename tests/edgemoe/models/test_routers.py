@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edgemoe.errors import CheckpointError
 from edgemoe.models import FAMILIES, RouterRule, adapt_model, route
-from edgemoe.models.routers import select
+from edgemoe.models.routers import is_near_tie, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -159,3 +159,34 @@ def test_groups_restrict_the_choice() -> None:
 def test_a_rule_with_more_chosen_groups_than_groups_is_refused() -> None:
     with pytest.raises(CheckpointError, match="topk_group must be in"):
         RouterRule(scoring="sigmoid", renormalise=False, n_group=1, topk_group=2)
+
+
+@pytest.mark.parametrize("bias", [None, torch.zeros(4)])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        RouterRule(scoring="sigmoid", renormalise=False),
+        RouterRule(scoring="softmax", renormalise=True),
+        RouterRule(scoring="softmax", renormalise=True, softmax_over="top_k"),
+    ],
+)
+def test_near_ties_are_those_at_the_boundary_of_the_choice(
+    rule: RouterRule, bias: torch.Tensor | None
+) -> None:
+    logits = torch.tensor(
+        [
+            [1.0, 0.5, 0.5, 0.0],  # second and third are equal
+            [1.0, 0.5, 0.5 - 1e-7, 0.0],  # or as good as equal
+            [1.0, 1.0, 0.5, 0.0],  # both of the equal ones are chosen
+            [1.0, 0.5, 0.4, 0.4],  # or neither is
+        ]
+    )
+    assert is_near_tie(logits, bias, rule, 2).tolist() == [True, True, False, False]
+    assert not is_near_tie(logits, bias, rule, 4).any()
+
+
+def test_scores_that_saturate_are_near_ties() -> None:
+    rule = RouterRule(scoring="sigmoid", renormalise=False)
+    logits = torch.tensor([[30.0, 25.0, 20.0, -5.0]])
+    assert is_near_tie(logits, None, rule, 2).all()
+    assert not is_near_tie(logits, None, rule, 3).any()
