@@ -30,6 +30,7 @@ from edgemoe_exporters.parity import GraphRunner, run_eager
 from edgemoe_exporters.quality import split_task
 from edgemoe_exporters.request import ExportReport, ExportRequest
 from edgemoe_exporters.trace import trace
+from edgemoe_runtime import Session
 from edgemoe_runtime.integrity import verify_bundle
 from edgemoe_runtime.manifest import Manifest
 
@@ -151,6 +152,9 @@ def test_graph_generates_what_transformers_generates(
         ids = runner.run(ids)[:, -1:].argmax(-1)
         got.append(int(ids[0, 0]))
     assert got == want[0].tolist()
+    with Session.open(whole.output) as session:
+        assert session.token_logprobs(got, 4).shape == (8,)
+        assert session.generate("w5 w17 w60 w33", max_new_tokens=3).tokens == tuple(got[4:7])
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,9 @@ class OnnxRuntimeBackend:
         self.chunk_tokens = request.chunk_tokens
         self._length = 0
         self._bound_rows = 0
+        self._ort: Any = ort
         self._session: Any = session
+        self._k_cap: Any = None
         self._has_k_cap = bool(model.moe_layers)
         self._logits: NDArray[Any] = np.empty(
             (1, self.chunk_tokens, model.vocab_size), dtype=np.float16 if half else np.float32
@@ -74,7 +76,10 @@ class OnnxRuntimeBackend:
         bind("attention_mask", self._mask[:, :total])
         bind("position_ids", positions)
         if self._has_k_cap:
-            bind("k_cap", k_cap)
+            # an input that has a default cannot be bound by its array; the binding borrows
+            # the value, so it is kept
+            self._k_cap = self._ort.OrtValue.ortvalue_from_numpy(k_cap)
+            self._binding.bind_ortvalue_input("k_cap", self._k_cap)
         if count != self._bound_rows:
             self._bind_logits(self._binding, count)
         self._cache.before_run()
