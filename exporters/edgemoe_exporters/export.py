@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -37,6 +38,7 @@ from edgemoe_exporters.parity import (
     run_eager,
 )
 from edgemoe_exporters.quality import judge_quality, split_task
+from edgemoe_exporters.quantize_once import remembering
 from edgemoe_exporters.request import ExportReport, ExportRequest, TaskReport
 from edgemoe_exporters.task_experts import (
     KEEP_ALL,
@@ -223,7 +225,8 @@ class _Road:
         lower = _LOWERINGS[self.target.flavour]
         self.say("trace the model")
         traced = trace(self.model)
-        with BundleWriter(self.staged, tuple(plans), layouts) as writer:
+        memory = remembering() if len(plans) > 1 else contextlib.nullcontext()
+        with memory, BundleWriter(self.staged, tuple(plans), layouts) as writer:
             for name, plan in plans.items():
                 self.say(f"make the graph of {name}")
                 with compressed(self.model, plan, layouts, name) as small:

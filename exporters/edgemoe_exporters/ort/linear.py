@@ -17,7 +17,7 @@ from edgemoe_exporters.ort.editor import (
     size_of,
     sole_consumer,
 )
-from edgemoe_exporters.quantize import quantize_blocks
+from edgemoe_exporters.quantize_once import quantize
 
 if TYPE_CHECKING:
     from edgemoe_exporters.ort.precision import Precision
@@ -81,7 +81,7 @@ def _parts(
     name = f"{weight.name}.quantised"
     if name not in editor.graph.initializers:
         array = array_of(weight)
-        quantised = quantize_blocks(array, precision.bits, precision.block, precision.symmetric)
+        quantised = quantize(array, precision.bits, precision.block, precision.symmetric)
         blocks = quantised.packed.reshape(
             array.shape[0], -1, precision.block * precision.bits // 8
         )

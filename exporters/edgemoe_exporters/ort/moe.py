@@ -26,7 +26,7 @@ from edgemoe_exporters.ort.editor import (
     sole_consumer,
 )
 from edgemoe_exporters.ort.routing import Choice, choose
-from edgemoe_exporters.quantize import quantize_blocks
+from edgemoe_exporters.quantize_once import quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -246,7 +246,7 @@ def _blocks(
             f"{source.name} must have rows divisible by {precision.block} to be quantised, got "
             f"{array.shape[-1]} columns. Export with precision fp32 or fp16."
         )
-    quantised = quantize_blocks(array, precision.bits, precision.block, precision.symmetric)
+    quantised = quantize(array, precision.bits, precision.block, precision.symmetric)
     parts = {"quantised": quantised.packed, "scales": quantised.scales}
     if quantised.zero_points is not None:
         parts["zero_points"] = quantised.zero_points
