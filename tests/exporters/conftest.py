@@ -63,11 +63,11 @@ class Traced:
 
 
 @pytest.fixture(scope="session")
-def traced_models():
+def traced_models() -> Any:
     """Return a function from a family to its traced tiny model."""
     made = {}
 
-    def get(family):
+    def get(family: Any) -> Any:
         if family not in made:
             made[family] = _trace(family)
         return made[family]
@@ -75,7 +75,7 @@ def traced_models():
     return get
 
 
-def _trace(family):
+def _trace(family: Any) -> Any:
     torch.manual_seed(0)
     model = adapt_model(AutoModelForCausalLM.from_config(_CONFIGS[family]).float())
     with torch.no_grad():
@@ -83,7 +83,7 @@ def _trace(family):
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     if family == "glm4_moe":
-        last = model.layers[-1]
+        last: Any = model.layers[-1]
         last.correction_bias.normal_(std=0.1)
         bias = last.correction_bias[:6].clone()
         weights = [last.gate_up, last.down, last.router_weight]

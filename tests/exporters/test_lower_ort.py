@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,14 +22,14 @@ FAMILIES = ["glm4_moe", "qwen2_moe", "mixtral"]
 HEADS, SIZE, SLOTS = 2, 16, 24
 
 
-def _open(model):
+def _open(model: Any) -> Any:
     data = ir.serde.serialize_model(model).SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(data, options)
 
 
-def _masks(padding, length):
+def _masks(padding: Any, length: Any) -> Any:
     mask = np.ones((1 if padding is None else 2, length), dtype=np.int64)
     if padding == "left":
         mask[1, :3] = 0
@@ -37,11 +38,18 @@ def _masks(padding, length):
     return mask
 
 
-def _positions(mask, new):
+def _positions(mask: Any, new: Any) -> Any:
     return np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -new:]
 
 
-def _worst_difference(model, session, caps, padding, shared_buffer, dtype=np.float32):
+def _worst_difference(
+    model: Any,
+    session: Any,
+    caps: Any,
+    padding: Any,
+    shared_buffer: Any,
+    dtype: Any = np.float32,
+) -> Any:
     """Read a prompt, then decode, always with the tokens that eager chooses."""
     rng = np.random.default_rng(0)
     layers = model.config.num_hidden_layers
@@ -72,7 +80,7 @@ def _worst_difference(model, session, caps, padding, shared_buffer, dtype=np.flo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fp32_equals_eager(traced_models, family):
+def test_fp32_equals_eager(traced_models: Any, family: Any) -> None:
     traced = traced_models(family)
     session = _open(lower_ort.lower(traced.graph, "fp32"))
     layers = len(traced.model.layers)
@@ -90,7 +98,9 @@ def test_fp32_equals_eager(traced_models, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_int4_equals_eager_with_quantised_weights(traced_models, family, monkeypatch):
+def test_int4_equals_eager_with_quantised_weights(
+    traced_models: Any, family: Any, monkeypatch: Any
+) -> None:
     """Without rounding of activations, the only difference to eager is in the weights."""
     traced = traced_models(family)
     precision = dataclasses.replace(PRECISIONS["int4"], accuracy_level=0)
@@ -122,7 +132,9 @@ def test_int4_equals_eager_with_quantised_weights(traced_models, family, monkeyp
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.05), ("int8", 0.6)])
-def test_lower_precision_stays_close(traced_models, precision, tolerance):
+def test_lower_precision_stays_close(
+    traced_models: Any, precision: Any, tolerance: Any
+) -> None:
     traced = traced_models("mixtral")
     session = _open(lower_ort.lower(traced.graph, precision))
     dtype = np.float16 if precision == "fp16" else np.float32
@@ -131,7 +143,7 @@ def test_lower_precision_stays_close(traced_models, precision, tolerance):
     assert worst <= tolerance
 
 
-def test_dropped_experts_are_skipped(traced_models):
+def test_dropped_experts_are_skipped(traced_models: Any) -> None:
     """An expert that no token uses may hold anything: it is not even multiplied."""
     traced = traced_models("mixtral")
     model = traced.model
@@ -153,7 +165,7 @@ def test_dropped_experts_are_skipped(traced_models):
         suffix = "down_proj.scaled" if precision == "fp32" else "down_proj.scales"
         names = [name for name in lowered.graph.initializers if name.endswith(suffix)]
         for expert in range(6):
-            value = lowered.graph.initializers[names[0]]
+            value: Any = lowered.graph.initializers[names[0]]
             array = value.const_value.numpy()
             broken = array.copy()
             broken[expert] = np.nan
@@ -164,13 +176,13 @@ def test_dropped_experts_are_skipped(traced_models):
         assert changed == 1, precision
 
 
-def test_experts_stay_on_axis_0(traced_models):
+def test_experts_stay_on_axis_0(traced_models: Any) -> None:
     traced = traced_models("glm4_moe")
     for precision in ("fp32", "int4"):
         lowered = lower_ort.lower(traced.graph, precision)
         counts = [layer.num_experts for layer in traced.model.layers]
         indices = [str(layer.index) for layer in traced.model.layers]
-        marked = [
+        marked: list[Any] = [
             value
             for value in lowered.graph.initializers.values()
             if value.metadata_props.get(EXPERT_AXIS) == "0"
@@ -184,7 +196,7 @@ def test_experts_stay_on_axis_0(traced_models):
             assert value.const_value.numpy().flags["C_CONTIGUOUS"]
 
 
-def test_lowering_leaves_the_traced_graph_alone(traced_models):
+def test_lowering_leaves_the_traced_graph_alone(traced_models: Any) -> None:
     graph = traced_models("qwen2_moe").graph
     before = ir.serde.serialize_model(graph).SerializeToString()
     for precision in PRECISIONS:
@@ -192,6 +204,6 @@ def test_lowering_leaves_the_traced_graph_alone(traced_models):
     assert ir.serde.serialize_model(graph).SerializeToString() == before
 
 
-def test_unknown_precision_is_refused(traced_models):
+def test_unknown_precision_is_refused(traced_models: Any) -> None:
     with pytest.raises(ExportError, match="precision must be one of fp32, fp16, int8, int4"):
         lower_ort.lower(traced_models("mixtral").graph, "int3")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import Glm4MoeConfig
@@ -27,14 +29,14 @@ CONFIG = Glm4MoeConfig(
 )
 
 
-def test_norm_is_the_models():
+def test_norm_is_the_models() -> None:
     norm = glm.Glm4MoeRMSNorm(32, eps=1e-5)
     torch.nn.init.normal_(norm.weight)
     states = torch.randn(2, 3, 32)
     torch.testing.assert_close(ops.rms_norm(states, norm.weight, 1e-5), norm(states))
 
 
-def test_rotation_is_the_models_for_part_of_a_head():
+def test_rotation_is_the_models_for_part_of_a_head() -> None:
     embedding = glm.Glm4MoeRotaryEmbedding(CONFIG)
     query, key = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16)
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 2, 9, 30, 1]])
@@ -44,7 +46,7 @@ def test_rotation_is_the_models_for_part_of_a_head():
         torch.testing.assert_close(actual, turned)
 
 
-def test_routing_and_experts_are_the_models():
+def test_routing_and_experts_are_the_models() -> None:
     torch.manual_seed(0)
     block = glm.Glm4MoeMoE(CONFIG)
     for parameter in block.parameters():
@@ -75,7 +77,7 @@ def test_routing_and_experts_are_the_models():
 
 
 @pytest.mark.parametrize("window", [0, 3])
-def test_attention_is_the_models_whatever_the_padding(window):
+def test_attention_is_the_models_whatever_the_padding(window: Any) -> None:
     torch.manual_seed(1)
     module = glm.Glm4MoeAttention(CONFIG, 0)
     query = torch.randn(2, 4, 3, 16)
@@ -96,7 +98,7 @@ def test_attention_is_the_models_whatever_the_padding(window):
     assert torch.equal(values, value)
 
 
-def test_ops_keep_torchs_contract():
+def test_ops_keep_torchs_contract() -> None:
     states = torch.randn(2, 2, 3, 16)
     caps, ids = torch.tensor([2]), torch.tensor([[0, 1]])
     hidden, weight = torch.randn(5, 8), torch.randn(4, 8)

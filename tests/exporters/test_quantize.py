@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -12,7 +14,7 @@ from onnx import helper, numpy_helper
 from edgemoe_exporters.quantize import dequantize_blocks, quantize_blocks
 
 
-def _run(nodes, initializers, feeds):
+def _run(nodes: Any, initializers: Any, feeds: Any) -> Any:
     kinds = {np.dtype(np.float32): 1, np.dtype(np.int64): 7}
     graph = helper.make_graph(
         nodes,
@@ -35,7 +37,9 @@ def _run(nodes, initializers, feeds):
     offset=st.floats(-1, 1),
 )
 @settings(max_examples=40, deadline=None)
-def test_error_is_below_that_of_rounding_over_the_range(seed, bits, block, symmetric, offset):
+def test_error_is_below_that_of_rounding_over_the_range(
+    seed: Any, bits: Any, block: Any, symmetric: Any, offset: Any
+) -> None:
     rng = np.random.default_rng(seed)
     weight = (rng.normal(size=(2, 3, 3 * block)) + offset).astype(np.float32)
     quantised = quantize_blocks(weight, bits, block, symmetric)
@@ -55,7 +59,7 @@ def test_error_is_below_that_of_rounding_over_the_range(seed, bits, block, symme
 
 @given(seed=st.integers(0, 2**32 - 1), bits=st.sampled_from([4, 8]))
 @settings(max_examples=20, deadline=None)
-def test_weights_on_the_grid_are_kept(seed, bits):
+def test_weights_on_the_grid_are_kept(seed: Any, bits: Any) -> None:
     rng = np.random.default_rng(seed)
     top = (1 << bits) - 1
     levels = rng.integers(0, top + 1, size=(4, 2, 32))
@@ -67,14 +71,14 @@ def test_weights_on_the_grid_are_kept(seed, bits):
     np.testing.assert_allclose(back, weight, rtol=0, atol=2e-5 * top)
 
 
-def test_zero_blocks_stay_zero():
+def test_zero_blocks_stay_zero() -> None:
     weight = np.zeros((2, 64), dtype=np.float32)
     for symmetric in (False, True):
         back = dequantize_blocks(quantize_blocks(weight, 4, 32, symmetric), 4)
         np.testing.assert_allclose(back, 0, atol=1e-25)
 
 
-def test_what_does_not_fit_is_refused():
+def test_what_does_not_fit_is_refused() -> None:
     weight = np.zeros((2, 40), dtype=np.float32)
     with pytest.raises(ValueError, match="block divide the columns"):
         quantize_blocks(weight, 4, 32, symmetric=False)
@@ -84,14 +88,14 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_kernels_read_the_layout(bits, symmetric):
+def test_kernels_read_the_layout(bits: Any, symmetric: Any) -> None:
     rng = np.random.default_rng(bits)
     weight = rng.normal(size=(48, 96)).astype(np.float32)
     quantised = quantize_blocks(weight, bits, 32, symmetric)
     expected = dequantize_blocks(quantised, bits)
     states = rng.normal(size=(5, 96)).astype(np.float32)
     zeros = [] if symmetric else ["z"]
-    initializers = {
+    initializers: dict[str, Any] = {
         "b": quantised.packed.reshape(48, 3, -1),
         "flat": quantised.packed,
         "s": quantised.scales,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from edgemoe_exporters.trace import EXPERT_AXIS, EXPERT_LAYER, trace
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "qwen2_moe", "mixtral"])
-def test_graph_has_opaque_nodes_and_the_names_of_the_checkpoint(traced_models, family):
+def test_graph_has_opaque_nodes_and_the_names_of_the_checkpoint(
+    traced_models: Any, family: Any
+) -> None:
     traced = traced_models(family)
     graph, model = traced.graph.graph, traced.model
     layers = model.config.num_hidden_layers
@@ -46,7 +49,7 @@ def test_graph_has_opaque_nodes_and_the_names_of_the_checkpoint(traced_models, f
         assert torch.equal(torch.from_numpy(array), state[name]), name
 
 
-def test_expert_tensors_say_which_layer_they_are_of(traced_models):
+def test_expert_tensors_say_which_layer_they_are_of(traced_models: Any) -> None:
     traced = traced_models("glm4_moe")
     marked = {
         name: value.metadata_props[EXPERT_LAYER]
@@ -57,12 +60,12 @@ def test_expert_tensors_say_which_layer_they_are_of(traced_models):
     assert all(name.startswith(f"model.layers.{layer}.mlp.") for name, layer in marked.items())
 
 
-def test_graph_says_nothing_of_the_machine_that_traced_it(traced_models):
+def test_graph_says_nothing_of_the_machine_that_traced_it(traced_models: Any) -> None:
     graph = traced_models("mixtral").graph.graph
     assert not any(node.metadata_props or node.doc_string for node in graph)
 
 
-def test_the_prepared_model_computes_the_same_and_is_restored(traced_models):
+def test_the_prepared_model_computes_the_same_and_is_restored(traced_models: Any) -> None:
     model = traced_models("glm4_moe").model
     layers, heads, size = 3, 2, 16
     ids = torch.randint(0, 199, (2, 5))
@@ -77,7 +80,7 @@ def test_the_prepared_model_computes_the_same_and_is_restored(traced_models):
     assert torch.equal(model.model(ids).logits, before)
 
 
-def test_rotation_that_depends_on_the_length_is_refused():
+def test_rotation_that_depends_on_the_length_is_refused() -> None:
     config = Glm4MoeConfig(
         vocab_size=32,
         hidden_size=16,

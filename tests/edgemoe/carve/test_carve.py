@@ -230,8 +230,8 @@ def learned_for(model: Any) -> LearnedCarve:
             for part, value in zip(("a", "b", "scale"), pack_delta(a, b), strict=True):
                 tensors[f"{index}.{name}.{part}"] = value
         order = generator.permutation(48)
-        rows = np.sort(order[16:].reshape(8, 4), axis=1)
-        tensors[f"{index}.order"] = np.concatenate([np.sort(order[:16]), rows.ravel()]).astype(
+        routed = np.sort(order[16:].reshape(8, 4), axis=1)
+        tensors[f"{index}.order"] = np.concatenate([np.sort(order[:16]), routed.ravel()]).astype(
             np.int16
         )
         router = generator.standard_normal((8, 32))
