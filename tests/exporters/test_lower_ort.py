@@ -165,14 +165,14 @@ def test_dropped_experts_are_skipped(traced_models: Any) -> None:
         suffix = "down_proj.scaled" if precision == "fp32" else "down_proj.scales"
         names = [name for name in lowered.graph.initializers if name.endswith(suffix)]
         for expert in range(6):
-            value: Any = lowered.graph.initializers[names[0]]
-            array = value.const_value.numpy()
+            scaled: Any = lowered.graph.initializers[names[0]]
+            array = scaled.const_value.numpy()
             broken = array.copy()
             broken[expert] = np.nan
-            value.const_value = ir.tensor(broken)
+            scaled.const_value = ir.tensor(broken)
             logits = _open(lowered).run(["logits"], feeds)[0]
             changed += not np.array_equal(logits, expected)
-            value.const_value = ir.tensor(array)
+            scaled.const_value = ir.tensor(array)
         assert changed == 1, precision
 
 

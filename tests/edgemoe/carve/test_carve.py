@@ -231,9 +231,9 @@ def learned_for(model: Any) -> LearnedCarve:
                 tensors[f"{index}.{name}.{part}"] = value
         order = generator.permutation(48)
         routed = np.sort(order[16:].reshape(8, 4), axis=1)
-        tensors[f"{index}.order"] = np.concatenate([np.sort(order[:16]), routed.ravel()]).astype(
-            np.int16
-        )
+        tensors[f"{index}.order"] = np.concatenate(
+            [np.sort(order[:16]), routed.ravel()]
+        ).astype(np.int16)
         router = generator.standard_normal((8, 32))
         tensors[f"{index}.router.weight"] = router.astype(np.float16)
         tensors[f"{index}.router.bias"] = np.zeros(8, np.float16)
