@@ -58,6 +58,8 @@ def adapt_config(config: dict[str, Any]) -> dict[str, Any]:
         "model_type": UNDERSTOOD_TYPE,
         "num_key_value_heads": key_heads,
         "head_dim": size,
+        # Absent, that type would take a default of its own, and warn about it.
+        "rope_scaling": config.get("rope_scaling"),
         "edgemoe": {
             **(note if isinstance(note, dict) else {}),
             "model_type": config.get("model_type"),
