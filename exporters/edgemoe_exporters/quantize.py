@@ -7,6 +7,7 @@ smallest squared error, because the range that its extremes span is seldom the b
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,14 +63,26 @@ def quantize_blocks(
         )
     leading, columns = weight.shape[:-1], weight.shape[-1]
     count = columns // block
-    parts = [
-        _search(torch.tensor(chunk), bits, symmetric)
-        for chunk in _chunks(weight.reshape(-1, block))
-    ]
+    with _one_thread():
+        parts = [
+            _search(torch.tensor(chunk), bits, symmetric)
+            for chunk in _chunks(weight.reshape(-1, block))
+        ]
     levels, scales, zeros = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     packed = _pack(levels.reshape(*leading, columns), bits)
     zero_points = None if symmetric else _pack(zeros.reshape(*leading, count), bits)
     return Quantized(packed, scales.reshape(*leading, count), zero_points)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch from dividing pieces so small: waiting for its threads costs more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _chunks(blocks: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:

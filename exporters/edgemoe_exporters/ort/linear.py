@@ -17,6 +17,7 @@ from edgemoe_exporters.ort.editor import (
     size_of,
     sole_consumer,
 )
+from edgemoe_exporters.ort.sensitive import find_sensitive
 from edgemoe_exporters.quantize_once import quantize
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def lower_linears(editor: Editor, precision: Precision) -> None:
         editor: The graph.
         precision: MatMul for fp32 and fp16, MatMulNBits for the others.
     """
+    sensitive = find_sensitive(editor)
     for node in editor.nodes("MatMul"):
         transpose = producer_of(node.inputs[1], "Transpose")
         if transpose is None or not required(transpose.inputs[0]).is_initializer():
@@ -46,7 +48,9 @@ def lower_linears(editor: Editor, precision: Precision) -> None:
             continue
         addition = sole_consumer(node.outputs[0], "Add")
         bias = None if addition is None else _bias(addition, node.outputs[0])
-        output = _quantised(editor, node, states, weight, bias, precision)
+        output = _quantised(
+            editor, node, states, weight, bias, precision.of(weight.name in sensitive)
+        )
         if bias is None or addition is None:
             editor.replace(node.outputs[0], output)
         else:
@@ -56,7 +60,8 @@ def lower_linears(editor: Editor, precision: Precision) -> None:
         weight, states = required(node.inputs[1]), required(node.inputs[0])
         if weight.is_initializer() and can_quantise(weight, precision):
             bias = node.inputs[2] if len(node.inputs) > 2 else None
-            output = _quantised(editor, node, states, weight, bias, precision)
+            chosen = precision.of(weight.name in sensitive)
+            output = _quantised(editor, node, states, weight, bias, chosen)
             editor.replace(node.outputs[0], output)
 
 
@@ -140,9 +145,10 @@ def lower_embedding(editor: Editor, precision: Precision) -> None:
             continue
         if not can_quantise(weight, precision):
             continue
-        blocks, scales, zeros = _parts(editor, weight, precision)
+        chosen = precision.of(sensitive=True)
+        blocks, scales, zeros = _parts(editor, weight, chosen)
         # The head wants [rows, blocks, bytes], the gather [rows, bytes]: the same bytes.
-        width = size_of(weight, 1) * precision.bits // 8
+        width = size_of(weight, 1) * chosen.bits // 8
         flat_shape = np.array([size_of(weight, 0), width], dtype=np.int64)
         shape = editor.constant(f"ints_{flat_shape[0]}_{width}", flat_shape)
         (flat,) = editor.add(node, "Reshape", [blocks, shape])
@@ -152,8 +158,8 @@ def lower_embedding(editor: Editor, precision: Precision) -> None:
             "GatherBlockQuantized",
             inputs,
             {
-                "bits": precision.bits,
-                "block_size": precision.block,
+                "bits": chosen.bits,
+                "block_size": chosen.block,
                 "gather_axis": 0,
                 "quantize_axis": 1,
             },

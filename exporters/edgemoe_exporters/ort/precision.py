@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +22,7 @@ class Precision:
         name: What ``--precision`` calls it.
         dtype: Type of activations, of the cache and of weights that are not quantised.
         bits: Bits of a quantised weight; 0 for none.
+        sensitive_bits: Bits of those matrices that would lose most with fewer.
         block: Weights of a row that share a scale.
         symmetric: Whether the zero point is the middle of the range.
         accuracy_level: 4 lets kernels round activations to int8 block by block, which is
@@ -31,6 +32,7 @@ class Precision:
     name: str
     dtype: ir.DataType = ir.DataType.FLOAT
     bits: int = 0
+    sensitive_bits: int = 0
     block: int = 32
     symmetric: bool = False
     accuracy_level: int = 4
@@ -39,6 +41,17 @@ class Precision:
     def numpy(self) -> np.dtype[np.floating]:
         """The numpy type of activations."""
         return np.dtype(self.dtype.numpy())
+
+    def of(self, sensitive: bool) -> Precision:
+        """Return what this precision means for one matrix.
+
+        Args:
+            sensitive: Whether the matrix is one of those that would lose most.
+
+        Returns:
+            This precision, with the bits of that matrix.
+        """
+        return replace(self, bits=self.sensitive_bits) if sensitive else self
 
     def cast(self, editor: Editor, before: ir.Node, value: ir.Value) -> ir.Value:
         """Cast a float32 value to the type of activations.
@@ -76,8 +89,8 @@ class Precision:
 PRECISIONS: dict[str, Precision] = {
     "fp32": Precision(name="fp32"),
     "fp16": Precision(name="fp16", dtype=ir.DataType.FLOAT16),
-    "int8": Precision(name="int8", bits=8),
-    "int4": Precision(name="int4", bits=4),
+    "int8": Precision(name="int8", bits=8, sensitive_bits=8),
+    "int4": Precision(name="int4", bits=4, sensitive_bits=8),
 }
 
 
