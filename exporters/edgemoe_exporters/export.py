@@ -77,6 +77,7 @@ _LOWERINGS: dict[str, Lowering] = {
 }
 # Bytes of a graph for each parameter, at most: embeddings stay wider than 4 bits.
 _BYTES_PER_PARAMETER = {"fp32": 4.1, "fp16": 2.1, "int8": 1.5, "int4": 1.2}
+_MIN_DISTINCT_TOKENS = 8
 _PARITY_TEXT = (
     "The spindle of station 4 vibrates above its limit. Check the bearing, then the alignment, "
     "and write down what you found: def median(values): return sorted(values)[len(values) // 2]"
@@ -312,6 +313,9 @@ class _Road:
         if name in self.data.held_out:
             records = self.data.held_out[name].records
             text = "\n".join(record.calibration_text for record in records[:16])
-        ids: list[int] = self.tokenizer.encode(text).ids
         vocabulary = int(self.model.config.vocab_size)
-        return [token for token in ids if token < vocabulary] or [0]
+        ids = [token for token in self.tokenizer.encode(text).ids if token < vocabulary]
+        if len(set(ids)) < _MIN_DISTINCT_TOKENS:
+            # A tokenizer that knows none of these words would show one token only.
+            ids = [(7 * position + 3) % vocabulary for position in range(vocabulary)]
+        return ids

@@ -183,3 +183,12 @@ def test_graph_that_cannot_be_opened_or_run_is_one_clear_error(tmp_path: Path) -
     runner.start(1, [1])
     with pytest.raises(ExportError, match=r"must run g\.onnx"):
         runner.run(np.array([[VOCABULARY]]))
+
+
+def test_where_all_tokens_are_behind_ties_all_are_compared(
+    tmp_path: Path, runs: list[EagerRun]
+) -> None:
+    path = write_graph(tmp_path / "g.onnx", table=TABLE[::-1].copy())
+    for run in runs:
+        run.decided[:] = False
+    assert measure_parity(GraphRunner(path), runs, [2]).max_abs_logit_difference > 0.1
