@@ -13,13 +13,21 @@ import torch
 
 from edgemoe.errors import ExportError
 from edgemoe_exporters import lower_ort
+from edgemoe_exporters.ort.editor import Editor
 from edgemoe_exporters.ort.precision import PRECISIONS
+from edgemoe_exporters.ort.sensitive import find_sensitive
 from edgemoe_exporters.prepare import prepared
 from edgemoe_exporters.quantize import dequantize_blocks, quantize_blocks
 from edgemoe_exporters.trace import EXPERT_AXIS
 
 FAMILIES = ["glm4_moe", "qwen2_moe", "mixtral"]
 HEADS, SIZE, SLOTS = 2, 16, 24
+_SENSITIVE = (
+    *(f"self_attn.{part}_proj.weight" for part in "qkvo"),
+    "down_proj.weight",
+    "embed_tokens.weight",
+    "lm_head.weight",
+)
 
 
 def _open(model: Any) -> Any:
@@ -114,12 +122,15 @@ def test_int4_equals_eager_with_quantised_weights(
     state = traced.model.model.state_dict()
     layers = traced.model.layers
     scaling = {layer.down.data_ptr(): layer.rule.scaling_factor for layer in layers}
+    sensitive = find_sensitive(Editor(traced.graph))
+    assert sensitive == {name for name in quantised if name.endswith(_SENSITIVE)}
     originals = {name: state[name].clone() for name in quantised}
     try:
         for name, weight in originals.items():
             factor = scaling.get(state[name].data_ptr(), 1.0)
-            blocks = quantize_blocks(weight.numpy() * np.float32(factor), 4, 32, False)
-            state[name].copy_(torch.from_numpy(dequantize_blocks(blocks, 4) / factor))
+            bits = 8 if name in sensitive else 4
+            blocks = quantize_blocks(weight.numpy() * np.float32(factor), bits, 32, False)
+            state[name].copy_(torch.from_numpy(dequantize_blocks(blocks, bits) / factor))
         session = _open(lowered)
         caps = np.full(len(traced.model.layers), 2)
         for padding in (None, "left"):
