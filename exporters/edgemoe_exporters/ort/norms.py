@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from edgemoe_exporters.ort.editor import MICROSOFT, TRACED, Editor, producer_of, required
 
 if TYPE_CHECKING:
@@ -12,14 +14,17 @@ if TYPE_CHECKING:
     from edgemoe_exporters.ort.precision import Precision
 
 
-def lower_norms(editor: Editor, _: Precision) -> None:
+def lower_norms(editor: Editor, precision: Precision) -> None:
     """Replace every RMSNorm, together with the residual addition before it.
 
     Args:
         editor: The graph.
-        _: The same for every precision.
+        precision: fp32 gets the steps one by one, all others the fused op.
     """
     for node in editor.nodes("RMSNorm", TRACED):
+        if precision.is_exact:
+            _spell_out(editor, node)
+            continue
         states, weight = required(node.inputs[0]), required(node.inputs[1])
         epsilon = node.attributes["epsilon"].as_float()
         addition = producer_of(states, "Add")
@@ -43,6 +48,25 @@ def lower_norms(editor: Editor, _: Precision) -> None:
             {"epsilon": epsilon, "axis": -1, "stash_type": 1},
         )
         editor.replace(node.outputs[0], output)
+
+
+def _spell_out(editor: Editor, node: ir.Node) -> None:
+    """Normalise step by step.
+
+    The fused op adds squares one after the other, which loses a bit or two against the
+    pairwise sum here and in torch: over 30 layers, a third of the difference to eager.
+    """
+    states, weight = required(node.inputs[0]), required(node.inputs[1])
+    epsilon = node.attributes["epsilon"].as_float()
+    last = editor.constant("ints_n1", np.array([-1], dtype=np.int64))
+    tiny = editor.constant(f"epsilon_{epsilon:g}", np.array(epsilon, dtype=np.float32))
+    (square,) = editor.add(node, "Mul", [states, states])
+    (mean,) = editor.add(node, "ReduceMean", [square, last], {"keepdims": 1})
+    (shifted,) = editor.add(node, "Add", [mean, tiny])
+    (root,) = editor.add(node, "Sqrt", [shifted])
+    (unit,) = editor.add(node, "Div", [states, root])
+    (output,) = editor.add(node, "Mul", [unit, weight])
+    editor.replace(node.outputs[0], output)
 
 
 def _can_fuse(addition: ir.Node) -> bool:

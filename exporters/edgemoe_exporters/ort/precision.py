@@ -42,6 +42,11 @@ class Precision:
         """The numpy type of activations."""
         return np.dtype(self.dtype.numpy())
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the graph is compared with the eager model digit by digit."""
+        return self.dtype == ir.DataType.FLOAT and not self.bits
+
     def of(self, sensitive: bool) -> Precision:
         """Return what this precision means for one matrix.
 

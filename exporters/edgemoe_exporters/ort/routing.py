@@ -96,7 +96,7 @@ def choose(
     scores = choice_scores = logits
     plain_choice = bias is None and not grouped
     softmax_of_chosen = not sigmoid and (renormalise or over_chosen)
-    if sigmoid and not precision.bits:
+    if sigmoid and precision.is_exact:
         scores = choice_scores = _sigmoid(editor, route, logits)
     elif sigmoid and not plain_choice:
         (scores,) = (choice_scores,) = editor.add(route, "Sigmoid", [logits])
