@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgemoe.evaluate.evaluation import Evaluation
     from edgemoe.evaluate.scorer import Scorer
 
-TEST_TOKENS = 4_096
+TEST_TOKENS = 3_072
 PROMPT_TOKENS = 256
 NEW_TOKENS = 32
 REPEAT = 3
