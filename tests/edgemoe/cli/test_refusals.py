@@ -243,7 +243,10 @@ def test_a_full_disk_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_interrupted_export_leaves_nothing(road: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_nothing(
+    road: Path, tmp_path: Path, interruption: signal.Signals
+) -> None:
     with subprocess.Popen(
         edgemoe("export", road / "moe", *EXPORT, "-o", tmp_path / "out"),
         stderr=subprocess.PIPE,
@@ -253,7 +256,7 @@ def test_an_interrupted_export_leaves_nothing(road: Path, tmp_path: Path) -> Non
         deadline = time.monotonic() + 300
         while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(interruption)
         _, stderr = process.communicate(timeout=300)
 
     assert process.returncode == 1
