@@ -71,20 +71,20 @@ def load_dense(source: Path) -> DenseModel:
             f"weights must be safetensors, got {pickles or 'no weights'} in {source}. "
             "Pickled weights can run code when opened: convert them to safetensors first."
         )
-    if not (source / "tokenizer.json").is_file():
-        raise CheckpointError(
-            f"a dense checkpoint must hold tokenizer.json, got none in {source}. "
-            "Save its tokenizer with a fast tokenizer of transformers."
-        )
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     try:
         config = AutoConfig.from_pretrained(source)
         _check_family(config.model_type)
+        if not (source / "tokenizer.json").is_file():
+            raise CheckpointError(
+                f"a dense checkpoint must hold tokenizer.json, got none in {source}. "
+                "Save its tokenizer with a fast tokenizer of transformers."
+            )
         model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
         # tokenizer.json as it is: the class that a family maps to may rewrite it.
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
-    except CarveError:
+    except (CarveError, CheckpointError):
         raise
     except Exception as error:
         raise CheckpointError(
