@@ -76,11 +76,7 @@ def load_dense(source: Path) -> DenseModel:
     try:
         config = AutoConfig.from_pretrained(source)
         _check_family(config.model_type)
-        if not (source / "tokenizer.json").is_file():
-            raise CheckpointError(
-                f"a dense checkpoint must hold tokenizer.json, got none in {source}. "
-                "Save its tokenizer with a fast tokenizer of transformers."
-            )
+        _check_tokenizer(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
         # tokenizer.json as it is: the class that a family maps to may rewrite it.
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
@@ -165,6 +161,14 @@ def _load_gguf(file: Path, source: Path) -> DenseModel:
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     return DenseModel(model=model.eval(), tokenizer=tokenizer, source=source)
+
+
+def _check_tokenizer(source: Path) -> None:
+    if not (source / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"a dense checkpoint must hold tokenizer.json, got none in {source}. "
+            "Save its tokenizer with a fast tokenizer of transformers."
+        )
 
 
 def _check_family(family: str) -> None:
