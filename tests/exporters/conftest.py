@@ -50,6 +50,20 @@ _CONFIGS = {
         num_experts=8,
         norm_topk_prob=False,
     ),
+    # Experts in groups, weights divided by their sum.
+    "grouped": Glm4MoeConfig(
+        **_COMMON,
+        num_hidden_layers=1,
+        first_k_dense_replace=0,
+        head_dim=16,
+        moe_intermediate_size=32,
+        n_shared_experts=1,
+        n_routed_experts=12,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.5,
+    ),
     "mixtral": MixtralConfig(**_COMMON, num_hidden_layers=2, num_local_experts=6),
 }
 
@@ -82,6 +96,10 @@ def _trace(family: Any) -> Any:
         for name, parameter in model.model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    if family == "grouped":
+        bias = model.layers[0].correction_bias
+        assert bias is not None
+        bias.normal_(std=0.1)
     if family == "glm4_moe":
         last: Any = model.layers[-1]
         last.correction_bias.normal_(std=0.1)

@@ -87,7 +87,7 @@ def _worst_difference(
     return worst
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "grouped"])
 def test_fp32_equals_eager(traced_models: Any, family: Any) -> None:
     traced = traced_models(family)
     session = _open(lower_ort.lower(traced.graph, "fp32"))
@@ -105,7 +105,7 @@ def test_fp32_equals_eager(traced_models: Any, family: Any) -> None:
         assert _worst_difference(traced.model, session, *case) <= 1e-4, case
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "grouped"])
 def test_int4_equals_eager_with_quantised_weights(
     traced_models: Any, family: Any, monkeypatch: Any
 ) -> None:
