@@ -1,8 +1,6 @@
 """What this machine has: board, JetPack, GPU, engines, memory, heat. Reads, never changes.
 
-Where Jetson boards keep these facts: `/etc/nv_tegra_release` (L4T release), the device tree,
-`/sys/class/thermal` (zones in thousandths of a degree; cooling devices named
-`*-throttle-alert` are at state > 0 while the board throttles).
+Board and sensors are read by the runtime, which needs them on the device as well.
 """
 
 from __future__ import annotations
@@ -11,25 +9,18 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# L4T release -> JetPack, the longest prefix wins.
-_JETPACKS = {
-    "35": "5",
-    "36.2": "6.0 (developer preview)",
-    "36.3": "6.0",
-    "36.4.0": "6.1",
-    "36.4.3": "6.2",
-    "36.4": "6.2.1",
-    "36.5": "6.2.2",
-    "38.2": "7.0",
-    "38.4": "7.1",
-    "39": "7.2",
-}
-_BOARDS = {"tegra234": "jetson-orin", "tegra264": "jetson-thor"}
+from edgemoe_runtime.jetson import detect_jetson
+from edgemoe_runtime.sensors import read_sensors
+from edgemoe_runtime.sysfs import read_text
+
+if TYPE_CHECKING:
+    from edgemoe_runtime.jetson import Jetson
+    from edgemoe_runtime.sensors import Sensors
+
 # distribution -> module; the two onnxruntime distributions share a module.
 _PACKAGES = {
     "onnxruntime": "onnxruntime",
@@ -50,45 +41,36 @@ def examine(root: Path = Path("/")) -> dict[str, Any]:
     Returns:
         JSON values: facts, then ``missing``, a list of what could be added and how.
     """
-    board = _board(root)
+    jetson = detect_jetson(root)
+    sensors = read_sensors(root)
     packages = _packages()
     facts: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
-        "device": board or _read(root / "proc/device-tree/model") or "no Jetson",
-        "jetpack": _jetpack(root),
+        "device": _device(root, jetson),
+        "jetpack": _jetpack(jetson),
         "gpu_compute_capability": _gpu(),
         "python": platform.python_version(),
         "packages": packages,
         "onnxruntime_providers": _providers(),
         "trtexec": _trtexec(root),
-        "memory": _memory(root),
-        "temperatures_c": _temperatures(root),
-        "throttling": _throttling(root),
+        "memory": _memory(sensors),
+        "temperatures_c": {zone.name: zone.celsius for zone in sensors.zones},
+        "throttling": list(sensors.throttling),
     }
     facts["missing"] = list(_advice(facts, packages))
     return facts
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode(errors="replace").replace("\0", "").strip()
-    except OSError:
-        return ""
+def _device(root: Path, jetson: Jetson | None) -> str:
+    if jetson is not None and jetson.soc is not None and jetson.soc.target is not None:
+        return jetson.soc.target
+    return read_text(root / "proc/device-tree/model") or "no Jetson"
 
 
-def _board(root: Path) -> str | None:
-    compatible = _read(root / "proc/device-tree/compatible")
-    return next((board for chip, board in _BOARDS.items() if chip in compatible), None)
-
-
-def _jetpack(root: Path) -> str | None:
-    match = re.search(r"# R(\d+) .*REVISION: ([\d.]+)", _read(root / "etc/nv_tegra_release"))
-    if match is None:
+def _jetpack(jetson: Jetson | None) -> str | None:
+    if jetson is None or jetson.l4t is None:
         return None
-    release = f"{match[1]}.{match[2]}"
-    prefixes = [prefix for prefix in _JETPACKS if f"{release}.".startswith(f"{prefix}.")]
-    name = _JETPACKS[max(prefixes, key=len)] if prefixes else "unknown"
-    return f"{name} (L4T {release})"
+    return f"{jetson.jetpack or 'unknown'} (L4T {jetson.l4t})"
 
 
 def _gpu() -> int | None:
@@ -125,41 +107,20 @@ def _trtexec(root: Path) -> str | None:
     return shutil.which("trtexec") or (str(outside) if outside.exists() else None)
 
 
-def _memory(root: Path) -> dict[str, int]:
+def _memory(sensors: Sensors) -> dict[str, int]:
     """Return bytes in total and available; on a Jetson the GPU uses the same memory."""
-    fields = dict(re.findall(r"(\w+):\s+(\d+) kB", _read(root / "proc/meminfo")))
-    wanted = {
-        "total_bytes": "MemTotal",
-        "available_bytes": "MemAvailable",
-        "swap_bytes": "SwapTotal",
+    read = {
+        "total_bytes": sensors.memory_total_bytes,
+        "available_bytes": sensors.memory_available_bytes,
+        "swap_bytes": sensors.swap_total_bytes,
     }
-    return {name: int(fields[key]) * 1024 for name, key in wanted.items() if key in fields}
-
-
-def _temperatures(root: Path) -> dict[str, float]:
-    temperatures = {}
-    for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
-        value = _read(zone / "temp")
-        if value.lstrip("-").isdigit():
-            temperatures[_read(zone / "type") or zone.name] = int(value) / 1000
-    return temperatures
-
-
-def _throttling(root: Path) -> list[str]:
-    """Return what throttles now, by the board's own alerts."""
-    devices = (root / "sys/class/thermal").glob("cooling_device*")
-    alerts = {_read(device / "type"): _read(device / "cur_state") for device in sorted(devices)}
-    return [
-        name
-        for name, state in alerts.items()
-        if name.endswith("-alert") and state not in {"", "0"}
-    ]
+    return {name: size for name, size in read.items() if size is not None}
 
 
 def _advice(facts: dict[str, Any], packages: dict[str, str | None]) -> list[str]:
     advice = []
     providers = facts["onnxruntime_providers"]
-    jetson = facts["device"] in _BOARDS.values()
+    jetson = str(facts["device"]).startswith("jetson-")
     if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
         advice.append(
             "onnxruntime and onnxruntime-gpu overwrite each other: pip uninstall both, then "
