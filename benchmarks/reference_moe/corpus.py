@@ -9,13 +9,22 @@ Debian packages carry it; on a Debian machine::
 Each domain is a list of documents, split by document: every tenth is a test document, and
 no test document is ever trained on. ``fortunes`` and ``man-de`` are held out whole: nothing
 of either domain is seen while carving or distilling.
+
+Run as a script, it writes domains as task files, of many short lines so that intervals over
+lines mean something::
+
+    python benchmarks/reference_moe/corpus.py demo/domains bible code man-fr wordnet
+    python benchmarks/pruning.py demo/moe --tasks demo/domains
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import html
+import itertools
+import json
 import re
 import subprocess
 import sysconfig
@@ -26,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 HELD_OUT = ("fortunes", "man-de")
+LINE_CHARACTERS = 400  # about a hundred tokens
+FILE_LINES = 400
 
 
 def _by_hash(paths: list[Path]) -> list[Path]:
@@ -204,3 +215,49 @@ def documents(domain: str, split: str) -> list[str]:
         return list(DOMAINS[domain]())
     want_test = split == "test"
     return [text for i, text in enumerate(DOMAINS[domain]()) if (i % 10 == 5) == want_test]
+
+
+def task_lines(domain: str, split: str) -> Iterator[str]:
+    """Yield short pieces of a domain's documents, every document in turn.
+
+    Args:
+        domain: A key of ``DOMAINS``.
+        split: ``"train"`` or ``"test"``; of a held-out domain, every other document is train.
+
+    Yields:
+        At most ``FILE_LINES`` texts of whole lines, about ``LINE_CHARACTERS`` long.
+    """
+    if domain in HELD_OUT:
+        texts = documents(domain, "test")[split == "test" :: 2]
+    else:
+        texts = documents(domain, split)
+    sources = [_pieces(text) for text in texts]
+    turns = itertools.zip_longest(*sources)
+    found = (piece for turn in turns for piece in turn if piece is not None)
+    yield from itertools.islice(found, FILE_LINES)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    piece = ""
+    for line in text.splitlines():
+        if len(piece) + len(line) > LINE_CHARACTERS and len(piece) > LINE_CHARACTERS // 2:
+            yield piece[: 2 * LINE_CHARACTERS]
+            piece = ""
+        piece = f"{piece}\n{line}" if piece else line
+
+
+def main() -> None:
+    """Write NAME.train.jsonl and NAME.test.jsonl for the domains asked for."""
+    parser = argparse.ArgumentParser(description="Write domains as task files.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("domains", nargs="+", choices=sorted(DOMAINS), metavar="DOMAIN")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    for domain in arguments.domains:
+        for split in ("train", "test"):
+            lines = [json.dumps({"text": text}) + "\n" for text in task_lines(domain, split)]
+            (arguments.folder / f"{domain}.{split}.jsonl").write_text("".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -137,6 +137,27 @@ def make_student(dense: torch.nn.Module, carved: dict[str, torch.Tensor]) -> tor
     return student
 
 
+def resume(student: torch.nn.Module, learned: LearnedCarve) -> None:
+    """Start from what an earlier run learned; its deltas come back as rounded to int8."""
+    tensors = {name: torch.from_numpy(np.array(v)) for name, v in learned.tensors.items()}
+    with torch.no_grad():
+        for index, layer in enumerate(student.model.layers):
+            for group, names in ((layer.mlp, FEED_FORWARD), (layer.self_attn, ATTENTION)):
+                for name in names:
+                    low, key = getattr(group, name), f"{index}.{name}"
+                    # Half of the scale on each side keeps both factors in Adam's range.
+                    root = (tensors[f"{key}.scale"] / DELTA_SCALE).sqrt()
+                    low.a.copy_(tensors[f"{key}.a"] * root[:, None])
+                    low.b.copy_(tensors[f"{key}.b"] * root)
+            layer.mlp.router_weight.copy_(tensors[f"{index}.router.weight"])
+            layer.mlp.router_bias.copy_(tensors[f"{index}.router.bias"])
+            layer.input_layernorm.weight.copy_(tensors[f"{index}.input_layernorm"])
+            layer.post_attention_layernorm.weight.copy_(
+                tensors[f"{index}.post_attention_layernorm"]
+            )
+        student.model.norm.weight.copy_(tensors["norm"])
+
+
 def learned_tensors(student: torch.nn.Module) -> dict[str, np.ndarray]:
     """What `LearnedCarve` keeps, but for the order of the neurons."""
     out: dict[str, np.ndarray] = {}
@@ -178,6 +199,7 @@ def main() -> None:
     parser.add_argument("--evaluate-every", type=int, default=150, metavar="STEPS")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--carved", type=Path, help="keeps the carve between runs")
+    parser.add_argument("--resume", type=Path, help="what an earlier run wrote: go on from it")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     torch.manual_seed(arguments.seed)
@@ -214,7 +236,20 @@ def main() -> None:
         return document[start : start + SEQUENCE]
 
     windows = [draw() for _ in range(34)]
-    if arguments.carved and arguments.carved.exists():
+    earlier = LearnedCarve.load(arguments.resume) if arguments.resume else None
+    if earlier:
+        # Other windows than those that the earlier run drew from the same seed.
+        generator.seed(f"{arguments.seed}-{earlier.provenance['tokens']}")
+        carved = {
+            f"{index}.{name}": torch.from_numpy(earlier.tensors[f"{index}.{name}"].astype(kind))
+            for index in range(teacher.config.num_hidden_layers)
+            for name, kind in (
+                ("order", np.int64),
+                ("router.weight", np.float32),
+                ("router.bias", np.float32),
+            )
+        }
+    elif arguments.carved and arguments.carved.exists():
         carved = load_file(arguments.carved)
     else:
         carved = carve(dense, windows, arguments.seed)
@@ -223,6 +258,9 @@ def main() -> None:
     order = {k: v.numpy().astype(np.int16) for k, v in carved.items() if k.endswith("order")}
     dense_sha256 = weights_sha256(teacher)
     student = make_student(teacher, carved)
+    if earlier:
+        resume(student, earlier)
+    tokens_before = earlier.provenance["tokens"] if earlier else 0
     routers = [p for n, p in student.named_parameters() if "router_" in n]
     others = [
         p for n, p in student.named_parameters() if p.requires_grad and "router_" not in n
@@ -254,7 +292,7 @@ def main() -> None:
             tensors={**learned_tensors(student), **order},
             provenance={
                 "script": "benchmarks/reference_moe/distil.py",
-                "tokens": step * SEQUENCES_PER_STEP * SEQUENCE,
+                "tokens": tokens_before + step * SEQUENCES_PER_STEP * SEQUENCE,
                 "seed": arguments.seed,
                 "held_out": list(HELD_OUT),
             },
