@@ -1,18 +1,18 @@
-"""This machine, as `edgemoe doctor` shows it: what is there, what is missing, what to do."""
+"""This machine: what is there, what is missing to run bundles on it, and how to get it."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe_runtime.backends.cuda_memory import CudaRuntime
 from edgemoe_runtime.backends.onnxruntime import CPU, CUDA, MINIMUM_VERSION
-from edgemoe_runtime.errors import BackendError
+from edgemoe_runtime.gpu import compute_capability
 from edgemoe_runtime.jetson import Jetson, detect_jetson
 from edgemoe_runtime.sensors import Sensors, read_sensors
 
@@ -195,6 +195,9 @@ def _installed_packages() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # noqa: PERF203 (nine names, once)
             continue
+    # JetPack's Python bindings may come without a distribution's metadata
+    if "tensorrt" not in found and importlib.util.find_spec("tensorrt") is not None:
+        found["tensorrt"] = "of unknown version"
     return found
 
 
@@ -208,13 +211,11 @@ def _execution_providers() -> tuple[str, ...]:
 
 
 def _compute_capability(jetson: Jetson | None, *, live: bool) -> int | None:
-    if live:
-        try:
-            return CudaRuntime().compute_capability()
-        except BackendError:
-            # no driver or no device; a Jetson's chip still tells
-            pass
-    return jetson.soc.compute_capability if jetson and jetson.soc else None
+    found = compute_capability() if live else None
+    if found is None and jetson is not None and jetson.soc is not None:
+        # without a driver that answers, the chip still tells
+        return jetson.soc.compute_capability
+    return found
 
 
 def _usable_cores() -> int:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgemoe.errors import CompileError
+from edgemoe_runtime.gpu import compute_capability
 from edgemoe_runtime.jetson import detect_jetson
-
-_CUDA_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-# CUdevice_attribute numbers of cuda.h.
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +77,7 @@ class Machine:
         jetson = detect_jetson(Path("/"))
         return cls(
             jetson_target=None if jetson is None or jetson.soc is None else jetson.soc.target,
-            compute_capability=_gpu_compute_capability(),
+            compute_capability=compute_capability(),
         )
 
 
@@ -134,18 +129,3 @@ def choose_capabilities(
             "Leave the choice out to build for all of them."
         )
     return wanted
-
-
-def _gpu_compute_capability() -> int | None:
-    try:
-        cuda = ctypes.CDLL(_CUDA_LIBRARY)
-    except OSError:
-        return None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    failed = (
-        cuda.cuInit(0)
-        or cuda.cuDeviceGet(ctypes.byref(device), 0)
-        or cuda.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
-        or cuda.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
-    )
-    return None if failed else major.value * 10 + minor.value
