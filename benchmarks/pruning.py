@@ -7,7 +7,7 @@ over lines (1000 resamples, seed 0); ratios are paired: numerator and denominato
 same lines.
 
     python benchmarks/pruning.py demo/moe --tasks demo/tasks
-    python benchmarks/pruning.py demo/moe --tasks demo/tasks --only bible --only python \
+    python benchmarks/pruning.py demo/moe --tasks demo/tasks --only bible --only code \
         --keep-experts 12 --method reap --max-test-tokens 1000 --csv pruning.csv
 
 The folder of --tasks holds NAME.train.jsonl and NAME.test.jsonl for each task. With the

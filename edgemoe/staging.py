@@ -8,6 +8,8 @@ copies of processes that were killed are swept away by the next writer of the sa
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import os
 import secrets
 import shutil
@@ -20,22 +22,31 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _STAGED_SUFFIX = ".edgemoe-staged"
+_OLD = "-old"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
-def refuse_existing(target: Path, *, force: bool) -> None:
-    """Refuse a target that exists, unless forced.
+def refuse_existing(target: Path, *, force: bool, directory: bool) -> None:
+    """Refuse a target that exists, unless forced, and one of the other kind always.
 
     Args:
         target: File or directory that is to be written.
         force: Whether an existing target may be replaced.
+        directory: Whether a directory is to be written, or a file.
 
     Raises:
-        OutputError: ``target`` exists and ``force`` is false, or its parent is a file.
+        OutputError: ``target`` exists and ``force`` is false or it is of the other kind, or
+            its parent is a file.
     """
     if (target.exists() or target.is_symlink()) and not force:
         raise OutputError(
             f"output must not exist, got {target}. Choose another -o, or pass --force to "
             "replace it."
+        )
+    if target.exists() and target.is_dir() != directory:
+        kinds = ("a file", "the directory") if target.is_dir() else ("a directory", "the file")
+        raise OutputError(
+            f"output must be {kinds[0]}, got {kinds[1]} {target}. Choose another -o."
         )
     for parent in target.absolute().parents:
         if parent.exists():
@@ -44,6 +55,46 @@ def refuse_existing(target: Path, *, force: bool) -> None:
                     f"output's parent must be a directory, got the file {parent}."
                 )
             break
+
+
+def refuse_inputs_inside(target: Path, *inputs: Path) -> None:
+    """Refuse to replace a directory by what is made from it, or from something in it.
+
+    Args:
+        target: Directory that is to be written.
+        inputs: Files and directories that are read.
+
+    Raises:
+        OutputError: One of them is ``target`` or lies in it.
+    """
+    resolved = target.resolve()
+    for path in inputs:
+        if resolved in (path.resolve(), *path.resolve().parents):
+            raise OutputError(
+                f"output must not contain what is read, got {target} for {path}. Choose "
+                "another -o."
+            )
+
+
+def require_space(directory: Path, needed_bytes: int) -> None:
+    """Refuse early what the disk cannot hold.
+
+    Args:
+        directory: Where to write; need not exist yet.
+        needed_bytes: What will be written.
+
+    Raises:
+        OutputError: Less is free.
+    """
+    existing = next(
+        path for path in (directory, *directory.absolute().parents) if path.exists()
+    )
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"the disk of {directory} must have {needed_bytes / 1e6:.0f} MB free, got "
+            f"{free / 1e6:.0f} MB. Free space, or choose another -o or a lower --precision."
+        )
 
 
 @contextlib.contextmanager
@@ -58,10 +109,11 @@ def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         A new empty directory beside ``target``.
 
     Raises:
-        OutputError: ``target`` exists and ``force`` is false, or the disk refuses (full,
-            read-only).
+        OutputError: ``target`` exists and ``force`` is false, or is a file, or the disk
+            refuses (full, read-only).
     """
-    refuse_existing(target, force=force)
+    _recover(target)
+    refuse_existing(target, force=force, directory=True)
     with _staged(target) as staged:
         staged.mkdir()
         yield staged
@@ -84,10 +136,10 @@ def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
         A path beside ``target`` that does not exist yet.
 
     Raises:
-        OutputError: ``target`` exists and ``force`` is false, or the disk refuses (full,
-            read-only).
+        OutputError: ``target`` exists and ``force`` is false, or is a directory, or the disk
+            refuses (full, read-only).
     """
-    refuse_existing(target, force=force)
+    refuse_existing(target, force=force, directory=False)
     with _staged(target) as staged:
         yield staged
         _sync(staged)
@@ -99,6 +151,7 @@ def _staged(target: Path) -> Iterator[Path]:
     staged = (
         target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{_STAGED_SUFFIX}"
     )
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
@@ -106,7 +159,7 @@ def _staged(target: Path) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        if error.errno is None or not _is_output_failure(error, target):
+        if error.errno is None or not _is_output_failure(error, staged, target):
             raise
         raise OutputError(
             f"{target} could not be written: {error.strerror}. Nothing was left behind; free "
@@ -114,37 +167,58 @@ def _staged(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         _remove(staged)
+        for parent in made:
+            # Only those that stayed empty go.
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
-def _is_output_failure(error: OSError, target: Path) -> bool:
-    import errno
-
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}:
+def _is_output_failure(error: OSError, staged: Path, target: Path) -> bool:
+    if error.errno in _FULL:
         return True
-    return error.filename is not None and str(target.parent) in str(error.filename)
+    if error.filename is None:
+        return False
+    path = Path(error.filename)
+    return path in (target, *target.parents, staged) or staged in path.parents
 
 
-def _sweep(target: Path) -> None:
-    """Remove staged copies whose process is gone."""
-    for stale in target.parent.glob(f".{target.name}.*{_STAGED_SUFFIX}"):
-        owner = stale.name[len(target.name) + 2 :].split("-", 1)[0]
+def _stale(target: Path) -> Iterator[Path]:
+    """Yield staged copies whose process is gone."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*{_STAGED_SUFFIX}"):
+        owner = path.name[len(target.name) + 2 :].split("-", 1)[0]
         if (
             owner.isdigit()
             and not Path("/proc", owner).exists()
             and Path("/proc/self").exists()
         ):
-            _remove(stale)
+            yield path
+
+
+def _sweep(target: Path) -> None:
+    for stale in _stale(target):
+        _remove(stale)
+
+
+def _recover(target: Path) -> None:
+    """Put a directory back whose process was killed between the renames that replace it."""
+    if target.exists() or target.is_symlink():
+        return
+    for stale in _stale(target):
+        if stale.name.endswith(_OLD + _STAGED_SUFFIX):
+            stale.rename(target)
+            return
 
 
 def _replace(staged: Path, target: Path) -> None:
     if target.is_dir() and not target.is_symlink():
         # rename(2) cannot replace a directory that is not empty.
-        old = staged.with_name(staged.name + "-old")
-        target.rename(old)
+        old = staged.with_name(staged.name.removesuffix(_STAGED_SUFFIX) + _OLD + _STAGED_SUFFIX)
         try:
+            target.rename(old)
             staged.rename(target)
-        except OSError:
-            old.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
             raise
         _remove(old)
     else:

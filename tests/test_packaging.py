@@ -4,6 +4,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -15,22 +16,45 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel, built by the build backend that is installed: nothing is downloaded."""
-    folder = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the sdist and of the wheel made from it; nothing is downloaded."""
+    folder = tmp_path_factory.mktemp("dist")
     build = [
         sys.executable,
         "-m",
         "build",
-        "--wheel",
         "--no-isolation",
         "--outdir",
         str(folder),
         str(ROOT),
     ]
     subprocess.run(build, check=True, capture_output=True)
-    (path,) = folder.glob("*.whl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> zipfile.ZipFile:
+    """The wheel."""
+    (path,) = built.glob("*.whl")
     return zipfile.ZipFile(path)
+
+
+def test_the_sdist_can_do_what_its_readme_says(built: Path) -> None:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+
+    assert names >= {
+        "Makefile",
+        "constraints.txt",
+        ".ci/make-venv",
+        "examples/demo/run.py",
+        "examples/tasks/NOTICE",
+        "examples/reference_moe/NOTICE",
+        "examples/reference_moe/smollm2-135m.safetensors",
+        "benchmarks/optimum_compat.py",
+        "tests/test_packaging.py",
+    }
 
 
 def test_the_wheel_holds_three_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:

@@ -68,7 +68,7 @@ def collect(
         The sums of every task.
 
     Raises:
-        TaskFileError: A task has no tokens in this shard, or an argument is out of range.
+        TaskFileError: No task has a token in this shard, or an argument is out of range.
     """
     index, of = shard
     if not 0 <= index < of:
@@ -80,10 +80,15 @@ def collect(
     sequence_length = min(sequence_length, int(longest))
     windows = {
         task.name: _shard_windows(
-            _cut_windows(task, tokenizer, max_tokens, sequence_length), task, shard
+            _cut_windows(task, tokenizer, max_tokens, sequence_length), shard
         )
         for task in tasks
     }
+    if not any(windows.values()):
+        raise TaskFileError(
+            f"shard {index} of {of} must have a token, got none of {len(tasks)} tasks. Use "
+            "fewer shards or more lines."
+        )
     return Statistics(
         checkpoint_sha256=model.sha256,
         shape=model.shape,
@@ -123,17 +128,9 @@ def _cut_windows(
     return windows
 
 
-def _shard_windows(
-    windows: list[_Window], task: TaskFile, shard: tuple[int, int]
-) -> list[_Window]:
+def _shard_windows(windows: list[_Window], shard: tuple[int, int]) -> list[_Window]:
     index, of = shard
-    kept = [window for window in windows if (window.line - 1) % of == index]
-    if not kept:
-        raise TaskFileError(
-            f"{task.path}: shard {index} of {of} must have a token, got none of "
-            f"{len(windows)} windows. Use fewer shards or more lines."
-        )
-    return kept
+    return [window for window in windows if (window.line - 1) % of == index]
 
 
 def _sum_windows(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,7 +197,8 @@ def merge(first: Statistics, *others: Statistics) -> Statistics:
         The statistics over all the data.
 
     Raises:
-        StatisticsError: Two of them measure different checkpoints.
+        StatisticsError: Two of them measure different checkpoints, or the same lines of a
+            file for the same task.
     """
     merged = first
     for other in others:
@@ -209,9 +211,23 @@ def merge(first: Statistics, *others: Statistics) -> Statistics:
             )
         tasks = dict(merged.tasks)
         for name, task in other.tasks.items():
+            if name in tasks:
+                _refuse_overlap(name, tasks[name].sources, task.sources)
             tasks[name] = tasks[name] + task if name in tasks else task
         merged = replace(merged, tasks=tasks)
     return merged
+
+
+def _refuse_overlap(task: str, first: tuple[Source, ...], second: tuple[Source, ...]) -> None:
+    for one in first:
+        for other in second:
+            (i, n), (j, m) = one.shard, other.shard
+            # Lines of residue i modulo n and j modulo m meet exactly where this holds.
+            if one.sha256 == other.sha256 and (i - j) % math.gcd(n, m) == 0:
+                raise StatisticsError(
+                    f"lines must be counted once, got shard {i}/{n} and shard {j}/{m} of one "
+                    f"file for task {task!r}. Leave one of the two out."
+                )
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -60,12 +60,13 @@ def build_moe(
         A ``Glm4MoeForCausalLM`` in float32, in eval mode.
 
     Raises:
-        CarveError: ``top_k`` is out of range, or the shared neurons are not a multiple of the
-            expert size.
+        CarveError: ``top_k`` is out of range, the shared neurons are not a multiple of the
+            expert size, or :func:`check_dense` refuses the model.
     """
     import torch
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
+    check_dense(dense.config)
     experts, size = layers[0].assignment.experts.shape
     shared = layers[0].assignment.shared.size
     check_shape(experts=experts, expert_size=size, shared_size=shared, top_k=top_k)
@@ -100,6 +101,35 @@ def build_moe(
     return model.eval()
 
 
+def check_dense(config: Any) -> None:
+    """Refuse dense models that the carved family cannot hold without a change.
+
+    Args:
+        config: Configuration of a family in ``DENSE_FAMILIES``.
+
+    Raises:
+        CarveError: Attention looks through a sliding window, the activation is not silu, or
+            a projection has a bias that the carved family has no place for.
+    """
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        raise CarveError(
+            f"attention must be full, got a sliding window of {window} tokens. "
+            "Carve a checkpoint without one."
+        )
+    if config.hidden_act != "silu":
+        raise CarveError(
+            f"the activation must be silu, got {config.hidden_act}. Carve a SwiGLU checkpoint."
+        )
+    # Only q, k and v have a bias in the carved family, as in qwen2.
+    for name in ("mlp_bias", "attention_bias"):
+        if getattr(config, name, False):
+            raise CarveError(
+                f"feed-forward and output projections must have no bias, got {name}. Carve a "
+                "checkpoint without."
+            )
+
+
 def check_shape(*, experts: int, expert_size: int, shared_size: int, top_k: int) -> None:
     """Refuse shapes that the carved family cannot hold.
 
@@ -128,17 +158,6 @@ def check_shape(*, experts: int, expert_size: int, shared_size: int, top_k: int)
 def _settings(config: Any, experts: int, size: int, shared: int, top_k: int) -> dict[str, Any]:
     rope = dict(config.rope_parameters)
     rope["partial_rotary_factor"] = 1.0
-    biased = config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False))
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
-        raise CarveError(
-            f"attention must be full, got a sliding window of {window} tokens. "
-            "Carve a checkpoint without one."
-        )
-    if config.hidden_act != "silu":
-        raise CarveError(
-            f"the activation must be silu, got {config.hidden_act}. Carve a SwiGLU checkpoint."
-        )
     head_dim = getattr(config, "head_dim", None)
     return {
         "vocab_size": config.vocab_size,
@@ -154,7 +173,7 @@ def _settings(config: Any, experts: int, size: int, shared: int, top_k: int) -> 
         "rms_norm_eps": config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
         "rope_parameters": rope,
-        "attention_bias": biased,
+        "attention_bias": config.model_type == "qwen2",
         "use_qk_norm": config.model_type == "qwen3",
         "moe_intermediate_size": int(size),
         "num_experts_per_tok": top_k,

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemoe.carve.activations import feed_forward_inputs, neuron_activations
-from edgemoe.carve.build import CarvedLayer, build_moe, check_shape, neuron_shares
+from edgemoe.carve.build import CarvedLayer, build_moe, check_dense, check_shape, neuron_shares
 from edgemoe.carve.dense import load_dense, save_tokenizer
 from edgemoe.carve.learned import LearnedCarve
 from edgemoe.carve.neurons import active_neurons, assign_neurons
 from edgemoe.carve.router import expert_energy, fit_router
 from edgemoe.errors import CarveError
+from edgemoe.models.saving import save_pretrained
 from edgemoe.progress import track
-from edgemoe.staging import refuse_existing, staged_directory
+from edgemoe.staging import refuse_existing, refuse_inputs_inside, staged_directory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,8 +120,10 @@ def carve_checkpoint(
         OutputError: The output exists or cannot be written.
     """
     chosen = options or CarveOptions()
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, directory=True)
+    refuse_inputs_inside(output, source)
     dense = load_dense(source)
+    check_dense(dense.model.config)
     shared_size, expert_size = neuron_shares(
         dense.model.config.intermediate_size,
         experts=chosen.experts,
@@ -136,7 +139,7 @@ def carve_checkpoint(
     layers, recall = carve_layers(dense, windows, chosen, shared_size)
     model = build_moe(dense.model, layers, top_k=chosen.top_k)
     with staged_directory(output, force=force) as staged:
-        model.save_pretrained(staged)
+        save_pretrained(model, staged)
         save_tokenizer(dense, staged)
     return _report(model, tokens=sum(len(window) for window in windows), recall=recall)
 
@@ -161,12 +164,13 @@ def rebuild_checkpoint(
         CarveError: ``learned`` cannot be read, or belongs to another checkpoint.
         OutputError: The output exists or cannot be written.
     """
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, directory=True)
+    refuse_inputs_inside(output, source, learned)
     carve = LearnedCarve.load(learned)
     dense = load_dense(source)
     model = carve.apply(dense.model)
     with staged_directory(output, force=force) as staged:
-        model.save_pretrained(staged)
+        save_pretrained(model, staged)
         save_tokenizer(dense, staged)
     return _report(model, tokens=0, recall=None)
 
@@ -216,22 +220,26 @@ def calibration_windows(
         seed: Decides which windows are drawn.
 
     Returns:
-        Windows of ``WINDOW`` token ids (shorter ones only where a text is shorter).
+        Windows of at most ``WINDOW`` token ids. What is left of texts, or short texts, are
+        put together in windows; the last of these may be short.
 
     Raises:
         CarveError: The texts hold fewer than two windows of tokens.
     """
-    windows = []
+    windows: list[list[int]] = []
+    rests: list[int] = []
     for text in texts:
         ids = dense.tokenizer(text, add_special_tokens=False)["input_ids"]
-        windows += [ids[i : i + WINDOW] for i in range(0, len(ids), WINDOW)]
-    windows = [window for window in windows if len(window) >= 16]
+        whole = len(ids) // WINDOW * WINDOW
+        windows += [ids[i : i + WINDOW] for i in range(0, whole, WINDOW)]
+        rests += ids[whole:]
+    windows += [rests[i : i + WINDOW] for i in range(0, len(rests), WINDOW)]
     random.Random(seed).shuffle(windows)
     drawn: list[list[int]] = []
     total = 0
     for window in windows:
         if total + len(window) > max_tokens:
-            break
+            continue
         drawn.append(window)
         total += len(window)
     if total < 2 * WINDOW:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgemoe.errors import CarveError, CheckpointError
+from edgemoe.models.checkpoint import check_fit, quiet_transformers
+from edgemoe.models.safety import check_weights
+from edgemoe.models.saving import copy_companions, save_pretrained
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,15 +17,6 @@ if TYPE_CHECKING:
 
 DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Dense families whose attention the carved family can hold without a change."""
-
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +58,25 @@ def load_dense(source: Path) -> DenseModel:
             f"a dense checkpoint must hold config.json or one .gguf file, got {source}. "
             "Point at a Hugging Face directory or at a .gguf file."
         )
-    if not list(source.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in _PICKLES for path in source.glob(pattern))
-        raise CheckpointError(
-            f"weights must be safetensors, got {pickles or 'no weights'} in {source}. "
-            "Pickled weights can run code when opened: convert them to safetensors first."
-        )
+    check_weights(source)
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(
+            source, local_files_only=True, trust_remote_code=False
+        )
         _check_family(config.model_type)
         _check_tokenizer(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
+        with quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype="float32",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        check_fit(report, source)
         # tokenizer.json as it is: the class that a family maps to may rewrite it.
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
     except (CarveError, CheckpointError):
@@ -96,12 +95,12 @@ def save_dense(dense: DenseModel, directory: Path) -> None:
         dense: The model.
         directory: An existing directory to fill.
     """
-    dense.model.save_pretrained(directory)
+    save_pretrained(dense.model, directory)
     save_tokenizer(dense, directory)
 
 
 def save_tokenizer(dense: DenseModel, directory: Path) -> None:
-    """Write the tokenizer and the generation settings of a dense model.
+    """Write the tokenizer, the generation settings and the licences of a dense model.
 
     Args:
         dense: The model.
@@ -112,9 +111,7 @@ def save_tokenizer(dense: DenseModel, directory: Path) -> None:
     if dense.model.generation_config is not None:
         dense.model.generation_config.save_pretrained(directory)
     if dense.source.is_dir():
-        for name in _TOKENIZER_FILES:
-            if (dense.source / name).is_file():
-                shutil.copyfile(dense.source / name, directory / name)
+        copy_companions(dense.source, directory)
 
 
 def _gguf_file(source: Path) -> Path | None:
@@ -142,10 +139,20 @@ def _load_gguf(file: Path, source: Path) -> DenseModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
+        with quiet_transformers():
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        check_fit(report, file)
+        tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{file} could not be read as GGUF: {error} Download it again."

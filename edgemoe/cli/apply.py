@@ -25,9 +25,10 @@ def apply(model: Path, plan_path: Path, output: Path, force: bool, as_json: bool
     from edgemoe.models import load_model, read_shape, save_model
     from edgemoe.prune.apply import apply_plan
     from edgemoe.prune.plan import Plan
-    from edgemoe.staging import refuse_existing, staged_directory
+    from edgemoe.staging import refuse_existing, refuse_inputs_inside, staged_directory
 
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, directory=True)
+    refuse_inputs_inside(output, model, plan_path)
     plan = Plan.load(plan_path)
     plan.validate(read_shape(model))
     pruned = apply_plan(load_model(model), plan)

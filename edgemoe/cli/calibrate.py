@@ -56,7 +56,7 @@ def calibrate(
     from edgemoe.staging import refuse_existing
     from edgemoe.tasks import load_tasks
 
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, directory=False)
     task_files = load_tasks(tasks)
     statistics = collect(
         load_model(model), task_files, load_tokenizer(model), max_tokens=max_tokens, shard=shard

@@ -14,6 +14,7 @@ from edgemoe_runtime.manifest import MANIFEST_FILE
 if TYPE_CHECKING:
     from pathlib import Path
 
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _MAX_JSON_BYTES = 256 << 20  # 256 MiB: no plan or key is near it
 
 
@@ -40,11 +41,18 @@ def describe(path: Path) -> dict[str, Any]:
         )
     if not path.exists():
         raise CheckpointError(f"the path must exist, got {path}.")
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         return _describe_statistics(path)
     if path.suffix == ".engine":
         return _describe_engine(path.with_suffix(".json"))
     return _describe_json(path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Tell by the first bytes, a header's length and its brace: any name will do."""
+    with path.open("rb") as opened:
+        head = opened.read(9)
+    return path.suffix == ".safetensors" or (head[7:] == b"\0{")
 
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
@@ -98,6 +106,8 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         "vocab_size": config.get("vocab_size"),
     }
     if family not in FAMILIES:
+        if any(config.get(name) for name in _EXPERT_COUNTS):
+            facts["kind"] = "MoE checkpoint of a family that is not supported"
         return facts
     shape = read_shape(path)
     note = read_ragged_note(path)

@@ -18,28 +18,42 @@ if TYPE_CHECKING:
 @click.option("--task", required=True, metavar="NAME=FILE", help="Held-out data.")
 @click.option("--k-cap", type=click.IntRange(1), help="At most so many experts per token.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Read the first lines only.")
+@click.option("--generate", is_flag=True, help="Judge completions by exact match.")
 @reporting
 def evaluate(
-    model: Path, task: str, k_cap: int | None, max_tokens: int | None, as_json: bool
+    model: Path,
+    task: str,
+    k_cap: int | None,
+    max_tokens: int | None,
+    generate: bool,
+    as_json: bool,
 ) -> None:
     """Judge a model, dense or MoE, or a bundle on a task.
 
-    Text and completions are judged by perplexity, choices by accuracy; with a 95% interval.
+    Text and completions are judged by perplexity, choices by accuracy, and with --generate
+    completions by whether greedy generation gives them back; with a 95% interval.
     """
     from edgemoe.evaluate.evaluation import evaluate as judge
-    from edgemoe.evaluate.subject import open_scorer
+    from edgemoe.evaluate.subject import open_subject
     from edgemoe.tasks import TaskFile
     from edgemoe_runtime.manifest import MANIFEST_FILE
 
     task_file = TaskFile.parse(task)
     if not (model / MANIFEST_FILE).is_file():
         needs("export")
-    with open_scorer(model, task=task_file.name, k_cap=k_cap) as (scorer, tokenizer):
-        evaluation = judge(scorer, task_file, tokenizer, max_tokens=max_tokens)
+    with open_subject(model, task=task_file.name, k_cap=k_cap) as subject:
+        evaluation = judge(
+            subject.scorer,
+            task_file,
+            subject.tokenizer,
+            max_tokens=max_tokens,
+            generate=subject.generate if generate else None,
+        )
     low, high = evaluation.ci95
+    metric = evaluation.metric.replace("_", " ")
     report(
         evaluation.to_dict(details=True),
-        f"{evaluation.task}: {evaluation.metric} {evaluation.value:.4g} (95% interval "
+        f"{evaluation.task}: {metric} {evaluation.value:.4g} (95% interval "
         f"{low:.4g} to {high:.4g}; {evaluation.n} lines, {evaluation.tokens} tokens)",
         as_json=as_json,
     )

@@ -135,4 +135,4 @@ def _text(exported: ExportReport) -> str:
                 f"{quality.after['value']:.4g} after"
             )
         lines.append(line)
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  note: {note}" for note in exported.notes)])

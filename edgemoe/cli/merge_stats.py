@@ -27,7 +27,7 @@ def merge_stats(
     from edgemoe.calibrate.statistics import Statistics, merge
     from edgemoe.staging import refuse_existing
 
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, directory=False)
     merged = merge(Statistics.load(first), *(Statistics.load(path) for path in others))
     merged.save(output, force=force)
     tokens = {name: task.tokens for name, task in merged.tasks.items()}

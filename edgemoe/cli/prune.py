@@ -55,7 +55,7 @@ def prune(
     from edgemoe.prune.registry import make_plan
     from edgemoe.staging import refuse_existing
 
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, directory=False)
     try:
         asked = None if keep_experts is None else parse_keep_experts(keep_experts)
     except PlanError as error:

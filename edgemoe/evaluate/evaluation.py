@@ -1,4 +1,4 @@
-"""Judge a task: perplexity of text and of completions, accuracy of choices."""
+"""Judge a task: perplexity of text and completions, accuracy of choices, exact match."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from edgemoe.errors import CheckpointError
+from edgemoe.evaluate.exact_match import check_generates, count_exact_matches
 from edgemoe.evaluate.intervals import RESAMPLES, bootstrap_perplexity, wilson_interval
 from edgemoe.evaluate.requests import Question, build_questions
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from edgemoe.evaluate.exact_match import Generate
     from edgemoe.evaluate.scorer import Logprobs, Scorer
     from edgemoe.tasks import TaskFile
 
@@ -24,9 +26,10 @@ class Evaluation:
 
     Attributes:
         task: The task's name.
-        metric: ``perplexity`` for text and completions, ``accuracy`` for choices.
+        metric: ``perplexity`` for text and completions, ``accuracy`` for choices,
+            ``exact_match`` for completions that were generated.
         value: The metric.
-        ci95: Its 95% interval: for perplexity a bootstrap over lines, for accuracy Wilson's.
+        ci95: Its 95% interval: for perplexity a bootstrap over lines, for the others Wilson's.
         n: Lines that were scored.
         perplexity: exp(mean negative log-likelihood per token) of the scored tokens; for
             choices those of the right choice.
@@ -37,7 +40,7 @@ class Evaluation:
     """
 
     task: str
-    metric: Literal["perplexity", "accuracy"]
+    metric: Literal["perplexity", "accuracy", "exact_match"]
     value: float
     ci95: tuple[float, float]
     n: int
@@ -69,7 +72,12 @@ class Evaluation:
 
 
 def evaluate(
-    scorer: Scorer, task: TaskFile, tokenizer: Tokenizer, *, max_tokens: int | None = None
+    scorer: Scorer,
+    task: TaskFile,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None = None,
+    generate: Generate | None = None,
 ) -> Evaluation:
     """Judge a model on a task.
 
@@ -79,15 +87,19 @@ def evaluate(
         tokenizer: The model's tokenizer.
         max_tokens: Read the task's first lines only, up to so many tokens: text is cut there,
             completions and choices stop before the line that would exceed it.
+        generate: Judge completions by exact match of what this generates, besides their
+            perplexity.
 
     Returns:
         The evaluation.
 
     Raises:
-        TaskFileError: No token can be scored, or a completion is longer than the model's
-            longest sequence.
+        TaskFileError: No token can be scored, a completion is longer than the model's
+            longest sequence, or ``generate`` is given for a task without completions.
         CheckpointError: The model answers NaN or infinity.
     """
+    if generate is not None:
+        check_generates(task)
     questions = build_questions(
         task, tokenizer, max_length=scorer.max_length, max_tokens=max_tokens
     )
@@ -99,7 +111,7 @@ def evaluate(
         taken += len(question.requests)
     losses = [-_answer_loglikelihood(q, row) for q, row in zip(questions, rows, strict=True)]
     tokens = [_answer_tokens(question) for question in questions]
-    if not np.isfinite(losses).all():
+    if not all(np.isfinite(part).all() for row in rows for parts in row for part in parts):
         raise CheckpointError(
             f"log-probabilities must be finite, got NaN or infinity on task {task.name!r}. The "
             "model overflows; use fp32."
@@ -115,6 +127,22 @@ def evaluate(
     }
     perplexity_ci95 = bootstrap_perplexity(np.asarray(losses), np.asarray(tokens, np.float64))
     data = {"file_sha256": task.sha256, "lines": len(task.records), "max_tokens": max_tokens}
+    n = len(questions)
+    if generate is not None:
+        matches = count_exact_matches(
+            generate, task, questions, tokenizer, max_length=scorer.max_length
+        )
+        return Evaluation(
+            metric="exact_match",
+            value=matches / n,
+            ci95=wilson_interval(matches, n),
+            details={
+                "interval": "Wilson score",
+                "perplexity_ci95": list(perplexity_ci95),
+                **data,
+            },
+            **common,
+        )
     if task.kind != "choice":
         return Evaluation(
             metric="perplexity",
@@ -127,7 +155,6 @@ def evaluate(
             **common,
         )
     hits, hits_per_character = _count_hits(questions, rows)
-    n = len(questions)
     return Evaluation(
         metric="accuracy",
         value=hits / n,

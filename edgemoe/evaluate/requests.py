@@ -57,7 +57,8 @@ def build_questions(
 
     Raises:
         TaskFileError: No line has a token to score.
-        TaskFileError: A completion or choice alone is longer than ``max_length``.
+        TaskFileError: A completion or choice alone is longer than ``max_length``, or choices
+            have no token before them.
     """
     if max_tokens is not None and max_tokens < 2:
         raise TaskFileError(f"max_tokens must be in [2, inf), got {max_tokens}.")
@@ -102,6 +103,12 @@ def _ask_continuations(
     choices = record.choices if isinstance(record, ChoiceRecord) else (record.completion,)
     wholes = [tokenizer.encode(record.prompt + choice).ids for choice in choices]
     shared = _count_shared([tokenizer.encode(record.prompt).ids, *wholes])
+    if shared == 0 and len({tuple(whole[:1]) for whole in wholes}) > 1:
+        # One choice's first token would be the context of the others.
+        raise TaskFileError(
+            f"{where}: a prompt and its choices must begin with the same token, got the prompt "
+            f"{record.prompt!r}. Lengthen the prompt."
+        )
     # A choice that begins as another one does, or merges with the prompt's last token, must
     # still have a token of its own.
     shared = max(1, min(shared, *(len(whole) - 1 for whole in wholes)))

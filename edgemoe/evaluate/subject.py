@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgemoe.errors import CheckpointError
 
@@ -14,15 +14,30 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
+    from edgemoe.evaluate.exact_match import Generate
     from edgemoe.evaluate.scorer import Scorer
 
 _LOADING_FAILURES = (RuntimeError, ValueError, TypeError, KeyError, OSError)
 
 
+class Subject(NamedTuple):
+    """What is judged.
+
+    Attributes:
+        scorer: Says how likely tokens are.
+        tokenizer: The model's tokenizer.
+        generate: Continues a prompt, the most likely token each time.
+    """
+
+    scorer: Scorer
+    tokenizer: Tokenizer
+    generate: Generate
+
+
 @contextlib.contextmanager
-def open_scorer(
+def open_subject(
     path: Path | str, *, task: str | None = None, k_cap: int | Sequence[int] | None = None
-) -> Iterator[tuple[Scorer, Tokenizer]]:
+) -> Iterator[Subject]:
     """Open a checkpoint or a bundle to be judged.
 
     Args:
@@ -31,7 +46,7 @@ def open_scorer(
         k_cap: Most experts per token, one for all MoE layers or one for each.
 
     Yields:
-        The scorer and its tokenizer; they serve until the block ends.
+        The subject; it serves until the block ends.
 
     Raises:
         CheckpointError: The checkpoint is missing, unsafe or malformed, or is dense and
@@ -53,7 +68,13 @@ def open_scorer(
     is_moe = read_json_object(path / "config.json").get("model_type") in FAMILIES
     tokenizer = load_tokenizer(path)
     model = load_model(path) if is_moe else load_dense(path)
-    yield TorchScorer(model, k_cap=k_cap), tokenizer
+    scorer = TorchScorer(model, k_cap=k_cap)
+
+    def generate(prompt: str, max_new_tokens: int) -> str:
+        made = scorer.generate(tokenizer.encode(prompt).ids, max_new_tokens)
+        return str(tokenizer.decode(made))
+
+    yield Subject(scorer, tokenizer, generate)
 
 
 def load_dense(path: Path) -> PreTrainedModel:
@@ -73,14 +94,16 @@ def load_dense(path: Path) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from edgemoe.models.adapter import is_experts_module
-    from edgemoe.models.checkpoint import quiet_transformers
+    from edgemoe.models.checkpoint import check_fit, quiet_transformers
     from edgemoe.models.registry import find_family
     from edgemoe.models.safety import check_directory, check_weights
 
     check_directory(path)
     check_weights(path)
     try:
-        config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config)
         has_experts = any(is_experts_module(module) for module in empty.modules())
@@ -92,6 +115,7 @@ def load_dense(path: Path) -> PreTrainedModel:
                     dtype=torch.float32,
                     use_safetensors=True,
                     local_files_only=True,
+                    trust_remote_code=False,
                     output_loading_info=True,
                 )
     except _LOADING_FAILURES as error:
@@ -102,12 +126,7 @@ def load_dense(path: Path) -> PreTrainedModel:
     if has_experts:
         find_family(config.model_type)
         raise CheckpointError(f"{path} has experts, so it must be opened with load_model.")
-    unfit = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
-    if unfit:
-        raise CheckpointError(
-            f"the weights in {path} must fit its config.json, got {len(unfit)} tensors missing "
-            f"or of another shape, such as {unfit[0]}. Copy the checkpoint again."
-        )
+    check_fit(report, path)
     opened: Any = model.eval().requires_grad_(False)
     dense: PreTrainedModel = opened
     return dense
@@ -116,7 +135,7 @@ def load_dense(path: Path) -> PreTrainedModel:
 @contextlib.contextmanager
 def _open_bundle(
     path: Path, task: str | None, k_cap: int | Sequence[int] | None
-) -> Iterator[tuple[Scorer, Tokenizer]]:
+) -> Iterator[Subject]:
     # Nothing here needs torch: a bundle can be judged where it runs.
     from tokenizers import Tokenizer
 
@@ -134,4 +153,8 @@ def _open_bundle(
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        yield SessionScorer(session, max_length=max_length), tokenizer
+
+        def generate(prompt: str, max_new_tokens: int) -> str:
+            return session.generate(prompt, max_new_tokens=max_new_tokens).text
+
+        yield Subject(SessionScorer(session, max_length=max_length), tokenizer, generate)

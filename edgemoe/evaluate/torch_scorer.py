@@ -7,6 +7,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 
 from edgemoe.errors import CheckpointError
 from edgemoe.models.contract import MoeModel
@@ -91,6 +92,36 @@ class TorchScorer:
                 for index, logprobs in zip(batch, self._score_batch(chosen), strict=True):
                     results[index] = [logprobs]
         return results
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Continue a prompt, the most likely token each time.
+
+        Args:
+            ids: Token ids of the prompt, at least one.
+            max_new_tokens: Most tokens to make, in [1, inf).
+
+        Returns:
+            The token ids that follow, without the end token.
+        """
+        own = self._model.generation_config
+        ends = own.eos_token_id
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=_PAD
+        )
+        prompt = self._pad([ids])
+        # transformers fills the gaps of what it is given from the model's own settings, which
+        # may punish repetition or suppress tokens.
+        self._model.generation_config = GenerationConfig()
+        try:
+            with torch.inference_mode(), self._capped():
+                made = self._model.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
+                )
+        finally:
+            self._model.generation_config = own
+        stops = {ends} if isinstance(ends, int) else set(ends or ())
+        new: list[int] = made[0, len(ids) :].tolist()
+        return new[:-1] if new and new[-1] in stops else new
 
     def _capped(self) -> contextlib.AbstractContextManager[None]:
         if self._moe is None or self._k_cap is None:

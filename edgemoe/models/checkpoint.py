@@ -15,7 +15,7 @@ from edgemoe.models.registry import find_family
 from edgemoe.models.safety import check_directory, check_weights, read_json_object
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from tokenizers import Tokenizer
@@ -66,14 +66,27 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> MoeModel:
             output_loading_info=True,
         )
     model.__class__ = base
+    check_fit(report, path)
+    _align_tensors(model)
+    return adapt_model(model, path, stored_dtype=_stored_dtype(config, dtype))
+
+
+def check_fit(report: Mapping[str, Any], path: Path) -> None:
+    """Refuse weights that left a part of the model at random values.
+
+    Args:
+        report: What ``from_pretrained`` with ``output_loading_info`` told.
+        path: The checkpoint.
+
+    Raises:
+        CheckpointError: Tensors are missing, or have another shape than the configuration says.
+    """
     unfit = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     if unfit:
         raise CheckpointError(
             f"the weights in {path} must fit its config.json, got {len(unfit)} tensors missing "
             f"or of another shape, such as {unfit[0]}. Copy the checkpoint again."
         )
-    _align_tensors(model)
-    return adapt_model(model, path, stored_dtype=_stored_dtype(config, dtype))
 
 
 def read_config(path: Path) -> tuple[Family, PreTrainedConfig]:

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edgemoe.models.safety import check_weights
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
 _CHUNK_BYTES = 1 << 22
-_DEFINING = ("config.json", "edgemoe.json", "*.safetensors", "model.safetensors.index.json")
+_DEFINING = ("config.json", "edgemoe.json")
 
 
 def fingerprint_checkpoint(path: Path) -> str:
@@ -22,9 +24,14 @@ def fingerprint_checkpoint(path: Path) -> str:
         path: Checkpoint directory.
 
     Returns:
-        SHA-256, in hexadecimal, of the names and the SHA-256 of the files, ordered by name.
+        SHA-256, in hexadecimal, of the names and the SHA-256 of the files that a model is
+        loaded from, ordered by name. Other files beside them do not count.
+
+    Raises:
+        CheckpointError: Weights are missing, or are not safetensors.
     """
-    files = sorted(file for pattern in _DEFINING for file in path.glob(pattern))
+    settings = [path / name for name in _DEFINING if (path / name).exists()]
+    files = sorted([*settings, *check_weights(path)])
     whole = hashlib.sha256()
     for file in files:
         whole.update(f"{file.name}\0{hash_file(file)}\n".encode())

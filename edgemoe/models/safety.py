@@ -87,13 +87,14 @@ def check_weights(path: Path) -> list[Path]:
     Raises:
         CheckpointError: Weights are pickles, missing, truncated, or not as the index says.
     """
-    index = path / _INDEX
-    if index.exists():
-        return _check_shards(path, read_json_object(index))
+    # transformers prefers the single file where there are both.
     single = path / _SINGLE
     if single.exists():
         read_tensor_names(single)
         return [single]
+    index = path / _INDEX
+    if index.exists():
+        return _check_shards(path, read_json_object(index))
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from transformers import PreTrainedModel
 
     from edgemoe.models.contract import MoeModel
 
@@ -66,18 +67,8 @@ def save_model(
     note: dict[str, Any] = {"provenance": provenance} if provenance else {}
     if ragged:
         note["experts_per_layer"] = list(counts)
-    try:
-        with quiet_transformers():
-            model.model.save_pretrained(str(directory), state_dict=_stored_tensors(model))
-    except SafetensorError as error:
-        raise OutputError(
-            f"the checkpoint could not be written: {error}. Free space or choose another -o."
-        ) from error
+    save_pretrained(model.model, directory, _stored_tensors(model))
     _complete_config(directory / "config.json", model.stored_dtype, note)
-    mode = (directory / "config.json").stat().st_mode
-    for file in directory.glob("*.safetensors"):
-        # The library writes them for the owner alone; the rest follows the umask.
-        file.chmod(mode)
     if ragged:
         indices = tuple(layer.index for layer in model.layers)
         RaggedNote(moe_layers=indices, experts_per_layer=counts, provenance=provenance).save(
@@ -86,6 +77,33 @@ def save_model(
     source = source or model.path
     if source is not None:
         copy_companions(source, directory)
+
+
+def save_pretrained(
+    model: PreTrainedModel, directory: Path, tensors: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write configuration and weights of a transformers model.
+
+    Args:
+        model: What to write.
+        directory: An existing directory, best a staged one.
+        tensors: What to write in place of its state dict.
+
+    Raises:
+        OutputError: The disk refuses (full, read-only).
+    """
+    state = None if tensors is None else dict(tensors)
+    try:
+        with quiet_transformers():
+            model.save_pretrained(str(directory), state_dict=state)
+    except SafetensorError as error:
+        raise OutputError(
+            f"the checkpoint could not be written: {error}. Free space or choose another -o."
+        ) from error
+    mode = (directory / "config.json").stat().st_mode
+    for file in directory.glob("*.safetensors"):
+        # The library writes them for the owner alone; the rest follows the umask.
+        file.chmod(mode)
 
 
 def set_expert_counts(model: MoeModel) -> None:
@@ -126,12 +144,18 @@ def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
         for name, buffer in model.model.named_buffers()
         if any(buffer is bias for bias in biases)
     }
-    return {
-        name: tensor.to(model.stored_dtype)
-        if tensor.is_floating_point() and name not in keep
-        else tensor
-        for name, tensor in tensors.items()
-    }
+    # Tied tensors are recognised by their memory, so a cast must not part them.
+    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    stored = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or name in keep:
+            stored[name] = tensor
+            continue
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in cast:
+            cast[key] = tensor.to(model.stored_dtype)
+        stored[name] = cast[key]
+    return stored
 
 
 def _complete_config(file: Path, dtype: torch.dtype, note: Mapping[str, Any]) -> None:

@@ -81,10 +81,14 @@ def check_counts(shape: ModelShape, counts: Sequence[int]) -> tuple[int, ...]:
                 f"{count}. Keep fewer."
             )
         if count < layer.min_experts:
+            reason = (
+                f"each token uses top_k={layer.top_k}"
+                if count < layer.top_k
+                else "its router compares experts in groups"
+            )
             raise PlanError(
                 f"layer {layer.layer} must keep at least {layer.min_experts} of its "
-                f"{layer.num_experts} experts, because each token uses top_k={layer.top_k}, "
-                f"got {count}. Keep more."
+                f"{layer.num_experts} experts, because {reason}, got {count}. Keep more."
             )
         if count % layer.n_group:
             raise PlanError(

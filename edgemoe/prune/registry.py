@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgemoe import __version__
-from edgemoe.errors import PlanError
+from edgemoe.errors import PlanError, StatisticsError
 from edgemoe.prune.frequency import frequency
 from edgemoe.prune.keep import check_counts
 from edgemoe.prune.plan import LayerPlan, Plan
@@ -73,12 +73,17 @@ def make_plan(
 
     Raises:
         PlanError: The method, a count or the seed is out of range.
-        StatisticsError: The task was not calibrated.
+        StatisticsError: The task was not calibrated, or on no token.
     """
     decide = find_method(method)
     if seed < 0:
         raise PlanError(f"the seed must be in [0, inf), got {seed}.")
     counts = check_counts(statistics.shape, counts)
+    if statistics.task(task).tokens == 0:
+        raise StatisticsError(
+            f"statistics must cover a token of the task, got none of {task!r}. Merge the "
+            "other shards in first."
+        )
     plan = Plan(
         method=method,
         layers=decide(statistics.task(task), statistics.shape, counts, seed),

@@ -28,7 +28,6 @@ DEMO = ROOT / "demo"
 DENSE, MOE, TASKS, BUNDLE = DEMO / "dense", DEMO / "moe", DEMO / "tasks", DEMO / "bundle"
 RESULTS = DEMO / "results.json"
 LEARNED = ROOT / "examples/reference_moe/smollm2-135m.safetensors"
-LEARNED = ROOT / "examples/reference_moe/smollm2-135m.safetensors"
 
 BUNDLE_TASKS = ("code", "bible")
 KEEP = 0.75
@@ -50,6 +49,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prepare", action="store_true", help="make demo/, measure nothing")
     prepare_only = parser.parse_args().prepare
+    if sys.version_info < (3, 11):
+        sys.exit(
+            "the demo's int4 bundle needs onnxruntime 1.28, and so Python 3.11 to 3.13, got "
+            f"{sys.version.split()[0]}: make clean, then make PYTHON=python3.12 demo"
+        )
     started = time.perf_counter()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

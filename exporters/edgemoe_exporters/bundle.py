@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from edgemoe.errors import ExportError, OutputError
+from edgemoe.errors import ExportError
 from edgemoe_exporters.config_file import write_config
-from edgemoe_exporters.weight_files import Extent, Places, WeightSpool
+from edgemoe_exporters.weight_files import ALIGNMENT_BYTES, Extent, Places, WeightSpool
 from edgemoe_runtime.manifest_parts import FileEntry, SizeReport, TensorSpec
 
 if TYPE_CHECKING:
@@ -110,7 +110,6 @@ class BundleWriter:
             for value in graph.initializers.values()
             if value.const_value is not None and _is_large(value.const_value)
         ]
-        require_space(self._directory, sum(_tensor(value).nbytes for value in values))
         extents = []
         for value in values:
             tensor = _tensor(value)
@@ -161,6 +160,9 @@ class BundleWriter:
                 f"as whole bytes on its first axis, got shape {list(tensor.shape)} of "
                 f"{tensor.dtype}. This is a defect of the lowering: please report it."
             )
+        if len(data) // count % ALIGNMENT_BYTES:
+            # A window into the stack could begin at an address that engines do not take.
+            return self._spool.put(task, data)
         extent, stacked = self._spool.put_stack(task, str(value.name), data, layout)
         if not stacked:
             self.separate_stacks.append(f"{task}: {value.name}")
@@ -292,27 +294,6 @@ def set_default_input(model: ir.Model, name: str, values: Sequence[int]) -> None
         raise ExportError(f"a graph must have the input {name}, got none of that name.")
     found[0].const_value = ir.tensor(np.array(values, np.int64), name=name)
     model.graph.initializers[name] = found[0]
-
-
-def require_space(directory: Path, needed_bytes: int) -> None:
-    """Refuse early what the disk cannot hold.
-
-    Args:
-        directory: Where to write; need not exist yet.
-        needed_bytes: What will be written.
-
-    Raises:
-        OutputError: Less is free.
-    """
-    existing = next(
-        path for path in (directory, *directory.absolute().parents) if path.exists()
-    )
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise OutputError(
-            f"the disk of {directory} must have {needed_bytes / 1e6:.0f} MB free, got "
-            f"{free / 1e6:.0f} MB. Free space, or choose another -o or a lower --precision."
-        )
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:

@@ -10,17 +10,17 @@ from edgemoe.calibrate.collect import collect
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
+from edgemoe.models.fingerprint import fingerprint_checkpoint
 from edgemoe.prune.keep import count_kept
 from edgemoe.prune.plan import Plan
 from edgemoe.prune.registry import make_plan
-from edgemoe.staging import staged_directory
+from edgemoe.staging import require_space, staged_directory
 from edgemoe.tasks import TaskFile
 from edgemoe_exporters import lower_ort, lower_tensorrt
 from edgemoe_exporters.bundle import (
     BundleWriter,
     copy_model_files,
     list_files,
-    require_space,
     set_default_input,
     tensor_specs,
 )
@@ -30,9 +30,11 @@ from edgemoe_exporters.manifest_writer import (
     describe_model,
     describe_plan,
 )
+from edgemoe_exporters.ort.precision import check_block_sizes
 from edgemoe_exporters.parity import (
     GraphRunner,
     GraphScorer,
+    check_engine,
     check_parity,
     measure_parity,
     run_eager,
@@ -66,7 +68,7 @@ if TYPE_CHECKING:
     from edgemoe_exporters.parity import EagerRun
     from edgemoe_exporters.sharing import StackLayout
     from edgemoe_exporters.targets import Target
-    from edgemoe_runtime.manifest_parts import KvCache, SizeReport, TensorSpec
+    from edgemoe_runtime.manifest_parts import ExpertGroup, KvCache, SizeReport, TensorSpec
 
 Lowering: TypeAlias = "Callable[[ir.Model, str], ir.Model]"
 Say: TypeAlias = "Callable[[str], None]"
@@ -103,11 +105,16 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
             than allowed; the output is then as it was before.
     """
     target, precision = request.check()
+    check_engine(target.flavour)
     data = _TaskData.load(request)
     shape = read_shape(request.model)
-    for plan in data.plans.values():
-        plan.validate(shape)
-    # Refuses what no method could keep, before anything is calibrated.
+    # What no later stage could carry out is refused before anything is loaded or calibrated.
+    if data.plans:
+        checkpoint = fingerprint_checkpoint(request.model)
+        for plan in data.plans.values():
+            plan.validate(shape, checkpoint)
+    if target.flavour == "ort":
+        check_block_sizes(shape, precision)
     counts = count_kept(shape, keep=request.keep_or_default) if request.pruned_here else ()
     tokenizer = load_tokenizer(request.model)
     with staged_directory(request.output, force=request.force) as staged:
@@ -276,7 +283,6 @@ class _Road:
         reports: Mapping[str, TaskReport],
     ) -> None:
         """Write manifest.json, last of all files."""
-        whole = self.model.experts_per_layer
         Manifest(
             created_by=CREATED_BY,
             model=describe_model(self.model, self.request.model.resolve().name),
@@ -289,9 +295,7 @@ class _Road:
                     graph=f"{name}.onnx",
                     top_k=max(self.full_k),
                     experts_per_layer=plan.experts_per_layer,
-                    experts=list_experts(plan, layouts, name)
-                    if name in self.data.plans or plan.experts_per_layer != whole
-                    else None,
+                    experts=self._experts(name, plan, layouts),
                     plan=None if plan.method == KEEP_ALL else describe_plan(plan),
                     parity=reports[name].parity.to_report(),
                     quality=reports[name].quality,
@@ -304,6 +308,14 @@ class _Road:
             size=graphs.size,
             files=list_files(self.staged),
         ).save(self.staged)
+
+    def _experts(
+        self, name: str, plan: Plan, layouts: Mapping[int, StackLayout]
+    ) -> tuple[tuple[ExpertGroup, ...], ...] | None:
+        """Return the original ids of a task's experts, or None where all stay in order."""
+        listed = list_experts(plan, layouts, name)
+        in_order = tuple(tuple(range(count)) for count in self.model.experts_per_layer)
+        return None if listed == in_order else listed
 
     def _evaluate(self, scorer: Scorer, task: TaskFile) -> Evaluation:
         return evaluate(scorer, task, self.tokenizer, max_tokens=self.request.held_out_tokens)

@@ -249,7 +249,7 @@ def _dense(emit: Emitter, layer: _Layer) -> ir.Value:
     rows = emit.call("Reshape", layer.gate_up, emit.integers(-1, hidden_size))
     projected = emit.call("Gemm", layer.hidden, rows, transB=1)
     projected = emit.call("Reshape", projected, emit.integers(-1, experts, 2, width))
-    activated = emit.call("Mul", _activate(emit, projected, half=1), gates)
+    activated = _activate(emit, projected, gates, half=1)
     activated = emit.call("Reshape", activated, emit.integers(-1, experts * width))
     rows = emit.call("Reshape", layer.down, emit.integers(-1, hidden_size))
     return emit.call("MatMul", activated, rows)
@@ -263,9 +263,9 @@ def _gather(emit: Emitter, layer: _Layer) -> ir.Value:
     gate_up = emit.call("Gather", layer.gate_up, ids, axis=0)
     down = emit.call("Gather", layer.down, ids, axis=0)
     column = emit.call("Unsqueeze", layer.hidden, emit.integers(1, 3))
-    activated = _activate(emit, emit.call("MatMul", gate_up, column), half=layer.width)
     gates = emit.call("Unsqueeze", emit.narrow(layer.gates), emit.integers(2, 3))
-    activated = emit.call("Mul", activated, gates)
+    projected = emit.call("MatMul", gate_up, column)
+    activated = _activate(emit, projected, gates, half=layer.width)
     activated = emit.call("Reshape", activated, emit.integers(-1, 1, units))
     down = emit.call("Reshape", down, emit.integers(-1, units, layer.hidden_size))
     return emit.call("Squeeze", emit.call("MatMul", activated, down), emit.integers(1))
@@ -286,10 +286,15 @@ def _gather_or_dense(emit: Emitter, layer: _Layer, most: int) -> ir.Value:
     return emit.call("If", few, **branches)
 
 
-def _activate(emit: Emitter, projected: ir.Value, half: int) -> ir.Value:
-    """Split axis 2 into the gate and the up half; return silu(gate) * up."""
+def _activate(emit: Emitter, projected: ir.Value, gates: ir.Value, half: int) -> ir.Value:
+    """Split axis 2 into the gate and the up half; return silu(gate) * gates * up.
+
+    The router's gate comes in before the product, which in float16 may overflow where an
+    expert was not chosen, and infinity times zero is no number.
+    """
     gate, up = emit.call_many("Split", 2, projected, emit.integers(half, half), axis=2)
-    return emit.call("Mul", emit.call("Mul", gate, emit.call("Sigmoid", gate)), up)
+    gated = emit.call("Mul", emit.call("Mul", gate, emit.call("Sigmoid", gate)), gates)
+    return emit.call("Mul", gated, up)
 
 
 def _where(emit: Emitter, condition: ir.Value, value: ir.Value, otherwise: float) -> ir.Value:

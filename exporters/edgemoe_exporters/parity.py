@@ -31,6 +31,7 @@ from edgemoe.errors import ExportError, ParityError
 from edgemoe.models.hooks import observe
 from edgemoe.models.routers import is_near_tie
 from edgemoe.progress import track
+from edgemoe_runtime.backends.onnxruntime import MINIMUM_VERSION
 from edgemoe_runtime.manifest_parts import ParityReport
 
 if TYPE_CHECKING:
@@ -243,6 +244,25 @@ class GraphScorer:
             logits = self._runner.run(ids[None, :-1])[0, skipped:]
             answers.append(_pick(logits, np.array(continuation)))
         return answers
+
+
+def check_engine(flavour: str) -> None:
+    """Refuse to make a graph that the installed onnxruntime would compute wrongly.
+
+    Args:
+        flavour: ``ort`` or ``tensorrt``; only the former has fused experts.
+
+    Raises:
+        ExportError: onnxruntime is too old.
+    """
+    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if flavour == "ort" and version < MINIMUM_VERSION:
+        needed = ".".join(map(str, MINIMUM_VERSION))
+        raise ExportError(
+            f"targets cpu and cuda need onnxruntime {needed} or later, got "
+            f"{onnxruntime.__version__}, which computes fused experts wrongly. Update it "
+            "(Python 3.10 gets no later one: use 3.11 or later), or choose a TensorRT target."
+        )
 
 
 def run_eager(model: MoeModel, ids: Sequence[int]) -> list[EagerRun]:

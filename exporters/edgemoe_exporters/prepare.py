@@ -138,6 +138,14 @@ class TraceModule(nn.Module):
         return weights, weights, indices
 
 
+# transformers keeps what it is registered for good, and must not keep a model with it.
+_TRACED: list[TraceModule] = []
+
+
+def _attend(*arguments: Any, **options: Any) -> tuple[torch.Tensor, None]:
+    return _TRACED[-1].attend(*arguments, **options)
+
+
 @contextlib.contextmanager
 def prepared(model: MoeModel) -> Iterator[TraceModule]:
     """Yield the model with opaque ops inside; it is as before when the block ends.
@@ -154,8 +162,10 @@ def prepared(model: MoeModel) -> Iterator[TraceModule]:
     module = TraceModule(model)
     lm = model.model
     attention_before = lm.config._attn_implementation
-    AttentionInterface.register(_ATTENTION, module.attend)
+    AttentionInterface.register(_ATTENTION, _attend)
     with contextlib.ExitStack() as stack:
+        _TRACED.append(module)
+        stack.callback(_TRACED.pop)
         lm.config._attn_implementation = _ATTENTION
         stack.callback(setattr, lm.config, "_attn_implementation", attention_before)
         for position, layer in enumerate(model.layers):

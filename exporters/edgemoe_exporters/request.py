@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.errors import ExportError, OutputError
-from edgemoe.staging import refuse_existing
+from edgemoe.errors import ExportError
+from edgemoe.prune.registry import find_method
+from edgemoe.staging import refuse_existing, refuse_inputs_inside
 from edgemoe_exporters.bundle import UNNAMED_TASK, check_task_names
 from edgemoe_exporters.targets import Target, choose_precision, find_target
 
@@ -87,6 +88,10 @@ class ExportRequest:
         target = find_target(self.target)
         precision = choose_precision(target, self.precision)
         check_task_names(self.names)
+        if self.pruned_here:
+            find_method(self.method)
+        if self.seed < 0:
+            raise ExportError(f"the seed must be in [0, inf), got {self.seed}.")
         if self.keep is not None:
             if not 0 < self.keep <= 1:
                 raise ExportError(
@@ -111,19 +116,10 @@ class ExportRequest:
                     f"{', '.join(unjudged)}. Add --task NAME=FILE.jsonl for it, or leave "
                     "--max-drop out."
                 )
-        refuse_existing(self.output, force=self.force)
-        self._check_inputs_survive()
+        refuse_existing(self.output, force=self.force, directory=True)
+        inputs = (self.model, *self.tasks.values(), *self.plans.values())
+        refuse_inputs_inside(self.output, *inputs)
         return target, precision
-
-    def _check_inputs_survive(self) -> None:
-        """With ``force`` the output is replaced: nothing that is read may be in it."""
-        output = self.output.resolve()
-        for path in (self.model, *self.tasks.values(), *self.plans.values()):
-            if output in (path.resolve(), *path.resolve().parents):
-                raise OutputError(
-                    f"output must not contain what is exported, got {self.output} for {path}. "
-                    "Choose another -o."
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +161,22 @@ class ExportReport:
     tasks: Mapping[str, TaskReport]
     separate_stacks: tuple[str, ...] = ()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever exported should know, each in a sentence."""
+        notes = []
+        if self.target == "cuda" and self.precision != "fp16":
+            notes.append(
+                "onnxruntime has no CUDA kernels for attention and experts in float32, so most "
+                f"of this {self.precision} graph runs on the CPU: use --precision fp16."
+            )
+        if self.separate_stacks:
+            notes.append(
+                f"{len(self.separate_stacks)} stacks of experts are stored apart, as their "
+                f"bytes differ between tasks, such as {self.separate_stacks[0]}."
+            )
+        return tuple(notes)
+
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return {
@@ -175,6 +187,7 @@ class ExportReport:
             "experts_before": list(self.experts_before),
             "checkpoint_bytes": self.checkpoint_bytes,
             "size": self.size.to_json(),
+            "notes": list(self.notes),
             "tasks": {
                 name: {
                     "parity": vars(task.parity),

@@ -27,53 +27,33 @@ class Target:
         flavour: Whose operators the graphs use.
         precision: What is used without ``--precision``.
         precisions: What ``--precision`` may say.
-        providers: onnxruntime's execution providers, best first; where there is an engine in
-            the bundle, it comes before them.
-        tensorrt_minimum: Oldest TensorRT that must be able to parse the graph, if any.
-        opset_maximum: Newest ONNX opset that the graph may use.
     """
 
     name: str
     flavour: Flavour
     precision: str
     precisions: tuple[str, ...]
-    providers: tuple[str, ...]
-    tensorrt_minimum: str | None = None
-    opset_maximum: int = 21
 
-
-_CPU = "CPUExecutionProvider"
-_CUDA = "CUDAExecutionProvider"
-_TENSORRT = "TensorrtExecutionProvider"
-_TENSORRT_RTX = "NvTensorRTRTXExecutionProvider"
 
 TARGETS: dict[str, Target] = {
-    "cpu": Target(
-        name="cpu", flavour="ort", precision="int4", precisions=PRECISIONS, providers=(_CPU,)
-    ),
+    "cpu": Target(name="cpu", flavour="ort", precision="int4", precisions=PRECISIONS),
     "cuda": Target(
         name="cuda",
         flavour="ort",
         precision="fp16",
         precisions=PRECISIONS,
-        providers=(_CUDA, _CPU),
     ),
     "tensorrt": Target(
         name="tensorrt",
         flavour="tensorrt",
         precision="fp16",
         precisions=_TENSORRT_PRECISIONS,
-        providers=(_TENSORRT, _CUDA, _CPU),
-        tensorrt_minimum="10.3",
-        opset_maximum=20,
     ),
     "tensorrt-rtx": Target(
         name="tensorrt-rtx",
         flavour="tensorrt",
         precision="fp16",
         precisions=_TENSORRT_PRECISIONS,
-        providers=(_TENSORRT_RTX, _CUDA, _CPU),
-        opset_maximum=20,
     ),
     # JetPack 6.2 has TensorRT 10.3: no Attention op (10.14), no KV cache layer (10.15).
     "jetson-orin": Target(
@@ -81,18 +61,12 @@ TARGETS: dict[str, Target] = {
         flavour="tensorrt",
         precision="fp16",
         precisions=_TENSORRT_PRECISIONS,
-        providers=(_TENSORRT, _CUDA, _CPU),
-        tensorrt_minimum="10.3",
-        opset_maximum=20,
     ),
     "jetson-thor": Target(
         name="jetson-thor",
         flavour="tensorrt",
         precision="fp16",
         precisions=_TENSORRT_PRECISIONS,
-        providers=(_TENSORRT, _CUDA, _CPU),
-        tensorrt_minimum="10.13",
-        opset_maximum=20,
     ),
 }
 

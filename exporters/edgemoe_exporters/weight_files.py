@@ -12,6 +12,8 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO
 
+from edgemoe.staging import require_space
+
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
@@ -159,12 +161,15 @@ class WeightSpool:
             self._file.flush()
             self._path.rename(self._directory / name)
         else:
+            # The spool stays until its copies are whole.
+            require_space(self._directory, sum(places.sizes.values()))
             for name in places.sizes:
                 self._copy(name, places)
             self._path.unlink()
         return places
 
     def _reserve(self, length: int) -> int:
+        require_space(self._directory, length)
         offset = _aligned(self._end)
         self._end = offset + length
         self._segments.append(_Segment(spool_offset=offset, length=length))

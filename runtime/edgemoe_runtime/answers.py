@@ -30,7 +30,8 @@ class Generation:
         k_cap: cap of experts per token, by MoE layer.
         backend: engine and provider that ran.
         fallbacks: engines that could not be used, with reasons.
-        finish_reason: `stop` (stop string), `eos`, or `length`.
+        finish_reason: `stop` (stop string), `eos`, `length` (max_new_tokens), or `max_length`
+            (the cache is full).
         deadline_ms: the session's deadline, or None.
     """
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe_runtime.backends.onnxruntime import CPU, CUDA, PROVIDERS, TENSORRT, TENSORRT_RTX
 from edgemoe_runtime.backends.registry import BACKENDS
-from edgemoe_runtime.errors import BackendError, BackendUnavailableError, RequestError
+from edgemoe_runtime.errors import BackendError, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,7 +120,7 @@ def open_first(
     for candidate in chain:
         try:
             backend = BACKENDS[candidate.backend](request.with_provider(candidate.provider))
-        except BackendUnavailableError as error:  # noqa: PERF203 (a handful of engines, once)
+        except BackendError as error:  # noqa: PERF203 (a handful of engines, once)
             fallbacks.append(Fallback(candidate.name, str(error)))
         else:
             return backend, tuple(fallbacks)

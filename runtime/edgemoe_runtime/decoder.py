@@ -120,7 +120,7 @@ class Decoder:
 
         Args:
             ids: token ids.
-            extra: further tokens that must fit.
+            extra: further tokens that must fit; -1 where the last one is never run.
 
         Raises:
             RequestError: when there are none, too many, or unknown ones.
@@ -130,7 +130,7 @@ class Decoder:
         if len(ids) + extra > self.max_length:
             raise RequestError(
                 f"Prompt and answer must fit into max_length {self.max_length} tokens, got"
-                f" {len(ids)} + {extra}. Shorten the prompt, or open the session with a larger"
+                f" {len(ids) + extra}. Shorten the prompt, or open the session with a larger"
                 " max_length (at most the model's max_position_embeddings)."
             )
         lowest, highest = min(ids), max(ids)

@@ -131,7 +131,7 @@ def find_problems(
     version = packages.get("onnxruntime-gpu") or packages.get("onnxruntime")
     add(
         CPU not in providers,
-        "onnxruntime is missing, so nothing can run a bundle but a TensorRT engine",
+        "onnxruntime is missing or damaged, so nothing can run a bundle but a TensorRT engine",
         "pip install 'edgemoe[ort]', with a GPU 'edgemoe[ort-gpu]'",
     )
     add(
@@ -204,10 +204,11 @@ def _installed_packages() -> dict[str, str]:
 def _execution_providers() -> tuple[str, ...]:
     try:
         ort: Any = importlib.import_module("onnxruntime")
-    except (ImportError, OSError):
+        providers = ort.get_available_providers()
+    except (ImportError, OSError, AttributeError):
         # reported as a finding: the list is empty
         return ()
-    return tuple(str(name) for name in ort.get_available_providers())
+    return tuple(str(name) for name in providers)
 
 
 def _compute_capability(jetson: Jetson | None, *, live: bool) -> int | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgemoe_runtime.errors import ManifestError
-from edgemoe_runtime.json_fields import Json, Value, parse_json
+from edgemoe_runtime.json_fields import Json, Value, parse_json, read_plain_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 FORMAT = "edgemoe.engine"
 VERSION = 1
 ENGINES_FOLDER = "engines"
+SHARED_DATA_FILE = "shared.onnx.data"
 PACKAGES = ("tensorrt", "tensorrt_rtx")
 _HASH_CHUNK_BYTES = 1 << 20  # 1 MiB
+_MAX_KEY_BYTES = 1 << 20
 
 ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, optimal and largest shape of one graph input."""
@@ -102,7 +104,7 @@ class EngineKey:
             ManifestError: when it is not a key of this version.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_plain_text(path, _MAX_KEY_BYTES)
         except (OSError, UnicodeDecodeError) as error:
             raise ManifestError(
                 f"An engine key must be readable UTF-8 text, got {path}: {error}. Build the"
@@ -156,7 +158,7 @@ def graph_fingerprint(manifest: Manifest, task: str) -> str:
 
     The graph's own digest is not enough: its weights lie in other files.
     """
-    names = (f"{task}.onnx", f"{task}.onnx.data", "shared.onnx.data")
+    names = (f"{task}.onnx", f"{task}.onnx.data", SHARED_DATA_FILE)
     lines = [
         f"{name} {manifest.files[name].sha256}\n" for name in names if name in manifest.files
     ]

@@ -74,16 +74,23 @@ class TextStream(Iterator[str]):
         self._progress = progress
         self._finish = finish
         self._generation: Generation | None = None
+        self._failed = False
 
     def __iter__(self) -> TextStream:
         return self
 
     def __next__(self) -> str:
-        if self._generation is not None:
+        if self._generation is not None or self._failed:
             raise StopIteration
         begin = time.perf_counter()
-        piece = next(self._pieces, None)
-        self._progress.seconds += time.perf_counter() - begin
+        try:
+            piece = next(self._pieces, None)
+        except BaseException:
+            # what was made so far is no answer
+            self._failed = True
+            raise
+        finally:
+            self._progress.seconds += time.perf_counter() - begin
         if piece is None:
             self._generation = self._finish(self._progress)
             raise StopIteration

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from edgemoe_runtime.engine_cache import ENGINES_FOLDER, hash_file
+from edgemoe_runtime.engine_cache import ENGINES_FOLDER, SHARED_DATA_FILE, hash_file
 from edgemoe_runtime.errors import IntegrityError
 from edgemoe_runtime.manifest import MANIFEST_FILE, Manifest
 from edgemoe_runtime.onnx_wire import ExternalTensor, GraphSummary, GraphTensor, read_graph
@@ -49,6 +49,7 @@ def verify_bundle(
     *,
     tasks: Collection[str] | None = None,
     hashes: bool = True,
+    manifest: Manifest | None = None,
 ) -> VerifiedBundle:
     """Check a bundle.
 
@@ -56,14 +57,18 @@ def verify_bundle(
         directory: the bundle.
         tasks: tasks to check; None for all. Weights and graphs of other tasks are not hashed.
         hashes: whether to compare digests; everything else is always checked.
+        manifest: the bundle's, where it is loaded already: what is used is then what was
+            checked. Files that change after the check are not noticed.
 
     Raises:
         ManifestError: when the manifest is missing or malformed.
+        RequestError: when the bundle has no such task.
         IntegrityError: when a file is missing, unlisted, altered or unsafe.
     """
     root = Path(directory)
-    manifest = Manifest.load(root)
-    chosen = tuple(manifest.tasks) if tasks is None else tuple(tasks)
+    manifest = Manifest.load(root) if manifest is None else manifest
+    names = manifest.tasks if tasks is None else tasks
+    chosen = tuple(manifest.task(name)[0] for name in names)
     _refuse_unlisted(root, manifest)
     for name, entry in manifest.files.items():
         size = _plain_file(root, name).st_size
@@ -104,7 +109,7 @@ def check_graph(root: Path, manifest: Manifest, task: str) -> GraphSummary:
     if refused:
         raise IntegrityError(f"{name} must not carry native code, got {refused}. {_REMEDY}")
     for tensor in summary.external:
-        _check_external(root, manifest, name, tensor)
+        _check_external(root, manifest, task, tensor)
     _check_ends(name, "input", summary.inputs, manifest.inputs)
     _check_ends(name, "output", summary.outputs, manifest.outputs)
     return summary
@@ -167,8 +172,8 @@ def _plain_file(root: Path, name: str) -> os.stat_result:
     return status
 
 
-def _check_external(root: Path, manifest: Manifest, graph: str, tensor: ExternalTensor) -> None:
-    where = f"External data of tensor {tensor.name!r} in {graph}"
+def _check_external(root: Path, manifest: Manifest, task: str, tensor: ExternalTensor) -> None:
+    where = f"External data of tensor {tensor.name!r} in {task}.onnx"
     keys = [key for key, _ in tensor.entries]
     entries = dict(tensor.entries)
     if len(entries) != len(keys) or not set(keys) <= _ALLOWED_KEYS or "location" not in entries:
@@ -177,10 +182,12 @@ def _check_external(root: Path, manifest: Manifest, graph: str, tensor: External
             f" once, got {keys}. {_REMEDY}"
         )
     location = entries["location"]
-    parts = PurePosixPath(location).parts
-    if location not in manifest.files or ".." in parts or PurePosixPath(location).is_absolute():
+    files = (f"{task}.onnx.data", SHARED_DATA_FILE)
+    if location not in files or location not in manifest.files:
+        # an engine's key covers these two, and engines give other names a meaning of their own
         raise IntegrityError(
-            f"{where} must lie in a file of the bundle, got {location!r}. {_REMEDY}"
+            f"{where} must lie in a file of the bundle, {' or '.join(files)}, got"
+            f" {location!r}. {_REMEDY}"
         )
     size = _plain_file(root, location).st_size
     numbers: dict[str, int] = {}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from edgemoe_runtime.errors import ManifestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 T = TypeVar("T")
@@ -18,6 +20,27 @@ T = TypeVar("T")
 _REMEDY = "Export the bundle again with a matching edgemoe."
 _SHOWN_CHARACTERS = 80
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def read_plain_text(path: Path, max_bytes: int) -> str:
+    """Read a UTF-8 file that is no link, no pipe and no device, and is not too long.
+
+    Args:
+        path: the file.
+        max_bytes: most bytes to read.
+
+    Raises:
+        ManifestError: when it is another kind of file, or longer.
+        OSError: when it cannot be read.
+        UnicodeDecodeError: when it is not UTF-8.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ManifestError(f"{path} must be a regular file and no link. {_REMEDY}")
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ManifestError(f"{path} must be at most {max_bytes} bytes, got more. {_REMEDY}")
+    return data.decode("utf-8")
 
 
 def parse_json(text: str, source: str) -> Json:

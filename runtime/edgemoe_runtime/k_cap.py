@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgemoe_runtime.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgemoe_runtime.manifest import Manifest
 
 
@@ -26,15 +27,17 @@ def check_k_cap(
     """
     if k_cap is None:
         return (top_k,) * layers
-    if isinstance(k_cap, Sequence):
-        values = tuple(k_cap)
+    given: Any = k_cap  # numpy's integers and arrays as well
+    values: tuple[int, ...]
+    if hasattr(given, "__len__"):
+        values = tuple(given)
         if len(values) != layers:
             raise RequestError(
                 f"k_cap must have one value per MoE layer ({layers}), got {len(values)}. Pass"
                 " one number to use it in all layers."
             )
     else:
-        values = (k_cap,) * max(layers, 1)
+        values = (given,) * max(layers, 1)
     for value in values:
         # numpy integers are fine, booleans and floats are mistakes
         whole = hasattr(value, "__index__") and not isinstance(value, bool)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe_runtime.errors import ManifestError, RequestError
-from edgemoe_runtime.json_fields import Json, Value, parse_json
+from edgemoe_runtime.json_fields import Json, Value, parse_json, read_plain_text
 from edgemoe_runtime.manifest_parts import (
     FileEntry,
     KRung,
@@ -91,12 +91,7 @@ class Manifest:
         """
         path = Path(directory) / MANIFEST_FILE
         try:
-            if path.stat().st_size > _MAX_MANIFEST_BYTES:
-                raise ManifestError(
-                    f"{path} must be at most {_MAX_MANIFEST_BYTES} bytes, got"
-                    f" {path.stat().st_size}. Export the bundle again."
-                )
-            text = path.read_text(encoding="utf-8")
+            text = read_plain_text(path, _MAX_MANIFEST_BYTES)
         except FileNotFoundError as error:
             raise ManifestError(
                 f"A bundle must hold {MANIFEST_FILE}, got none in {directory}. Give the"

@@ -105,6 +105,7 @@ def _check_task(manifest: Manifest, name: str, task: TaskEntry) -> None:
         "A task name must be 1 to 64 letters, digits, '.', '_' or '-'",
         name,
     )
+    _require(name != "shared", "A task name must not be that of the shared weights", name)
     _require(
         task.graph == f"{name}.onnx", f"graph of task {name} must be {name}.onnx", task.graph
     )
@@ -152,6 +153,46 @@ def _check_tensors(manifest: Manifest) -> None:
                 f"dtype of {spec.name} must be one of {', '.join(DTYPES)}",
                 spec.dtype,
             )
+    _check_sizes(manifest)
+
+
+def _check_sizes(manifest: Manifest) -> None:
+    """Engines write into buffers of these sizes, so all that is said of them must agree."""
+    specs = {spec.name: spec for spec in (*manifest.inputs, *manifest.outputs)}
+    for name in ("input_ids", "attention_mask", "position_ids"):
+        spec = specs[name]
+        _require(
+            spec.dtype == "int64" and len(spec.shape) == 2,
+            f"{name} must be int64 with two dimensions",
+            [spec.dtype, *spec.shape],
+        )
+    logits, vocabulary = specs["logits"], manifest.model.vocab_size
+    _require(
+        logits.dtype in ("float32", "float16", "bfloat16")
+        and len(logits.shape) == 3
+        and logits.shape[2] == vocabulary,
+        f"logits must be floating and as wide as vocab_size {vocabulary}",
+        [logits.dtype, *logits.shape],
+    )
+    for index, layer in enumerate(manifest.kv_cache.layers):
+        for kind, width in (("key", layer.key_dim), ("value", layer.value_dim)):
+            for name in (f"past_key_values.{index}.{kind}", f"present.{index}.{kind}"):
+                spec = specs[name]
+                _require(
+                    spec.dtype == manifest.kv_cache.dtype
+                    and len(spec.shape) == 4
+                    and (spec.shape[1], spec.shape[3]) == (layer.heads, width),
+                    f"{name} must be as kv_cache says, {manifest.kv_cache.dtype}, heads"
+                    f" {layer.heads}, width {width}",
+                    [spec.dtype, *spec.shape],
+                )
+    if manifest.model.moe_layers:
+        cap, layers = specs["k_cap"], len(manifest.model.moe_layers)
+        _require(
+            cap.dtype == "int64" and cap.shape == (layers,),
+            f"k_cap must be int64 with one value per MoE layer ({layers})",
+            [cap.dtype, *cap.shape],
+        )
 
 
 def _check_ladder(manifest: Manifest) -> None:

@@ -235,6 +235,9 @@ class _ModelReader:
         while position < end:
             tag, position = self._varint(position, end)
             number, wire = tag >> 3, tag & 7
+            if tag >> 32:
+                # protobuf's own readers drop these bits: they would see another field
+                self._refuse("have field tags of 32 bits, got a longer one")
             if number == 0:
                 self._refuse("have field numbers above 0, got 0")
             if wire == _VARINT:

@@ -72,10 +72,15 @@ def open_task(
             f"A bundle must hold {TOKENIZER_FILE} to be run, got none in {bundle}. Export it"
             " again from a checkpoint that has one."
         )
-    verify_bundle(bundle, tasks=[name], hashes=verify)
+    verify_bundle(bundle, tasks=[name], hashes=verify, manifest=manifest)
     tokenizer = Tokenizer(bundle / TOKENIZER_FILE)
     request = OpenRequest(
-        bundle=bundle, manifest=manifest, task=name, max_length=length, threads=threads
+        bundle=bundle,
+        manifest=manifest,
+        task=name,
+        max_length=length,
+        threads=threads,
+        needs_length=max_length is not None,
     )
     opened, fallbacks = open_first(chain, request)
     return OpenedTask(
@@ -86,7 +91,7 @@ def open_task(
         fallbacks=fallbacks,
         tokenizer=tokenizer,
         k_cap=caps,
-        max_length=length,
+        max_length=opened.max_length,
         threads=threads,
         deadline_ms=deadline_ms,
         verified=verify,

@@ -32,13 +32,20 @@ def score_completions(
         completions: texts, at least one, none empty.
 
     Raises:
-        RequestError: when a text is empty, or prompt and completion are too long.
+        RequestError: when a text is empty, prompt and completion are too long, or nothing
+            comes before the completions.
     """
     for text in completions:
         if not text:
             raise RequestError(f"A completion must be at least one token, got {text!r}.")
     wholes = [tokenizer.encode(prompt + text) for text in completions]
     shared = _count_shared([tokenizer.encode(prompt), *wholes])
+    if shared == 0 and len({tuple(whole[:1]) for whole in wholes}) > 1:
+        # One completion's first token would be the context of the others.
+        raise RequestError(
+            "A prompt and its completions must begin with the same token, got the prompt"
+            f" {prompt!r}. Lengthen the prompt."
+        )
     # Every completion keeps a token of its own, and the first token of all is context.
     shared = max(1, min(shared, *(len(whole) - 1 for whole in wholes)))
     if min(map(len, wholes)) < 2:
@@ -48,8 +55,9 @@ def score_completions(
         )
     context = wholes[0][:shared]
     continuations = [whole[shared:] for whole in wholes]
-    # a completion's last token is scored but never run
-    decoder.check(context, max(map(len, continuations)) - 1)
+    for whole in wholes:
+        # a completion's last token is scored but never run
+        decoder.check(whole, -1)
     first = np.array(decoder.prefill(context), dtype=np.float32)
     mark = decoder.mark()
     return [

@@ -83,8 +83,8 @@ class Session:
                 bundle's target allows, best first.
             providers: onnxruntime execution providers to try, by full name or as `cpu`,
                 `cuda`, `tensorrt`, `tensorrt-rtx`.
-            threads: CPU threads within an operator; None takes the cores that this process
-                may use.
+            threads: CPU threads within an operator; None takes the physical cores, or those
+                that this process may use where they are fewer.
             k_cap: experts per token at most, in [1, top_k]: one number, or one per MoE
                 layer; None for the full k.
             max_length: tokens of prompt and answer together at most; None for the model's
@@ -194,6 +194,7 @@ class Session:
         )
         self._decoder.check(request.prompt)
         turn = self._next_turn()
+        k_cap = self._k_cap
 
         def check_turn() -> None:
             self._check_open()
@@ -212,8 +213,8 @@ class Session:
                 new_tokens=len(progress.tokens),
                 seconds=progress.seconds,
                 prefill_seconds=progress.prefill_seconds,
-                experts_per_token=experts_per_token(self._k_cap, self._top_k),
-                k_cap=self._k_cap,
+                experts_per_token=experts_per_token(k_cap, self._top_k),
+                k_cap=k_cap,
                 backend=self._opened.backend.name,
                 fallbacks=self._opened.fallbacks,
                 finish_reason=progress.finish_reason,

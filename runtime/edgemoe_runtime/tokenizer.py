@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 TOKENIZER_FILE = "tokenizer.json"
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 8
+_MAX_CHARACTER_BYTES = 4  # of a character in UTF-8
 
 
 class Tokenizer:
@@ -69,7 +70,13 @@ class Detokenizer:
                 since some tokenizers drop the space before a text's first word.
         """
         self._tokenizer = tokenizer
-        self._ids = list(prompt[-_CONTEXT_TOKENS:])
+        start = max(0, len(prompt) - _CONTEXT_TOKENS)
+        for _ in range(_MAX_CHARACTER_BYTES - 1):
+            # decoders of byte tokens give up a whole run where its first character is cut
+            if start == 0 or not tokenizer.decode(prompt[start:]).startswith(_REPLACEMENT):
+                break
+            start -= 1
+        self._ids = list(prompt[start:])
         self._start = 0
         self._shown = len(self._ids)
 

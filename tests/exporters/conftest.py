@@ -1,16 +1,31 @@
-"""Tiny random models of every family, each traced once for all tests."""
+"""Tiny random models of every family, each traced once; a checkpoint and two tasks."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, Qwen2MoeConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    MixtralConfig,
+    Qwen2MoeConfig,
+)
 
 from edgemoe.models.adapter import adapt_model
 from edgemoe_exporters.trace import trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 _COMMON = {
     "vocab_size": 199,
@@ -65,6 +80,9 @@ _CONFIGS = {
         routed_scaling_factor=1.5,
     ),
     "mixtral": MixtralConfig(**_COMMON, num_hidden_layers=2, num_local_experts=6),
+    "windowed": MixtralConfig(
+        **_COMMON, num_hidden_layers=2, num_local_experts=6, sliding_window=4
+    ),
 }
 
 
@@ -107,3 +125,61 @@ def _trace(family: Any) -> Any:
         weights = [last.gate_up, last.down, last.router_weight]
         last.replace_experts(*(tensor[:6].clone() for tensor in weights), bias)
     return Traced(model, trace(model))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    config = Glm4MoeConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=0,
+        norm_topk_prob=False,
+        routed_scaling_factor=2.0,
+        max_position_embeddings=128,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    Glm4MoeForCausalLM(config).save_pretrained(path)
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_task() -> Callable[..., Path]:
+    """A function that writes a task file of words from a range of the vocabulary."""
+
+    def write(path: Path, low: int, high: int, lines: int = 12) -> Path:
+        draw = np.random.default_rng(low)
+        texts = [" ".join(f"w{i}" for i in draw.integers(low, high, 20)) for _ in range(lines)]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tasks(
+    tmp_path_factory: pytest.TempPathFactory, write_task: Callable[..., Path]
+) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tasks")
+    return {
+        "low": write_task(folder / "low.jsonl", 3, 40),
+        "high": write_task(folder / "high.jsonl", 50, 90),
+    }

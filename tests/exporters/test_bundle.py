@@ -223,6 +223,7 @@ def test_full_disk_is_refused_before_writing(
         pytest.raises(OutputError, match="MB free"),
     ):
         writer.add_graph("model", make_model(ALL_EXPERTS))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("tasks", [[], ["a", "A"], ["shared"], ["../x"], [""], ["a/b"]])

@@ -67,6 +67,12 @@ CONFIGS = {
         num_local_experts=4,
         num_experts_per_tok=2,
     ),
+    "windowed": MixtralConfig(
+        **{name: value for name, value in COMMON.items() if name != "moe_intermediate_size"},
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=4,
+    ),
 }
 # What TensorRT 10.3 to 11 refuse, or what JetPack 6.2 does not know.
 REFUSED = {"NonZero", "ScatterND", "ScatterElements", "Attention", "RotaryEmbedding", "MoE"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from edgemoe_runtime import IntegrityError, Session, verify_bundle
+from edgemoe_runtime import IntegrityError, RequestError, Session, verify_bundle
 from edgemoe_runtime.engine_cache import hash_file
 from edgemoe_runtime.manifest import Manifest
 from edgemoe_runtime.manifest_parts import FileEntry
@@ -60,6 +60,32 @@ def test_a_flipped_bit_is_found(build_bundle: Build, name: str) -> None:
     (folder / name).write_bytes(data)
     with pytest.raises(IntegrityError):
         Session.open(folder)
+
+
+def test_a_listed_file_is_not_therefore_a_weight_file(build_bundle: Build) -> None:
+    """Engines give some names a meaning of their own; this one is a memory address."""
+    folder = build_bundle()
+    name = "*/_ORT_MEM_ADDR_/*"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(bytes(1 << 20))
+    list_again(folder, name)
+    verify_bundle(folder)
+    alter_external(folder, location=name, offset="0", length="4")
+    with pytest.raises(IntegrityError, match="file of the bundle"):
+        verify_bundle(folder)
+
+
+def test_what_is_used_is_the_manifest_that_was_checked(build_bundle: Build) -> None:
+    folder = build_bundle()
+    old = Manifest.load(folder)
+    data = folder / "tokenizer.json"
+    data.write_bytes(data.read_bytes() + b" ")
+    list_again(folder, "tokenizer.json")
+    verify_bundle(folder)
+    with pytest.raises(IntegrityError, match=r"tokenizer\.json must be"):
+        verify_bundle(folder, manifest=old)
+    with pytest.raises(RequestError, match="gamma"):
+        verify_bundle(folder, tasks=["gamma"])
 
 
 def test_missing_extra_and_short_files(build_bundle: Build) -> None:
@@ -113,6 +139,7 @@ def test_links_are_refused(build_bundle: Build, tmp_path: Path) -> None:
         ({"location": "*/_ORT_MEM_ADDR_/*"}, "file of the bundle"),
         ({"location": ""}, "file of the bundle"),
         ({"location": "manifest.json"}, "file of the bundle"),
+        ({"location": "tokenizer.json", "offset": "0", "length": "4"}, "file of the bundle"),
         ({"offset": "999999999"}, "end within"),
         ({"length": "999999999"}, "end within"),
         ({"offset": "-4"}, "decimal offset"),

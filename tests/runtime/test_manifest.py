@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,24 @@ def test_a_newer_schema_is_refused_with_a_remedy(manifest: Manifest) -> None:
     document = manifest.to_json() | {"schema_version": 2, "created_by": "edgemoe 9.0"}
     with pytest.raises(ManifestError, match=r"must be 1, got 2 written by edgemoe 9\.0\. Inst"):
         Manifest.from_json(document)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "long"])
+def test_only_a_plain_file_of_some_size_is_read(
+    manifest: Manifest, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "manifest.json"
+    if kind == "link":
+        (tmp_path / "elsewhere").mkdir()
+        manifest.save(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere" / "manifest.json")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 31)
+    with pytest.raises(ManifestError, match=r"regular file|at most"):
+        Manifest.load(tmp_path)
 
 
 def test_a_missing_manifest_is_explained(tmp_path: Path) -> None:
@@ -122,6 +141,14 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("k_ladder/0/k_cap", [4, 4], r"\[1, 3\]"),
         ("k_ladder/1/name", "full", "distinct"),
         ("size/task_bytes", {"other": 1}, "tasks of the bundle"),
+        ("model/vocab_size", 100, "below vocab_size 100|as wide as vocab_size 100"),
+        ("model/vocab_size", 1000, "as wide as vocab_size 1000"),
+        ("inputs/0/dtype", "int32", "input_ids must be int64"),
+        ("inputs/7/shape", [3], "k_cap must be int64"),
+        ("outputs/0/dtype", "int64", "must be floating"),
+        ("kv_cache/dtype", "float16", "as kv_cache says"),
+        ("kv_cache/layers/1/heads", 7, "past_key_values.1.key must be as kv_cache says"),
+        ("kv_cache/layers/0/value_dim", 3, "past_key_values.0.value must be"),
         ("files/..%2Fx", {"sha256": "a" * 64, "size": 1}, None),
         ("files/model.onnx", {"sha256": "short", "size": 1}, "sha256"),
     ],

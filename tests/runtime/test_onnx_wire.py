@@ -90,6 +90,15 @@ def test_inputs_and_outputs_equal_onnx(bundles: dict[str, Path]) -> None:
     assert "Gather" in summary.operators
 
 
+def test_a_tag_that_protobuf_reads_otherwise_is_refused() -> None:
+    """protobuf for C++ drops the bits beyond 32: to an engine this is an initializer."""
+    tensor = external("hidden").SerializeToString()
+    tag = varint((1 << 32) | (5 << 3) | 2)
+    graph = tag + varint(len(tensor)) + tensor
+    with pytest.raises(IntegrityError, match="32 bits"):
+        read_graph(bytes([7 << 3 | 2]) + varint(len(graph)) + graph, "x")
+
+
 def test_deep_nesting_is_refused_without_recursion_errors() -> None:
     data = b""
     for _ in range(5000):  # graph in an attribute in a node in a graph

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as RawTokenizer
 
-from edgemoe_runtime import RequestError, Session, SessionClosedError
+from edgemoe_runtime import BackendError, RequestError, Session, SessionClosedError
 from edgemoe_runtime.backends.base import OpenRequest
 from edgemoe_runtime.backends.onnxruntime import open_onnxruntime
+from edgemoe_runtime.device import inspect_device
+from edgemoe_runtime.engine_cache import hash_file
 from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.manifest_parts import FileEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -216,6 +223,72 @@ def test_a_stream_notices_that_its_cache_was_taken(bundle: Path) -> None:
         session.generate("xyz", max_new_tokens=1)
         with pytest.raises(RequestError, match="read to its end"):
             list(stream)
+
+
+def test_a_stream_that_failed_is_no_answer(bundle: Path) -> None:
+    with Session.open(bundle) as session:
+        stream = session.generate("one", max_new_tokens=9, stream=True)
+        next(stream)
+        session.generate("two", max_new_tokens=1)
+        with pytest.raises(RequestError, match="read to its end"):
+            list(stream)
+        assert list(stream) == []
+        with pytest.raises(RequestError, match="exhausted"):
+            _ = stream.generation
+        assert session.explain().requests == 1
+
+
+def test_the_cap_of_an_answer_is_the_one_it_ran_with(bundle: Path) -> None:
+    with Session.open(bundle) as session:
+        # A first token that is no whole character gives no piece before the end.
+        for prompt in "abcdefghijklmnop":
+            session.set_k_cap(None)
+            stream = session.generate(prompt, max_new_tokens=1, stream=True)
+            if next(stream, None) is not None:
+                break
+        session.set_k_cap(cast("Any", np.array([1, 2])))
+        assert list(stream) == []
+        assert stream.generation.k_cap == (3, 3)
+        assert session.generate("a", max_new_tokens=1).k_cap == (1, 2)
+
+
+def test_nothing_before_the_completions_is_refused(bundle: Path) -> None:
+    with Session.open(bundle) as session:
+        with pytest.raises(RequestError, match="begin with the same token"):
+            session.classify("", ["alpha", "beta"], template="{text}")
+        same = session.classify("", ["ab", "ac"], template="{text}")
+        assert [score.tokens for score in same.scores] == [1, 1]
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(build_bundle: Callable[..., Path]) -> None:
+    folder = build_bundle()
+    tokenizer = RawTokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    manifest = Manifest.load(folder)
+    path = folder / "tokenizer.json"
+    entry = FileEntry(sha256=hash_file(path), size=path.stat().st_size)
+    replace(manifest, files={**manifest.files, "tokenizer.json": entry}).save(folder)
+    with Session.open(folder) as session, pytest.raises(RequestError, match=r"\[0, 257\)"):
+        session.classify("x", ["<extra>", "none"])
+
+
+def test_a_backend_may_be_closed_twice(bundle: Path) -> None:
+    manifest = Manifest.load(bundle)
+    request = OpenRequest(
+        bundle=bundle, manifest=manifest, task="model", max_length=8, threads=None
+    )
+    with open_onnxruntime(request) as backend:
+        backend.close()
+
+
+def test_a_half_removed_onnxruntime_is_a_reason(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+    with pytest.raises(BackendError, match="cannot be imported"):
+        Session.open(bundle)
+    assert inspect_device().providers == ()
 
 
 def test_k_cap_can_be_changed_between_requests(bundle: Path) -> None:

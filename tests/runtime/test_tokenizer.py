@@ -22,6 +22,17 @@ def byte_tokenizer(bundles: dict[str, Path]) -> Tokenizer:
     return Tokenizer(bundles["concat"] / "tokenizer.json")
 
 
+@pytest.fixture(scope="module")
+def fallback_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer as Llama 2 and Mixtral have one: unknown characters become byte tokens."""
+    vocabulary = {"?": 0, "a": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    raw = RawTokenizer(models.BPE(vocabulary, [], unk_token="?", byte_fallback=True))
+    raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    path = tmp_path_factory.mktemp("fallback") / "tokenizer.json"
+    raw.save(str(path))
+    return Tokenizer(path)
+
+
 @settings(deadline=None)
 @given(prompt=st.text(max_size=8), text=st.text(max_size=20))
 def test_pieces_make_the_text_and_never_half_a_character(
@@ -52,6 +63,16 @@ def test_the_space_before_the_first_new_word_is_kept(tmp_path: Path) -> None:
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     stream = Detokenizer(tokenizer, tokenizer.encode("one"))
     assert stream.push(1) + stream.push(0) + stream.flush() == " two one"
+
+
+@given(prompt=st.text("aé日😀", max_size=9), text=st.text("aé日😀", max_size=6))
+@settings(deadline=None)
+def test_byte_fallback_survives_a_cut_in_the_middle_of_a_character(
+    fallback_tokenizer: Tokenizer, prompt: str, text: str
+) -> None:
+    stream = Detokenizer(fallback_tokenizer, fallback_tokenizer.encode(prompt))
+    pieces = [stream.push(token) for token in fallback_tokenizer.encode(text)]
+    assert "".join(pieces) + stream.flush() == text
 
 
 def test_special_tokens_are_not_shown(byte_tokenizer: Tokenizer) -> None:

@@ -19,6 +19,7 @@ from edgemoe_exporters.ort.editor import (
     MICROSOFT,
     TRACED,
     Editor,
+    array_of,
     producer_of,
     required,
     size_of,
@@ -42,6 +43,8 @@ class _Shared:
     cos: ir.Value
     sin: ir.Value
     positions: ir.Value
+    inv_freq: ir.Value
+    scaling: float
 
 
 def lower_attention(editor: Editor, precision: Precision) -> None:
@@ -148,7 +151,8 @@ def _share(editor: Editor, node: ir.Node, precision: Precision) -> _Shared:
     (lookup,) = editor.add(first, "Range", [zero, size, step])
     (lookup,) = editor.add(first, "Reshape", [lookup, ids_shape])
     bias, cos, sin = (precision.cast(editor, first, value) for value in (bias, cos, sin))
-    return _Shared(past_slots, total, bias, cos, sin, lookup)
+    inv_freq = required(rotary.inputs[2])
+    return _Shared(past_slots, total, bias, cos, sin, lookup, inv_freq, scaling)
 
 
 def _rotated(editor: Editor, node: ir.Node, position: int, shared: _Shared) -> ir.Value:
@@ -158,6 +162,14 @@ def _rotated(editor: Editor, node: ir.Node, position: int, shared: _Shared) -> i
         return _tokens_first(editor, node, source)
     states = required(rotary.inputs[0])
     inv_freq = required(rotary.inputs[2])
+    same = inv_freq is shared.inv_freq or np.array_equal(
+        array_of(inv_freq), array_of(shared.inv_freq)
+    )
+    if not same or rotary.attributes["scaling"].as_float() != shared.scaling:
+        raise ExportError(
+            f"all layers must rotate by the same frequencies, got others in {node.name}. "
+            "Choose a TensorRT target."
+        )
     (output,) = editor.add(
         node,
         "RotaryEmbedding",

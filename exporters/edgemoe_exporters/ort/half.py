@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_ir as ir
 
+from edgemoe_exporters.lower_tensorrt_emit import set_weight
 from edgemoe_exporters.ort.editor import TRACED, Editor, array_of
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ def convert_to_half(editor: Editor, precision: Precision) -> None:
     for value in editor.graph.initializers.values():
         readers = {node.op_type for node in value.consumers() if node.domain == TRACED}
         if value.dtype == _FLOAT and not readers & _EXACT:
-            value.const_value = ir.tensor(array_of(value).astype(np.float16), name=value.name)
-            value.type = ir.TensorType(_HALF)
+            set_weight(value, array_of(value), _HALF)
     for node in editor.graph:
         for output in node.outputs:
             if output.type is not None and output.dtype == _FLOAT:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_ir as ir
 
 from edgemoe_exporters.ort.editor import (
@@ -149,9 +148,10 @@ def lower_embedding(editor: Editor, precision: Precision) -> None:
         blocks, scales, zeros = _parts(editor, weight, chosen)
         # The head wants [rows, blocks, bytes], the gather [rows, bytes]: the same bytes.
         width = size_of(weight, 1) * chosen.bits // 8
-        flat_shape = np.array([size_of(weight, 0), width], dtype=np.int64)
-        shape = editor.constant(f"ints_{flat_shape[0]}_{width}", flat_shape)
-        (flat,) = editor.add(node, "Reshape", [blocks, shape])
+        # A second name for them costs nothing, equal bytes being stored once; a Reshape would
+        # be folded when a session opens, into a copy in memory.
+        rows = array_of(blocks).reshape(size_of(weight, 0), width)
+        flat = editor.constant(f"{weight.name}.rows", rows)
         inputs = [flat, ids, scales] if zeros is None else [flat, ids, scales, zeros]
         (output,) = editor.add(
             node,

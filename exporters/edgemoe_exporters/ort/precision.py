@@ -11,6 +11,7 @@ import onnx_ir as ir
 from edgemoe.errors import ExportError
 
 if TYPE_CHECKING:
+    from edgemoe.models.contract import ModelShape
     from edgemoe_exporters.ort.editor import Editor
 
 
@@ -97,6 +98,26 @@ PRECISIONS: dict[str, Precision] = {
     "int8": Precision(name="int8", bits=8, sensitive_bits=8),
     "int4": Precision(name="int4", bits=4, sensitive_bits=8),
 }
+
+
+def check_block_sizes(shape: ModelShape, name: str) -> None:
+    """Refuse experts whose rows are no whole number of quantisation blocks.
+
+    Args:
+        shape: The model.
+        name: A precision.
+
+    Raises:
+        ExportError: The hidden size or the experts' size does not fit.
+    """
+    precision = PRECISIONS[name]
+    sizes = {"hidden_size": shape.hidden_size, "the experts' size": shape.intermediate_size}
+    for what, size in sizes.items():
+        if precision.bits and size % precision.block:
+            raise ExportError(
+                f"{what} must be a multiple of {precision.block} in {name}, got {size}. Export "
+                "with --precision fp32 or fp16."
+            )
 
 
 def find_precision(name: str) -> Precision:

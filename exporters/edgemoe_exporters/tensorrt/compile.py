@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from edgemoe_exporters.tensorrt.profiles import Profile
     from edgemoe_exporters.tensorrt.targets import CompileTarget
 
+_TURING = 75
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledEngine:
@@ -108,6 +110,9 @@ def compile_bundle(
         raise CompileError(_on_the_device(bundle, manifest, wanted, tasks, profile))
     asked = None if compute_capabilities is None else tuple(compute_capabilities)
     capabilities = choose_capabilities(wanted, asked, machine)
+    if asked is None and manifest.precision == "fp32" and len(capabilities) > 1:
+        # TensorRT for RTX has no float32 products for Turing.
+        capabilities = tuple(number for number in capabilities if number != _TURING)
     api = load_api(wanted.package)
     # The parser opens whatever file a graph names, so nothing unverified may reach it.
     verify_bundle(bundle, tasks=tasks)

@@ -30,7 +30,8 @@ class OpenRequest:
         bundle: directory of a verified bundle.
         manifest: its manifest.
         task: name of the task.
-        max_length: tokens that the key-value cache must hold.
+        max_length: tokens that the key-value cache shall hold.
+        needs_length: whether fewer are no use, because the caller named the number.
         threads: CPU threads within an operator; None lets the backend choose.
         provider: onnxruntime execution provider, or None.
     """
@@ -41,6 +42,7 @@ class OpenRequest:
     max_length: int
     threads: int | None
     provider: str | None = None
+    needs_length: bool = False
 
     @property
     def graph(self) -> Path:
@@ -72,10 +74,13 @@ class Backend(Protocol):
     Attributes:
         name: engine and provider, such as "onnxruntime:CPUExecutionProvider".
         chunk_tokens: most tokens that one `run` takes.
+        max_length: most tokens that the cache holds; an engine may be built for fewer than
+            were asked for.
     """
 
     name: str
     chunk_tokens: int
+    max_length: int
 
     @property
     def length(self) -> int:

@@ -1,6 +1,6 @@
 """The few calls of the CUDA runtime that an engine needs, through ctypes.
 
-Only `libcudart` is needed, which every TensorRT installation brings; torch and cupy are not.
+Only `libcudart` is needed, which JetPack and the CUDA toolkit bring; torch and cupy are not.
 Never run on a device by the project's own tests: there is no GPU where they run.
 """
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgemoe_runtime.backends.base import CacheMark
 from edgemoe_runtime.backends.kv_onnxruntime import make_kv_cache
+from edgemoe_runtime.engine_cache import graph_fingerprint
 from edgemoe_runtime.errors import BackendError, BackendUnavailableError
 from edgemoe_runtime.onnx_wire import read_graph
 
@@ -48,6 +50,7 @@ class OnnxRuntimeBackend:
         half = dtypes["logits"] != "float32"
         self.name = f"onnxruntime:{provider}"
         self.chunk_tokens = request.chunk_tokens
+        self.max_length = request.max_length
         self._length = 0
         self._bound_rows = 0
         self._ort: Any = ort
@@ -58,7 +61,9 @@ class OnnxRuntimeBackend:
             (1, self.chunk_tokens, model.vocab_size), dtype=np.float16 if half else np.float32
         )
         self._mask = np.ones((1, request.max_length), dtype=np.int64)
-        self._cache = make_kv_cache(ort, request.manifest.kv_cache, request.max_length, device)
+        self._cache: Any = make_kv_cache(
+            ort, request.manifest.kv_cache, request.max_length, device
+        )
         self._binding: Any = self._new_binding()
 
     @property
@@ -113,8 +118,7 @@ class OnnxRuntimeBackend:
 
     def close(self) -> None:
         """Free the session and its buffers."""
-        self._binding = self._session = None
-        del self._cache
+        self._binding = self._session = self._cache = self._k_cap = None
 
     def __enter__(self) -> OnnxRuntimeBackend:
         return self
@@ -155,14 +159,15 @@ def open_onnxruntime(request: OpenRequest) -> OnnxRuntimeBackend:
     provider = request.provider or CPU
     try:
         ort: Any = importlib.import_module("onnxruntime")
-    except ImportError as error:
+        version = str(ort.__version__)
+        available: list[str] = ort.get_available_providers()
+    except (ImportError, OSError, AttributeError) as error:
+        # an uninstalled twin package leaves a folder behind that imports as nothing
         raise BackendUnavailableError(
             f"onnxruntime cannot be imported ({error}); install it with"
             " `pip install 'edgemoe[ort]'` (GPU: 'edgemoe[ort-gpu]')"
         ) from error
-    version = str(ort.__version__)
     _check_version(version, request)
-    available: list[str] = ort.get_available_providers()
     if provider not in available:
         raise BackendUnavailableError(
             f"onnxruntime {version} here has no {provider} (it has {', '.join(available)});"
@@ -232,15 +237,32 @@ def _thread_count(threads: int | None) -> int:
 
 
 def _provider_options(request: OpenRequest, name: str) -> dict[str, str]:
-    engines = request.bundle / "engines"
-    cached = engines.is_dir() and os.access(engines, os.W_OK)
-    if name == TENSORRT and cached:
-        return {
-            "trt_engine_cache_enable": "1",
-            "trt_engine_cache_path": str(engines),
-            "trt_timing_cache_enable": "1",
-            "trt_timing_cache_path": str(engines),
-        }
-    if name == TENSORRT_RTX and cached:
-        return {"nv_runtime_cache_path": str(engines)}
-    return {}
+    if name not in (TENSORRT, TENSORRT_RTX):
+        return {}
+    folder = _cache_folder(request)
+    if folder is None:
+        return {}
+    if name == TENSORRT_RTX:
+        return {"nv_runtime_cache_path": str(folder)}
+    return {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+    }
+
+
+def _cache_folder(request: OpenRequest) -> Path | None:
+    """Return this user's folder for engines of this very graph, or None without a home.
+
+    onnxruntime loads engines by their file name alone, so they must neither come with a
+    bundle nor outlive its weights.
+    """
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        fingerprint = graph_fingerprint(request.manifest, request.task)
+        folder = base / "edgemoe" / "onnxruntime" / fingerprint
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except (OSError, RuntimeError):
+        return None
+    return folder

@@ -57,6 +57,17 @@ def _open(package: str, request: OpenRequest) -> TensorRtBackend:
             f"{package} cannot be imported ({error}); JetPack brings tensorrt, pip"
             " install 'edgemoe[tensorrt-rtx]' brings tensorrt_rtx"
         ) from error
+    try:
+        return _open_engine(package, trt, request)
+    except BackendError:
+        raise
+    except Exception as error:  # bindings raise classes of their own
+        raise BackendUnavailableError(
+            f"{package} could not open the engine ({error})"
+        ) from error
+
+
+def _open_engine(package: str, trt: Any, request: OpenRequest) -> TensorRtBackend:
     cuda = CudaRuntime()
     search = find_engine(
         request.bundle,
@@ -77,6 +88,20 @@ def _open(package: str, request: OpenRequest) -> TensorRtBackend:
             f"{package} refused {search.path.name}; build it again with `edgemoe compile`"
         )
     return TensorRtBackend(package, runtime, engine, cuda, request, search.key)
+
+
+def _engine_length(request: OpenRequest, key: EngineKey) -> int:
+    """Return how many tokens a session may have: those asked for, or the engine's most."""
+    if "attention_mask" not in key.shapes:
+        return request.max_length
+    longest = key.shapes["attention_mask"][2][1]
+    if longest < request.max_length and request.needs_length:
+        raise BackendUnavailableError(
+            f"the engine takes {longest} tokens at most, and max_length is"
+            f" {request.max_length}; build one with `edgemoe compile --max-length"
+            f" {request.max_length}`"
+        )
+    return min(longest, request.max_length)
 
 
 class TensorRtBackend:
@@ -100,8 +125,8 @@ class TensorRtBackend:
         self.name = f"{package}:sm{key.compute_capability}"
         longest = key.shapes["input_ids"][2][1] if "input_ids" in key.shapes else 1
         self.chunk_tokens = min(request.chunk_tokens, longest)
+        self.max_length = _engine_length(request, key)
         self._runtime, self._engine, self._cuda = runtime, engine, cuda
-        self._context: Any = engine.create_execution_context()
         self._cache, self._vocabulary = cache, model.vocab_size
         self._has_k_cap = bool(model.moe_layers)
         self._length = 0
@@ -113,21 +138,33 @@ class TensorRtBackend:
                 f" {cache.form} and {dtypes['logits']}; export the bundle again"
             )
         self._logit_type = np.dtype(np.float16 if dtypes["logits"] == "float16" else np.float32)
+        self._context: Any = engine.create_execution_context()
+        if self._context is None:
+            raise BackendUnavailableError(
+                f"{package} could not make an execution context: too little device memory"
+            )
+        self._mask = np.ones((1, self.max_length), dtype=np.int64)
+        self._closed = False
         self._stream = cuda.create_stream()
-        self._mask = np.ones((1, request.max_length), dtype=np.int64)
+        try:
+            self._allocate_all(len(model.moe_layers))
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate_all(self, moe_layers: int) -> None:
         self._inputs = {
             name: self._allocate(8 * size)
             for name, size in (
                 ("input_ids", self.chunk_tokens),
                 ("position_ids", self.chunk_tokens),
-                ("attention_mask", request.max_length),
-                ("k_cap", max(1, len(model.moe_layers))),
+                ("attention_mask", self.max_length),
+                ("k_cap", max(1, moe_layers)),
             )
         }
         self._logits = self._allocate(
             self._logit_type.itemsize * self.chunk_tokens * self._vocabulary
         )
-        self._max_length = request.max_length
         self._sets = [self._allocate_cache(), self._allocate_cache()]
         self._past: dict[str, int] = self._sets[0]
         self._pinned: dict[str, int] | None = None
@@ -188,14 +225,17 @@ class TensorRtBackend:
         self._pinned = None
 
     def close(self) -> None:
-        """Free device memory, then the engine."""
-        if self._context is None:
+        """Free the engine and device memory, also where the device has failed."""
+        if self._closed:
             return
-        self._cuda.synchronise(self._stream)
-        self._context = self._engine = self._runtime = None
-        for address in self._addresses:
-            self._cuda.free(address)
-        self._cuda.destroy_stream(self._stream)
+        self._closed = True
+        try:
+            self._cuda.synchronise(self._stream)
+        finally:
+            self._context = self._engine = self._runtime = None
+            while self._addresses:
+                self._cuda.free(self._addresses.pop())
+            self._cuda.destroy_stream(self._stream)
 
     def __enter__(self) -> TensorRtBackend:
         return self
@@ -240,7 +280,7 @@ class TensorRtBackend:
         width = _TYPE_BYTES[self._cache.dtype]
         return {
             name: self._allocate(width * math.prod(shape))
-            for name, shape in self._cache_shapes(self._max_length)
+            for name, shape in self._cache_shapes(self.max_length)
         }
 
     def _allocate(self, size_bytes: int) -> int:

@@ -11,8 +11,9 @@ import torch
 
 from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.statistics import Statistics, merge
-from edgemoe.errors import TaskFileError
+from edgemoe.errors import StatisticsError, TaskFileError
 from edgemoe.models import FAMILIES, load_model, load_tokenizer
+from edgemoe.prune.registry import make_plan
 from edgemoe.tasks import TaskFile
 
 
@@ -114,6 +115,23 @@ def test_shards_and_split_files_merge_to_the_whole(
             for half in (rows[:2], rows[2:])
         ]
         assert_close(merge(*parts), whole)
+
+
+def test_a_shard_without_lines_of_one_task_adds_nothing(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_checkpoint("mixtral")
+    model, tokenizer = load_model(path), load_tokenizer(path)
+    tasks = [
+        write_task(tmp_path, "long", texts(9, 14)),
+        write_task(tmp_path, "short", texts(7)),
+    ]
+    shards = [collect(model, tasks, tokenizer, shard=(index, 2)) for index in range(2)]
+    assert [shard.task("short").tokens for shard in shards] == [7, 0]
+    assert_close(merge(*shards), collect(model, tasks, tokenizer))
+    counts = (model.layers[0].num_experts,) * len(model.layers)
+    with pytest.raises(StatisticsError, match="got none of 'short'"):
+        make_plan(shards[1], "short", "reap", counts)
 
 
 def test_two_runs_give_the_same_bytes(

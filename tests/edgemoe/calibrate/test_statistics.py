@@ -70,8 +70,9 @@ def test_round_trip_is_exact_and_the_hash_is_the_files(tmp_path: Path) -> None:
 
 @given(st.integers(0, 1000), st.integers(0, 1000), st.integers(0, 1000))
 def test_merging_commutes_exactly_and_associates_up_to_rounding(a: int, b: int, c: int) -> None:
-    first = make_statistics(a, "x", "y")
-    second, third = make_statistics(b, "y"), make_statistics(c, "y", "z")
+    # Each of another file: the same lines would be counted twice.
+    first = make_statistics(3 * a, "x", "y")
+    second, third = make_statistics(3 * b + 1, "y"), make_statistics(3 * c + 2, "y", "z")
     assert_equal(merge(first, second), merge(second, first))
     left = merge(first, second, third)
     right = merge(first, merge(second, third))
@@ -85,6 +86,24 @@ def test_merging_commutes_exactly_and_associates_up_to_rounding(a: int, b: int, 
         np.testing.assert_allclose(sums.logit_gram, other.logit_gram, rtol=1e-12, atol=1e-13)
         np.testing.assert_allclose(sums.gate_norm, other.gate_norm, rtol=1e-13)
     assert_equal(merge(first), first)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.data())
+def test_lines_are_counted_once(n: int, m: int, data: st.DataObject) -> None:
+    i, j = data.draw(st.integers(0, n - 1)), data.draw(st.integers(0, m - 1))
+    base = make_statistics(0, "a")
+
+    def shard(index: int, of: int) -> Statistics:
+        task = base.task("a")
+        source = replace(task.sources[0], shard=(index, of))
+        return replace(base, tasks={"a": replace(task, sources=(source,))})
+
+    common = set(range(i, n * m, n)) & set(range(j, n * m, m))
+    if common:
+        with pytest.raises(StatisticsError, match="counted once"):
+            merge(shard(i, n), shard(j, m))
+    else:
+        assert len(merge(shard(i, n), shard(j, m)).task("a").sources) == 2
 
 
 def test_statistics_of_other_checkpoints_do_not_add_up() -> None:

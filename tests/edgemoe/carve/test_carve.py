@@ -345,12 +345,52 @@ def test_impossible_shapes_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_weights_that_do_not_fit_are_never_filled_with_random_ones(
+    tmp_path: Path, texts: list[str]
+) -> None:
+    source = save_dense_checkpoint(tmp_path / "dense", random_dense(tie_word_embeddings=True))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match=r"1 tensors missing .*lm_head"):
+        carve_checkpoint(source, tmp_path / "moe", texts=texts, options=OPTIONS)
+    # A stray safetensors file must not make the pickle beside it acceptable.
+    (source / "model.safetensors").rename(source / "adapter.safetensors")
+    torch.save({}, source / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickle"):
+        carve_checkpoint(source, tmp_path / "moe", texts=texts, options=OPTIONS)
+    assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"mlp_bias": True}, "no bias, got mlp_bias"),
+        ({"attention_bias": True}, "no bias, got attention_bias"),
+        ({"hidden_act": "gelu"}, "must be silu"),
+    ],
+)
+def test_what_the_family_cannot_hold_is_refused_before_calibration(
+    tmp_path: Path, changes: dict[str, Any], rule: str
+) -> None:
+    source = save_dense_checkpoint(tmp_path / "dense", random_dense(**changes))
+    with pytest.raises(CarveError, match=rule):
+        carve_checkpoint(source, tmp_path / "moe", texts=["too short"], options=OPTIONS)
+
+
+def test_short_lines_are_calibrated_on_together(dense: Path, tmp_path: Path) -> None:
+    lines = [" ".join(f"w{(7 * i + j) % WORDS}" for j in range(9)) for i in range(100)]
+    carved = carve_checkpoint(dense, tmp_path / "moe", texts=lines, options=OPTIONS)
+    assert carved.calibration_tokens == 900
+    mode = (tmp_path / "moe" / "config.json").stat().st_mode
+    assert (tmp_path / "moe" / "model.safetensors").stat().st_mode == mode
+
+
 def test_unusable_sources_are_refused(dense: Path, tmp_path: Path, texts: list[str]) -> None:
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "config.json").write_text((dense / "config.json").read_text())
     (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
-    with pytest.raises(CheckpointError, match=r"safetensors, got \['pytorch_model.bin'\]"):
+    with pytest.raises(CheckpointError, match=r"the pickle pytorch_model\.bin"):
         load_dense(pickled)
     with pytest.raises(CheckpointError, match="must exist"):
         load_dense(tmp_path / "nowhere")

@@ -216,6 +216,33 @@ def limit_file_size() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
+def test_force_spares_what_is_read(
+    road: Path, invoke: Callable[..., Result], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(road / "moe", tmp_path / "demo" / "moe")
+    task = f"--task=code={road}/code.jsonl"
+    before = sorted(path for path in tmp_path.rglob("*"))
+    for arguments in (
+        ("calibrate", copy, task, "-o", copy),
+        ("apply", copy, "--plan", tmp_path / "plan.json", "-o", tmp_path / "demo"),
+        ("carve", copy, "-o", tmp_path / "demo"),
+        ("export", copy, task, "--target=cpu", "-o", tmp_path / "demo"),
+    ):
+        result = invoke(*arguments, "--force")
+        assert result.exit_code == 1, arguments
+        assert "output must" in result.stderr
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_statistics_are_known_by_their_content(
+    road: Path, invoke: Callable[..., Result], tmp_path: Path
+) -> None:
+    invoke("calibrate", road / "moe", f"--task=code={road}/code.jsonl", "-o", tmp_path / "s")
+    assert "statistics" in invoke("inspect", tmp_path / "s").stdout
+    (tmp_path / "text").write_text("nothing of ours")
+    assert invoke("inspect", tmp_path / "text").exit_code == 1
+
+
 @pytest.mark.parametrize("command", ["export", "apply"])
 def test_a_full_disk_leaves_nothing(
     road: Path, invoke: Callable[..., Result], tmp_path: Path, command: str

@@ -132,6 +132,31 @@ def test_a_bundle_scores_as_its_checkpoint_does(
     assert exported["value"] == pytest.approx(eager["value"], rel=1e-5)
 
 
+def test_a_bundle_is_judged_by_what_it_generates(
+    road: Path, bundle: Path, answer: Answer, invoke: Callable[..., Any], tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    rows: list[dict[str, str]] = []
+    with Session.open(bundle, task="code") as session:
+        for length in range(1, 60):
+            prompt = ("def add(first, second):\n    return " * 3)[:length]
+            made = session.generate(prompt, max_new_tokens=1)
+            ids = tokenizer.encode(prompt).ids
+            # Random weights make tokens that no text would be cut into.
+            if tokenizer.encode(prompt + made.text).ids == [*ids, *made.tokens]:
+                rows.append({"prompt": prompt, "completion": made.text})
+    assert len(rows) >= 3
+    rows = [*rows[:3], {"prompt": "if value", "completion": " is not what it would say"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    told = answer("evaluate", bundle, f"--task=code={tmp_path}/t.jsonl", "--generate")
+
+    assert (told["metric"], told["value"], told["n"]) == ("exact_match", 0.75, 4)
+    refused = invoke("evaluate", bundle, f"--task=code={road}/code.jsonl", "--generate")
+    assert refused.exit_code == 1
+    assert "--generate" in refused.stderr
+
+
 def test_export_takes_a_plan(road: Path, plan: Path, answer: Answer, tmp_path: Path) -> None:
     planned = ("--plan", f"code={plan}", "--task", f"code={road}/code.jsonl", "--max-drop", 9)
 

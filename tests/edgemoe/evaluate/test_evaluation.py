@@ -17,7 +17,7 @@ from edgemoe.errors import CheckpointError, TaskFileError
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.requests import build_questions
 from edgemoe.evaluate.scorer import Logprobs, Request
-from edgemoe.evaluate.subject import open_scorer
+from edgemoe.evaluate.subject import open_subject
 from edgemoe.tasks import TaskFile
 
 KEYS = ["task", "metric", "value", "ci95", "n", "perplexity", "tokens"]
@@ -155,6 +155,25 @@ def test_a_model_that_answers_nan_is_refused(tmp_path: Path, words: Tokenizer) -
         evaluate(NanScorer(), write_task(tmp_path, [text(1, 2)]), words)
 
 
+def test_nan_of_a_wrong_choice_is_refused_too(tmp_path: Path, words: Tokenizer) -> None:
+    class NanScorer(TableScorer):
+        def score(self, requests: Sequence[Request]) -> list[list[Logprobs]]:
+            return [[parts[0], parts[1] * np.nan] for parts in super().score(requests)]
+
+    rows = [{"prompt": "w1", "choices": [" w2", " w3"], "answer": 0}]
+    with pytest.raises(CheckpointError, match="finite"):
+        evaluate(NanScorer(), write_task(tmp_path, rows), words)
+
+
+def test_choices_with_nothing_before_them_are_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(
+        BPE({"a": 0, "b": 1, "c": 2, "ab": 3, "ac": 4}, [("a", "b"), ("a", "c")])
+    )
+    rows = [{"prompt": "a", "choices": ["ba", "ca"], "answer": 0}]
+    with pytest.raises(TaskFileError, match=r"line 1: .* begin with the same token"):
+        build_questions(write_task(tmp_path, rows), tokenizer, max_length=9, max_tokens=None)
+
+
 def test_checkpoints_are_opened_and_judged_end_to_end(
     make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -162,7 +181,7 @@ def test_checkpoints_are_opened_and_judged_end_to_end(
     rng = np.random.Generator(np.random.PCG64(0))
     lines = [rng.integers(1, 96, size=size).tolist() for size in (100, 5, 40)]
     task = write_task(tmp_path, [text(*line) for line in lines])
-    with open_scorer(path) as (scorer, tokenizer):
+    with open_subject(path) as (scorer, tokenizer, _):
         found = evaluate(scorer, task, tokenizer)
     import transformers
 
@@ -178,7 +197,7 @@ def test_checkpoints_are_opened_and_judged_end_to_end(
             tokens += ids.shape[1] - 1
     assert found.tokens == tokens
     assert found.value == pytest.approx(math.exp(losses / tokens), rel=1e-4)
-    with open_scorer(path, k_cap=1) as (scorer, tokenizer):
+    with open_subject(path, k_cap=1) as (scorer, tokenizer, _):
         assert evaluate(scorer, task, tokenizer).value != pytest.approx(found.value, rel=1e-4)
 
 
@@ -199,19 +218,19 @@ def test_dense_checkpoints_are_judged_and_unknown_experts_refused(
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**size)).save_pretrained(path)
     words.save(str(path / "tokenizer.json"))
     task = write_task(tmp_path, [text(1, 2, 3)])
-    with open_scorer(path) as (scorer, tokenizer):
+    with open_subject(path) as (scorer, tokenizer, _):
         assert evaluate(scorer, task, tokenizer).value == pytest.approx(96, rel=0.2)
-    with pytest.raises(CheckpointError, match="dense"), open_scorer(path, k_cap=1):
+    with pytest.raises(CheckpointError, match="dense"), open_subject(path, k_cap=1):
         pass
     (path / "model.safetensors").unlink()
     torch.save({}, path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="safetensors"), open_scorer(path):
+    with pytest.raises(CheckpointError, match="safetensors"), open_subject(path):
         pass
     moe = tmp_path / "olmoe"
     config = transformers.OlmoeConfig(**size, num_experts=2, num_experts_per_tok=1)
     transformers.OlmoeForCausalLM(config).save_pretrained(moe)
     words.save(str(moe / "tokenizer.json"))
-    with pytest.raises(CheckpointError, match="glm4_moe, mixtral"), open_scorer(moe):
+    with pytest.raises(CheckpointError, match="glm4_moe, mixtral"), open_subject(moe):
         pass
-    with pytest.raises(CheckpointError, match="does not exist"), open_scorer(tmp_path / "no"):
+    with pytest.raises(CheckpointError, match="does not exist"), open_subject(tmp_path / "no"):
         pass

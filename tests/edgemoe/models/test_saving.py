@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from edgemoe.errors import CheckpointError, OutputError
 from edgemoe.models import FAMILIES, adapt_model, load_model, read_shape, save_model
+from edgemoe.models.fingerprint import fingerprint_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,6 +128,29 @@ def test_tied_embeddings_and_generation_settings_survive(
     assert "lm_head.weight" not in load_file(saved / "model.safetensors")
     again = load_model(saved)
     assert torch.equal(again.model(token_ids).logits, model.model(token_ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tied_embeddings_are_stored_once(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    source = make_checkpoint("glm4_moe", dtype=dtype, tie_word_embeddings=True)
+    path = save(load_model(source), tmp_path / "saved")
+    names = [set(load_file(folder / "model.safetensors")) for folder in (source, path)]
+    assert names[0] == names[1]
+    assert "lm_head.weight" not in names[1]
+
+
+def test_files_beside_the_weights_do_not_change_the_checkpoint(
+    make_checkpoint: Callable[..., Path],
+) -> None:
+    path = make_checkpoint("mixtral")
+    before = fingerprint_checkpoint(path)
+    save_file({"x": torch.zeros(2)}, path / "stats.safetensors")
+    assert fingerprint_checkpoint(path) == before == load_model(path).sha256
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
+    assert fingerprint_checkpoint(path) != before
 
 
 def test_a_model_in_memory_has_a_fingerprint_and_can_be_saved(

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import pytest
@@ -147,6 +147,22 @@ def test_every_gpu_of_the_target_is_built_for_without_one(bundle: Path) -> None:
     built = [engine.compute_capability for engine in engines]
     assert built == [75, 80, 86, 89, 120, 121]
     assert len({engine.path.read_bytes() for engine in engines}) == len(engines)
+
+
+def test_float32_leaves_turing_out_unless_it_is_asked_for(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def note(*arguments: Any, **_: object) -> None:
+        asked.append(arguments[4])
+
+    monkeypatch.setattr("edgemoe_exporters.tensorrt.compile._compile", note)
+    copy = copy_of(bundle, tmp_path)
+    replace(Manifest.load(copy), precision="fp32").save(copy)
+    compile_bundle(copy, "tensorrt-rtx", machine=BARE)
+    compile_bundle(copy, "tensorrt-rtx", compute_capabilities=[75], machine=BARE)
+    assert asked == [80, 86, 89, 120, 121, 75]
 
 
 def test_jetson_engines_are_refused_elsewhere_with_what_to_run_there(bundle: Path) -> None:

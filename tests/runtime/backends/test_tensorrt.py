@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from edgemoe_runtime import BackendError, Session
+from edgemoe_runtime import BackendError, RequestError, Session
 from edgemoe_runtime.engine_cache import EngineKey, graph_fingerprint, hash_file
 from edgemoe_runtime.manifest import Manifest
 
@@ -188,6 +188,59 @@ def test_only_a_fitting_engine_is_loaded(
     add_engine(folder, **changes)
     with pytest.raises(BackendError, match=reason):
         Session.open(folder, backend="tensorrt_rtx")
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_an_engine_limits_what_a_session_takes(folder: Path) -> None:
+    shapes = {
+        "input_ids": ((1, 1), (1, 4), (1, 8)),
+        "attention_mask": ((1, 1), (1, 16), (1, 24)),
+    }
+    add_engine(folder, shapes=shapes)
+    with Session.open(folder) as session:
+        assert session.explain().max_length == 24
+        answer = session.generate("0123456789", max_new_tokens=99)
+        assert (answer.finish_reason, answer.new_tokens) == ("max_length", 24 - 10 + 1)
+        with pytest.raises(RequestError, match="max_length 24"):
+            session.generate("x" * 25)
+    with Session.open(folder, max_length=20) as session:
+        assert session.explain().backend == "tensorrt_rtx:sm89"
+    with Session.open(folder, max_length=25) as session:
+        explained = session.explain()
+    assert explained.backend == "onnxruntime:CPUExecutionProvider"
+    assert "24 tokens at most" in explained.fallbacks[0].reason
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("failing", range(0, 13, 3))
+def test_too_little_device_memory_is_a_step_down_and_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    add_engine(folder)
+    allocate = HostCuda.allocate
+
+    def refuse(self: HostCuda, size_bytes: int) -> int:
+        if len(self.alive) == failing:
+            raise BackendError("cudaMalloc must succeed, got error 2: out of memory.")
+        return allocate(self, size_bytes)
+
+    monkeypatch.setattr(HostCuda, "allocate", refuse)
+    with Session.open(folder) as session:
+        explained = session.explain()
+    assert explained.backend == "onnxruntime:CPUExecutionProvider"
+    assert "out of memory" in explained.fallbacks[0].reason
+    assert HostCuda.last.alive == {}  # type: ignore[attr-defined]
+
+
+def test_what_the_bindings_raise_is_a_step_down(folder: Path, stand_in: Any) -> None:
+    add_engine(folder)
+
+    def explode(*_: object) -> None:
+        raise RuntimeError("the driver is too old")
+
+    stand_in.Runtime = explode
+    with Session.open(folder) as session:
+        assert "the driver is too old" in session.explain().fallbacks[0].reason
 
 
 @pytest.mark.usefixtures("stand_in")

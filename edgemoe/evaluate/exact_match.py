@@ -1,0 +1,87 @@
+"""Whether greedy generation gives the completions of a task back, word for word."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from edgemoe.errors import TaskFileError
+from edgemoe.evaluate.requests import PROMPT_TOKENS
+from edgemoe.progress import track
+from edgemoe.tasks import CompletionRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tokenizers import Tokenizer
+
+    from edgemoe.evaluate.requests import Question
+    from edgemoe.tasks import TaskFile
+
+    Generate: TypeAlias = Callable[[str, int], str]
+    """From a prompt and the most tokens to make, to the most likely text, token by token."""
+
+
+def check_generates(task: TaskFile) -> None:
+    """Refuse a task whose lines say nothing about what to generate.
+
+    Args:
+        task: The task.
+
+    Raises:
+        TaskFileError: It is not one of prompts and completions.
+    """
+    if task.kind != "completion":
+        raise TaskFileError(
+            "exact match needs lines of a prompt and a completion, got lines of kind "
+            f"{task.kind} in {task.path}. Leave --generate out, or use another task file."
+        )
+
+
+def count_exact_matches(
+    generate: Generate,
+    task: TaskFile,
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+) -> int:
+    """Count the completions that generation gives back.
+
+    What was scored is generated: from the same context, as many tokens as the completion has,
+    or until the end token. White space around the two is no difference.
+
+    Args:
+        generate: The model.
+        task: A task of completions.
+        questions: What `build_questions` made of its first lines.
+        tokenizer: The model's tokenizer.
+        max_length: Most tokens that the model takes at once.
+
+    Returns:
+        How many of the questions' lines match, in [0, len(questions)].
+    """
+    longest = min(PROMPT_TOKENS, max_length) - tokenizer.num_special_tokens_to_add(False)
+    matches = 0
+    pairs = zip(questions, task.records, strict=False)
+    for question, record in track(pairs, "generate", total=len(questions)):
+        assert isinstance(record, CompletionRecord)
+        new_tokens = len(question.requests[0].continuations[0])
+        context, completion = _split(record, tokenizer, new_tokens, longest - new_tokens)
+        matches += generate(context, new_tokens).strip() == completion.strip()
+    return matches
+
+
+def _split(
+    record: CompletionRecord, tokenizer: Tokenizer, new_tokens: int, most_context: int
+) -> tuple[str, str]:
+    """Cut a line before its last ``new_tokens`` tokens, and a long context's beginning off.
+
+    A tokenizer that joins a space to the word behind it joins a prompt's last space to the
+    completion: the cut is then before the space, where the scored tokens begin.
+    """
+    text = record.prompt + record.completion
+    offsets = tokenizer.encode(text).offsets
+    seam = len(offsets) - new_tokens
+    end = offsets[seam - 1][1]
+    start = offsets[seam - most_context][0] if seam > most_context else 0
+    return text[start:end], text[end:]
