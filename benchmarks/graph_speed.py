@@ -5,6 +5,7 @@
 Every contestant does one prefill and one decode step in turn, again and again, so that what
 else the machine does falls on all of them alike; the table shows medians. Decoding starts
 after the prompt and keeps the cache in one buffer that the graph reads and writes in place.
+Graphs are saved alone here, with equal tensors as often as they occur; a bundle has them once.
 CPU time is that of the whole process, so it tells work from waiting for a busy machine.
 """
 

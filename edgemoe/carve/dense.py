@@ -100,7 +100,7 @@ def save_dense(dense: DenseModel, directory: Path) -> None:
 
 
 def save_tokenizer(dense: DenseModel, directory: Path) -> None:
-    """Write the tokenizer, the generation settings and the licences of a dense model.
+    """Write the tokenizer of a dense model, and what else came with it.
 
     Args:
         dense: The model.
@@ -108,8 +108,6 @@ def save_tokenizer(dense: DenseModel, directory: Path) -> None:
     """
     if dense.source.is_file() or not (dense.source / "tokenizer.json").is_file():
         dense.tokenizer.save_pretrained(directory)
-    if dense.model.generation_config is not None:
-        dense.model.generation_config.save_pretrained(directory)
     if dense.source.is_dir():
         copy_companions(dense.source, directory)
 

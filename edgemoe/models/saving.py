@@ -7,6 +7,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from edgemoe.errors import OutputError
 from edgemoe.models.checkpoint import quiet_transformers
@@ -93,13 +94,20 @@ def save_pretrained(
         OutputError: The disk refuses (full, read-only).
     """
     state = None if tensors is None else dict(tensors)
+    own = model.generation_config
+    # transformers reads generation settings that it refuses to write again.
+    model.generation_config = None if own is None else GenerationConfig()
     try:
         with quiet_transformers():
             model.save_pretrained(str(directory), state_dict=state)
+        if own is not None:
+            own.to_json_file(str(directory / "generation_config.json"))
     except SafetensorError as error:
         raise OutputError(
             f"the checkpoint could not be written: {error}. Free space or choose another -o."
         ) from error
+    finally:
+        model.generation_config = own
     mode = (directory / "config.json").stat().st_mode
     for file in directory.glob("*.safetensors"):
         # The library writes them for the owner alone; the rest follows the umask.

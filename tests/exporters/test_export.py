@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from edgemoe.models.contract import MoeModel
 
+pytestmark = pytest.mark.fused
+
 LAYERS = 2
 
 

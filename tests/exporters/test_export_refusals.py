@@ -52,6 +52,7 @@ REFUSALS: list[tuple[dict[str, Any], type[EdgemoeError], str]] = [
 ]
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize(("changes", "error", "message"), REFUSALS)
 def test_refusals_come_before_the_checkpoint_is_opened(
     checkpoint: Path,

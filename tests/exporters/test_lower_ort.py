@@ -20,6 +20,8 @@ from edgemoe_exporters.prepare import prepared
 from edgemoe_exporters.quantize import dequantize_blocks, quantize_blocks
 from edgemoe_exporters.trace import EXPERT_AXIS
 
+pytestmark = pytest.mark.fused
+
 FAMILIES = ["glm4_moe", "qwen2_moe", "mixtral"]
 HEADS, SIZE, SLOTS = 2, 16, 24
 _SENSITIVE = (

@@ -86,6 +86,7 @@ def test_what_does_not_fit_is_refused() -> None:
         quantize_blocks(weight, 3, 40, symmetric=False)
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_kernels_read_the_layout(bits: Any, symmetric: Any) -> None:

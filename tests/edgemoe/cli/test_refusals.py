@@ -53,6 +53,7 @@ def edit_config(checkpoint: Path, **entries: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize(
     "lines",
     [
@@ -71,6 +72,7 @@ def test_a_bad_line_is_named(
     assert "line 2" in refuse("export", road / "moe", task, *EXPORT, "-o", tmp_path / "b")
 
 
+@pytest.mark.fused
 def test_missing_files_are_named(
     road: Path, refuse: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -86,6 +88,7 @@ def test_missing_files_are_named(
     assert str(gone) in refuse("merge-stats", gone, gone, "-o", tmp_path / "out")
 
 
+@pytest.mark.fused
 def test_a_pickle_is_refused(road: Path, refuse: Callable[..., str], tmp_path: Path) -> None:
     pickled = shutil.copytree(road / "moe", tmp_path / "pickled")
     (pickled / "model.safetensors").unlink()
@@ -99,6 +102,7 @@ def test_a_pickle_is_refused(road: Path, refuse: Callable[..., str], tmp_path: P
         assert "pytorch_model.bin" in refuse(*command)
 
 
+@pytest.mark.fused
 def test_an_unknown_family_lists_the_known_ones(
     road: Path, refuse: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -111,6 +115,7 @@ def test_an_unknown_family_lists_the_known_ones(
     assert "glm4_moe, mixtral, qwen2_moe" in message
 
 
+@pytest.mark.fused
 def test_too_few_experts_for_k_are_refused_before_anything_runs(
     road: Path, refuse: Callable[..., str], invoke: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -216,6 +221,7 @@ def limit_file_size() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
+@pytest.mark.fused
 def test_force_spares_what_is_read(
     road: Path, invoke: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -243,6 +249,7 @@ def test_statistics_are_known_by_their_content(
     assert invoke("inspect", tmp_path / "text").exit_code == 1
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("command", ["export", "apply"])
 def test_a_full_disk_leaves_nothing(
     road: Path, invoke: Callable[..., Result], tmp_path: Path, command: str
@@ -270,6 +277,7 @@ def test_a_full_disk_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_nothing(
     road: Path, tmp_path: Path, interruption: signal.Signals

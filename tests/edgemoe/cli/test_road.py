@@ -120,6 +120,7 @@ def test_evaluate_answers_the_contract(road: Path, pruned: Path, answer: Answer)
     assert told["n"] == 12
 
 
+@pytest.mark.fused
 def test_a_bundle_scores_as_its_checkpoint_does(
     road: Path, pruned: Path, answer: Answer, tmp_path: Path
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_bundle_is_judged_by_what_it_generates(
     assert "--generate" in refused.stderr
 
 
+@pytest.mark.fused
 def test_export_takes_a_plan(road: Path, plan: Path, answer: Answer, tmp_path: Path) -> None:
     planned = ("--plan", f"code={plan}", "--task", f"code={road}/code.jsonl", "--max-drop", 9)
 
