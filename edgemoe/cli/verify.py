@@ -22,7 +22,7 @@ def verify(bundle: Path, as_json: bool) -> None:
 
     verified = verify_bundle(bundle)
     engines = sorted(path.name for path in bundle.glob(f"{ENGINES_FOLDER}/*.engine"))
-    unchecked = f"; not checked: {len(engines)} engines, built on the device" if engines else ""
+    unchecked = f"; engines not checked: {len(engines)}" if engines else ""
     report(
         {
             "bundle": bundle,
