@@ -286,6 +286,8 @@ def test_an_interrupted_export_leaves_nothing(
         edgemoe("export", road / "moe", *EXPORT, "-o", tmp_path / "out"),
         stderr=subprocess.PIPE,
         text=True,
+        # What a shell starts in the background ignores Ctrl-C, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         # Staged output shows that the work has begun.
         deadline = time.monotonic() + 300
