@@ -12,13 +12,14 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from edgemoe.errors import ExportError
+from edgemoe_exporters.initializers import set_weight, weight_of
 from edgemoe_exporters.lower_tensorrt_attention import (
     Shared,
     lower_attention,
     lower_norm,
     lower_rotary,
 )
-from edgemoe_exporters.lower_tensorrt_emit import FLOAT32, Emitter, set_weight, weight_of
+from edgemoe_exporters.lower_tensorrt_emit import FLOAT32, Emitter
 from edgemoe_exporters.lower_tensorrt_moe import lower_experts, lower_route
 
 if TYPE_CHECKING:

@@ -109,38 +109,3 @@ def size_of(value: ir.Value, axis: int) -> int:
             "the trace: please report it."
         )
     return size
-
-
-def weight_of(value: ir.Value) -> np.ndarray[Any, Any]:
-    """Return the content of an initializer.
-
-    Raises:
-        ExportError: It is computed in the graph.
-    """
-    if value.const_value is None:
-        raise ExportError(f"{value.name} must be a weight, got a computed value.")
-    return value.const_value.numpy()
-
-
-def set_weight(
-    value: ir.Value, array: np.ndarray[Any, Any], dtype: ir.DataType | None = None
-) -> None:
-    """Give an initializer another content, in another floating type where asked for.
-
-    Raises:
-        ExportError: A number is beyond what the type can hold.
-    """
-    if dtype is not None:
-        with np.errstate(over="ignore"):  # checked below, with the weight's name
-            converted = array.astype(dtype.numpy())
-        if not np.isfinite(converted).all() and np.isfinite(array).all():
-            largest = float(np.abs(array).max())
-            raise ExportError(
-                f"weights must be within the range of {dtype.name.lower()}, got {largest:.3g} "
-                f"in {value.name}. Export with --precision fp32."
-            )
-        array = converted
-    tensor = ir.tensor(np.ascontiguousarray(array), name=value.name)
-    value.const_value = tensor
-    value.type = ir.TensorType(tensor.dtype)
-    value.shape = ir.Shape(tensor.shape.numpy())

@@ -28,12 +28,11 @@ import onnx_ir as ir
 
 from edgemoe.errors import ExportError
 from edgemoe_exporters.bundle import EXPERT_AXIS_KEY, LAYER_KEY
+from edgemoe_exporters.initializers import set_weight, weight_of
 from edgemoe_exporters.lower_tensorrt_emit import (
     FLOAT32,
     Emitter,
-    set_weight,
     size_of,
-    weight_of,
 )
 
 ExpertsForm = Literal["auto", "dense", "gather"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from edgemoe_exporters.lower_tensorrt_emit import set_weight
+from edgemoe_exporters.initializers import set_weight
 from edgemoe_exporters.ort.editor import TRACED, Editor, array_of
 
 if TYPE_CHECKING:
