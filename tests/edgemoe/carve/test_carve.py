@@ -27,8 +27,6 @@ from edgemoe.carve.build import neuron_shares
 from edgemoe.carve.carve import CarveOptions, carve_checkpoint, rebuild_checkpoint
 from edgemoe.carve.dense import load_dense
 from edgemoe.carve.learned import LearnedCarve, pack_delta, weights_sha256
-from edgemoe.carve.neurons import active_neurons, assign_neurons
-from edgemoe.carve.router import expert_energy, fit_router
 from edgemoe.errors import CarveError, CheckpointError, OutputError
 
 if TYPE_CHECKING:
@@ -151,70 +149,6 @@ def test_router_finds_more_of_the_needed_experts_than_chance(
     report = carve_checkpoint(dense, tmp_path / "moe", texts=texts, options=OPTIONS)
     assert report.router_recall is not None
     assert report.router_recall > 1.3 * OPTIONS.top_k / OPTIONS.experts
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    experts=st.integers(2, 6),
-    size=st.integers(1, 5),
-    shared=st.integers(0, 9),
-    seed=st.integers(0, 100),
-)
-def test_every_neuron_has_one_place_and_the_most_active_are_shared(
-    experts: int, size: int, shared: int, seed: int
-) -> None:
-    generator = np.random.default_rng(seed)
-    neurons = experts * size + shared
-    active = generator.random((40, neurons)) < generator.random(neurons)
-    found = assign_neurons(active, experts=experts, shared_size=shared, seed=seed)
-    assert sorted(found.order) == list(range(neurons))
-    assert found.experts.shape == (experts, size)
-    frequency = active.sum(axis=0)
-    if shared:
-        assert frequency[found.shared].min() >= frequency[found.experts].max()
-
-
-def test_neurons_that_fire_together_share_an_expert() -> None:
-    generator = np.random.default_rng(0)
-    group = np.repeat(np.arange(4), 5)
-    topics = generator.integers(4, size=300)
-    active = (topics[:, None] == group) ^ (generator.random((300, 20)) < 0.05)
-    order = generator.permutation(20)
-    found = assign_neurons(active[:, order], experts=4, shared_size=0, seed=0)
-    assert all(len(set(group[order[row]])) == 1 for row in found.experts)
-
-
-def test_active_neurons_are_the_largest_outputs() -> None:
-    generator = np.random.default_rng(0)
-    activations = generator.standard_normal((7, 40)).astype(np.float32)
-    norms = generator.random(40).astype(np.float32)
-    found = active_neurons(activations, norms)
-    for row, scores in zip(found, np.abs(activations) * norms, strict=True):
-        assert set(np.flatnonzero(row)) == set(np.argsort(-scores)[:6])
-
-
-def test_router_is_the_ridge_solution() -> None:
-    generator = np.random.default_rng(0)
-    hidden = generator.standard_normal((500, 6)).astype(np.float32)
-    truth = generator.standard_normal((4, 6))
-    energy = hidden @ truth.T + np.array([3.0, 0.0, -1.0, 1.0])
-    router = fit_router(hidden, energy)
-    wanted = energy - energy.mean(axis=1, keepdims=True)
-    scores = hidden @ router.weight.T + router.bias
-    assert scores.std() == pytest.approx(1.0, abs=1e-3)
-    assert np.corrcoef(scores.ravel(), wanted.ravel())[0, 1] > 0.999
-
-
-def test_energy_is_the_norm_of_the_expert_output() -> None:
-    generator = np.random.default_rng(0)
-    activations = generator.standard_normal((5, 12)).astype(np.float32)
-    down = generator.standard_normal((7, 12)).astype(np.float32)
-    experts = np.arange(12).reshape(3, 4)
-    found = expert_energy(activations, down, experts)
-    for token in range(5):
-        for expert in range(3):
-            output = sum(activations[token, n] * down[:, n] for n in experts[expert])
-            assert found[token, expert] == pytest.approx(np.log(np.sum(output**2)), rel=1e-5)
 
 
 def learned_for(model: Any) -> LearnedCarve:
