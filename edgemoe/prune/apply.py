@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,8 @@ from edgemoe.progress import track
 from edgemoe.prune.merge import average, merge_experts
 
 if TYPE_CHECKING:
-    from edgemoe.models.contract import MoeLayer, MoeModel
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.models.layer import MoeLayer
     from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
 
 
@@ -76,29 +78,52 @@ def _keeps_all(plan: LayerPlan, num_experts: int) -> bool:
 
 
 def _apply_layer(layer: MoeLayer, plan: LayerPlan) -> None:
-    gate_up, down = zip(*(_expert(layer, expert) for expert in plan.experts), strict=True)
-    bias = layer.correction_bias
-    layer.replace_experts(
-        torch.stack(gate_up),
-        torch.stack(down),
-        torch.stack([_row(layer.router_weight, expert) for expert in plan.experts]),
-        None if bias is None else torch.stack([_row(bias, expert) for expert in plan.experts]),
-    )
+    layer.replace(plan_tensors(layer, plan))
 
 
-def _expert(layer: MoeLayer, expert: MergedExpert) -> tuple[torch.Tensor, torch.Tensor]:
-    if len(expert.members) == 1:
-        return layer.gate_up[expert.members[0]], layer.down[expert.members[0]]
+def plan_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]:
+    """Make the tensors of a layer's planned experts.
+
+    Args:
+        layer: The layer; it is not changed.
+        plan: What it shall keep and merge.
+
+    Returns:
+        What :meth:`edgemoe.models.layer.MoeLayer.replace` takes.
+    """
+    groups = tuple(expert.members for expert in plan.experts)
+    merged = {
+        position: _merge(layer, expert)
+        for position, expert in enumerate(plan.experts)
+        if len(expert.members) > 1
+    }
+    prefix = f"{layer.facts.experts}."
+
+    def combine(name: str, entries: torch.Tensor) -> torch.Tensor:
+        part = name.removeprefix(prefix) if name.startswith(prefix) else None
+        made = []
+        for position, expert in enumerate(plan.experts):
+            if len(expert.members) == 1:
+                made.append(entries[expert.members[0]])
+            elif part is None:
+                made.append(average([entries[member] for member in expert.members], expert.shares))
+            else:
+                made.append(layer.layout.to_native(part, merged[position][part]))
+        return torch.stack(made)
+
+    return {
+        spec.name: layer.regroup(spec, groups, partial(combine, spec.name))
+        for spec in layer.facts.tensors
+    }
+
+
+def _merge(layer: MoeLayer, expert: MergedExpert) -> dict[str, torch.Tensor]:
+    """Merge members, in the canonical layout, by the names of the experts module."""
     members = list(expert.members)
-    return merge_experts(
-        layer.gate_up[members],
-        layer.down[members],
-        expert.shares,
-        reference=members.index(expert.aligned_to),
-    )
-
-
-def _row(rows: torch.Tensor, expert: MergedExpert) -> torch.Tensor:
-    if len(expert.members) == 1:
-        return rows[expert.members[0]]
-    return average([rows[member] for member in expert.members], expert.shares)
+    experts = {
+        name: layer.layout.to_canonical(
+            name, layer.tensor(f"{layer.facts.experts}.{name}")[members]
+        )
+        for name in layer.layout.names
+    }
+    return merge_experts(experts, expert.shares, reference=members.index(expert.aligned_to))
