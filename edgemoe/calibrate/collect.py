@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from edgemoe.calibrate.sums import Float64
-    from edgemoe.models.contract import MoeLayer, MoeModel
+    from edgemoe.models.contract import MoeModel
     from edgemoe.models.hooks import ExpertsFunction
+    from edgemoe.models.layer import MoeLayer
     from edgemoe.models.routers import Routing
     from edgemoe.tasks import TaskFile
 

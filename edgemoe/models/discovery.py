@@ -73,7 +73,6 @@ class ModelFacts:
     layers: tuple[LayerFacts, ...]
 
 
-
 _SCALARS = (int, float, str, bool)
 
 _known: dict[tuple[str, str], ModelFacts] = {}
@@ -179,12 +178,10 @@ def _discover(family: Family, config: PreTrainedConfig) -> ModelFacts:
 
 
 def _experts_modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name: module for name, module in model.named_modules() if is_experts_module(module)
-    }
+    return {name: module for name, module in model.named_modules() if is_experts_module(module)}
 
 
-def _count(experts: nn.Module) -> int:
+def _count(experts: Any) -> int:
     down: torch.Tensor = experts.down_proj
     return int(down.shape[0])
 
@@ -310,9 +307,7 @@ def _id_tables(block: nn.Module, router: str) -> tuple[ExpertTensor, ...]:
     )
 
 
-def _counts(
-    block: nn.Module, larger: nn.Module, experts: int
-) -> tuple[CountAttribute, ...]:
+def _counts(block: nn.Module, larger: nn.Module, experts: int) -> tuple[CountAttribute, ...]:
     found = []
     others = dict(larger.named_modules())
     for path, module in block.named_modules():

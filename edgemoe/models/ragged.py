@@ -10,8 +10,6 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from edgemoe.errors import CheckpointError
 from edgemoe.models.adapter import view_layers
 from edgemoe.models.safety import read_json_object

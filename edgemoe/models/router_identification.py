@@ -179,9 +179,7 @@ def _choosing_rules(
         plain += [replace(rule, bias_on="logits") for rule in plain]
     else:
         plain.append(RouterRule(scoring="sparsemixer", renormalise=False, jitter=jitter))
-        plain.append(
-            RouterRule(scoring="softmax", renormalise=False, softmax_over="top_k")
-        )
+        plain.append(RouterRule(scoring="softmax", renormalise=False, softmax_over="top_k"))
     yield from plain
     for groups in range(2, experts + 1):
         if experts % groups:

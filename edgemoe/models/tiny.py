@@ -264,7 +264,7 @@ def write_tiny_checkpoint(
     with quiet_transformers():
         model.to(dtype).save_pretrained(path)
     words = {f"w{index}": index for index in range(VOCAB_SIZE)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))  # noqa: S106
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(path / "tokenizer.json"))
     return path

@@ -106,7 +106,9 @@ def plan_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]:
             if len(expert.members) == 1:
                 made.append(entries[expert.members[0]])
             elif part is None:
-                made.append(average([entries[member] for member in expert.members], expert.shares))
+                made.append(
+                    average([entries[member] for member in expert.members], expert.shares)
+                )
             else:
                 made.append(layer.layout.to_native(part, merged[position][part]))
         return torch.stack(made)

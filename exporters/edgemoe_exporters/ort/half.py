@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 # What these read in float32 decides which expert, or is an angle: neither survives rounding.
-_EXACT = {"Route", "RotaryEmbedding"}
+_EXACT = {"Route", "RotaryEmbedding", "Angles"}
 
 
 def convert_to_half(editor: Editor, precision: Precision) -> None:
