@@ -97,7 +97,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "n_group": 2},
     "deepseek_v2": _ALL_HEADS,
-    "deepseek_v3": {**_ALL_HEADS, "n_group": 4, "topk_group": 2},
+    "deepseek_v3": {**_ALL_HEADS, "n_routed_experts": 16, "n_group": 4, "topk_group": 2},
     "deepseek_v32": _ALL_HEADS,
     "deepseek_v4": {
         "o_groups": 2,

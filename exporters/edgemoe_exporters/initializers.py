@@ -54,3 +54,15 @@ def in_range(
             f"in {name}. Export with --precision fp32."
         )
     return converted
+
+
+def narrow_attributes(node: ir.Node, dtype: ir.DataType) -> None:
+    """Make a traced node that gives float32 by its attributes give another floating type."""
+    wide = ir.DataType.FLOAT
+    if node.op_type == "Cast" and node.attributes["to"].as_int() == wide:
+        node.attributes["to"] = ir.AttrInt64("to", dtype)
+    elif node.op_type in {"Constant", "ConstantOfShape"}:
+        attribute = node.attributes.get("value")
+        if attribute is not None and attribute.as_tensor().dtype == wide:
+            array = attribute.as_tensor().numpy().astype(dtype.numpy())
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array))

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from edgemoe.errors import ExportError
-from edgemoe_exporters.initializers import set_weight, weight_of
+from edgemoe_exporters.initializers import narrow_attributes, set_weight, weight_of
 from edgemoe_exporters.lower_tensorrt_attention import (
     Shared,
     lower_angles,
@@ -97,20 +97,10 @@ def _narrow(graph: ir.Graph, compute: ir.DataType) -> None:
         if value.dtype == FLOAT32:
             value.dtype = compute
     for node in graph:
-        _narrow_attributes(node, compute)
+        narrow_attributes(node, compute)
         for value in node.outputs:
             if value.dtype == FLOAT32:
                 value.dtype = compute
-
-
-def _narrow_attributes(node: ir.Node, compute: ir.DataType) -> None:
-    if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT32:
-        node.attributes["to"] = ir.AttrInt64("to", compute)
-    elif node.op_type in {"Constant", "ConstantOfShape"}:
-        attribute = node.attributes.get("value")
-        if attribute is not None and attribute.as_tensor().dtype == FLOAT32:
-            array = attribute.as_tensor().numpy().astype(compute.numpy())
-            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array))
 
 
 def _lower_nodes(graph: ir.Graph, compute: ir.DataType, form: ExpertsForm) -> None:
