@@ -9,6 +9,10 @@ import torch
 from torch import nn
 
 from edgemoe.errors import EdgemoeError, ExportError
+from edgemoe.models.adapter import adapt_model
+from edgemoe.models.checkpoint import read_config
+from edgemoe.models.discovery import build_skeleton
+from edgemoe.models.registry import FAMILIES
 from edgemoe_exporters import ops
 from edgemoe_exporters.prepare_attention import (
     ACTIVE,
@@ -23,9 +27,27 @@ from edgemoe_exporters.prepare_rotary import replace_rotary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
+
+
+# Families whose layers keep another state than keys and values, or index positions, or whose
+# router or activation is of a kind of its own.
+WITHOUT_GRAPH = frozenset(
+    {
+        "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note_text",
+        "glm_moe_dsa", "granitemoehybrid", "hy_v4", "inkling2_text", "inkling_text", "jamba",
+        "kimi_linear", "lfm2_moe", "minimax", "nemotron_h", "qwen3_5_moe_text", "qwen3_next",
+        "qwen4_exp_text", "zaya",
+    }
+)  # fmt: skip
+_WITH_GRAPH = ", ".join(name for name in FAMILIES if name not in WITHOUT_GRAPH)
+_NOT_YET = (
+    "Calibration, pruning and evaluation work for this family, graphs do not yet; families "
+    f"with graphs: {_WITH_GRAPH}."
+)
 
 
 class TraceModule(nn.Module):
@@ -95,11 +117,11 @@ class TraceModule(nn.Module):
         except EdgemoeError:
             raise
         except Exception as error:  # whatever the family's code raises where it wants a state
+            kinds = ", ".join(sorted(set(getattr(config, "layer_types", None) or ())))
             raise ExportError(
-                f"layers of {config.model_type} must keep keys and values and nothing else to "
-                f"be exported, got code that fails without another state: "
-                f"{type(error).__name__}: {error}. Pruning and evaluation work for this "
-                "family, graphs do not yet."
+                f"every layer of {config.model_type} must keep keys and values, and nothing "
+                f"else, to be put into a graph, got code that asks for another state (layers: "
+                f"{kinds or 'of one kind'}). {_NOT_YET}"
             ) from error
         self.cached = self.attender.layers(len(self.lm.get_decoder().layers))
         self.attender.cache = None
@@ -184,6 +206,32 @@ def _rehearse_usual(stack: contextlib.ExitStack, module: TraceModule) -> bool:
     return False
 
 
+def check_exportable(path: Path, precision: str) -> None:
+    """Refuse a checkpoint that no graph can hold; its weights are not read.
+
+    Args:
+        path: Checkpoint directory.
+        precision: Of the graph.
+
+    Raises:
+        ExportError: A router, an activation or a layer's state has no op, or experts have no
+            op of that precision.
+        CheckpointError: The checkpoint's configuration is malformed.
+    """
+    family, config = read_config(path)
+    model = adapt_model(build_skeleton(family, config))
+    with prepared(model):
+        pass
+    for layer in model.layers:
+        activation = layer.activation
+        if precision in {"int8", "int4"} and activation and not activation.is_swiglu:
+            raise ExportError(
+                f"experts must have SwiGLU to be exported in {precision}, got the activation "
+                f"{activation.kind}: onnxruntime has no quantised op for it. Export with "
+                "--precision fp32 or fp16."
+            )
+
+
 def check_layer(layer: MoeLayer, family: str) -> None:
     """Refuse a layer that has no op.
 
@@ -198,8 +246,7 @@ def check_layer(layer: MoeLayer, family: str) -> None:
     if layer.rule is None or layer.activation is None:
         raise ExportError(
             f"the {unknown} of {family} must be of a kind that graphs know, got another in "
-            f"layer {layer.index}. Pruning and evaluation work for this family, graphs do not "
-            "yet."
+            f"layer {layer.index}. {_NOT_YET}"
         )
 
 

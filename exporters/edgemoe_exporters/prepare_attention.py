@@ -177,8 +177,8 @@ class Attender:
         if sorted(self.cache.given) != list(range(count)):
             missing = sorted(set(range(count)) - set(self.cache.given))
             raise ExportError(
-                f"every decoder layer must cache keys and values, got none in {missing}. "
-                "Layers that keep another state are not supported."
+                f"every decoder layer must cache keys and values, got none in {missing}: "
+                "layers that keep another state have no graph yet."
             )
         return tuple(
             CachedLayer(
