@@ -56,7 +56,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> MoeModel:
     check_weights(path)
     base = family.load_class(family.causal_lm)
     model_class = base if note is None else make_ragged_class(family, note)
-    with _refusing_misfits(path), quiet_transformers():
+    with refusing_misfits(path), quiet_transformers():
         model, report = model_class.from_pretrained(
             str(path),
             config=config,
@@ -138,7 +138,7 @@ def read_shape(path: Path) -> ModelShape:
     note = read_ragged_note(path)
     base = family.load_class(family.causal_lm)
     model_class = base if note is None else make_ragged_class(family, note)
-    with _refusing_misfits(path), torch.device("meta"):
+    with refusing_misfits(path), torch.device("meta"):
         layers = find_layers(model_class(config), family)
     return ModelShape(
         family=family.model_type,
@@ -205,7 +205,18 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _refusing_misfits(path: Path) -> Iterator[None]:
+def refusing_misfits(path: Path) -> Iterator[None]:
+    """Turn what torch and transformers raise on inconsistent checkpoints into a refusal.
+
+    Args:
+        path: The checkpoint.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CheckpointError: Weights and configuration contradict each other.
+    """
     try:
         yield
     except EdgemoeError:
