@@ -104,9 +104,7 @@ class Conversion:
                 self.unexpected.append(name)
                 continue
             if target not in groups:
-                rule = (
-                    WeightRenaming(name, target) if pattern is None else by_pattern[pattern]
-                )
+                rule = WeightRenaming(name, target) if pattern is None else by_pattern[pattern]
                 groups[target] = TensorGroup(first_target=target, rule=rule)
             groups[target].sources.append((stored[name], pattern or name))
         self.groups = list(groups.values())
@@ -143,9 +141,7 @@ class Conversion:
             rule.add_tensor(
                 group.first_target, source.name, pattern, cast("Any", partial(read, source))
             )
-        values = rule.convert(
-            group.first_target, model=self._model, config=self._model.config
-        )
+        values = rule.convert(group.first_target, model=self._model, config=self._model.config)
         for name in list(values):
             value = values.pop(name)
             yield name, value[0] if isinstance(value, list) else value

@@ -1,12 +1,12 @@
 """Run one decoder layer of a model as the whole model would.
 
-The model's own forward is called, so masks, rotary tables and what else a layer is given are its
-own. Decoder layers before the one that runs answer at once: the last of them with what it
+The model's own forward is called, so masks, rotary tables and what else a layer is given are
+its own. Decoder layers before the one that runs answer at once: the last of them with what it
 returned before, the others with not-a-number, and the call ends after the layer.
 
-That is right wherever a decoder layer learns of the layers before it only through what the layer
-just before returned. Where a family does otherwise, it is noticed: a layer that changes what it
-was given (a shared cache, say), or one that is given not-a-number, ends in
+That is right wherever a decoder layer learns of the layers before it only through what the
+layer just before returned. Where a family does otherwise, it is noticed: a layer that changes
+what it was given (a shared cache, say), or one that is given not-a-number, ends in
 :class:`edgemoe.errors.StreamingError`.
 """
 

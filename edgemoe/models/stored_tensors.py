@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -78,7 +78,7 @@ class StoredTensor:
         tensor = torch.empty(self.shape, dtype=self.dtype)
         if not self.nbytes:
             return tensor
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        view = as_bytes(tensor)
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.begin)
             done = 0
@@ -113,6 +113,19 @@ class StoredTensor:
             f"{self.file} must hold {self.name} up to byte {self.begin + self.nbytes}, got a "
             "shorter file. It changed while it was read: copy the checkpoint again."
         )
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """View a tensor's memory.
+
+    Args:
+        tensor: A contiguous tensor with one or more elements.
+
+    Returns:
+        Its bytes; writing to them changes the tensor.
+    """
+    # NumPy has no bfloat16; bytes have no type.
+    return memoryview(cast("Any", tensor.detach().reshape(-1).view(torch.uint8).numpy()))
 
 
 def read_stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:

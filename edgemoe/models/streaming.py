@@ -126,7 +126,8 @@ class Skeleton:
         Args:
             index: Which.
             only: First targets of the groups to load; all by default.
-            as_stored: Whether tensors keep the type that they are stored in.
+            as_stored: Whether parameters keep the type that they are stored in. Buffers never
+                do: a bias of choice scores is float32 in every checkpoint that edgemoe writes.
 
         Yields:
             The layer. When the block ends its tensors are on the meta device again.
@@ -152,13 +153,15 @@ class Skeleton:
             index: Which.
 
         Yields:
-            The layer, its tensors in the types that they are stored in, without contents.
+            The layer, its tensors in the types that ``layer(as_stored=True)`` gives them,
+            without contents.
         """
         places: list[tuple[nn.Module, str, torch.Tensor]] = []
         try:
             for group in self.groups[index]:
                 for target, tensor in group.targets.items():
-                    self._place(target, torch.empty_like(tensor), places)
+                    dtype = tensor.dtype if self._is_parameter(target) else self._types[target]
+                    self._place(target, torch.empty_like(tensor, dtype=dtype), places)
             yield self.layers[index]
         finally:
             for module, name, meta in places:
@@ -184,8 +187,8 @@ class Skeleton:
         as_stored: bool = False,
     ) -> None:
         for target, tensor in self.conversion.read(group):
-            kept = tensor if as_stored else tensor.to(self._types[target])
-            self._place(target, kept, places)
+            dtype = tensor.dtype if as_stored and self._is_parameter(target) else None
+            self._place(target, tensor.to(dtype or self._types[target]), places)
 
     def _place(
         self,
@@ -203,6 +206,10 @@ class Skeleton:
         # Whoever initialises what was not loaded must pass this one by.
         cast("Any", new)._is_hf_initialized = True
         table[name] = new
+
+    def _is_parameter(self, target: str) -> bool:
+        path, _, name = target.rpartition(".")
+        return name in self.model.get_submodule(path)._parameters
 
     def _layer_of(self, group: TensorGroup) -> int | None:
         found = {_index(target, self._prefix) for target in group.targets}

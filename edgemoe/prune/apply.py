@@ -39,9 +39,8 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
     plan.validate(model.shape, sha256)
     pairs = list(zip(model.layers, plan.layers, strict=True))
     for layer, layer_plan in track(pairs, "Applying the plan"):
-        if _keeps_all(layer_plan, layer.num_experts):
-            continue
-        _apply_layer(layer, layer_plan)
+        if not keeps_all(layer_plan, layer.num_experts):
+            apply_layer(layer, layer_plan)
     set_expert_counts(model)
     return replace(model, path=None, provenance=describe_plan(plan, model, sha256))
 
@@ -71,11 +70,26 @@ def describe_plan(plan: Plan, model: MoeModel, checkpoint_sha256: str) -> dict[s
     }
 
 
-def _keeps_all(plan: LayerPlan, num_experts: int) -> bool:
+def keeps_all(plan: LayerPlan, num_experts: int) -> bool:
+    """Ask whether a plan leaves a layer as it is.
+
+    Args:
+        plan: The layer's plan.
+        num_experts: Experts that the layer has.
+
+    Returns:
+        Whether nothing would change.
+    """
     return not plan.is_merging and len(plan.experts) == num_experts
 
 
-def _apply_layer(layer: MoeLayer, plan: LayerPlan) -> None:
+def apply_layer(layer: MoeLayer, plan: LayerPlan) -> None:
+    """Carry out a plan on one layer, in place; averages are float32 before they are cast.
+
+    Args:
+        layer: The layer.
+        plan: Its plan, which was validated.
+    """
     gate_up, down = zip(*(_expert(layer, expert) for expert in plan.experts), strict=True)
     bias = layer.correction_bias
     layer.replace_experts(
@@ -90,15 +104,17 @@ def _expert(layer: MoeLayer, expert: MergedExpert) -> tuple[torch.Tensor, torch.
     if len(expert.members) == 1:
         return layer.gate_up[expert.members[0]], layer.down[expert.members[0]]
     members = list(expert.members)
-    return merge_experts(
-        layer.gate_up[members],
-        layer.down[members],
+    gate_up, down = merge_experts(
+        layer.gate_up[members].float(),
+        layer.down[members].float(),
         expert.shares,
         reference=members.index(expert.aligned_to),
     )
+    return gate_up.to(layer.gate_up.dtype), down.to(layer.down.dtype)
 
 
 def _row(rows: torch.Tensor, expert: MergedExpert) -> torch.Tensor:
     if len(expert.members) == 1:
         return rows[expert.members[0]]
-    return average([rows[member] for member in expert.members], expert.shares)
+    average_row = average([rows[member].float() for member in expert.members], expert.shares)
+    return average_row.to(rows.dtype)
