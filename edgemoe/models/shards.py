@@ -12,13 +12,13 @@ import math
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
-import torch
-
 from edgemoe.models.stored_tensors import DTYPE_NAMES, as_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
+
+    import torch
 
     from edgemoe.models.stored_tensors import StoredTensor
 
