@@ -51,11 +51,13 @@ class Step:
     Attributes:
         name: What the table calls it.
         arguments: Arguments of ``edgemoe``.
-        copied: Files whose ``cp`` stands beside it.
+        model: Checkpoint that it reads.
+        copied: Checkpoint whose ``cp`` stands beside it.
     """
 
     name: str
     arguments: list[str]
+    model: Path
     copied: Path
 
 
@@ -175,7 +177,8 @@ def write_checkpoint(path: Path, layers: int, shard_bytes: int) -> int:
                     content.fill_(1)
                 writer.write(tensor, content.to(torch.bfloat16))
     write_index(shards, path)
-    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(_WORDS)}, unk_token="w0"))
+    words = {f"w{index}": index for index in range(_WORDS)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token=next(iter(words))))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(path / "tokenizer.json"))
     return sum(shard.nbytes for shard in shards)
@@ -205,15 +208,15 @@ def make_steps(work: Path, keep: float) -> list[Step]:
     Returns:
         The commands.
     """
-    model, stats, plan, pruned = (
-        str(work / name) for name in ("model", "statistics", "plan.json", "pruned")
-    )
+    source, result = work / "model", work / "pruned"
+    model, pruned = str(source), str(result)
+    stats, plan = str(work / "statistics"), str(work / "plan.json")
     task = f"--task=random={work / 'random.jsonl'}"
     method = ["--task=random", "--method=reap", f"--keep={keep}"]
     return [
-        Step("calibrate", ["calibrate", model, task, "-o", stats], work / "model"),
-        Step("prune", ["prune", model, "--stats", stats, *method, "-o", plan], work / "model"),
-        Step("apply", ["apply", model, "--plan", plan, "-o", pruned], work / "pruned"),
+        Step("calibrate", ["calibrate", model, task, "-o", stats], source, source),
+        Step("prune", ["prune", model, "--stats", stats, *method, "-o", plan], source, source),
+        Step("apply", ["apply", model, "--plan", plan, "-o", pruned], source, result),
     ]
 
 
@@ -231,6 +234,7 @@ def measure(step: Step, limit: MemoryLimit) -> Measurement:
         click.ClickException: It failed.
     """
     limit.take_peak()
+    forget(step.model)
     begun = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, "-m", "edgemoe.cli", *step.arguments],
@@ -259,6 +263,19 @@ def measure(step: Step, limit: MemoryLimit) -> Measurement:
     )
 
 
+def forget(path: Path) -> None:
+    """Drop a checkpoint from the page cache, so that it is read from the disk.
+
+    Args:
+        path: Checkpoint directory.
+    """
+    os.sync()
+    for file in path.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
 def time_copy(source: Path, scratch: Path) -> float:
     """Time ``cp`` of a checkpoint's weights, each file synced and removed again.
 
@@ -269,6 +286,7 @@ def time_copy(source: Path, scratch: Path) -> float:
     Returns:
         Seconds.
     """
+    forget(source)
     seconds = 0.0
     for file in sorted(source.glob("*.safetensors")):
         begun = time.perf_counter()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -23,8 +22,10 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from edgemoe.models.stored_tensors import read_together
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     import torch
     from transformers import PreTrainedModel
@@ -83,7 +84,8 @@ class Conversion:
         self.used_rules = [rule for rule in rules if rule.was_used()]
         cast("Any", model)._weight_conversions = self.used_rules
         for group in self.groups:
-            group.targets = dict(self._convert(group, lambda source: source.on_meta()))
+            shapes = [source.on_meta() for source, _ in group.sources]
+            group.targets = dict(self._convert(group, shapes))
 
     def _match(self, rules: list[Any], stored: Mapping[str, StoredTensor]) -> None:
         expected = self._model.state_dict()
@@ -118,7 +120,7 @@ class Conversion:
         Yields:
             Names of the model's tensors, and their contents.
         """
-        yield from self._convert(group, lambda source: source.read())
+        yield from self._convert(group, read_together([source for source, _ in group.sources]))
 
     def revert(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Turn tensors of the model into the checkpoint's own layout.
@@ -134,13 +136,14 @@ class Conversion:
         return reverted
 
     def _convert(
-        self, group: TensorGroup, read: Callable[[StoredTensor], torch.Tensor]
+        self, group: TensorGroup, contents: list[torch.Tensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         rule = deepcopy(group.rule)
-        for source, pattern in group.sources:
-            rule.add_tensor(
-                group.first_target, source.name, pattern, cast("Any", partial(read, source))
-            )
+        for (source, pattern), content in zip(group.sources, contents, strict=True):
+            rule.add_tensor(group.first_target, source.name, pattern, cast("Any", content))
+        # The rule lets go of what it has used.
+        contents.clear()
+        del content
         values = rule.convert(group.first_target, model=self._model, config=self._model.config)
         for name in list(values):
             value = values.pop(name)

@@ -6,6 +6,7 @@ on memory counts, and every tensor starts at an aligned address.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ import torch
 from edgemoe.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 _LENGTH_BYTES = 8
 _CHUNK_BYTES = 1 << 24
+_ALIGNMENT_BYTES = 64
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -66,16 +68,22 @@ class StoredTensor:
         """Return a tensor of this type and shape without contents."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
-    def read(self) -> torch.Tensor:
+    def read(self, memory: torch.Tensor | None = None) -> torch.Tensor:
         """Read the contents.
 
+        Args:
+            memory: Where to put them, uint8 [nbytes]; new memory by default.
+
         Returns:
-            A new tensor, in the type that it is stored in.
+            A tensor in the type that it is stored in.
 
         Raises:
             CheckpointError: The file has become shorter than its header says.
         """
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        if memory is None:
+            tensor = torch.empty(self.shape, dtype=self.dtype)
+        else:
+            tensor = memory.view(self.dtype).reshape(self.shape)
         if not self.nbytes:
             return tensor
         view = as_bytes(tensor)
@@ -126,6 +134,35 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     """
     # NumPy has no bfloat16; bytes have no type.
     return memoryview(cast("Any", tensor.detach().reshape(-1).view(torch.uint8).numpy()))
+
+
+def read_together(stored: Sequence[StoredTensor]) -> list[torch.Tensor]:
+    """Read tensors into one piece of memory.
+
+    A piece for each of many experts would be taken from a heap that stays as large as it ever
+    was; a large one is given back to the system whole.
+
+    Args:
+        stored: The tensors.
+
+    Returns:
+        Their contents, each at an aligned address.
+
+    Raises:
+        CheckpointError: A file has become shorter than its header says.
+    """
+    if len(stored) == 1:
+        return [stored[0].read()]
+    begins = list(
+        itertools.accumulate(
+            (-(-one.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES for one in stored), initial=0
+        )
+    )
+    memory = torch.empty(begins[-1], dtype=torch.uint8)
+    return [
+        one.read(memory[begin : begin + one.nbytes])
+        for one, begin in zip(stored, begins, strict=False)
+    ]
 
 
 def read_stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
