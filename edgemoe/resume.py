@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import OutputError
@@ -20,7 +22,6 @@ from edgemoe.staging import refuse_existing, replace, sync
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
 _SUFFIX = ".partial"
 _KEY = "key.json"
@@ -187,7 +188,10 @@ def publish(staged: Path, target: Path, *, force: bool) -> None:
 
 def _create(path: Path, key: Mapping[str, Any]) -> None:
     new = path.with_name(f".{path.name}.{os.getpid()}{_NEW}")
-    shutil.rmtree(new, ignore_errors=True)
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*{_NEW}"):
+        owner = stale.name.split(".")[-2]
+        if stale == new or not Path("/proc", owner).exists():
+            shutil.rmtree(stale, ignore_errors=True)
     new.mkdir()
     WorkDirectory(new).write(_KEY, key)
     new.rename(path)
