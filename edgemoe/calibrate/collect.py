@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.sums import Float64
     from edgemoe.calibrate.windows import Window
-    from edgemoe.models.contract import MoeLayer, MoeModel
+    from edgemoe.models.contract import MoeModel
     from edgemoe.models.hooks import ExpertsFunction
+    from edgemoe.models.layer import MoeLayer
     from edgemoe.models.routers import Routing
     from edgemoe.tasks import TaskFile
 

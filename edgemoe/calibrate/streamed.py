@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.calibrate.windows import Window
-    from edgemoe.models.contract import MoeLayer
     from edgemoe.models.hooks import ExpertsFunction
+    from edgemoe.models.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
     from edgemoe.models.routers import Routing
     from edgemoe.resume import WorkDirectory

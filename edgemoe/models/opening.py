@@ -9,6 +9,7 @@ import torch
 
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.checkpoint import quiet_transformers, read_config, refusing_misfits
+from edgemoe.models.discovery import discover
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note
 from edgemoe.models.safety import check_weights
 from edgemoe.models.streaming import Skeleton
@@ -50,8 +51,9 @@ def open_streamed(path: Path, dtype: torch.dtype = torch.float32) -> StreamedMod
     family, config = read_config(path)
     note = read_ragged_note(path)
     files = check_weights(path)
-    base = family.load_class(family.causal_lm)
-    model_class = base if note is None else make_ragged_class(family, note)
+    facts = discover(family, config)
+    base = family.causal_lm
+    model_class = base if note is None else make_ragged_class(family, note, facts)
     with refusing_misfits(path), quiet_transformers():
         skeleton = Skeleton(model_class, config, files, dtype)
     skeleton.model.__class__ = base
@@ -59,4 +61,4 @@ def open_streamed(path: Path, dtype: torch.dtype = torch.float32) -> StreamedMod
     stored_dtype = getattr(torch, named, None) if isinstance(named, str) else named
     if not isinstance(stored_dtype, torch.dtype) or not stored_dtype.is_floating_point:
         stored_dtype = skeleton.stored_dtype
-    return StreamedModel(adapt_model(skeleton.model, path, stored_dtype), skeleton)
+    return StreamedModel(adapt_model(skeleton.model, path, stored_dtype, facts), skeleton)

@@ -10,10 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from edgemoe.errors import CheckpointError
-from edgemoe.models.adapter import find_layers
+from edgemoe.models.adapter import view_layers
 from edgemoe.models.safety import read_json_object
 
 if TYPE_CHECKING:
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from edgemoe.models.discovery import ModelFacts
     from edgemoe.models.registry import Family
 
 FILE_NAME = "edgemoe.json"
@@ -110,7 +109,7 @@ def _counts(file: Path, content: dict[str, Any], key: str, *, least: int) -> tup
     return tuple(found)
 
 
-def make_ragged_class(family: Family, note: RaggedNote) -> type[Any]:
+def make_ragged_class(family: Family, note: RaggedNote, facts: ModelFacts) -> type[Any]:
     """Derive the family's language model with the right number of experts in each layer.
 
     Transformers then loads the weights by its own conversion rules, into these shapes.
@@ -118,46 +117,42 @@ def make_ragged_class(family: Family, note: RaggedNote) -> type[Any]:
     Args:
         family: The family.
         note: What ``edgemoe.json`` says.
+        facts: How its layers are built.
 
     Returns:
         A subclass; set an instance's class back to the base once it is loaded.
     """
-    base = family.load_class(family.causal_lm)
+    base = family.causal_lm
 
     def build(
         self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
     ) -> None:
         base.__init__(self, config, *args, **kwargs)
-        resize_layers(self, family, note.moe_layers, note.experts_per_layer)
+        resize_layers(self, facts, note.moe_layers, note.experts_per_layer)
 
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
 
 
 def resize_layers(
-    model: PreTrainedModel, family: Family, moe_layers: Sequence[int], counts: Sequence[int]
+    model: PreTrainedModel, facts: ModelFacts, moe_layers: Sequence[int], counts: Sequence[int]
 ) -> None:
     """Give each MoE layer room for its number of experts; contents are undefined.
 
     Args:
         model: A model that is being built.
-        family: Its family.
+        facts: How its layers are built.
         moe_layers: Indices of the decoder layers with experts.
         counts: Experts of each of them.
 
     Raises:
         CheckpointError: The model has other MoE layers.
     """
-    layers = find_layers(model, family)
+    layers = view_layers(model, facts)
     if [layer.index for layer in layers] != list(moe_layers) or len(counts) != len(layers):
         raise CheckpointError(
             f"{FILE_NAME} must describe the MoE layers {[layer.index for layer in layers]}, "
             f"got {len(counts)} counts for {list(moe_layers)}. Apply the plan again."
         )
     for layer, count in zip(layers, counts, strict=True):
-        bias = layer.correction_bias
-        layer.replace_experts(
-            torch.empty_like(layer.gate_up[:1]).repeat(count, 1, 1),
-            torch.empty_like(layer.down[:1]).repeat(count, 1, 1),
-            torch.empty_like(layer.router_weight[:1]).repeat(count, 1),
-            None if bias is None else torch.zeros_like(bias[:1]).repeat(count),
-        )
+        # The contents come from the checkpoint; the first expert stands for all until then.
+        layer.keep([0] * count)

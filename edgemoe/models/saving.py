@@ -12,7 +12,6 @@ from transformers import GenerationConfig
 from edgemoe.errors import OutputError
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.ragged import RaggedNote
-from edgemoe.models.registry import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -165,7 +164,7 @@ def set_expert_counts(model: MoeModel, counts: Sequence[int] | None = None) -> N
         counts: Experts of each of its MoE layers; those that it has by default.
     """
     most = max(counts or model.experts_per_layer)
-    for name in FAMILIES[model.family].expert_counts:
+    for name in model.count_entries:
         setattr(model.config, name, most)
     if hasattr(model.model, "num_experts"):
         model.model.num_experts = most
@@ -187,11 +186,10 @@ def copy_companions(source: Path, directory: Path) -> None:
 def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = model.model.state_dict()
     # A choice bias is float32 in every checkpoint: it breaks ties between close scores.
-    biases = [layer.correction_bias for layer in model.layers]
     keep = {
-        name
-        for name, buffer in model.model.named_buffers()
-        if any(buffer is bias for bias in biases)
+        f"{layer.name}.{layer.facts.routing.tensors.correction_bias}"
+        for layer in model.layers
+        if layer.facts.routing.tensors is not None
     }
     # Tied tensors are recognised by their memory, so a cast must not part them.
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemoe.models.contract import MoeLayer
     from edgemoe.models.conversion import TensorGroup
+    from edgemoe.models.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
     from edgemoe.models.shards import Shard
     from edgemoe.prune.plan import Plan
