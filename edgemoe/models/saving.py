@@ -184,15 +184,28 @@ def copy_companions(source: Path, directory: Path) -> None:
                 shutil.copyfile(file, directory / file.name)
 
 
+def float32_names(model: MoeModel) -> set[str]:
+    """Name the tensors that checkpoints hold in float32, whatever type the others have.
+
+    A choice bias is one in every checkpoint: it breaks ties between close scores.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Names in the model.
+    """
+    biases = [layer.correction_bias for layer in model.layers]
+    return {
+        name
+        for name, tensor in model.model.state_dict(keep_vars=True).items()
+        if any(tensor is bias for bias in biases)
+    }
+
+
 def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = model.model.state_dict()
-    # A choice bias is float32 in every checkpoint: it breaks ties between close scores.
-    biases = [layer.correction_bias for layer in model.layers]
-    keep = {
-        name
-        for name, buffer in model.model.named_buffers()
-        if any(buffer is bias for bias in biases)
-    }
+    keep = float32_names(model)
     # Tied tensors are recognised by their memory, so a cast must not part them.
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
     stored = {}
