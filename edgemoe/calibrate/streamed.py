@@ -151,8 +151,8 @@ class _Run:
         steps = (last + 1 - first) * len(self._windows)
         with counting(steps, "calibrate") as advance:
             for index in range(first, last + 1):
-                for file in skeleton.files_of(index):
-                    self._hashes.touch(file)
+                for file, end in skeleton.extent_of(index).items():
+                    self._hashes.advance(file, end)
                 before = self._run_layer(index, before, sums, advance, is_last=index == last)
         return sums
 
@@ -206,7 +206,7 @@ class _Run:
         from safetensors.numpy import save
 
         arrays = {
-            f"{number}/{key}": np.ascontiguousarray(value)
+            f"{number}/{key}": np.array(value, dtype=np.float64, order="C")
             for number, name in enumerate(self._names)
             if index in sums[name]
             for key, value in sums[name][index].as_dict().items()

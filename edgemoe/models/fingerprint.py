@@ -36,8 +36,8 @@ def fingerprint_checkpoint(path: Path) -> str:
 class FileHashes:
     """The hashes behind a fingerprint, each file read once.
 
-    A file may be hashed just before it is used, so that the second reading comes from the
-    system's cache, and an interrupted run need not read it again.
+    A part of a file may be hashed just before it is used, so that the second reading comes from
+    the system's cache, and an interrupted run need not read whole files again.
 
     Attributes:
         files: The files that define the checkpoint, ordered by name.
@@ -55,6 +55,7 @@ class FileHashes:
         settings = [path / name for name in _DEFINING if (path / name).exists()]
         self.files = sorted([*settings, *check_weights(path)])
         self._hashes: dict[str, str] = {}
+        self._begun: dict[str, tuple[hashlib._Hash, int]] = {}
 
     def recall(self, known: Mapping[str, Any]) -> None:
         """Take over hashes of files that have not changed since.
@@ -73,20 +74,34 @@ class FileHashes:
             file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in self.files
         }
 
-    def touch(self, file: Path) -> None:
-        """Hash a file, unless it is known.
+    def advance(self, file: Path, end: int | None = None) -> None:
+        """Hash a file up to a byte, from where an earlier call stopped.
 
         Args:
             file: One of the checkpoint's.
+            end: The first byte that is left for later; None hashes all of it.
         """
-        if file.name not in self._hashes:
-            self._hashes[file.name] = hash_file(file)
+        if file.name in self._hashes:
+            return
+        digest, begin = self._begun.get(file.name, (hashlib.sha256(), 0))
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(begin)
+            while end is None or begin < end:
+                wanted = _CHUNK_BYTES if end is None else min(end - begin, _CHUNK_BYTES)
+                chunk = stream.read(wanted)
+                if not chunk:
+                    self._hashes[file.name] = digest.hexdigest()
+                    self._begun.pop(file.name, None)
+                    return
+                digest.update(chunk)
+                begin += len(chunk)
+        self._begun[file.name] = (digest, begin)
 
     def fingerprint(self) -> str:
         """Return what :func:`fingerprint_checkpoint` does."""
         whole = hashlib.sha256()
         for file in self.files:
-            self.touch(file)
+            self.advance(file)
             whole.update(f"{file.name}\0{self._hashes[file.name]}\n".encode())
         return whole.hexdigest()
 

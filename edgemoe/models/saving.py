@@ -183,14 +183,27 @@ def copy_companions(source: Path, directory: Path) -> None:
                 shutil.copyfile(file, directory / file.name)
 
 
-def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = model.model.state_dict()
-    # A choice bias is float32 in every checkpoint: it breaks ties between close scores.
-    keep = {
+def float32_names(model: MoeModel) -> set[str]:
+    """Name the tensors that checkpoints hold in float32, whatever type the others have.
+
+    A choice bias is one in every checkpoint: it breaks ties between close scores.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Names in the model.
+    """
+    return {
         f"{layer.name}.{layer.facts.routing.tensors.correction_bias}"
         for layer in model.layers
         if layer.facts.routing.tensors is not None
     }
+
+
+def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = model.model.state_dict()
+    keep = float32_names(model)
     # Tied tensors are recognised by their memory, so a cast must not part them.
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
     stored = {}

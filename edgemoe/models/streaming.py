@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from edgemoe.models.conversion import TensorGroup
+
+# Modules, names of their tensors, and what was there before.
+_Places: TypeAlias = "list[tuple[nn.Module, str, torch.Tensor]]"
 
 
 class Skeleton:
@@ -91,16 +94,21 @@ class Skeleton:
                     sizes[source.dtype] = sizes.get(source.dtype, 0) + source.nbytes
         return max(sizes, key=sizes.__getitem__)
 
-    def files_of(self, index: int | None) -> list[Path]:
-        """List the files that a decoder layer is read from.
+    def extent_of(self, index: int | None) -> dict[Path, int]:
+        """Tell how far into which files a decoder layer reaches.
 
         Args:
             index: The layer; None stands for what belongs to no layer.
 
         Returns:
-            Files, ordered by name.
+            For each file that it is read from the end of its last tensor there, in bytes.
         """
-        return sorted({s.file for group in self.groups[index] for s, _ in group.sources})
+        ends: dict[Path, int] = {}
+        for group in self.groups[index]:
+            for source, _ in group.sources:
+                end = source.begin + source.nbytes
+                ends[source.file] = max(end, ends.get(source.file, 0))
+        return ends
 
     def load_outer(self) -> None:
         """Load what the decoder needs besides its layers; the head only where it is tied."""
@@ -113,21 +121,27 @@ class Skeleton:
                 wanted.update(pair)
         for group in self.groups[None]:
             if wanted.intersection(group.targets):
-                self._put(group, None)
+                for target, tensor in self.conversion.read(group):
+                    self._place(target, tensor.to(self._types[target]), [])
         if any(wanted.intersection(pair) for pair in ties.items()):
             self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
 
     @contextlib.contextmanager
     def layer(
-        self, index: int, *, only: Collection[str] | None = None, as_stored: bool = False
+        self,
+        index: int,
+        *,
+        only: Collection[str] | None = None,
+        as_stored: bool = False,
+        in_float32: Collection[str] = (),
     ) -> Iterator[nn.Module]:
         """Hold one decoder layer in memory.
 
         Args:
             index: Which.
             only: First targets of the groups to load; all by default.
-            as_stored: Whether parameters keep the type that they are stored in. Buffers never
-                do: a bias of choice scores is float32 in every checkpoint that edgemoe writes.
+            as_stored: Whether tensors keep the type that they are stored in.
+            in_float32: Tensors that do not even so.
 
         Yields:
             The layer. When the block ends its tensors are on the meta device again.
@@ -135,37 +149,49 @@ class Skeleton:
         Raises:
             CheckpointError: A file became shorter.
         """
-        places: list[tuple[nn.Module, str, torch.Tensor]] = []
-        try:
+        with self._restoring() as places:
             for group in self.groups[index]:
                 if only is None or group.first_target in only:
-                    self._put(group, places, as_stored=as_stored)
+                    for target, tensor in self.conversion.read(group):
+                        dtype = self._dtype(target, tensor, as_stored, in_float32)
+                        self._place(target, tensor.to(dtype), places)
             yield self.layers[index]
-        finally:
-            for module, name, meta in places:
-                _table(module, name)[name] = meta
 
     @contextlib.contextmanager
-    def layer_on_meta(self, index: int) -> Iterator[nn.Module]:
+    def layer_on_meta(
+        self, index: int, *, in_float32: Collection[str] = ()
+    ) -> Iterator[nn.Module]:
         """Let one decoder layer be changed in shape, and put it back after the block.
 
         Args:
             index: Which.
+            in_float32: As in :meth:`layer`.
 
         Yields:
-            The layer, its tensors in the types that ``layer(as_stored=True)`` gives them,
-            without contents.
+            The layer, its tensors in the types that they are stored in, without contents.
         """
-        places: list[tuple[nn.Module, str, torch.Tensor]] = []
-        try:
+        with self._restoring() as places:
             for group in self.groups[index]:
                 for target, tensor in group.targets.items():
-                    dtype = tensor.dtype if self._is_parameter(target) else self._types[target]
+                    dtype = self._dtype(target, tensor, True, in_float32)
                     self._place(target, torch.empty_like(tensor, dtype=dtype), places)
             yield self.layers[index]
+
+    @contextlib.contextmanager
+    def _restoring(self) -> Iterator[_Places]:
+        places: _Places = []
+        try:
+            yield places
         finally:
             for module, name, meta in places:
                 _table(module, name)[name] = meta
+
+    def _dtype(
+        self, target: str, tensor: torch.Tensor, as_stored: bool, in_float32: Collection[str]
+    ) -> torch.dtype:
+        if not as_stored:
+            return self._types[target]
+        return torch.float32 if target in in_float32 else tensor.dtype
 
     def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """Return a decoder layer's tensors as they are now.
@@ -179,37 +205,21 @@ class Skeleton:
         found = self.layers[index].state_dict(keep_vars=True)
         return {f"{self._prefix}.{index}.{name}": tensor for name, tensor in found.items()}
 
-    def _put(
-        self,
-        group: TensorGroup,
-        places: list[tuple[nn.Module, str, torch.Tensor]] | None,
-        *,
-        as_stored: bool = False,
-    ) -> None:
-        for target, tensor in self.conversion.read(group):
-            dtype = tensor.dtype if as_stored and self._is_parameter(target) else None
-            self._place(target, tensor.to(dtype or self._types[target]), places)
-
     def _place(
         self,
         target: str,
         tensor: torch.Tensor,
-        places: list[tuple[nn.Module, str, torch.Tensor]] | None,
+        places: _Places,
     ) -> None:
         path, _, name = target.rpartition(".")
         module = self.model.get_submodule(path)
         table = _table(module, name)
-        if places is not None:
-            places.append((module, name, table[name]))
+        places.append((module, name, table[name]))
         is_parameter = table is module._parameters
         new = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
         # Whoever initialises what was not loaded must pass this one by.
         cast("Any", new)._is_hf_initialized = True
         table[name] = new
-
-    def _is_parameter(self, target: str) -> bool:
-        path, _, name = target.rpartition(".")
-        return name in self.model.get_submodule(path)._parameters
 
     def _layer_of(self, group: TensorGroup) -> int | None:
         found = {_index(target, self._prefix) for target in group.targets}

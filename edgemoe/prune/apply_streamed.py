@@ -16,7 +16,7 @@ from transformers.core_model_loading import dot_natural_key
 
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.opening import open_streamed
-from edgemoe.models.saving import save_settings
+from edgemoe.models.saving import float32_names, save_settings
 from edgemoe.models.shards import (
     DEFAULT_SHARD_BYTES,
     PlannedTensor,
@@ -151,7 +151,7 @@ def _change_shapes(streamed: StreamedModel, layer: MoeLayer, plan: LayerPlan) ->
     skeleton, index = streamed.skeleton, layer.index
     # Merging compares values; the shapes are those of keeping one member of each.
     kept = tuple(MergedExpert(members=expert.members[:1]) for expert in plan.experts)
-    with skeleton.layer_on_meta(index):
+    with skeleton.layer_on_meta(index, in_float32=float32_names(streamed.moe)):
         before = skeleton.layer_tensors(index)
         apply_layer(layer, LayerPlan(layer=index, experts=kept))
         after = skeleton.layer_tensors(index)
@@ -197,7 +197,7 @@ def _plan_tensors(streamed: StreamedModel, changes: Sequence[_Change]) -> list[P
 def _fingerprint(hashes: FileHashes, work: WorkDirectory) -> str:
     hashes.recall(work.read(_HASHES) or {})
     for file in track(hashes.files, "read the checkpoint"):
-        hashes.touch(file)
+        hashes.advance(file)
     work.write(_HASHES, hashes.as_dict())
     return hashes.fingerprint()
 
@@ -239,7 +239,8 @@ def _write_layer(
         return
     skeleton, index = streamed.skeleton, change.layer.index
     only = {group.first_target for group in change.groups}
-    with skeleton.layer(index, only=only, as_stored=True):
+    names = float32_names(streamed.moe)
+    with skeleton.layer(index, only=only, as_stored=True, in_float32=names):
         apply_layer(change.layer, change.plan)
         present: dict[str, Any] = skeleton.layer_tensors(index)
         results = skeleton.conversion.revert({name: present[name] for name in change.targets})

@@ -79,7 +79,7 @@ def test_streamed_shards_add_up(
             assert (sums.count == merged.task(name).layers[layer].count).all()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0])
 def test_ten_kills_change_nothing(
     make_checkpoint: Callable[..., Path], tasks: list[TaskFile], tmp_path: Path, seed: int
 ) -> None:
@@ -88,7 +88,7 @@ def test_ten_kills_change_nothing(
     command = ["calibrate", str(path), *given, "-o", str(tmp_path / "statistics")]
 
     done = subprocess.run(
-        [sys.executable, str(KILLED_RUNS), str(seed), "10", *command],
+        [sys.executable, str(KILLED_RUNS), str(seed), "10", f"{command[-1]}.partial", *command],
         capture_output=True,
         text=True,
         check=False,
@@ -96,12 +96,13 @@ def test_ten_kills_change_nothing(
     )
 
     assert done.returncode == 0, done.stderr
-    reached = json.loads(done.stdout.splitlines()[-1])
-    assert len(reached) == 11
+    resumed = json.loads(done.stdout.splitlines()[-1])
+    assert len(resumed) == 11
+    assert sum(resumed) > 5
     again = tmp_path / "again"
     command[-1] = str(again)
     subprocess.run(
-        [sys.executable, str(KILLED_RUNS), "0", "0", *command],
+        [sys.executable, str(KILLED_RUNS), "0", "0", f"{again}.partial", *command],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,

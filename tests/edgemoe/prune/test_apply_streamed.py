@@ -116,7 +116,7 @@ def test_a_ragged_checkpoint_is_compressed_again(
     assert twice.provenance["before"]["method"] == "frequency"
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0])
 def test_ten_kills_change_nothing(
     make_checkpoint: Callable[..., Path], tmp_path: Path, seed: int
 ) -> None:
@@ -128,7 +128,14 @@ def test_ten_kills_change_nothing(
     command += ["-o", str(tmp_path / "killed"), "--max-shard-gb", "4e-5"]
 
     done = subprocess.run(
-        [sys.executable, str(KILLED_RUNS), str(seed), "10", *command],
+        [
+            sys.executable,
+            str(KILLED_RUNS),
+            str(seed),
+            "10",
+            f"{tmp_path}/killed.partial",
+            *command,
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -136,7 +143,9 @@ def test_ten_kills_change_nothing(
     )
 
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout.splitlines()[-1])) == 11
+    resumed = json.loads(done.stdout.splitlines()[-1])
+    assert len(resumed) == 11
+    assert sum(resumed) > 5
     assert read_bytes(tmp_path / "killed") == read_bytes(tmp_path / "once")
     assert not list(tmp_path.glob("*.partial"))
 
