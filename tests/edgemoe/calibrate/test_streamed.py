@@ -83,7 +83,7 @@ def test_streamed_shards_add_up(
 def test_ten_kills_change_nothing(
     make_checkpoint: Callable[..., Path], tasks: list[TaskFile], tmp_path: Path, seed: int
 ) -> None:
-    path = make_checkpoint("qwen2_moe", num_hidden_layers=10, max_shard_size="60KB")
+    path = make_checkpoint("qwen2_moe", num_hidden_layers=6, max_shard_size="60KB")
     given = [f"--task={task.name}={tmp_path / task.name}.jsonl" for task in tasks]
     command = ["calibrate", str(path), *given, "-o", str(tmp_path / "statistics")]
 

@@ -120,7 +120,7 @@ def test_a_ragged_checkpoint_is_compressed_again(
 def test_ten_kills_change_nothing(
     make_checkpoint: Callable[..., Path], tmp_path: Path, seed: int
 ) -> None:
-    path = make_checkpoint("qwen2_moe", num_hidden_layers=10, max_shard_size="60KB")
+    path = make_checkpoint("qwen2_moe", num_hidden_layers=6, max_shard_size="60KB")
     plan = make_plan(path, UNIFORM)
     plan.save(tmp_path / "plan.json")
     apply_streamed(path, plan, tmp_path / "once", max_shard_bytes=40_000)
