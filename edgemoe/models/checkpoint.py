@@ -56,7 +56,8 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> MoeModel:
     family, config = read_config(path)
     note = read_ragged_note(path)
     check_weights(path)
-    facts = discover(family, config)
+    with refusing_misfits(path):
+        facts = discover(family, config)
     base = family.causal_lm
     model_class = base if note is None else make_ragged_class(family, note, facts)
     with refusing_misfits(path), quiet_transformers():

@@ -181,7 +181,7 @@ def _experts_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_experts_module(module)}
 
 
-def _count(experts: nn.Module) -> int:
+def _count(experts: Any) -> int:
     down: torch.Tensor = experts.down_proj
     return int(down.shape[0])
 

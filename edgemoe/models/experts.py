@@ -3,8 +3,8 @@
 A module decorated with ``use_experts_implementation`` is called as ``experts(hidden [T, H],
 top_k_index [T, k], top_k_weights [T, k])`` and says of itself whether its experts are gated,
 biased, transposed and concatenated. The rest of the kit sees one layout, the canonical one:
-``gate_up`` [E, 2I, H] with the gate rows before the up rows ([E, I, H] without a gate), ``down``
-[E, H, I], biases [E, 2I] and [E, H].
+``gate_up`` [E, 2I, H] with the gate rows before the up rows ([E, I, H] without a gate),
+``down`` [E, H, I], biases [E, 2I] and [E, H].
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ class ExpertsLayout:
         if self.is_transposed and not is_bias:
             tensor = tensor.transpose(-1, -2)
         if not self.is_concatenated and name.startswith("gate_up"):
-            axis = -1 if is_bias else -2
-            pairs = tensor.unflatten(axis, (-1, 2)).transpose(axis - 1, axis)
-            tensor = pairs.flatten(axis - 1, axis)
+            tensor = _swap(tensor, -1 if is_bias else -2, (-1, 2))
         return tensor
 
     def to_native(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -91,12 +89,16 @@ class ExpertsLayout:
         """
         is_bias = name.endswith("_bias")
         if not self.is_concatenated and name.startswith("gate_up"):
-            axis = -1 if is_bias else -2
-            halves = tensor.unflatten(axis, (2, -1)).transpose(axis - 1, axis)
-            tensor = halves.flatten(axis - 1, axis)
+            tensor = _swap(tensor, -1 if is_bias else -2, (2, -1))
         if self.is_transposed and not is_bias:
             tensor = tensor.transpose(-1, -2)
         return tensor.contiguous()
+
+
+def _swap(tensor: torch.Tensor, axis: int, sizes: tuple[int, int]) -> torch.Tensor:
+    """Read an axis as a table of ``sizes``, and write it column by column."""
+    table: torch.Tensor = torch.unflatten(tensor, axis, sizes).transpose(axis - 1, axis)
+    return table.flatten(axis - 1, axis)
 
 
 def is_experts_module(module: nn.Module) -> bool:

@@ -97,12 +97,10 @@ def _causal_lm(model_type: str) -> type[Any] | None:
         return found
     # A few language models are missing from the automatic classes.
     for candidate in vars(module).values():
-        if (
-            isinstance(candidate, type)
-            and candidate.__name__.endswith("ForCausalLM")
-            and getattr(candidate.config_class, "model_type", None) == model_type
-        ):
-            return candidate
+        if isinstance(candidate, type) and candidate.__name__.endswith("ForCausalLM"):
+            causal_lm: type[Any] = candidate
+            if causal_lm.config_class.model_type == model_type:
+                return causal_lm
     return None
 
 

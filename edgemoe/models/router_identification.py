@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edgemoe.errors import CheckpointError
 from edgemoe.models.router_probe import linear
 from edgemoe.models.router_rule import RouterRule, RouterTensors
 from edgemoe.models.routers import select
@@ -59,8 +60,19 @@ def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterFa
     Returns:
         The facts.
     """
-    answer = probe.ask()
+    try:
+        answer = probe.ask()
+    except Exception as error:  # whatever a family raises on settings that make no sense
+        raise CheckpointError(
+            f"the router of config.json must run with {experts} experts, got: {error}. Correct "
+            "its numbers of experts, of experts per token and of groups."
+        ) from error
     top_k = answer.indices.shape[-1]
+    if top_k < 1:
+        raise CheckpointError(
+            f"the router of config.json must run with {experts} experts and use at least one "
+            f"for each token, got {top_k}. Correct its number of experts per token."
+        )
     multiple = _multiple(probe, experts)
     least = _least(probe, experts, multiple, top_k)
     facts = RouterFacts(top_k=top_k, rule=None, tensors=None, multiple=multiple, least=least)

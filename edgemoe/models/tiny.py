@@ -97,7 +97,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "beam": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "n_group": 2},
     "deepseek_v2": _ALL_HEADS,
-    "deepseek_v3": {**_ALL_HEADS, "n_group": 4, "topk_group": 2},
+    "deepseek_v3": {**_ALL_HEADS, "n_routed_experts": 16, "n_group": 4, "topk_group": 2},
     "deepseek_v32": _ALL_HEADS,
     "deepseek_v4": {
         "o_groups": 2,
@@ -264,7 +264,7 @@ def write_tiny_checkpoint(
     with quiet_transformers():
         model.to(dtype).save_pretrained(path)
     words = {f"w{index}": index for index in range(VOCAB_SIZE)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))  # noqa: S106
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(path / "tokenizer.json"))
     return path

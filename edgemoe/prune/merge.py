@@ -106,7 +106,7 @@ def _neurons(expert: Mapping[str, torch.Tensor]) -> torch.Tensor:
     for name, tensor in expert.items():
         if not name.startswith("down"):
             rows = tensor.double().reshape(tensor.shape[0], -1)
-            parts.extend(rows.split(len(down)))
+            parts.extend(torch.split(rows, len(down)))
     return torch.cat(parts, dim=1)
 
 
@@ -116,5 +116,5 @@ def _reorder(name: str, tensor: torch.Tensor, order: torch.Tensor) -> torch.Tens
     if name == "down_proj_bias":
         return tensor
     # Gate rows, then up rows: one permutation moves both.
-    halves = tensor.unflatten(0, (-1, len(order)))
+    halves: torch.Tensor = torch.unflatten(tensor, 0, (-1, len(order)))
     return halves[:, order].flatten(0, 1)

@@ -16,7 +16,6 @@ from edgemoe.evaluate.subject import load_dense
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.checkpoint import has_experts
-from edgemoe.models.safety import read_json_object
 from edgemoe.tasks import TaskFile
 from edgemoe_runtime import Session
 from edgemoe_runtime.manifest import Manifest

@@ -22,6 +22,7 @@ from edgemoe_exporters.prepare import prepared
 
 if TYPE_CHECKING:
     from edgemoe.models.contract import MoeModel
+    from edgemoe_exporters.prepare_attention import CachedLayer
 
 OPSET = 20
 
@@ -44,12 +45,10 @@ def trace(model: MoeModel) -> ir.Model:
     Raises:
         ExportError: The model cannot be traced.
     """
-    config = model.config
-    layers = int(config.num_hidden_layers)
     with prepared(model) as module, torch.no_grad():
-        arguments = _example(model, layers)
+        arguments = _example(model, module.cached)
         try:
-            program = _export(module, arguments, layers)
+            program = _export(module, arguments, len(module.cached))
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(
                 f"the {model.family} model cannot be traced: {error}. Run with --debug for the "
@@ -62,12 +61,9 @@ def trace(model: MoeModel) -> ir.Model:
     return traced
 
 
-def _example(model: MoeModel, layers: int) -> tuple[Any, ...]:
+def _example(model: MoeModel, cached: tuple[CachedLayer, ...]) -> tuple[Any, ...]:
     """Return arguments with sizes that differ, so that no two dimensions look related."""
-    config = model.config
     batch, new, past = 2, 3, 4
-    heads = config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = next(model.model.parameters()).dtype
     return (
         torch.ones(batch, new, dtype=torch.int64),
@@ -75,10 +71,10 @@ def _example(model: MoeModel, layers: int) -> tuple[Any, ...]:
         torch.arange(past, past + new).repeat(batch, 1),
         [
             (
-                torch.zeros(batch, heads, past, size, dtype=dtype),
-                torch.zeros(batch, heads, past, size, dtype=dtype),
+                torch.zeros(batch, layer.heads, past, layer.key_size, dtype=dtype),
+                torch.zeros(batch, layer.heads, past, layer.value_size, dtype=dtype),
             )
-            for _ in range(layers)
+            for layer in cached
         ],
         torch.tensor([layer.top_k for layer in model.layers], dtype=torch.int64),
     )
@@ -139,14 +135,10 @@ def _rename_initializers(traced: ir.Model, model: MoeModel) -> None:
 def _mark_experts(traced: ir.Model, model: MoeModel) -> None:
     """Say which initializers have experts along an axis, and of which decoder layer."""
     for layer in model.layers:
-        prefix = f"{layer.name}."
-        owned = {id(layer.gate_up), id(layer.down), id(layer.router_weight)}
-        if layer.correction_bias is not None:
-            owned.add(id(layer.correction_bias))
-        for part, tensor in [*layer.block.named_parameters(), *layer.block.named_buffers()]:
-            value = traced.graph.initializers.get(prefix + part)
-            if value is not None and id(tensor) in owned:
-                value.metadata_props[EXPERT_AXIS] = "0"
+        for spec in layer.facts.tensors:
+            value = traced.graph.initializers.get(f"{layer.name}.{spec.name}")
+            if value is not None:
+                value.metadata_props[EXPERT_AXIS] = str(spec.axis)
                 value.metadata_props[EXPERT_LAYER] = str(layer.index)
 
 

@@ -88,14 +88,7 @@ def traced(family: str) -> tuple[MoeModel, ir.Model]:
         model = adapt_model(AutoModelForCausalLM.from_config(CONFIGS[family]))
         for layer in model.layers:
             layer.router_weight.normal_()
-        layer, keep = model.layers[1], torch.tensor([0, 2, 3])
-        bias = layer.correction_bias
-        layer.replace_experts(
-            layer.gate_up[keep].clone(),
-            layer.down[keep].clone(),
-            layer.router_weight[keep].clone(),
-            None if bias is None else bias[keep].clone(),
-        )
+        model.layers[1].keep([0, 2, 3])
         if model.layers[0].correction_bias is not None:
             model.layers[0].correction_bias.normal_(std=0.3)
         _traced[family] = (model, trace(model))

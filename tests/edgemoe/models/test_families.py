@@ -1,0 +1,139 @@
+"""Every family of the support table, on tiny random checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from edgemoe.errors import FamilyError
+from edgemoe.models import FAMILIES, adapt_model, load_model, observe, save_model
+from edgemoe.models.discovery import discover
+from edgemoe.models.registry import find_family
+from edgemoe.models.routers import select
+from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
+from edgemoe.prune import LayerPlan, MergedExpert, Plan
+from edgemoe.prune.apply import apply_plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgemoe.models import MoeLayer, MoeModel, Routing
+
+# Their routers follow rules of their own: the state of the router of the layer before, gates
+# shared with experts that every token uses, and experts by token.
+WITHOUT_RULE = {"deepseek_v4", "inkling_text", "zaya"}
+
+
+def random_ids() -> torch.Tensor:
+    return torch.randint(3, VOCAB_SIZE, (2, 11), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits_of(model: MoeModel) -> torch.Tensor:
+    logits: torch.Tensor = model.model(input_ids=random_ids(), use_cache=False).logits
+    return logits
+
+
+def ragged_plan(model: MoeModel) -> Plan:
+    """Drop a different number of experts in each layer, and merge two where that is allowed."""
+    layers = []
+    for position, layer in enumerate(model.layers):
+        shape = layer.shape
+        if shape.n_group > 1:
+            size = shape.num_experts // shape.n_group
+            kept = max(shape.min_group_size, size - position % 2)
+            experts = [
+                MergedExpert(members=(group * size + place,))
+                for group in range(shape.n_group)
+                for place in range(kept)
+            ]
+        else:
+            experts = [MergedExpert(members=(expert,)) for expert in range(1 + position, 7)]
+            experts.append(MergedExpert(members=(0, 7), weights=(1.0, 3.0)))
+        layers.append(LayerPlan(layer=layer.index, experts=tuple(experts)))
+    return Plan(method="by-hand", layers=tuple(layers), checkpoint_sha256=model.sha256)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rule_explains_what_the_router_does(family: str) -> None:
+    model = adapt_model(tiny_model(tiny_config(family), seed=1))
+    seen: list[tuple[MoeLayer, Routing]] = []
+
+    with observe(model, lambda layer, _, routing, __: seen.append((layer, routing))):
+        logits_of(model)
+
+    assert [layer.index for layer, _ in seen] == [layer.index for layer in model.layers]
+    assert any(layer.rule is None for layer in model.layers) == (family in WITHOUT_RULE)
+    for layer, theirs in seen:
+        if layer.rule is None:
+            continue
+        ours = select(
+            theirs.logits,
+            layer.correction_bias,
+            layer.rule,
+            layer.top_k,
+            expert_scale=layer.expert_scale,
+        )
+        gates = torch.zeros(2, len(theirs.weights), layer.num_experts)
+        gates[0].scatter_(1, theirs.indices, theirs.weights.float())
+        gates[1].scatter_(1, ours.indices, ours.weights)
+        torch.testing.assert_close(gates[1], gates[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_one_by_one_add_up_to_the_experts_module(family: str) -> None:
+    layer = adapt_model(tiny_model(tiny_config(family))).layers[0]
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, layer.hidden_size, generator=draw)
+    weights = torch.rand(5, 3, generator=draw)
+
+    with torch.no_grad():
+        found = layer.experts(hidden, torch.tensor([[0, 5, 2]] * 5), weights)
+        parts = [
+            weights[:, slot, None] * layer.expert_output(expert, hidden)
+            for slot, expert in enumerate((0, 5, 2))
+        ]
+
+    torch.testing.assert_close(sum(parts), found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_layers_of_different_sizes_reload_bit_by_bit(
+    family: str, tmp_path: Path
+) -> None:
+    write_tiny_checkpoint(family, tmp_path / "whole")
+    model = load_model(tmp_path / "whole")
+    before = logits_of(model)
+    for layer in model.layers:
+        layer.keep(range(layer.num_experts))
+    assert torch.equal(logits_of(model), before)
+    plan = ragged_plan(model)
+
+    small = apply_plan(model, plan)
+    (tmp_path / "small").mkdir()
+    save_model(small, tmp_path / "small", source=tmp_path / "whole")
+    again = load_model(tmp_path / "small")
+
+    after = logits_of(small)
+    assert again.experts_per_layer == plan.experts_per_layer
+    assert torch.isfinite(after).all()
+    assert not torch.equal(after, before)
+    assert torch.equal(logits_of(again), after)
+
+
+def test_an_unknown_way_to_build_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second router in a block would be pruned by luck only."""
+    family = find_family("mixtral")
+    build = family.causal_lm.__init__
+
+    def with_two_routers(self: Any, config: Any) -> None:
+        build(self, config)
+        block = self.model.layers[0].mlp
+        block.second = type(block.gate)(config)
+
+    monkeypatch.setattr(family.causal_lm, "__init__", with_two_routers)
+
+    with pytest.raises(FamilyError, match="must have one router beside its experts"):
+        discover(family, tiny_config("mixtral", max_position_embeddings=77))
