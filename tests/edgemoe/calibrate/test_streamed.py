@@ -19,12 +19,13 @@ from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.statistics import Statistics, merge
 from edgemoe.calibrate.streamed import calibrate_streamed
 from edgemoe.errors import OutputError
-from edgemoe.models import FAMILIES, load_model, load_tokenizer
+from edgemoe.models import load_model, load_tokenizer
 from edgemoe.tasks import TaskFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+FAMILIES = ("glm4_moe", "mixtral", "qwen2_moe")
 KILLED_RUNS = Path(__file__).parents[1] / "killed_runs.py"
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from edgemoe.errors import OutputError, PlanError
-from edgemoe.models import FAMILIES, load_model, read_shape, save_model
+from edgemoe.models import load_model, read_shape, save_model
 from edgemoe.models.fingerprint import fingerprint_checkpoint
 from edgemoe.prune import LayerPlan, MergedExpert, Plan
 from edgemoe.prune.apply import apply_plan
@@ -25,6 +25,7 @@ from edgemoe.prune.apply_streamed import apply_streamed
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+FAMILIES = ("glm4_moe", "mixtral", "qwen2_moe")
 KILLED_RUNS = Path(__file__).parents[1] / "killed_runs.py"
 MERGED = MergedExpert(members=(2, 3), weights=(3.0, 1.0))
 UNIFORM: list[list[int | MergedExpert]] = [
