@@ -56,11 +56,11 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> MoeModel:
     family, config = read_config(path)
     note = read_ragged_note(path)
     check_weights(path)
-    with _refusing_misfits(path):
+    with refusing_misfits(path):
         facts = discover(family, config)
     base = family.causal_lm
     model_class = base if note is None else make_ragged_class(family, note, facts)
-    with _refusing_misfits(path), quiet_transformers():
+    with refusing_misfits(path), quiet_transformers():
         model, report = model_class.from_pretrained(
             str(path),
             config=config,
@@ -159,7 +159,7 @@ def read_shape(path: Path) -> ModelShape:
     """
     family, config = read_config(path)
     note = read_ragged_note(path)
-    with _refusing_misfits(path):
+    with refusing_misfits(path):
         facts = discover(family, config)
         skeleton = build_skeleton(family, config)
         if note is not None:
@@ -241,7 +241,18 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _refusing_misfits(path: Path) -> Iterator[None]:
+def refusing_misfits(path: Path) -> Iterator[None]:
+    """Turn what torch and transformers raise on inconsistent checkpoints into a refusal.
+
+    Args:
+        path: The checkpoint.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CheckpointError: Weights and configuration contradict each other.
+    """
     try:
         yield
     except EdgemoeError:

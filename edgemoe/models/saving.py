@@ -14,7 +14,7 @@ from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.ragged import RaggedNote
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -60,21 +60,61 @@ def save_model(
     Raises:
         OutputError: The disk refuses (full, read-only).
     """
-    provenance = dict(provenance if provenance is not None else model.provenance or {})
-    counts = model.experts_per_layer
     set_expert_counts(model)
+    save_pretrained(model.model, directory, _stored_tensors(model))
+    _save_notes(
+        model,
+        directory,
+        model.experts_per_layer,
+        dict(provenance if provenance is not None else model.provenance or {}),
+        source or model.path,
+    )
+
+
+def save_settings(
+    model: MoeModel,
+    directory: Path,
+    counts: Sequence[int],
+    *,
+    source: Path,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write what :func:`save_model` writes, but for the weights.
+
+    Args:
+        model: The model, possibly on the meta device; its configuration is changed.
+        directory: An existing directory.
+        counts: Experts that each MoE layer has in the weights.
+        source: Checkpoint to copy tokenizer and licence files from.
+        provenance: How the model was made.
+    """
+    set_expert_counts(model, counts)
+    config: Any = model.config
+    config.architectures = [type(model.model).__name__]
+    config.save_pretrained(str(directory))
+    if model.model.generation_config is not None:
+        file = directory / "generation_config.json"
+        model.model.generation_config.to_json_file(str(file))
+    _save_notes(model, directory, counts, dict(provenance), source)
+
+
+def _save_notes(
+    model: MoeModel,
+    directory: Path,
+    counts: Sequence[int],
+    provenance: dict[str, Any],
+    source: Path | None,
+) -> None:
     ragged = len(set(counts)) > 1
     note: dict[str, Any] = {"provenance": provenance} if provenance else {}
     if ragged:
         note["experts_per_layer"] = list(counts)
-    save_pretrained(model.model, directory, _stored_tensors(model))
     _complete_config(directory / "config.json", model.stored_dtype, note)
     if ragged:
         indices = tuple(layer.index for layer in model.layers)
-        RaggedNote(moe_layers=indices, experts_per_layer=counts, provenance=provenance).save(
-            directory
-        )
-    source = source or model.path
+        RaggedNote(
+            moe_layers=indices, experts_per_layer=tuple(counts), provenance=provenance
+        ).save(directory)
     if source is not None:
         copy_companions(source, directory)
 
@@ -113,7 +153,7 @@ def save_pretrained(
         file.chmod(mode)
 
 
-def set_expert_counts(model: MoeModel) -> None:
+def set_expert_counts(model: MoeModel, counts: Sequence[int] | None = None) -> None:
     """Make the configuration say how many experts there are.
 
     A configuration holds one number: of a ragged model it is the largest, so that stock
@@ -121,8 +161,9 @@ def set_expert_counts(model: MoeModel) -> None:
 
     Args:
         model: Any model.
+        counts: Experts of each of its MoE layers; those that it has by default.
     """
-    most = max(model.experts_per_layer)
+    most = max(counts or model.experts_per_layer)
     for name in model.count_entries:
         setattr(model.config, name, most)
     if hasattr(model.model, "num_experts"):
@@ -142,14 +183,27 @@ def copy_companions(source: Path, directory: Path) -> None:
                 shutil.copyfile(file, directory / file.name)
 
 
-def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = model.model.state_dict()
-    # A choice bias is float32 in every checkpoint: it breaks ties between close scores.
-    keep = {
+def float32_names(model: MoeModel) -> set[str]:
+    """Name the tensors that checkpoints hold in float32, whatever type the others have.
+
+    A choice bias is one in every checkpoint: it breaks ties between close scores.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Names in the model.
+    """
+    return {
         f"{layer.name}.{layer.facts.routing.tensors.correction_bias}"
         for layer in model.layers
         if layer.facts.routing.tensors is not None
     }
+
+
+def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = model.model.state_dict()
+    keep = float32_names(model)
     # Tied tensors are recognised by their memory, so a cast must not part them.
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
     stored = {}

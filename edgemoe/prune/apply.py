@@ -41,9 +41,8 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
     plan.validate(model.shape, sha256)
     pairs = list(zip(model.layers, plan.layers, strict=True))
     for layer, layer_plan in track(pairs, "Applying the plan"):
-        if _keeps_all(layer_plan, layer.num_experts):
-            continue
-        _apply_layer(layer, layer_plan)
+        if not keeps_all(layer_plan, layer.num_experts):
+            apply_layer(layer, layer_plan)
     set_expert_counts(model)
     return replace(model, path=None, provenance=describe_plan(plan, model, sha256))
 
@@ -73,16 +72,31 @@ def describe_plan(plan: Plan, model: MoeModel, checkpoint_sha256: str) -> dict[s
     }
 
 
-def _keeps_all(plan: LayerPlan, num_experts: int) -> bool:
+def keeps_all(plan: LayerPlan, num_experts: int) -> bool:
+    """Ask whether a plan leaves a layer as it is.
+
+    Args:
+        plan: The layer's plan.
+        num_experts: Experts that the layer has.
+
+    Returns:
+        Whether nothing would change.
+    """
     return not plan.is_merging and len(plan.experts) == num_experts
 
 
-def _apply_layer(layer: MoeLayer, plan: LayerPlan) -> None:
+def apply_layer(layer: MoeLayer, plan: LayerPlan) -> None:
+    """Carry out a plan on one layer, in place.
+
+    Args:
+        layer: The layer.
+        plan: Its plan, which was validated.
+    """
     layer.replace(plan_tensors(layer, plan))
 
 
 def plan_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]:
-    """Make the tensors of a layer's planned experts.
+    """Make the tensors of a layer's planned experts; averages are float32 before the cast.
 
     Args:
         layer: The layer; it is not changed.
@@ -106,11 +120,11 @@ def plan_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]:
             if len(expert.members) == 1:
                 made.append(entries[expert.members[0]])
             elif part is None:
-                made.append(
-                    average([entries[member] for member in expert.members], expert.shares)
-                )
+                rows = [entries[member].float() for member in expert.members]
+                made.append(average(rows, expert.shares).to(entries.dtype))
             else:
-                made.append(layer.layout.to_native(part, merged[position][part]))
+                expert_part = layer.layout.to_native(part, merged[position][part])
+                made.append(expert_part.to(entries.dtype))
         return torch.stack(made)
 
     return {
@@ -124,7 +138,7 @@ def _merge(layer: MoeLayer, expert: MergedExpert) -> dict[str, torch.Tensor]:
     members = list(expert.members)
     experts = {
         name: layer.layout.to_canonical(
-            name, layer.tensor(f"{layer.facts.experts}.{name}")[members]
+            name, layer.tensor(f"{layer.facts.experts}.{name}")[members].float()
         )
         for name in layer.layout.names
     }

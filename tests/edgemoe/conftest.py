@@ -76,9 +76,16 @@ def make_model() -> Callable[..., Any]:
 def make_checkpoint(make_model: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
     """A function from a family and configuration entries to a checkpoint directory."""
 
-    def make(family: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    def make(
+        family: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_shard_size: str = "5GB",
+        **changes: Any,
+    ) -> Path:
         path = tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"
-        make_model(family, **changes).to(dtype).save_pretrained(path)
+        model = make_model(family, **changes).to(dtype)
+        model.save_pretrained(path, max_shard_size=max_shard_size)
         words = {f"w{index}": index for index in range(VOCAB_SIZE)}
         tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
         tokenizer.pre_tokenizer = Whitespace()
