@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,7 @@ import onnx_ir as ir
 
 from edgemoe.errors import ExportError
 from edgemoe_exporters.config_file import write_config
+from edgemoe_exporters.deferred import SAME_BYTES
 from edgemoe_exporters.weight_files import ALIGNMENT_BYTES, Extent, Places, WeightSpool
 from edgemoe_runtime.manifest_parts import FileEntry, SizeReport, TensorSpec
 
@@ -95,7 +97,7 @@ class BundleWriter:
 
         Args:
             task: One of the tasks.
-            model: Its graph, with weights in memory.
+            model: Its graph; each weight is asked for its content once, and let go of.
 
         Raises:
             OutputError: The disk has no room for the weights.
@@ -104,16 +106,25 @@ class BundleWriter:
         if task not in self._tasks or task in self._graphs:
             raise ExportError(f"task must be one of {self._tasks}, each once, got {task!r}.")
         _strip_origins(model)
-        values = [
+        known = [
             value
             for graph in model.graphs()
             for value in graph.initializers.values()
-            if value.const_value is not None and _is_large(value.const_value)
+            if value.const_value is not None
         ]
+        values = [value for value in known if _is_large(_tensor(value))]
+        for value in known:
+            if isinstance(value.const_value, ir.LazyTensor) and not _is_large(_tensor(value)):
+                # What stays inline is read before the source of the weights is closed.
+                value.const_value = ir.tensor(_tensor(value).numpy(), name=value.name)
         extents = []
+        stored: dict[str, Extent] = {}
         for value in values:
             tensor = _tensor(value)
-            extent = self._store(task, value, tensor)
+            extent = stored.get(tensor.metadata_props.get(SAME_BYTES, ""))
+            if extent is None:
+                extent = self._store(task, value, tensor)
+            stored[str(value.name)] = extent
             extents.append((value, extent))
             _point(value, tensor, "weights.spool", 0, extent.length)
         self._graphs[task] = (model, extents)
@@ -148,7 +159,7 @@ class BundleWriter:
         )
 
     def _store(self, task: str, value: ir.Value, tensor: ir.TensorProtocol) -> Extent:
-        data = memoryview(tensor.tobytes())
+        data = _bytes_of(tensor)
         layer = _stacked_layer(value, tensor)
         layout = None if layer is None else self._layouts.get(layer)
         if layout is None:
@@ -301,6 +312,14 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
     if tensor is None:
         raise ExportError(f"initializer {value.name} must have a value, got none.")
     return tensor
+
+
+def _bytes_of(tensor: ir.TensorProtocol) -> memoryview:
+    """View a tensor's content as stored, uint8 [length], without a copy where possible."""
+    array = tensor.numpy()
+    if tensor.dtype.bitwidth < 8 or array.dtype.byteorder == ">" or sys.byteorder != "little":
+        return memoryview(tensor.tobytes())
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _is_large(tensor: ir.TensorProtocol) -> bool:

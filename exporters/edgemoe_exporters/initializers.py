@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 
 from edgemoe.errors import ExportError
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edgemoe_exporters.deferred import Deferred
+
 
 def weight_of(value: ir.Value) -> np.ndarray[Any, Any]:
-    """Return the content of an initializer.
+    """Return the content of an initializer that is small enough to be read early.
 
     Raises:
         ExportError: It is computed in the graph.
@@ -21,39 +25,18 @@ def weight_of(value: ir.Value) -> np.ndarray[Any, Any]:
     return value.const_value.numpy()
 
 
-def set_weight(
-    value: ir.Value, array: np.ndarray[Any, Any], dtype: ir.DataType | None = None
-) -> None:
+def set_weight(value: ir.Value, content: Deferred, dtype: ir.DataType | None = None) -> None:
     """Give an initializer another content, in another floating type where asked for.
 
-    Raises:
-        ExportError: A number is beyond what the type can hold.
+    Args:
+        value: The initializer.
+        content: Computed when the initializer is written.
+        dtype: The type; numbers beyond it end in an error then.
     """
-    if dtype is not None:
-        array = in_range(array, dtype.numpy(), str(value.name))
-    tensor = ir.tensor(np.ascontiguousarray(array), name=value.name)
+    tensor = content.tensor(str(value.name), dtype)
     value.const_value = tensor
     value.type = ir.TensorType(tensor.dtype)
     value.shape = ir.Shape(tensor.shape.numpy())
-
-
-def in_range(
-    array: np.ndarray[Any, Any], dtype: np.dtype[Any], name: str
-) -> np.ndarray[Any, Any]:
-    """Convert a weight to a floating type.
-
-    Raises:
-        ExportError: A number is beyond what the type can hold.
-    """
-    with np.errstate(over="ignore"):  # checked below, with the weight's name
-        converted = array.astype(dtype)
-    if not np.isfinite(converted).all() and np.isfinite(array).all():
-        largest = float(np.abs(array).max())
-        raise ExportError(
-            f"weights must be within the range of {np.dtype(dtype).name}, got {largest:.3g} "
-            f"in {name}. Export with --precision fp32."
-        )
-    return converted
 
 
 def narrow_attributes(node: ir.Node, dtype: ir.DataType) -> None:

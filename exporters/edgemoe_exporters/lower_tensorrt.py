@@ -12,7 +12,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from edgemoe.errors import ExportError
-from edgemoe_exporters.initializers import narrow_attributes, set_weight, weight_of
+from edgemoe_exporters.deferred import Deferred
+from edgemoe_exporters.initializers import narrow_attributes, set_weight
 from edgemoe_exporters.lower_tensorrt_attention import (
     Shared,
     lower_angles,
@@ -92,7 +93,7 @@ def _narrow(graph: ir.Graph, compute: ir.DataType) -> None:
     }
     for value in graph.initializers.values():
         if value.dtype == FLOAT32 and value not in kept:
-            set_weight(value, weight_of(value), compute)
+            set_weight(value, Deferred.of(value), compute)
     for value in graph.inputs:
         if value.dtype == FLOAT32:
             value.dtype = compute

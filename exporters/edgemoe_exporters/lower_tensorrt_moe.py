@@ -57,7 +57,9 @@ def lower_experts(emit: Emitter, experts: ExpertsNode, form: ExpertsForm) -> lis
     """
     gate_up, down = experts.gate_up, experts.down
     # [E, I, H]: the dense form's second product reads it as it lies.
-    set_weight(down, experts.down_array().transpose(0, 2, 1))
+    stored = experts.down_array()
+    count, rows, columns = stored.shape
+    set_weight(down, stored.map(lambda array: array.transpose(0, 2, 1), (count, columns, rows)))
     set_weight(gate_up, experts.gate_up_array())
     bias = experts.gate_up_bias_array()
     if bias is not None and experts.gate_up_bias is not None:

@@ -12,6 +12,7 @@ from edgemoe.errors import ExportError
 from edgemoe.models.activation import Activation
 from edgemoe.models.experts import ExpertsLayout
 from edgemoe.models.router_rule import RouterRule, Scoring
+from edgemoe_exporters.deferred import Deferred
 from edgemoe_exporters.initializers import weight_of
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class RouteNode:
     @property
     def experts(self) -> int:
         """Number of experts."""
-        return int(weight_of(self.weight).shape[0])
+        return Deferred.of(self.weight).shape[0]
 
 
 @dataclass(frozen=True)
@@ -148,28 +149,33 @@ class ExpertsNode:
             ),
         )
 
-    def gate_up_array(self) -> np.ndarray[Any, Any]:
+    def gate_up_array(self) -> Deferred:
         """Return gate rows, then up rows ``[E, 2I, H]``; up rows only without a gate."""
         return self._canonical(self.layout.gate_up_name, self.gate_up)
 
-    def down_array(self) -> np.ndarray[Any, Any]:
+    def down_array(self) -> Deferred:
         """Return ``[E, H, I]``."""
         return self._canonical("down_proj", self.down)
 
-    def gate_up_bias_array(self) -> np.ndarray[Any, Any] | None:
+    def gate_up_bias_array(self) -> Deferred | None:
         """Return ``[E, 2I]``, where there is one."""
         if self.gate_up_bias is None:
             return None
         return self._canonical(f"{self.layout.gate_up_name}_bias", self.gate_up_bias)
 
-    def down_bias_array(self) -> np.ndarray[Any, Any] | None:
+    def down_bias_array(self) -> Deferred | None:
         """Return ``[E, H]``, where there is one."""
-        return None if self.down_bias is None else weight_of(self.down_bias)
+        return None if self.down_bias is None else Deferred.of(self.down_bias)
 
-    def _canonical(self, name: str, value: ir.Value) -> np.ndarray[Any, Any]:
-        array = weight_of(value)
-        if self.layout.is_canonical:
-            return array
-        tensor = self.layout.to_canonical(name, torch.from_numpy(np.ascontiguousarray(array)))
-        found: np.ndarray[Any, Any] = tensor.numpy()
-        return found
+    def _canonical(self, name: str, value: ir.Value) -> Deferred:
+        stored, layout = Deferred.of(value), self.layout
+        if layout.is_canonical:
+            return stored
+
+        def convert(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            tensor = layout.to_canonical(name, torch.from_numpy(np.ascontiguousarray(array)))
+            found: np.ndarray[Any, Any] = tensor.numpy()
+            return found
+
+        shape = layout.to_canonical(name, torch.empty(stored.shape, device="meta")).shape
+        return stored.map(convert, shape)

@@ -10,14 +10,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 
+from edgemoe_exporters.deferred import Deferred
 from edgemoe_exporters.quantize import Quantized, quantize_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from edgemoe_exporters.deferred import Latest
 
 _Key = tuple[bytes, tuple[int, ...], str, int, int, bool]
 _memory: ContextVar[dict[_Key, Quantized] | None] = ContextVar("quantised", default=None)
@@ -62,6 +67,45 @@ def quantize(weight: np.ndarray[Any, Any], bits: int, block: int, symmetric: boo
         np.stack([part.scales for part in found]),
         np.stack(zero_points) if zero_points else None,
     )
+
+
+def quantize_later(
+    latest: Latest[Quantized], weight: Deferred, bits: int, block: int, symmetric: bool
+) -> dict[str, Deferred]:
+    """Quantise a weight when one of its parts is written.
+
+    Args:
+        latest: Keeps the parts until another weight is quantised.
+        weight: float ``[..., rows, columns]``; ``block`` divides columns.
+        bits: As in :func:`quantize`.
+        block: As there.
+        symmetric: As there.
+
+    Returns:
+        The attributes of :class:`edgemoe_exporters.quantize.Quantized` by name; no
+        ``zero_points`` where they are the middle of the range.
+    """
+    *leading, columns = weight.shape
+    count = columns // block
+    shapes = {
+        "packed": (ir.DataType.UINT8, (*leading, columns * bits // 8)),
+        "scales": (ir.DataType.FLOAT, (*leading, count)),
+        "zero_points": (ir.DataType.UINT8, (*leading, -(-count * bits // 8))),
+    }
+    if symmetric:
+        shapes.pop("zero_points")
+
+    def part(name: str) -> np.ndarray[Any, Any]:
+        quantised = latest.get(
+            weight, lambda: quantize(weight.compute(), bits, block, symmetric)
+        )
+        found: np.ndarray[Any, Any] = getattr(quantised, name)
+        return found
+
+    return {
+        name: Deferred(shape, dtype, partial(part, name))
+        for name, (dtype, shape) in shapes.items()
+    }
 
 
 def _look_up(

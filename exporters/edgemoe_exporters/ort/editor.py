@@ -8,11 +8,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgemoe.errors import ExportError
+from edgemoe_exporters.deferred import Latest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import numpy as np
+
+    from edgemoe_exporters.quantize import Quantized
 
 MICROSOFT = "com.microsoft"
 TRACED = "edgemoe"
@@ -21,11 +24,18 @@ Attribute = int | float | str | list[int] | list[float]
 
 
 class Editor:
-    """One graph being rewritten."""
+    """One graph being rewritten.
+
+    Attributes:
+        model: What the graph is in.
+        graph: The graph.
+        latest: What was quantised last, for the several tensors that come from it.
+    """
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.graph = model.graph
+        self.latest: Latest[Quantized] = Latest()
 
     def nodes(self, op_type: str, domain: str = "") -> Iterator[ir.Node]:
         """Yield the nodes of one op; the graph may change meanwhile.
@@ -97,7 +107,7 @@ class Editor:
         """
         value = ir.Value(
             name=name,
-            shape=ir.Shape(list(tensor.numpy().shape)),
+            shape=ir.Shape(tensor.shape.numpy()),
             type=ir.TensorType(tensor.dtype),
             const_value=tensor,
             metadata_props=metadata,

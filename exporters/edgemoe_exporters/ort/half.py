@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from edgemoe_exporters.deferred import Deferred
 from edgemoe_exporters.initializers import narrow_attributes, set_weight
-from edgemoe_exporters.ort.editor import TRACED, Editor, array_of
+from edgemoe_exporters.ort.editor import TRACED, Editor
 
 if TYPE_CHECKING:
     from edgemoe_exporters.ort.precision import Precision
@@ -30,7 +31,7 @@ def convert_to_half(editor: Editor, precision: Precision) -> None:
     for value in editor.graph.initializers.values():
         readers = {node.op_type for node in value.consumers() if node.domain == TRACED}
         if value.dtype == _FLOAT and not readers & _EXACT:
-            set_weight(value, array_of(value), _HALF)
+            set_weight(value, Deferred.of(value), _HALF)
     for node in editor.graph:
         narrow_attributes(node, _HALF)
         for output in node.outputs:

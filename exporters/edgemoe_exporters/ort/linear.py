@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
+import numpy as np
 
+from edgemoe_exporters.deferred import SAME_BYTES, Deferred
 from edgemoe_exporters.ort.editor import (
     MICROSOFT,
     Attribute,
     Editor,
-    array_of,
     producer_of,
     required,
     size_of,
     sole_consumer,
 )
 from edgemoe_exporters.ort.sensitive import find_sensitive
-from edgemoe_exporters.quantize_once import quantize
+from edgemoe_exporters.quantize_once import quantize_later
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from edgemoe_exporters.ort.precision import Precision
 
 # A matrix with fewer rows saves nothing worth its loss: gates of shared experts.
@@ -84,16 +87,20 @@ def _parts(
     """Quantise a matrix once, however many nodes read it."""
     name = f"{weight.name}.quantised"
     if name not in editor.graph.initializers:
-        array = array_of(weight)
-        quantised = quantize(array, precision.bits, precision.block, precision.symmetric)
-        blocks = quantised.packed.reshape(
-            array.shape[0], -1, precision.block * precision.bits // 8
+        parts = quantize_later(
+            editor.latest,
+            Deferred.of(weight),
+            precision.bits,
+            precision.block,
+            precision.symmetric,
         )
-        editor.initializer(name, ir.tensor(blocks))
-        editor.initializer(f"{weight.name}.scales", ir.tensor(quantised.scales))
-        if quantised.zero_points is not None:
-            zeros = ir.tensor(quantised.zero_points)
-            editor.initializer(f"{weight.name}.zero_points", zeros)
+        rows, width = parts["packed"].shape
+        bytes_per_block = precision.block * precision.bits // 8
+        shape = (rows, width // bytes_per_block, bytes_per_block)
+        parts["packed"] = parts["packed"].map(lambda packed: packed.reshape(shape), shape)
+        for part, content in parts.items():
+            named = name if part == "packed" else f"{weight.name}.{part}"
+            editor.initializer(named, content.tensor(named))
     initializers = editor.graph.initializers
     return (
         initializers[name],
@@ -150,8 +157,13 @@ def lower_embedding(editor: Editor, precision: Precision) -> None:
         width = size_of(weight, 1) * chosen.bits // 8
         # A second name for them costs nothing, equal bytes being stored once; a Reshape would
         # be folded when a session opens, into a copy in memory.
-        rows = array_of(blocks).reshape(size_of(weight, 0), width)
-        flat = editor.constant(f"{weight.name}.rows", rows)
+        shape = (size_of(weight, 0), width)
+        name = f"{weight.name}.rows"
+        if name not in editor.graph.initializers:
+            rows = Deferred.of(blocks).map(partial(np.reshape, shape=shape), shape).tensor(name)
+            rows.metadata_props[SAME_BYTES] = str(blocks.name)
+            editor.initializer(name, rows)
+        flat = editor.graph.initializers[name]
         inputs = [flat, ids, scales] if zeros is None else [flat, ids, scales, zeros]
         (output,) = editor.add(
             node,

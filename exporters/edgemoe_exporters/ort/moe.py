@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
 from edgemoe.errors import ExportError
-from edgemoe_exporters.initializers import in_range
+from edgemoe_exporters.deferred import Deferred
 from edgemoe_exporters.lower_tensorrt_emit import Emitter
 from edgemoe_exporters.lower_tensorrt_moe import lower_experts
 from edgemoe_exporters.lower_tensorrt_route import lower_route
@@ -25,18 +24,19 @@ from edgemoe_exporters.ort.editor import (
     TRACED,
     Attribute,
     Editor,
-    array_of,
     producer_of,
     required,
     size_of,
     sole_consumer,
 )
 from edgemoe_exporters.ort.routing import Choice, choose
-from edgemoe_exporters.quantize_once import quantize
+from edgemoe_exporters.quantize_once import quantize_later
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+    import onnx_ir as ir
 
     from edgemoe_exporters.ort.precision import Precision
 
@@ -186,19 +186,27 @@ class _Fusing:
     shared: _Shared
     precision: Precision
 
-    def scaled(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def scaled(self, weights: Deferred) -> Deferred:
         """Multiply each expert's part ``[E, ...]`` by what its weights are multiplied by."""
-        factor = np.full(len(array), self.route.rule.scaling_factor, dtype=np.float32)
-        if self.route.expert_scale is not None:
-            factor *= array_of(self.route.expert_scale).astype(np.float32)
-        if (factor == 1).all():
-            return array
-        return (array * factor.reshape(-1, *[1] * (array.ndim - 1))).astype(np.float32)
+        scaling = self.route.rule.scaling_factor
+        scale = self.route.expert_scale
+        per_expert = None if scale is None else Deferred.of(scale)
 
-    def fc1(self) -> np.ndarray[Any, Any]:
-        return _interleave(self.experts.gate_up_array())
+        def multiply(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            factor = np.full(len(array), scaling, dtype=np.float32)
+            if per_expert is not None:
+                factor *= per_expert.compute().astype(np.float32)
+            if (factor == 1).all():
+                return array
+            product = array * factor.reshape(-1, *[1] * (array.ndim - 1))
+            return product.astype(np.float32, copy=False)
 
-    def fc2(self) -> np.ndarray[Any, Any]:
+        return weights.map(multiply)
+
+    def fc1(self) -> Deferred:
+        return self.experts.gate_up_array().map(_interleave)
+
+    def fc2(self) -> Deferred:
         return self.scaled(self.experts.down_array())
 
     def biases(self) -> list[ir.Value | None]:
@@ -213,7 +221,7 @@ class _Fusing:
                 self.editor,
                 self.experts.gate_up_bias,
                 "interleaved",
-                _interleave(first[..., None])[..., 0],
+                first.map(lambda array: _interleave(array[..., None])[..., 0]),
                 self.precision,
             ),
             _derived(
@@ -319,30 +327,27 @@ def _derived(
     editor: Editor,
     source: ir.Value,
     suffix: str,
-    array: np.ndarray[Any, Any],
+    content: Deferred,
     precision: Precision,
 ) -> ir.Value:
     name = f"{source.name}.{suffix}"
-    tensor = ir.tensor(in_range(array, precision.numpy, name), name=name)
+    tensor = content.tensor(name, precision.dtype)
     return editor.initializer(name, tensor, dict(source.metadata_props))
 
 
 def _blocks(
-    editor: Editor, source: ir.Value, array: np.ndarray[Any, Any], precision: Precision
+    editor: Editor, source: ir.Value, content: Deferred, precision: Precision
 ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    if array.shape[-1] % precision.block:
+    if content.shape[-1] % precision.block:
         raise ExportError(
             f"{source.name} must have rows divisible by {precision.block} to be quantised, got "
-            f"{array.shape[-1]} columns. Export with precision fp32 or fp16."
+            f"{content.shape[-1]} columns. Export with precision fp32 or fp16."
         )
-    quantised = quantize(array, precision.bits, precision.block, precision.symmetric)
-    parts = {"quantised": quantised.packed, "scales": quantised.scales}
-    if quantised.zero_points is not None:
-        parts["zero_points"] = quantised.zero_points
-    values = [
-        editor.initializer(
-            f"{source.name}.{part}", ir.tensor(content), dict(source.metadata_props)
-        )
-        for part, content in parts.items()
-    ]
+    parts = quantize_later(
+        editor.latest, content, precision.bits, precision.block, precision.symmetric
+    )
+    values = []
+    for part, array in parts.items():
+        name = f"{source.name}.{'quantised' if part == 'packed' else part}"
+        values.append(editor.initializer(name, array.tensor(name), dict(source.metadata_props)))
     return values[0], values[1], values[2] if len(values) == 3 else None

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from edgemoe_exporters.deferred import Deferred
 from edgemoe_exporters.ort.editor import (
     MICROSOFT,
     TRACED,
     Editor,
-    array_of,
     producer_of,
     required,
     size_of,
@@ -69,8 +69,11 @@ def _scale(editor: Editor, node: ir.Node) -> ir.Value:
         return editor.constant(f"ones_{width}_{kind.name.lower()}", ones)
     if not offset:
         return weight
-    array = array_of(weight)
-    return editor.constant(f"{weight.name}.plus_{offset:g}", array + array.dtype.type(offset))
+    name = f"{weight.name}.plus_{offset:g}"
+    if name not in editor.graph.initializers:
+        whole = Deferred.of(weight).map(lambda array: array + array.dtype.type(offset))
+        editor.initializer(name, whole.tensor(name))
+    return editor.graph.initializers[name]
 
 
 def _spell_out(editor: Editor, node: ir.Node) -> None:
