@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from edgemoe.calibrate.windows import Window
+    from tokenizers import Tokenizer
+
+    from edgemoe.calibrate.windows import Window, Windows
     from edgemoe.models.hooks import ExpertsFunction
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
@@ -98,20 +100,60 @@ def calibrate_streamed(
         "versions": library_versions(),
     }
     with resumable(output, key, _PROGRESS, force=force) as work:
-        run = _Run(streamed, work, windows.by_task, hashes, limit_bytes)
-        sums = run.measure()
-        statistics = Statistics(
-            checkpoint_sha256=hashes.fingerprint(),
-            shape=streamed.moe.shape,
-            tasks={
-                task.name: TaskStatistics(
-                    sources=(windows.source(task),), layers=sums[task.name]
-                )
-                for task in tasks
-            },
-        )
+        statistics = _measure(streamed, tasks, windows, work, hashes, limit_bytes)
         statistics.save(output, force=force)
     return statistics
+
+
+def collect_streamed(
+    streamed: StreamedModel,
+    tasks: Sequence[TaskFile],
+    tokenizer: Tokenizer,
+    work: WorkDirectory,
+    hashes: FileHashes,
+    *,
+    max_tokens: int | None = None,
+    limit_bytes: int = DEFAULT_LIMIT_BYTES,
+) -> Statistics:
+    """Measure tasks on a checkpoint that is open, as :func:`edgemoe.calibrate.collect.collect`.
+
+    Args:
+        streamed: The checkpoint.
+        tasks: What to measure it on.
+        tokenizer: The model's tokenizer.
+        work: For what layers returned.
+        hashes: Of the checkpoint's files, as far as they are known.
+        max_tokens: As in :func:`edgemoe.calibrate.collect.collect`.
+        limit_bytes: Memory for what layers returned; the rest is read from files.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        TaskFileError: No task has a token.
+        StreamingError: The family cannot be run layer by layer.
+    """
+    windows = cut_tasks(streamed.moe, tasks, tokenizer, max_tokens=max_tokens)
+    return _measure(streamed, tasks, windows, work, hashes, limit_bytes)
+
+
+def _measure(
+    streamed: StreamedModel,
+    tasks: Sequence[TaskFile],
+    windows: Windows,
+    work: WorkDirectory,
+    hashes: FileHashes,
+    limit_bytes: int,
+) -> Statistics:
+    sums = _Run(streamed, work, windows.by_task, hashes, limit_bytes).measure()
+    return Statistics(
+        checkpoint_sha256=hashes.fingerprint(),
+        shape=streamed.moe.shape,
+        tasks={
+            task.name: TaskStatistics(sources=(windows.source(task),), layers=sums[task.name])
+            for task in tasks
+        },
+    )
 
 
 class _Run:
@@ -146,10 +188,12 @@ class _Run:
         last = max(layer.index for layer in self._streamed.moe.layers)
         if first > last:
             return sums
-        with quiet_transformers():
-            skeleton.load_outer()
         steps = (last + 1 - first) * len(self._windows)
-        with counting(steps, "calibrate") as advance:
+        with (
+            quiet_transformers(),
+            skeleton.outer(),
+            counting(steps, "calibrate") as advance,
+        ):
             for index in range(first, last + 1):
                 for file, end in skeleton.extent_of(index).items():
                     self._hashes.advance(file, end)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from edgemoe.evaluate.scorer import Logprobs, Request
 
-_BATCH_TOKENS = 512
+BATCH_TOKENS = 512
 _CACHE_TOKENS = 4096
 _ROWS_AT_ONCE = 64
 _PAD = 0
@@ -41,7 +41,7 @@ class TorchScorer:
         model: MoeModel | PreTrainedModel,
         *,
         k_cap: int | Sequence[int] | None = None,
-        batch_tokens: int = _BATCH_TOKENS,
+        batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         """Wrap a model.
 
@@ -84,7 +84,7 @@ class TorchScorer:
         """
         results: list[list[Logprobs]] = [[] for _ in requests]
         with torch.inference_mode(), self._capped():
-            for batch in track(_make_batches(requests, self._batch_tokens), "evaluate"):
+            for batch in track(make_batches(requests, self._batch_tokens), "evaluate"):
                 if len(requests[batch[0]].continuations) > 1:
                     results[batch[0]] = self._score_choices(requests[batch[0]])
                     continue
@@ -141,7 +141,7 @@ class TorchScorer:
         for row, request, row_logits in zip(rows, requests, logits, strict=True):
             start = len(request.context) - 1 - first
             targets = row[len(request.context) :]
-            scored.append(_gather(row_logits[start : start + len(targets)], targets))
+            scored.append(gather(row_logits[start : start + len(targets)], targets))
         return scored
 
     def _score_choices(self, request: Request) -> list[Logprobs]:
@@ -151,7 +151,7 @@ class TorchScorer:
         )
         first_logits = head.logits[0, -1:]
         if max(map(len, request.continuations)) == 1:
-            return [_gather(first_logits, choice) for choice in request.continuations]
+            return [gather(first_logits, choice) for choice in request.continuations]
         rows = max(1, _CACHE_TOKENS // request.longest)
         scored: list[Logprobs] = []
         for start in range(0, len(request.continuations), rows):
@@ -160,23 +160,36 @@ class TorchScorer:
             cache.batch_repeat_interleave(len(choices))
             ids = self._pad([choice[:-1] for choice in choices])
             if ids.shape[1] == 0:
-                scored += [_gather(first_logits, choice) for choice in choices]
+                scored += [gather(first_logits, choice) for choice in choices]
                 continue
             logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True).logits
             scored += [
-                _gather(torch.cat([first_logits, row[: len(choice) - 1]]), choice)
+                gather(torch.cat([first_logits, row[: len(choice) - 1]]), choice)
                 for row, choice in zip(logits, choices, strict=True)
             ]
         return scored
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        width = max(map(len, rows))
-        padded = [[*row, *[_PAD] * (width - len(row))] for row in rows]
-        return torch.tensor(padded, dtype=torch.int64, device=self._model.device)
+        return pad(rows).to(self._model.device)
 
 
-def _make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
-    """Group requests by length; those with several continuations stay alone."""
+def pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Make a batch of rows of token ids, padded on the right, int64 [rows, longest]."""
+    width = max(map(len, rows))
+    padded = [[*row, *[_PAD] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int64)
+
+
+def make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
+    """Group requests by length; those with several continuations stay alone.
+
+    Args:
+        requests: What is to be scored.
+        batch_tokens: Tokens of a batch, padding included.
+
+    Returns:
+        Positions of the requests of each batch.
+    """
     alone: list[list[int]] = []
     batches: list[list[int]] = []
     open_width = 0
@@ -193,8 +206,16 @@ def _make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[i
     return alone + batches
 
 
-def _gather(logits: torch.Tensor, targets: Sequence[int]) -> Logprobs:
-    """Return log softmax(logits)[t, targets[t]], float64 [tokens]."""
+def gather(logits: torch.Tensor, targets: Sequence[int]) -> Logprobs:
+    """Pick the log-probability of one token per row.
+
+    Args:
+        logits: Logits [tokens, vocabulary].
+        targets: The tokens.
+
+    Returns:
+        log softmax(logits)[t, targets[t]], float64 [tokens].
+    """
     ids = torch.tensor(targets, dtype=torch.int64, device=logits.device)
     parts = []
     for start in range(0, len(targets), _ROWS_AT_ONCE):

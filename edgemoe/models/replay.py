@@ -101,6 +101,48 @@ def only_layer(
         yield call
 
 
+@contextlib.contextmanager
+def only_head(
+    model: nn.Module, layers: nn.ModuleList
+) -> Iterator[Callable[[Mapping[str, Any], Outputs], Any]]:
+    """Let a model run what follows its decoder layers.
+
+    Args:
+        model: The model; what is no decoder layer must have its weights.
+        layers: All decoder layers.
+
+    Yields:
+        A function from the model's arguments and what the last layer returned for them to what
+        the model returns.
+    """
+    answers: list[Outputs] = [None, None]
+
+    def answer_last(*_: Any, **__: Any) -> Outputs:
+        return answers[0]
+
+    def answer_poison(*_: Any, **__: Any) -> Outputs:
+        return answers[1]
+
+    with contextlib.ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            is_last = number == len(layers) - 1
+            _replace_forward(layer, answer_last if is_last else answer_poison, stack)
+
+        def call(inputs: Mapping[str, Any], outputs_before: Outputs) -> Any:
+            answers[0] = outputs_before
+            answers[1] = map_tensors(outputs_before, _poisoned)
+            with torch.no_grad():
+                output = model(**inputs)
+            if _has_nan(output.logits) and not _has_nan(outputs_before):
+                raise StreamingError(
+                    "a model's head must depend only on what the last decoder layer returned, "
+                    f"got {type(model).__name__}, which also reads outputs of earlier layers."
+                )
+            return output
+
+        yield call
+
+
 def check_outputs(outputs: Any, index: int) -> Outputs:
     """Refuse what cannot be stored.
 

@@ -127,6 +127,72 @@ class Skeleton:
             self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
 
     @contextlib.contextmanager
+    def outer(self) -> Iterator[None]:
+        """Hold in memory what the decoder needs besides its layers.
+
+        Yields:
+            Nothing. When the block ends it is on the meta device again.
+        """
+        with self._keeping_outer():
+            self.load_outer()
+            yield
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[None]:
+        """Hold in memory what follows the decoder, in a block of :meth:`outer`.
+
+        Yields:
+            Nothing. When the block ends it is on the meta device again.
+        """
+        with self._keeping_outer():
+            for group in self.groups[None]:
+                present = self.model.state_dict(keep_vars=True)
+                if any(present[target].is_meta for target in group.targets):
+                    for target, tensor in self.conversion.read(group):
+                        self._place(target, tensor.to(self._types[target]), [])
+            yield
+
+    @contextlib.contextmanager
+    def _keeping_outer(self) -> Iterator[None]:
+        tables = [
+            (table, dict(table))
+            for name, module in self.model.named_modules()
+            if not name.startswith(f"{self._prefix}.")
+            for table in (module._parameters, module._buffers)
+        ]
+        try:
+            yield
+        finally:
+            for table, before in tables:
+                cast("Any", table).update(before)
+
+    def read(self, target: str) -> torch.Tensor:
+        """Read one tensor without putting it in place.
+
+        Args:
+            target: Its name in the model.
+
+        Returns:
+            Its contents in the type to hold it in.
+        """
+        stored = self._stored_name(target)
+        for group in self.groups[_index(target, self._prefix)]:
+            if stored in group.targets:
+                found = dict(self.conversion.read(group))
+                return found[stored].to(self._types[target])
+        path, _, name = target.rpartition(".")
+        # What no checkpoint holds was computed when the skeleton was made.
+        tensor: torch.Tensor = _table(self.model.get_submodule(path), name)[name]
+        return tensor.detach()
+
+    def _stored_name(self, target: str) -> str:
+        """Return the name of the two that tied tensors have which the checkpoint knows."""
+        for pair in self.model.all_tied_weights_keys.items():
+            if target in pair and target in self._absent:
+                return str(next(name for name in pair if name != target))
+        return target
+
+    @contextlib.contextmanager
     def layer(
         self,
         index: int,

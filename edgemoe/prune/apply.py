@@ -13,6 +13,8 @@ from edgemoe.progress import track
 from edgemoe.prune.merge import average, merge_experts
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
     from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
@@ -95,23 +97,28 @@ def apply_layer(layer: MoeLayer, plan: LayerPlan) -> None:
     layer.replace(plan_tensors(layer, plan))
 
 
-def plan_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]:
+def plan_tensors(
+    layer: MoeLayer, plan: LayerPlan, names: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
     """Make the tensors of a layer's planned experts; averages are float32 before the cast.
 
     Args:
         layer: The layer; it is not changed.
         plan: What it shall keep and merge.
+        names: Which of ``facts.tensors`` to make; all by default. Of the experts module all or
+            none are asked for where experts are merged.
 
     Returns:
         What :meth:`edgemoe.models.layer.MoeLayer.replace` takes.
     """
     groups = tuple(expert.members for expert in plan.experts)
+    prefix = f"{layer.facts.experts}."
+    wanted = [spec for spec in layer.facts.tensors if names is None or spec.name in names]
     merged = {
         position: _merge(layer, expert)
         for position, expert in enumerate(plan.experts)
-        if len(expert.members) > 1
+        if len(expert.members) > 1 and any(spec.name.startswith(prefix) for spec in wanted)
     }
-    prefix = f"{layer.facts.experts}."
 
     def combine(name: str, entries: torch.Tensor) -> torch.Tensor:
         part = name.removeprefix(prefix) if name.startswith(prefix) else None
@@ -128,8 +135,7 @@ def plan_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]:
         return torch.stack(made)
 
     return {
-        spec.name: layer.regroup(spec, groups, partial(combine, spec.name))
-        for spec in layer.facts.tensors
+        spec.name: layer.regroup(spec, groups, partial(combine, spec.name)) for spec in wanted
     }
 
 

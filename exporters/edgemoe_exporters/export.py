@@ -6,11 +6,9 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from edgemoe.calibrate.collect import collect
 from edgemoe.evaluate.evaluation import evaluate
-from edgemoe.evaluate.torch_scorer import TorchScorer
-from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
-from edgemoe.models.fingerprint import fingerprint_checkpoint
+from edgemoe.models.checkpoint import load_tokenizer, read_shape
+from edgemoe.models.fingerprint import FileHashes
 from edgemoe.prune.keep import count_kept
 from edgemoe.prune.plan import Plan
 from edgemoe.prune.registry import make_plan
@@ -24,33 +22,24 @@ from edgemoe_exporters.bundle import (
     set_default_input,
     tensor_specs,
 )
+from edgemoe_exporters.graph_runner import GraphRunner, check_engine
+from edgemoe_exporters.graph_scorer import GraphScorer
+from edgemoe_exporters.graph_slices import SlicedRunner, weight_bytes
 from edgemoe_exporters.manifest_writer import (
     CREATED_BY,
     describe_cache,
     describe_model,
     describe_plan,
 )
+from edgemoe_exporters.memory import default_limit
 from edgemoe_exporters.ort.precision import check_block_sizes
-from edgemoe_exporters.parity import (
-    GraphRunner,
-    GraphScorer,
-    check_engine,
-    check_parity,
-    measure_parity,
-    run_eager,
-)
+from edgemoe_exporters.parity import check_parity, measure_parity
 from edgemoe_exporters.prepare import check_exportable
 from edgemoe_exporters.quality import judge_quality, split_task
 from edgemoe_exporters.quantize_once import remembering
 from edgemoe_exporters.request import ExportReport, ExportRequest, TaskReport
-from edgemoe_exporters.task_experts import (
-    KEEP_ALL,
-    bind_experts,
-    compressed,
-    keep_all,
-    lay_out_plans,
-    list_experts,
-)
+from edgemoe_exporters.source import open_source
+from edgemoe_exporters.task_experts import KEEP_ALL, keep_all, lay_out_plans, list_experts
 from edgemoe_exporters.trace import trace
 from edgemoe_runtime.integrity import verify_bundle
 from edgemoe_runtime.manifest import Manifest
@@ -66,8 +55,10 @@ if TYPE_CHECKING:
     from edgemoe.evaluate.evaluation import Evaluation
     from edgemoe.evaluate.scorer import Scorer
     from edgemoe.models.contract import MoeModel
-    from edgemoe_exporters.parity import EagerRun
+    from edgemoe_exporters.eager_run import EagerRun
+    from edgemoe_exporters.graph_calls import Runner
     from edgemoe_exporters.sharing import StackLayout
+    from edgemoe_exporters.source import ModelSource
     from edgemoe_exporters.targets import Target
     from edgemoe_runtime.manifest_parts import ExpertGroup, KvCache, SizeReport, TensorSpec
 
@@ -111,10 +102,10 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
     shape = read_shape(request.model)
     check_exportable(request.model, precision)
     # What no later stage could carry out is refused before anything is loaded or calibrated.
-    if data.plans:
-        checkpoint = fingerprint_checkpoint(request.model)
-        for plan in data.plans.values():
-            plan.validate(shape, checkpoint)
+    hashes = FileHashes(request.model)
+    checkpoint = hashes.fingerprint() if data.plans else None
+    for plan in data.plans.values():
+        plan.validate(shape, checkpoint)
     if target.flavour == "ort":
         check_block_sizes(shape, precision)
     counts = count_kept(shape, keep=request.keep_or_default) if request.pruned_here else ()
@@ -122,10 +113,17 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
     with staged_directory(request.output, force=request.force) as staged:
         copy_model_files(request.model, staged)
         on_stage("open the checkpoint")
-        model = load_model(request.model)
-        parameters = sum(parameter.numel() for parameter in model.model.parameters())
+        limit = request.memory_limit_bytes
+        limit = default_limit() if limit is None else limit
+        source = open_source(request.model, staged, limit, hashes)
+        if checkpoint is not None:
+            # Reading a large checkpoint only to hash it takes as long as copying it.
+            source.moe.sha256 = checkpoint
+        parameters = sum(parameter.numel() for parameter in source.moe.model.parameters())
         require_space(staged, int(parameters * _BYTES_PER_PARAMETER[precision]))
-        road = _Road(request, target, precision, staged, model, tokenizer, data, on_stage)
+        road = _Road(
+            request, target, precision, staged, source, tokenizer, data, on_stage, limit
+        )
         plans = road.choose_plans(counts)
         before = road.evaluate_before()
         layouts = lay_out_plans(plans, shape)
@@ -189,10 +187,15 @@ class _Road:
     target: Target
     precision: str
     staged: Path
-    model: MoeModel
+    source: ModelSource
     tokenizer: Tokenizer
     data: _TaskData
     say: Say
+    limit: int
+
+    @property
+    def model(self) -> MoeModel:
+        return self.source.moe
 
     @property
     def full_k(self) -> tuple[int, ...]:
@@ -206,11 +209,8 @@ class _Road:
                 plans[name] = self.data.plans[name]
             elif name in self.data.calibration and counts != self.model.experts_per_layer:
                 self.say(f"choose the experts for {name}")
-                statistics = collect(
-                    self.model,
-                    [self.data.calibration[name]],
-                    self.tokenizer,
-                    max_tokens=self.request.calibration_tokens,
+                statistics = self.source.collect(
+                    self.data.calibration[name], self.tokenizer, self.request.calibration_tokens
                 )
                 plans[name] = make_plan(
                     statistics, name, self.request.method, counts, seed=self.request.seed
@@ -224,7 +224,7 @@ class _Road:
         scores = {}
         for name, held_out in self.data.held_out.items():
             self.say(f"evaluate the checkpoint on {name}")
-            scores[name] = self._evaluate(TorchScorer(self.model), held_out)
+            scores[name] = self._evaluate(self.source.scorer(), held_out)
         return scores
 
     def write_graphs(
@@ -239,9 +239,9 @@ class _Road:
         with memory, BundleWriter(self.staged, tuple(plans), layouts) as writer:
             for name, plan in plans.items():
                 self.say(f"make the graph of {name}")
-                with compressed(self.model, plan, layouts, name) as small:
-                    eager[name] = run_eager(small, self._parity_tokens(name))
-                    lowered = lower(bind_experts(traced, small), self.precision)
+                with self.source.of_task(plan, layouts, name) as small:
+                    eager[name] = small.run_eager(self._parity_tokens(name))
+                    lowered = lower(small.bind(traced), self.precision)
                     if self.target.flavour == "ort":
                         # optimum does not know this input, and opens bundles all the same.
                         set_default_input(lowered, "k_cap", self.full_k)
@@ -265,7 +265,7 @@ class _Road:
     ) -> TaskReport:
         """Compare a written graph with the eager model, and its score with the one before."""
         self.say(f"compare the graph of {name} with the eager model")
-        runner = GraphRunner(self.staged / f"{name}.onnx")
+        runner = self._open_graph(self.staged / f"{name}.onnx")
         parity = measure_parity(runner, eager, self.full_k)
         check_parity(parity, self.precision, name)
         quality = None
@@ -276,6 +276,12 @@ class _Road:
             after = self._evaluate(GraphScorer(runner, self.full_k, longest), held_out)
             quality = judge_quality(held_out, before[name], after, self.request.max_drop)
         return TaskReport(parity=parity, quality=quality)
+
+    def _open_graph(self, path: Path) -> Runner:
+        """Open a written graph as a whole, or in slices where it is too large for that."""
+        if weight_bytes(path) <= self.limit:
+            return GraphRunner(path)
+        return SlicedRunner(path, self.limit // 2)
 
     def write_manifest(
         self,

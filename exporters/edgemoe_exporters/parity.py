@@ -24,49 +24,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime
-import torch
 
-from edgemoe.errors import ExportError, ParityError
-from edgemoe.models.hooks import observe
-from edgemoe.models.routers import is_near_tie
-from edgemoe.progress import track
-from edgemoe_runtime.backends.onnxruntime import MINIMUM_VERSION
+from edgemoe.errors import ParityError
+from edgemoe_exporters.graph_calls import Call
 from edgemoe_runtime.manifest_parts import ParityReport
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
-    from edgemoe.evaluate.scorer import Logprobs, Request
-    from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.routers import Routing
+    from edgemoe_exporters.eager_run import EagerRun
+    from edgemoe_exporters.graph_calls import Runner
 
 MAX_FP32_DIFFERENCE = 1e-4
 MAX_MEAN_KL = {"fp32": 0.01, "fp16": 0.05, "int8": 0.3, "int4": 2.0}  # nats
-
-_ROW_TOKENS = 24
-# Batch and lengths of successive calls; their sums are at most _ROW_TOKENS. GroupQueryAttention
-# continues a batch by one token at a time only.
-_SCHEDULES = ((1, (16, 1, 1, 1, 1)), (1, (5, 4, 3)), (2, (7, 1, 1)))
-
-
-@dataclass(frozen=True)
-class EagerRun:
-    """What the eager model says of one batch of rows.
-
-    Attributes:
-        ids: Token ids, int64 ``[batch, tokens]``.
-        steps: Lengths of the calls in which the graph gets them; their sum is ``tokens``.
-        logits: float32 ``[batch, tokens, vocabulary]``.
-        decided: bool ``[batch, tokens]``: no router was near a tie up to this token.
-    """
-
-    ids: np.ndarray[Any, np.dtype[np.int64]]
-    steps: tuple[int, ...]
-    logits: np.ndarray[Any, np.dtype[np.float32]]
-    decided: np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,209 +73,7 @@ class Parity:
         )
 
 
-class GraphRunner:
-    """A written graph in onnxruntime on the CPU, with its cache.
-
-    Args:
-        path: The graph; its weights lie beside it.
-        threads: Threads to compute with; onnxruntime's choice by default.
-
-    Attributes:
-        state: Tokens seen and the cache, by input; may be kept and put back.
-
-    Raises:
-        ExportError: onnxruntime cannot open the graph.
-    """
-
-    def __init__(self, path: Path, threads: int | None = None) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = (
-            3  # errors only: warnings tell of fusions that do not apply
-        )
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime's exceptions have no common base
-            raise ExportError(
-                f"onnxruntime {onnxruntime.__version__} must open the graph, got: "
-                f"{error}. Install a tested version, or report it with the model's name."
-            ) from error
-        self._name = path.name
-        self._outputs = [output.name for output in self._session.get_outputs()]
-        self.state: tuple[int, dict[str, np.ndarray[Any, Any]]] = (0, {})
-        self._k_cap: np.ndarray[Any, Any] | None = None
-
-    def start(self, batch: int, k_cap: Sequence[int]) -> None:
-        """Forget what was seen.
-
-        Args:
-            batch: Rows of the following calls.
-            k_cap: Most experts per token, for each MoE layer.
-        """
-        self._k_cap = np.asarray(k_cap, dtype=np.int64)
-        past = {
-            spec.name: np.zeros((batch, spec.shape[1], 0, spec.shape[3]), _NUMPY[spec.type])
-            for spec in self._session.get_inputs()
-            if spec.name.startswith("past_key_values.")
-        }
-        self.state = (0, past)
-
-    def run(
-        self, ids: np.ndarray[Any, np.dtype[np.int64]]
-    ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Continue the rows.
-
-        Args:
-            ids: Next tokens, int64 ``[batch, tokens]``.
-
-        Returns:
-            Logits, float32 ``[batch, tokens, vocabulary]``.
-
-        Raises:
-            ExportError: onnxruntime cannot run the graph.
-        """
-        seen, past = self.state
-        batch, total = len(ids), seen + ids.shape[1]
-        feeds = {
-            "input_ids": ids,
-            "attention_mask": np.ones((batch, total), np.int64),
-            "position_ids": np.tile(np.arange(seen, total), (batch, 1)),
-            **past,
-        }
-        if self._k_cap is not None and self._k_cap.size:
-            feeds["k_cap"] = self._k_cap
-        try:
-            results = dict(zip(self._outputs, self._session.run(None, feeds), strict=True))
-        except Exception as error:  # onnxruntime's exceptions have no common base
-            raise ExportError(
-                f"onnxruntime {onnxruntime.__version__} must run {self._name}, got: {error}. "
-                "Install a tested version, or report it with the model's name."
-            ) from error
-        present = {
-            name: results[name.replace("past_key_values.", "present.", 1)] for name in past
-        }
-        self.state = (total, present)
-        logits: np.ndarray[Any, np.dtype[np.float32]] = results["logits"].astype(np.float32)
-        return logits
-
-
-_NUMPY = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-}
-
-
-class GraphScorer:
-    """Log-probabilities by a written graph, as :class:`edgemoe.evaluate.scorer.Scorer`.
-
-    Args:
-        runner: The graph.
-        k_cap: Most experts per token, for each MoE layer.
-        max_length: Longest sequence in tokens.
-    """
-
-    def __init__(self, runner: GraphRunner, k_cap: Sequence[int], max_length: int) -> None:
-        self._runner = runner
-        self._k_cap = tuple(k_cap)
-        self._max_length = max_length
-
-    @property
-    def max_length(self) -> int:
-        """Most tokens that a context and a continuation may have together."""
-        return self._max_length
-
-    def score(self, requests: Sequence[Request]) -> list[list[Logprobs]]:
-        """Score every continuation of every request; a context is read once.
-
-        Args:
-            requests: What to score.
-
-        Returns:
-            For each request and each of its continuations log p(token | all before it), in
-            nats, float64 ``[tokens of the continuation]``.
-        """
-        return [self._score(request) for request in track(requests, "evaluate the graph")]
-
-    def _score(self, request: Request) -> list[Logprobs]:
-        self._runner.start(1, self._k_cap)
-        cut = len(request.context) - 1
-        if cut and len(request.continuations) > 1:
-            self._runner.run(np.array([request.context[:cut]], np.int64))
-            skipped = 0
-        else:
-            skipped, cut = cut, 0
-        state = self._runner.state
-        answers = []
-        for continuation in request.continuations:
-            self._runner.state = state
-            ids = np.array([*request.context[cut:], *continuation], np.int64)
-            logits = self._runner.run(ids[None, :-1])[0, skipped:]
-            answers.append(_pick(logits, np.array(continuation)))
-        return answers
-
-
-def check_engine(flavour: str) -> None:
-    """Refuse to make a graph that the installed onnxruntime would compute wrongly.
-
-    Args:
-        flavour: ``ort`` or ``tensorrt``; only the former has fused experts.
-
-    Raises:
-        ExportError: onnxruntime is too old.
-    """
-    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-    if flavour == "ort" and version < MINIMUM_VERSION:
-        needed = ".".join(map(str, MINIMUM_VERSION))
-        raise ExportError(
-            f"targets cpu and cuda need onnxruntime {needed} or later, got "
-            f"{onnxruntime.__version__}, which computes fused experts wrongly. Update it "
-            "(Python 3.10 gets no later one: use 3.11 or later), or choose a TensorRT target."
-        )
-
-
-def run_eager(model: MoeModel, ids: Sequence[int]) -> list[EagerRun]:
-    """Ask the eager model about rows of real tokens.
-
-    Args:
-        model: The model, in float32.
-        ids: Tokens of some text; repeated where they are few.
-
-    Returns:
-        Its logits for each schedule of calls.
-    """
-    needed = sum(batch * _ROW_TOKENS for batch, _ in _SCHEDULES)
-    tokens = np.resize(np.asarray(ids, dtype=np.int64), needed).reshape(-1, _ROW_TOKENS)
-    runs, used = [], 0
-    for batch, steps in _SCHEDULES:
-        rows = np.ascontiguousarray(tokens[used : used + batch, : sum(steps)])
-        used += batch
-        tied = torch.zeros(rows.size, dtype=torch.bool)
-
-        def note_ties(
-            layer: MoeLayer,
-            _: torch.Tensor,
-            routing: Routing,
-            __: object,
-            tied: torch.Tensor = tied,
-        ) -> None:
-            if layer.rule is not None:
-                tied |= is_near_tie(
-                    routing.logits, layer.correction_bias, layer.rule, layer.top_k
-                )
-
-        with torch.no_grad(), observe(model, note_ties):
-            logits = model.model(input_ids=torch.from_numpy(rows), use_cache=False).logits
-        decided = ~np.logical_or.accumulate(tied.numpy().reshape(rows.shape), axis=1)
-        runs.append(EagerRun(rows, steps, logits.float().numpy(), decided))
-    return runs
-
-
-def measure_parity(
-    runner: GraphRunner, runs: Sequence[EagerRun], k_cap: Sequence[int]
-) -> Parity:
+def measure_parity(runner: Runner, runs: Sequence[EagerRun], k_cap: Sequence[int]) -> Parity:
     """Run a graph on the rows that the eager model saw, and compare.
 
     Args:
@@ -316,19 +84,23 @@ def measure_parity(
     Returns:
         The differences; not a number where the graph gave one.
     """
+    calls: list[Call] = []
+    owners: list[int] = []
+    for number, run in enumerate(runs):
+        parts = np.split(run.ids, np.cumsum(run.steps)[:-1], axis=1)
+        for step, part in enumerate(parts):
+            before = len(calls) - 1 if step else None
+            calls.append(Call(np.ascontiguousarray(part), before))
+            owners.append(number)
+    answers: list[list[np.ndarray[Any, np.dtype[np.float32]]]] = [[] for _ in runs]
+    runner.run_calls(
+        calls, k_cap, lambda number, logits: answers[owners[number]].append(logits)
+    )
     differences, finite, divergences, agreements, largest = [], [], [], [], 0.0
     # Where every token is behind a tie, all count: a comparison of nothing would pass.
     all_count = not any(run.decided.any() for run in runs)
-    for run in runs:
-        runner.start(len(run.ids), k_cap)
-        cuts = np.cumsum(run.steps)[:-1]
-        graph = np.concatenate(
-            [
-                runner.run(np.ascontiguousarray(part))
-                for part in np.split(run.ids, cuts, axis=1)
-            ],
-            axis=1,
-        )
+    for run, parts in zip(runs, answers, strict=True):
+        graph = np.concatenate(parts, axis=1)
         difference = np.abs(graph - run.logits).max(axis=-1)
         differences.append(difference.max(where=run.decided | all_count, initial=0.0))
         finite.append(np.isfinite(graph).all())
@@ -369,17 +141,6 @@ def check_parity(parity: Parity, precision: str, task: str) -> None:
                 "Nothing was written. Try another --precision, and please report it with the "
                 "model's name."
             )
-
-
-def _pick(
-    logits: np.ndarray[Any, np.dtype[np.float32]], ids: np.ndarray[Any, np.dtype[np.int64]]
-) -> Logprobs:
-    """Return log p of one token per row; logits [rows, vocabulary], ids [rows]."""
-    largest = logits.max(-1)
-    total = np.exp(logits - largest[:, None]).sum(-1, dtype=np.float64)
-    picked = logits[np.arange(len(ids)), ids].astype(np.float64)
-    result: Logprobs = picked - largest - np.log(total)
-    return result
 
 
 def _log_softmax(

@@ -44,6 +44,9 @@ class ExportRequest:
         seed: Its seed.
         calibration_tokens: Most tokens of each task that choose experts.
         held_out_tokens: Most tokens of each task that judge; the same before and after.
+        memory_limit_bytes: Largest model, in float32, and largest graph that are opened as a
+            whole, in [0, inf); others are read layer by layer and run slice by slice. None for
+            half of the memory that this process may use.
     """
 
     model: Path
@@ -59,6 +62,7 @@ class ExportRequest:
     seed: int = 0
     calibration_tokens: int = 16_384
     held_out_tokens: int = 8_192
+    memory_limit_bytes: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -127,6 +128,23 @@ def bind_experts(traced: ir.Model, model: MoeModel) -> ir.Model:
     return graph
 
 
+def order_plan(plan: LayerPlan, layout: StackLayout | None, task: str) -> LayerPlan:
+    """Put a layer's planned experts in the order of the bundle.
+
+    Args:
+        plan: The layer's plan.
+        layout: The order of its experts; None where they keep that of the plan.
+        task: The task.
+
+    Returns:
+        The same decision, in the order in which a graph has the experts.
+    """
+    if layout is None:
+        return plan
+    order = _order(plan, layout.experts_of(task))
+    return replace(plan, experts=tuple(plan.experts[position] for position in order))
+
+
 def list_experts(
     plan: Plan, layouts: Mapping[int, StackLayout], task: str
 ) -> tuple[tuple[ExpertGroup, ...], ...]:
@@ -142,10 +160,7 @@ def list_experts(
     """
     listed = []
     for layer in plan.layers:
-        experts: Sequence[MergedExpert] = layer.experts
-        if layer.layer in layouts:
-            order = _order(layer, layouts[layer.layer].experts_of(task))
-            experts = [layer.experts[position] for position in order]
+        experts = order_plan(layer, layouts.get(layer.layer), task).experts
         listed.append(
             tuple(
                 expert.members[0] if len(expert.members) == 1 else expert.members

@@ -7,9 +7,10 @@ checkpoint's tensors; nodes of the domain ``edgemoe`` are those of
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +22,8 @@ from edgemoe_exporters import schemas
 from edgemoe_exporters.prepare import prepared
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from edgemoe.models.contract import MoeModel
     from edgemoe_exporters.prepare_attention import CachedLayer
 
@@ -37,15 +40,16 @@ def trace(model: MoeModel) -> ir.Model:
     """Trace ``model`` with dynamic batch, sequence and past.
 
     Args:
-        model: The model; it is as before when this returns.
+        model: The model, in memory or on the meta device; it is as before when this returns.
 
     Returns:
-        The graph. Initializers share the model's memory until they are written.
+        The graph. Initializers share the model's memory until they are written; those of a
+        model on the meta device must be given a content.
 
     Raises:
         ExportError: The model cannot be traced.
     """
-    with prepared(model) as module, torch.no_grad():
+    with _on_one_device(model.model), prepared(model) as module, torch.no_grad():
         arguments = _example(model, module.cached)
         try:
             program = _export(module, arguments, len(module.cached))
@@ -61,23 +65,46 @@ def trace(model: MoeModel) -> ir.Model:
     return traced
 
 
+@contextlib.contextmanager
+def _on_one_device(model: torch.nn.Module) -> Iterator[None]:
+    """Take what has memory away from a model whose weights have none, such as angles."""
+    places: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    try:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            for module in model.modules():
+                table: dict[str, Any]
+                for table in cast("Any", (module._parameters, module._buffers)):
+                    for name, tensor in table.items():
+                        if tensor is not None and not tensor.is_meta:
+                            places.append((table, name, tensor))
+        for table, name, tensor in places:
+            empty = torch.empty_like(tensor, device="meta")
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            table[name] = torch.nn.Parameter(empty, False) if is_parameter else empty
+        yield
+    finally:
+        for table, name, tensor in places:
+            table[name] = tensor
+
+
 def _example(model: MoeModel, cached: tuple[CachedLayer, ...]) -> tuple[Any, ...]:
     """Return arguments with sizes that differ, so that no two dimensions look related."""
     batch, new, past = 2, 3, 4
-    dtype = next(model.model.parameters()).dtype
-    return (
-        torch.ones(batch, new, dtype=torch.int64),
-        torch.ones(batch, past + new, dtype=torch.int64),
-        torch.arange(past, past + new).repeat(batch, 1),
-        [
-            (
-                torch.zeros(batch, layer.heads, past, layer.key_size, dtype=dtype),
-                torch.zeros(batch, layer.heads, past, layer.value_size, dtype=dtype),
-            )
-            for layer in cached
-        ],
-        torch.tensor([layer.top_k for layer in model.layers], dtype=torch.int64),
-    )
+    first = next(model.model.parameters())
+    with torch.device(first.device):
+        return (
+            torch.ones(batch, new, dtype=torch.int64),
+            torch.ones(batch, past + new, dtype=torch.int64),
+            torch.arange(past, past + new).repeat(batch, 1),
+            [
+                (
+                    torch.zeros(batch, layer.heads, past, layer.key_size, dtype=first.dtype),
+                    torch.zeros(batch, layer.heads, past, layer.value_size, dtype=first.dtype),
+                )
+                for layer in cached
+            ],
+            torch.tensor([layer.top_k for layer in model.layers], dtype=torch.int64),
+        )
 
 
 def _export(module: torch.nn.Module, arguments: tuple[Any, ...], layers: int) -> Any:

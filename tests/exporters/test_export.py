@@ -14,9 +14,10 @@ from transformers import Glm4MoeForCausalLM
 from edgemoe.errors import ParityError, QualityGateError
 from edgemoe.models.checkpoint import load_model
 from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
-from edgemoe_exporters import export
+from edgemoe_exporters import export, source_in_memory
 from edgemoe_exporters.export import export_bundle
-from edgemoe_exporters.parity import GraphRunner, run_eager
+from edgemoe_exporters.eager_run import run_eager
+from edgemoe_exporters.graph_runner import GraphRunner
 from edgemoe_exporters.quality import split_task
 from edgemoe_exporters.request import ExportReport, ExportRequest
 from edgemoe_exporters.trace import trace
@@ -316,7 +317,7 @@ def test_wrong_graph_leaves_nothing(
             run.logits[..., 5] += 1e-2
         return runs
 
-    monkeypatch.setattr(export, "run_eager", other_model)
+    monkeypatch.setattr(source_in_memory, "run_eager", other_model)
     request = ExportRequest(
         model=checkpoint, output=tmp_path / "bundle", target="cpu", precision="fp32"
     )

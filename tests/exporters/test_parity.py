@@ -13,15 +13,10 @@ import torch
 
 from edgemoe.errors import ExportError, ParityError
 from edgemoe.evaluate.scorer import Request
-from edgemoe_exporters.parity import (
-    EagerRun,
-    GraphRunner,
-    GraphScorer,
-    Parity,
-    check_parity,
-    measure_parity,
-    run_eager,
-)
+from edgemoe_exporters.eager_run import EagerRun, run_eager
+from edgemoe_exporters.graph_runner import GraphRunner
+from edgemoe_exporters.graph_scorer import GraphScorer
+from edgemoe_exporters.parity import Parity, check_parity, measure_parity
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,0 +1,87 @@
+"""Score with a checkpoint that is larger than memory, one decoder layer at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgemoe.evaluate.torch_scorer import BATCH_TOKENS, gather, make_batches, pad
+from edgemoe.models.streamed_pass import Batch, run_batches
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import torch
+
+    from edgemoe.evaluate.scorer import Logprobs, Request
+    from edgemoe.models.opening import StreamedModel
+
+
+class StreamedScorer:
+    """Scores as :class:`edgemoe.evaluate.torch_scorer.TorchScorer` does.
+
+    Requests of one continuation run in the same batches, and give the same bits. Those of
+    several run each with its context, since a layer that runs alone has no cache: they differ
+    by the rounding of float32.
+    """
+
+    def __init__(self, streamed: StreamedModel, directory: Path) -> None:
+        """Wrap a checkpoint.
+
+        Args:
+            streamed: The checkpoint.
+            directory: An existing directory for what layers returned.
+        """
+        self._streamed = streamed
+        self._directory = directory
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that the model was built for."""
+        config = self._streamed.moe.config
+        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+    def score(self, requests: Sequence[Request]) -> list[list[Logprobs]]:
+        """Score every continuation of every request.
+
+        Args:
+            requests: What to score.
+
+        Returns:
+            As :meth:`edgemoe.evaluate.torch_scorer.TorchScorer.score`.
+        """
+        # For each batch the requests and continuations that its rows are.
+        rows: list[list[tuple[int, int]]] = []
+        for members in make_batches(requests, BATCH_TOKENS):
+            choices = len(requests[members[0]].continuations)
+            if choices == 1:
+                rows.append([(member, 0) for member in members])
+            else:
+                at_once = max(1, BATCH_TOKENS // requests[members[0]].longest)
+                rows += [
+                    [(members[0], choice) for choice in range(start, start + at_once)][
+                        : choices - start
+                    ]
+                    for start in range(0, choices, at_once)
+                ]
+        batches, firsts = [], []
+        for batch in rows:
+            ids = pad(
+                [
+                    (requests[one].context + requests[one].continuations[choice])[:-1]
+                    for one, choice in batch
+                ]
+            )
+            first = min(len(requests[one].context) for one, _ in batch) - 1
+            firsts.append(first)
+            batches.append(Batch(ids, ids.shape[1] - first))
+        results: list[list[Logprobs]] = [[] for _ in requests]
+
+        def take(number: int, logits: torch.Tensor) -> None:
+            for (one, choice), row in zip(rows[number], logits, strict=True):
+                start = len(requests[one].context) - 1 - firsts[number]
+                targets = requests[one].continuations[choice]
+                results[one].append(gather(row[start : start + len(targets)], targets))
+
+        run_batches(self._streamed, batches, take, self._directory, description="evaluate")
+        return results

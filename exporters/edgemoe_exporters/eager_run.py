@@ -1,0 +1,115 @@
+"""Ask the eager model what a graph must agree with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from edgemoe.models.hooks import observe
+from edgemoe.models.routers import is_near_tie
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.routers import Routing
+
+_ROW_TOKENS = 24
+# Batch and lengths of successive calls; their sums are at most _ROW_TOKENS. GroupQueryAttention
+# continues a batch by one token at a time only.
+_SCHEDULES = ((1, (16, 1, 1, 1, 1)), (1, (5, 4, 3)), (2, (7, 1, 1)))
+
+
+@dataclass(frozen=True)
+class EagerRun:
+    """What the eager model says of one batch of rows.
+
+    Attributes:
+        ids: Token ids, int64 ``[batch, tokens]``.
+        steps: Lengths of the calls in which the graph gets them; their sum is ``tokens``.
+        logits: float32 ``[batch, tokens, vocabulary]``.
+        decided: bool ``[batch, tokens]``: no router was near a tie up to this token.
+    """
+
+    ids: np.ndarray[Any, np.dtype[np.int64]]
+    steps: tuple[int, ...]
+    logits: np.ndarray[Any, np.dtype[np.float32]]
+    decided: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class EagerRows:
+    """Rows of real tokens for the eager model, and what it says of them.
+
+    Args:
+        ids: Tokens of some text; repeated where they are few.
+
+    Attributes:
+        rows: Token ids of each batch, int64 ``[batch, tokens]``.
+        current: The batch that the model runs.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        needed = sum(batch * _ROW_TOKENS for batch, _ in _SCHEDULES)
+        tokens = np.resize(np.asarray(ids, dtype=np.int64), needed).reshape(-1, _ROW_TOKENS)
+        self.rows = []
+        used = 0
+        for batch, steps in _SCHEDULES:
+            self.rows.append(np.ascontiguousarray(tokens[used : used + batch, : sum(steps)]))
+            used += batch
+        self.current = 0
+        self._tied = [torch.zeros(rows.size, dtype=torch.bool) for rows in self.rows]
+        self._logits: list[np.ndarray[Any, np.dtype[np.float32]]] = []
+
+    def note_ties(self, layer: MoeLayer, _: torch.Tensor, routing: Routing, __: object) -> None:
+        """Watch a layer; for :func:`edgemoe.models.hooks.observe`."""
+        if layer.rule is not None:
+            self._tied[self.current] |= is_near_tie(
+                routing.logits, layer.correction_bias, layer.rule, layer.top_k
+            )
+
+    def take(self, number: int, logits: torch.Tensor) -> None:
+        """Take the logits of the next batch.
+
+        Args:
+            number: Which it is.
+            logits: ``[batch, tokens, vocabulary]``.
+        """
+        assert number == len(self._logits)
+        self._logits.append(logits.float().numpy())
+
+    def runs(self) -> list[EagerRun]:
+        """Return what the model said of each batch."""
+        return [
+            EagerRun(
+                rows,
+                steps,
+                logits,
+                ~np.logical_or.accumulate(tied.numpy().reshape(rows.shape), axis=1),
+            )
+            for rows, (_, steps), logits, tied in zip(
+                self.rows, _SCHEDULES, self._logits, self._tied, strict=True
+            )
+        ]
+
+
+def run_eager(model: MoeModel, ids: Sequence[int]) -> list[EagerRun]:
+    """Ask the eager model about rows of real tokens.
+
+    Args:
+        model: The model, in float32.
+        ids: Tokens of some text; repeated where they are few.
+
+    Returns:
+        Its logits for each schedule of calls.
+    """
+    asked = EagerRows(ids)
+    with torch.no_grad(), observe(model, asked.note_ties):
+        for number, rows in enumerate(asked.rows):
+            asked.current = number
+            ids_tensor = torch.from_numpy(rows)
+            asked.take(number, model.model(input_ids=ids_tensor, use_cache=False).logits)
+    return asked.runs()

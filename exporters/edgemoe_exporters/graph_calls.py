@@ -1,0 +1,75 @@
+"""Calls of a written graph, some of which go on from others' caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Call:
+    """New tokens of some rows.
+
+    Attributes:
+        ids: Token ids, int64 ``[batch, tokens]``.
+        after: Number of an earlier call whose cache these go on from; None for no cache.
+    """
+
+    ids: np.ndarray[Any, np.dtype[np.int64]]
+    after: int | None = None
+
+
+class Runner(Protocol):
+    """A written graph that can be asked."""
+
+    def run_calls(
+        self,
+        calls: Sequence[Call],
+        k_cap: Sequence[int],
+        take: Callable[[int, np.ndarray[Any, np.dtype[np.float32]]], None],
+    ) -> None:
+        """Run calls.
+
+        Args:
+            calls: The calls; each comes after the one that it goes on from.
+            k_cap: Most experts per token, for each MoE layer.
+            take: Called with each call's number and logits, float32
+                ``[batch, tokens, vocabulary]``, in the order of the calls.
+
+        Raises:
+            ExportError: onnxruntime cannot run the graph.
+        """
+        ...
+
+
+def count_tokens(calls: Sequence[Call]) -> list[int]:
+    """Count the tokens that each call sees, cached ones included.
+
+    Args:
+        calls: The calls.
+
+    Returns:
+        Their lengths.
+    """
+    totals: list[int] = []
+    for call in calls:
+        seen = 0 if call.after is None else totals[call.after]
+        totals.append(seen + call.ids.shape[1])
+    return totals
+
+
+def last_uses(calls: Sequence[Call]) -> dict[int, int]:
+    """Tell which call is the last to go on from another's cache.
+
+    Args:
+        calls: The calls.
+
+    Returns:
+        By the number of a call that is continued the number of the last that does.
+    """
+    return {call.after: number for number, call in enumerate(calls) if call.after is not None}

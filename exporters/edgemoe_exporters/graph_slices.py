@@ -1,0 +1,276 @@
+"""Run a written graph whose weights do not fit into memory: in slices, one after the other.
+
+A slice is a run of nodes of the graph as it was written, in its order; its weights stay in the
+graph's own file. It is cut where the fewest tensors that weights went into are alive, which is
+between a residual addition and what comes next, and holds as many weights as its budget
+allows. Every call runs through one slice before the next slice is opened; a call's cache of
+the slice's layers lives as long as the slice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from edgemoe.errors import ExportError
+from edgemoe.progress import counting
+from edgemoe_exporters.graph_calls import count_tokens, last_uses
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from edgemoe_exporters.graph_calls import Call
+
+    Arrays = dict[str, np.ndarray[Any, Any]]
+
+_PAST, _PRESENT = "past_key_values.", "present."
+_FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A run of nodes.
+
+    Attributes:
+        start: Position of the first.
+        stop: Position after the last.
+        weight_bytes: Size of the weights in files that they read.
+    """
+
+    start: int
+    stop: int
+    weight_bytes: int
+
+
+class SlicedRunner:
+    """A written graph, run slice by slice; see ``edgemoe_exporters.graph_calls.Runner``.
+
+    Args:
+        path: The graph; its weights lie beside it.
+        budget_bytes: Weights of a slice; one that cannot be cut may have more.
+
+    Attributes:
+        slices: How it is cut.
+    """
+
+    def __init__(self, path: Path, budget_bytes: int) -> None:
+        self._folder = path.parent
+        self._name = path.name
+        self._model = onnx.load(str(path), load_external_data=False)
+        graph = self._model.graph
+        self._nodes = list(graph.node)
+        self._initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self._graph_inputs = {value.name: value for value in graph.input}
+        self._graph_outputs = [value.name for value in graph.output]
+        self._reads = [list(dict.fromkeys(_reads(node))) for node in self._nodes]
+        self._last_reads: dict[str, int] = {}
+        for position, names in enumerate(self._reads):
+            self._last_reads.update(dict.fromkeys(names, position))
+        self.slices = self._cut(budget_bytes)
+
+    def run_calls(
+        self,
+        calls: Sequence[Call],
+        k_cap: Sequence[int],
+        take: Callable[[int, np.ndarray[Any, np.dtype[np.float32]]], None],
+    ) -> None:
+        """Run calls; see :class:`edgemoe_exporters.graph_calls.Runner`."""
+        given = [
+            self._inputs_of(call, total, k_cap)
+            for call, total in zip(calls, count_tokens(calls), strict=True)
+        ]
+        last = last_uses(calls)
+        with counting(len(self.slices) * len(calls), "run the graph in slices") as advance:
+            for one in self.slices:
+                session = self._open(one, given[0])
+                wanted = [value.name for value in session.get_outputs()]
+                caches: dict[int, Arrays] = {}
+                for number, call in enumerate(calls):
+                    past = {} if call.after is None else caches[call.after]
+                    if call.after is not None and last[call.after] == number:
+                        del caches[call.after]
+                    values = self._run(session, wanted, given[number], past, len(call.ids))
+                    if number in last:
+                        caches[number] = {
+                            name.replace(_PRESENT, _PAST, 1): array
+                            for name, array in values.items()
+                            if name.startswith(_PRESENT)
+                        }
+                    logits = values.pop("logits", None)
+                    given[number] = {
+                        name: array
+                        for name, array in {**given[number], **values}.items()
+                        if not name.startswith(_PRESENT)
+                        and self._last_reads.get(name, -1) >= one.stop
+                    }
+                    if logits is not None:
+                        take(number, logits.astype(np.float32))
+                    advance()
+                del session
+
+    def _inputs_of(self, call: Call, total: int, k_cap: Sequence[int]) -> Arrays:
+        batch, new = call.ids.shape
+        arrays = {
+            "input_ids": call.ids,
+            "attention_mask": np.ones((batch, total), np.int64),
+            "position_ids": np.tile(np.arange(total - new, total), (batch, 1)),
+            "k_cap": np.asarray(k_cap, dtype=np.int64),
+        }
+        return {name: array for name, array in arrays.items() if name in self._graph_inputs}
+
+    def _run(
+        self,
+        session: onnxruntime.InferenceSession,
+        wanted: list[str],
+        given: Arrays,
+        past: Arrays,
+        batch: int,
+    ) -> Arrays:
+        feeds = {}
+        for value in session.get_inputs():
+            name = value.name
+            if name.startswith(_PAST):
+                empty = self._graph_inputs[name].type.tensor_type
+                shape = [dim.dim_value for dim in empty.shape.dim]
+                dtype = onnx.helper.tensor_dtype_to_np_dtype(empty.elem_type)
+                feeds[name] = past.get(
+                    name, np.zeros((batch, shape[1], 0, shape[3]), dtype=dtype)
+                )
+            else:
+                feeds[name] = given[name]
+        try:
+            return dict(zip(wanted, session.run(None, feeds), strict=True))
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ExportError(
+                f"onnxruntime {onnxruntime.__version__} must run {self._name} in slices, got: "
+                f"{error}. Install a tested version, or report it with the model's name."
+            ) from error
+
+    def _cut(self, budget_bytes: int) -> list[Slice]:
+        allowed = self._find_cuts()
+        slices: list[Slice] = []
+        start = cut = 0
+        held: dict[str, int] = {}
+        since_cut: dict[str, int] = {}
+        for position, names in enumerate(self._reads):
+            for name in names:
+                if name in self._initializers:
+                    since_cut[name] = _file_bytes(self._initializers[name])
+            if position not in allowed:
+                continue
+            if cut > start and sum({**held, **since_cut}.values()) > budget_bytes:
+                slices.append(Slice(start, cut, sum(held.values())))
+                start, held = cut, {}
+            held.update(since_cut)
+            since_cut = {}
+            cut = position + 1
+        held.update(since_cut)
+        slices.append(Slice(start, len(self._nodes), sum(held.values())))
+        return slices
+
+    def _find_cuts(self) -> set[int]:
+        """Return positions after which a cut hands on least, and the last one."""
+        heavy: set[str] = {
+            name for name, tensor in self._initializers.items() if _file_bytes(tensor)
+        }
+        alive: set[str] = set()
+        counts = []
+        attended = []
+        for position, (node, names) in enumerate(zip(self._nodes, self._reads, strict=True)):
+            if heavy.intersection(names):
+                heavy.update(node.output)
+                alive.update(
+                    name for name in node.output if self._last_reads.get(name, -1) > position
+                )
+            alive = {name for name in alive if self._last_reads[name] > position}
+            counts.append(len(alive))
+            if any(name.startswith(_PAST) for name in names):
+                attended.append(position)
+        last = len(self._nodes) - 1
+        if not attended:
+            return {last}
+        first_seen, last_seen = attended[0], attended[-1]
+        inner = [count for count in counts[first_seen : last_seen + 1] if count]
+        least = min(inner, default=0)
+        found = {
+            position
+            for position, count in enumerate(counts)
+            if position >= first_seen and 0 < count <= least
+        }
+        # The embedding is as large as many a layer.
+        before = [position for position in range(first_seen) if 0 < counts[position] <= least]
+        return {*found, *before[:1], last}
+
+    def _open(self, one: Slice, given: Arrays) -> onnxruntime.InferenceSession:
+        nodes = self._nodes[one.start : one.stop]
+        made = {name for node in nodes for name in node.output if name}
+        read = dict.fromkeys(
+            name for names in self._reads[one.start : one.stop] for name in names
+        )
+        model = onnx.ModelProto()
+        model.CopyFrom(
+            onnx.ModelProto(
+                ir_version=self._model.ir_version, opset_import=self._model.opset_import
+            )
+        )
+        graph = model.graph
+        graph.name = f"{self._name}[{one.start}:{one.stop}]"
+        graph.node.extend(nodes)
+        for name in read:
+            if name in self._graph_inputs:
+                graph.input.append(self._graph_inputs[name])
+            elif name not in made and name not in self._initializers:
+                kind = onnx.helper.np_dtype_to_tensor_dtype(given[name].dtype)
+                shape = [None] * given[name].ndim
+                graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
+            if name in self._initializers:
+                graph.initializer.append(self._initializers[name])
+        for name in sorted(made):
+            if name in self._graph_outputs or self._last_reads.get(name, -1) >= one.stop:
+                graph.output.append(onnx.ValueInfoProto(name=name))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        options.add_session_config_entry(_FOLDER_OPTION, str(self._folder))
+        # Kernels would keep a second copy of every matrix.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        try:
+            return onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ExportError(
+                f"onnxruntime {onnxruntime.__version__} must open a slice of {self._name}, got "
+                f"{error}. Install a tested version, or report it with the model's name."
+            ) from error
+
+
+def weight_bytes(path: Path) -> int:
+    """Return the size of the weights that a written graph has in files."""
+    model = onnx.load(str(path), load_external_data=False)
+    return sum(_file_bytes(tensor) for tensor in model.graph.initializer)
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield what a node reads, its branches included, in so far as it comes from outside."""
+    yield from (name for name in node.input if name)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            made = {name for inner in graph.node for name in inner.output}
+            made.update(tensor.name for tensor in graph.initializer)
+            for inner in graph.node:
+                yield from (name for name in _reads(inner) if name not in made)
+            # A branch may give an outer value as it is.
+            yield from (out.name for out in graph.output if out.name not in made)
+
+
+def _file_bytes(tensor: onnx.TensorProto) -> int:
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return 0
+    return next(
+        (int(entry.value) for entry in tensor.external_data if entry.key == "length"), 0
+    )

@@ -1,0 +1,119 @@
+"""Where an export takes its model from: memory, or a checkpoint that is larger than it.
+
+What fits into the limit is loaded whole, which is fastest where several passes read it; the
+weights of a larger one are read when they are written, and passes run one decoder layer at a
+time. Both give the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from edgemoe.errors import StreamingError
+from edgemoe.models.checkpoint import load_model
+from edgemoe.models.opening import open_streamed
+from edgemoe_exporters.source_in_memory import SourceInMemory
+from edgemoe_exporters.source_streamed import StreamedSource
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    import onnx_ir as ir
+    from tokenizers import Tokenizer
+
+    from edgemoe.calibrate.statistics import Statistics
+    from edgemoe.evaluate.scorer import Scorer
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.models.fingerprint import FileHashes
+    from edgemoe.prune.plan import Plan
+    from edgemoe.tasks import TaskFile
+    from edgemoe_exporters.eager_run import EagerRun
+    from edgemoe_exporters.sharing import StackLayout
+
+_BYTES_PER_PARAMETER = 4  # float32
+
+
+class TaskSource(Protocol):
+    """The model with the experts of one task."""
+
+    def bind(self, traced: ir.Model) -> ir.Model:
+        """Give a graph of the whole model this task's weights; it is not changed.
+
+        Args:
+            traced: What :func:`edgemoe_exporters.trace.trace` made of the source's model.
+
+        Returns:
+            A new graph.
+        """
+        ...
+
+    def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:
+        """Ask the eager model, as :func:`edgemoe_exporters.eager_run.run_eager`."""
+        ...
+
+
+class ModelSource(Protocol):
+    """A checkpoint to export."""
+
+    @property
+    def moe(self) -> MoeModel:
+        """The whole model; without contents where it is streamed."""
+        ...
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether its decoder layers are in memory one at a time."""
+        ...
+
+    def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
+        """Measure a task, as :func:`edgemoe.calibrate.collect.collect`."""
+        ...
+
+    def scorer(self) -> Scorer:
+        """Return what scores with the whole model."""
+        ...
+
+    def of_task(
+        self, plan: Plan, layouts: Mapping[int, StackLayout], task: str
+    ) -> AbstractContextManager[TaskSource]:
+        """Give the model the experts of one task.
+
+        Args:
+            plan: The task's plan.
+            layouts: The order of the experts by decoder layer.
+            task: The task.
+
+        Returns:
+            A context; the task's model serves inside it.
+        """
+        ...
+
+
+def open_source(path: Path, work: Path, limit_bytes: int, hashes: FileHashes) -> ModelSource:
+    """Open a checkpoint as its size allows.
+
+    Args:
+        path: Checkpoint directory.
+        work: An existing directory for what passes over a streamed model leave for each other;
+            nothing is left there.
+        limit_bytes: Size of the largest model that is loaded whole, in float32.
+        hashes: Of the checkpoint's files, as far as they are known.
+
+    Returns:
+        The source.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, unsafe or inconsistent.
+        FamilyError: The family is not supported.
+    """
+    try:
+        streamed = open_streamed(path)
+    except StreamingError:
+        # Its layers cannot be told apart: it has to fit.
+        return SourceInMemory(load_model(path))
+    parameters = sum(parameter.numel() for parameter in streamed.moe.model.parameters())
+    if parameters * _BYTES_PER_PARAMETER <= limit_bytes:
+        return SourceInMemory(load_model(path))
+    return StreamedSource(streamed, path, work, hashes)

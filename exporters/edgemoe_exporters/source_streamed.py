@@ -1,0 +1,242 @@
+"""A model whose weights are read when they are written, and whose layers run one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
+from transformers import GenerationConfig
+
+from edgemoe.calibrate.streamed import collect_streamed
+from edgemoe.evaluate.streamed_scorer import StreamedScorer
+from edgemoe.models.hooks import observe
+from edgemoe.models.streamed_pass import Batch, run_batches
+from edgemoe.prune.apply import keeps_all, plan_tensors
+from edgemoe.resume import WorkDirectory
+from edgemoe_exporters.deferred import Deferred, Latest
+from edgemoe_exporters.eager_run import EagerRows
+from edgemoe_exporters.task_experts import order_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    from edgemoe.calibrate.statistics import Statistics
+    from edgemoe.models.fingerprint import FileHashes
+    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.opening import StreamedModel
+    from edgemoe.prune.plan import LayerPlan, Plan
+    from edgemoe.tasks import TaskFile
+    from edgemoe_exporters.eager_run import EagerRun
+    from edgemoe_exporters.sharing import StackLayout
+
+_GENERATION = "generation_config.json"
+
+
+class StreamedSource:
+    """A checkpoint that is read as needed; see ``edgemoe_exporters.source.ModelSource``."""
+
+    is_streamed = True
+
+    def __init__(
+        self, streamed: StreamedModel, path: Path, work: Path, hashes: FileHashes
+    ) -> None:
+        """Take an open checkpoint.
+
+        Args:
+            streamed: The checkpoint.
+            path: Its directory.
+            work: An existing directory for what layers returned; nothing is left there.
+            hashes: Of its files, as far as they are known.
+        """
+        self.moe = streamed.moe
+        self._streamed = streamed
+        self._work = work
+        self._hashes = hashes
+        if (path / _GENERATION).exists():
+            # A skeleton knows the configuration of the model only.
+            self.moe.model.generation_config = GenerationConfig.from_pretrained(str(path))
+
+    def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
+        """Measure a task."""
+        work = WorkDirectory(self._work)
+        folder = WorkDirectory(work.empty_directory("calibration"))
+        try:
+            statistics = collect_streamed(
+                self._streamed, [task], tokenizer, folder, self._hashes, max_tokens=max_tokens
+            )
+        finally:
+            work.remove(folder.path.name)
+        self.moe.sha256 = statistics.checkpoint_sha256
+        return statistics
+
+    def scorer(self) -> StreamedScorer:
+        """Return what scores with the model."""
+        return StreamedScorer(self._streamed, self._work)
+
+    @contextlib.contextmanager
+    def of_task(
+        self, plan: Plan, layouts: Mapping[int, StackLayout], task: str
+    ) -> Iterator[StreamedTask]:
+        """Give the model the experts of one task."""
+        plan.validate(self.moe.shape)
+        plans = {
+            layer.index: order_plan(layer_plan, layouts.get(layer.index), task)
+            for layer, layer_plan in zip(self.moe.layers, plan.layers, strict=True)
+        }
+        yield StreamedTask(self._streamed, plans, self._work)
+
+
+class StreamedTask:
+    """The checkpoint with one task's experts; see ``edgemoe_exporters.source.TaskSource``."""
+
+    def __init__(
+        self, streamed: StreamedModel, plans: Mapping[int, LayerPlan], work: Path
+    ) -> None:
+        """Take a checkpoint and what to do to it.
+
+        Args:
+            streamed: The checkpoint.
+            plans: By decoder layer the experts in the order of the graph.
+            work: An existing directory for what layers returned.
+        """
+        self._streamed = streamed
+        self._work = work
+        self._changes = {
+            layer.index: (layer, plans[layer.index])
+            for layer in streamed.moe.layers
+            if not _is_unchanged(layer, plans[layer.index])
+        }
+        self._latest: Latest[dict[str, torch.Tensor]] = Latest()
+
+    def bind(self, traced: ir.Model) -> ir.Model:
+        """Give a graph this task's weights; they are read when they are written."""
+        graph = traced.clone()
+        model = self._streamed.moe.model
+        present = dict(model.named_parameters(remove_duplicate=False))
+        present.update(model.named_buffers(remove_duplicate=False))
+        changed = {
+            f"{layer.name}.{spec.name}": (layer.index, spec.name)
+            for layer, _ in self._changes.values()
+            for spec in layer.facts.tensors
+        }
+        shapes = {index: self._planned_shapes(index) for index in self._changes}
+        for name, value in graph.graph.initializers.items():
+            if name not in present:
+                continue
+            stored = present[name]
+            shape, read = tuple(stored.shape), partial(self._read, name)
+            if name in changed:
+                index, spec_name = changed[name]
+                shape = shapes[index][spec_name]
+                read = partial(self._read_planned, index, spec_name)
+            tensor = Deferred(shape, from_torch_dtype(stored.dtype), read).tensor(name)
+            value.const_value = tensor
+            value.shape = ir.Shape(shape)
+        return graph
+
+    def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:
+        """Ask the eager model, one decoder layer at a time."""
+        asked = EagerRows(ids)
+        batches = [Batch(torch.from_numpy(rows)) for rows in asked.rows]
+
+        def set_current(number: int) -> None:
+            asked.current = number
+
+        with observe(self._streamed.moe, asked.note_ties):
+            run_batches(
+                self._streamed,
+                batches,
+                asked.take,
+                self._work,
+                description="run the checkpoint",
+                inside=self._changed,
+                on_batch=set_current,
+            )
+        return asked.runs()
+
+    @contextlib.contextmanager
+    def _changed(self, index: int) -> Iterator[None]:
+        """Give a layer that is in memory this task's experts."""
+        if index not in self._changes:
+            yield
+            return
+        layer, plan = self._changes[index]
+        whole = layer.tensors()
+        with torch.no_grad():
+            new = plan_tensors(layer, plan)
+        layer.replace(new)
+        del new
+        # The layer's own tensors are let go of meanwhile: only their places are kept.
+        empty = {
+            name: torch.empty_like(tensor, device="meta") for name, tensor in whole.items()
+        }
+        whole.clear()
+        try:
+            yield
+        finally:
+            layer.replace(empty)
+
+    def _planned_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        layer, plan = self._changes[index]
+        return {
+            spec.name: tuple(shape)
+            for spec in layer.facts.tensors
+            for shape in [_planned_shape(layer, spec, len(plan.experts))]
+        }
+
+    def _read(self, name: str) -> np.ndarray[Any, Any]:
+        return _to_numpy(self._streamed.skeleton.read(name))
+
+    def _read_planned(self, index: int, name: str) -> np.ndarray[Any, Any]:
+        layer, plan = self._changes[index]
+        experts = [
+            spec.name
+            for spec in layer.facts.tensors
+            if spec.name.startswith(f"{layer.facts.experts}.")
+        ]
+        if not plan.is_merging or name not in experts:
+            return _to_numpy(self._make(layer, plan, [name])[name])
+        # Members are aligned by all their matrices, so these are made together.
+        made = self._latest.get(layer, lambda: self._make(layer, plan, experts))
+        return _to_numpy(made[name])
+
+    @torch.no_grad()
+    def _make(
+        self, layer: MoeLayer, plan: LayerPlan, names: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        skeleton = self._streamed.skeleton
+        wanted = {f"{layer.name}.{name}" for name in names}
+        only = {
+            group.first_target
+            for group in skeleton.groups[layer.index]
+            if wanted.intersection(group.targets)
+        }
+        with skeleton.layer(layer.index, only=only):
+            return plan_tensors(layer, plan, names)
+
+
+def _is_unchanged(layer: MoeLayer, plan: LayerPlan) -> bool:
+    in_order = [expert.members for expert in plan.experts] == [
+        (expert,) for expert in range(layer.num_experts)
+    ]
+    return in_order and keeps_all(plan, layer.num_experts)
+
+
+def _planned_shape(layer: MoeLayer, spec: Any, experts: int) -> list[int]:
+    shape = list(layer.tensor(spec.name).shape)
+    if not spec.holds_ids:
+        shape[spec.axis] = experts + spec.tail
+    return shape
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any] = tensor.detach().numpy()
+    return array
