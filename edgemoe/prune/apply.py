@@ -13,7 +13,7 @@ from edgemoe.progress import track
 from edgemoe.prune.merge import average, merge_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
@@ -97,33 +97,46 @@ def apply_layer(layer: MoeLayer, plan: LayerPlan) -> None:
     layer.replace(plan_tensors(layer, plan))
 
 
-def plan_tensors(
-    layer: MoeLayer, plan: LayerPlan, names: Collection[str] | None = None
-) -> dict[str, torch.Tensor]:
+def plan_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]:
     """Make the tensors of a layer's planned experts; averages are float32 before the cast.
 
     Args:
         layer: The layer; it is not changed.
         plan: What it shall keep and merge.
+
+    Returns:
+        What :meth:`edgemoe.models.layer.MoeLayer.replace` takes.
+    """
+    return expert_tensors(layer, plan.experts)
+
+
+def expert_tensors(
+    layer: MoeLayer, experts: Sequence[MergedExpert], names: Collection[str] | None = None
+) -> dict[str, torch.Tensor]:
+    """Make the tensors of experts that are kept and merged, in any order.
+
+    Args:
+        layer: The layer; it is not changed.
+        experts: The experts.
         names: Which of ``facts.tensors`` to make; all by default. Of the experts module all or
             none are asked for where experts are merged.
 
     Returns:
         What :meth:`edgemoe.models.layer.MoeLayer.replace` takes.
     """
-    groups = tuple(expert.members for expert in plan.experts)
+    groups = tuple(expert.members for expert in experts)
     prefix = f"{layer.facts.experts}."
     wanted = [spec for spec in layer.facts.tensors if names is None or spec.name in names]
     merged = {
         position: _merge(layer, expert)
-        for position, expert in enumerate(plan.experts)
+        for position, expert in enumerate(experts)
         if len(expert.members) > 1 and any(spec.name.startswith(prefix) for spec in wanted)
     }
 
     def combine(name: str, entries: torch.Tensor) -> torch.Tensor:
         part = name.removeprefix(prefix) if name.startswith(prefix) else None
         made = []
-        for position, expert in enumerate(plan.experts):
+        for position, expert in enumerate(experts):
             if len(expert.members) == 1:
                 made.append(entries[expert.members[0]])
             elif part is None:

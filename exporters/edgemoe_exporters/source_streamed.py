@@ -15,11 +15,11 @@ from edgemoe.calibrate.streamed import collect_streamed
 from edgemoe.evaluate.streamed_scorer import StreamedScorer
 from edgemoe.models.hooks import observe
 from edgemoe.models.streamed_pass import Batch, run_batches
-from edgemoe.prune.apply import keeps_all, plan_tensors
+from edgemoe.prune.apply import expert_tensors
 from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.deferred import Deferred, Latest
 from edgemoe_exporters.eager_run import EagerRows
-from edgemoe_exporters.task_experts import order_plan
+from edgemoe_exporters.task_experts import order_experts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from edgemoe.calibrate.statistics import Statistics
+    from edgemoe.models.expert_tensors import ExpertTensor
     from edgemoe.models.fingerprint import FileHashes
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
-    from edgemoe.prune.plan import LayerPlan, Plan
+    from edgemoe.prune.plan import MergedExpert, Plan
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.eager_run import EagerRun
     from edgemoe_exporters.sharing import StackLayout
@@ -87,32 +88,35 @@ class StreamedSource:
     ) -> Iterator[StreamedTask]:
         """Give the model the experts of one task."""
         plan.validate(self.moe.shape)
-        plans = {
-            layer.index: order_plan(layer_plan, layouts.get(layer.index), task)
+        experts = {
+            layer.index: order_experts(layer_plan, layouts.get(layer.index), task)
             for layer, layer_plan in zip(self.moe.layers, plan.layers, strict=True)
         }
-        yield StreamedTask(self._streamed, plans, self._work)
+        yield StreamedTask(self._streamed, experts, self._work)
 
 
 class StreamedTask:
     """The checkpoint with one task's experts; see ``edgemoe_exporters.source.TaskSource``."""
 
     def __init__(
-        self, streamed: StreamedModel, plans: Mapping[int, LayerPlan], work: Path
+        self,
+        streamed: StreamedModel,
+        experts: Mapping[int, Sequence[MergedExpert]],
+        work: Path,
     ) -> None:
         """Take a checkpoint and what to do to it.
 
         Args:
             streamed: The checkpoint.
-            plans: By decoder layer the experts in the order of the graph.
+            experts: By decoder layer, in the order of the graph.
             work: An existing directory for what layers returned.
         """
         self._streamed = streamed
         self._work = work
         self._changes = {
-            layer.index: (layer, plans[layer.index])
+            layer.index: (layer, experts[layer.index])
             for layer in streamed.moe.layers
-            if not _is_unchanged(layer, plans[layer.index])
+            if not _is_unchanged(layer, experts[layer.index])
         }
         self._latest: Latest[dict[str, torch.Tensor]] = Latest()
 
@@ -168,10 +172,10 @@ class StreamedTask:
         if index not in self._changes:
             yield
             return
-        layer, plan = self._changes[index]
+        layer, experts = self._changes[index]
         whole = layer.tensors()
         with torch.no_grad():
-            new = plan_tensors(layer, plan)
+            new = expert_tensors(layer, experts)
         layer.replace(new)
         del new
         # The layer's own tensors are let go of meanwhile: only their places are kept.
@@ -185,32 +189,30 @@ class StreamedTask:
             layer.replace(empty)
 
     def _planned_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
-        layer, plan = self._changes[index]
+        layer, experts = self._changes[index]
         return {
-            spec.name: tuple(shape)
-            for spec in layer.facts.tensors
-            for shape in [_planned_shape(layer, spec, len(plan.experts))]
+            spec.name: _planned_shape(layer, spec, len(experts)) for spec in layer.facts.tensors
         }
 
     def _read(self, name: str) -> np.ndarray[Any, Any]:
         return _to_numpy(self._streamed.skeleton.read(name))
 
     def _read_planned(self, index: int, name: str) -> np.ndarray[Any, Any]:
-        layer, plan = self._changes[index]
-        experts = [
+        layer, experts = self._changes[index]
+        matrices = [
             spec.name
             for spec in layer.facts.tensors
             if spec.name.startswith(f"{layer.facts.experts}.")
         ]
-        if not plan.is_merging or name not in experts:
-            return _to_numpy(self._make(layer, plan, [name])[name])
+        if name not in matrices or all(len(expert.members) == 1 for expert in experts):
+            return _to_numpy(self._make(layer, experts, [name])[name])
         # Members are aligned by all their matrices, so these are made together.
-        made = self._latest.get(layer, lambda: self._make(layer, plan, experts))
+        made = self._latest.get(layer, lambda: self._make(layer, experts, matrices))
         return _to_numpy(made[name])
 
     @torch.no_grad()
     def _make(
-        self, layer: MoeLayer, plan: LayerPlan, names: Sequence[str]
+        self, layer: MoeLayer, experts: Sequence[MergedExpert], names: Sequence[str]
     ) -> dict[str, torch.Tensor]:
         skeleton = self._streamed.skeleton
         wanted = {f"{layer.name}.{name}" for name in names}
@@ -220,21 +222,19 @@ class StreamedTask:
             if wanted.intersection(group.targets)
         }
         with skeleton.layer(layer.index, only=only):
-            return plan_tensors(layer, plan, names)
+            return expert_tensors(layer, experts, names)
 
 
-def _is_unchanged(layer: MoeLayer, plan: LayerPlan) -> bool:
-    in_order = [expert.members for expert in plan.experts] == [
-        (expert,) for expert in range(layer.num_experts)
-    ]
-    return in_order and keeps_all(plan, layer.num_experts)
+def _is_unchanged(layer: MoeLayer, experts: Sequence[MergedExpert]) -> bool:
+    members = [expert.members for expert in experts]
+    return members == [(expert,) for expert in range(layer.num_experts)]
 
 
-def _planned_shape(layer: MoeLayer, spec: Any, experts: int) -> list[int]:
+def _planned_shape(layer: MoeLayer, spec: ExpertTensor, experts: int) -> tuple[int, ...]:
     shape = list(layer.tensor(spec.name).shape)
     if not spec.holds_ids:
         shape[spec.axis] = experts + spec.tail
-    return shape
+    return tuple(shape)
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -128,7 +127,9 @@ def bind_experts(traced: ir.Model, model: MoeModel) -> ir.Model:
     return graph
 
 
-def order_plan(plan: LayerPlan, layout: StackLayout | None, task: str) -> LayerPlan:
+def order_experts(
+    plan: LayerPlan, layout: StackLayout | None, task: str
+) -> tuple[MergedExpert, ...]:
     """Put a layer's planned experts in the order of the bundle.
 
     Args:
@@ -137,12 +138,12 @@ def order_plan(plan: LayerPlan, layout: StackLayout | None, task: str) -> LayerP
         task: The task.
 
     Returns:
-        The same decision, in the order in which a graph has the experts.
+        The experts in the order in which a graph has them.
     """
     if layout is None:
-        return plan
+        return plan.experts
     order = _order(plan, layout.experts_of(task))
-    return replace(plan, experts=tuple(plan.experts[position] for position in order))
+    return tuple(plan.experts[position] for position in order)
 
 
 def list_experts(
@@ -160,7 +161,7 @@ def list_experts(
     """
     listed = []
     for layer in plan.layers:
-        experts = order_plan(layer, layouts.get(layer.layer), task).experts
+        experts = order_experts(layer, layouts.get(layer.layer), task)
         listed.append(
             tuple(
                 expert.members[0] if len(expert.members) == 1 else expert.members

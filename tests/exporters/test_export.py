@@ -15,8 +15,8 @@ from edgemoe.errors import ParityError, QualityGateError
 from edgemoe.models.checkpoint import load_model
 from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
 from edgemoe_exporters import export, source_in_memory
-from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.eager_run import run_eager
+from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.graph_runner import GraphRunner
 from edgemoe_exporters.quality import split_task
 from edgemoe_exporters.request import ExportReport, ExportRequest

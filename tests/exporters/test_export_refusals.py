@@ -12,8 +12,8 @@ from edgemoe.models.contract import LayerShape, ModelShape
 from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
 from edgemoe_exporters import export
 from edgemoe_exporters.export import export_bundle
-from edgemoe_exporters.ort.precision import check_block_sizes
 from edgemoe_exporters.graph_runner import check_engine
+from edgemoe_exporters.ort.precision import check_block_sizes
 from edgemoe_exporters.request import ExportRequest
 
 if TYPE_CHECKING:
