@@ -2,18 +2,16 @@
 
 Writes a random bfloat16 checkpoint of the shape of Qwen1.5-MoE-A2.7B (60 experts of width 1408,
 4 per token, hidden size 2048, a shared expert of 5632, vocabulary 151936; 24 layers are 28 GB)
-in the hub's layout, one tensor per expert's matrix, and runs ``edgemoe calibrate``, ``prune``
-and ``apply`` on it, each in a process whose memory is limited. ``cp`` of the same bytes stands
-beside them. Run it from the repository's root::
+in the hub's layout, one tensor per expert's matrix, and runs ``edgemoe calibrate``, ``prune``,
+``apply`` and ``export`` on it, each in a process whose memory is limited. ``cp`` of the same
+bytes stands beside them. Run it from the repository's root::
 
     python benchmarks/streaming.py WORK_DIRECTORY --layers 24 --memory-gib 6
 
-The directory must have room for the checkpoint, one shard more and the pruned checkpoint; it is
-emptied of them afterwards unless --keep-files is given. The limit is a memory control group
-(version 1, where the process may make one: it counts page cache too, which the kernel gives
-back under pressure), or else RLIMIT_DATA, which counts what the process allocates.
-
-A further command, such as ``export``, is a further ``Step`` in ``make_steps``.
+The directory must have room for the checkpoint, one shard more, the pruned checkpoint and a
+bundle; it is emptied of them afterwards unless --keep-files is given. The limit is a memory
+control group (version 1, where the process may make one: it counts page cache too, which the
+kernel gives back under pressure), or else RLIMIT_DATA, which counts what the process allocates.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import torch
@@ -38,6 +37,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
 from edgemoe.models.shards import PlannedTensor, ShardWriter, lay_out, write_index
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _CGROUP = Path("/sys/fs/cgroup/memory")
 _WORDS = 20_000
@@ -198,12 +200,13 @@ def write_task(path: Path, tokens: int) -> None:
             stream.write(json.dumps({"text": " ".join(f"w{i}" for i in ids.tolist())}) + "\n")
 
 
-def make_steps(work: Path, keep: float) -> list[Step]:
+def make_steps(work: Path, keep: float, exports: Sequence[str]) -> list[Step]:
     """List the commands, each on what the one before it made.
 
     Args:
         work: Directory of all files.
         keep: Fraction of the experts that the plan keeps.
+        exports: What the whole checkpoint is exported for, each ``TARGET:PRECISION``.
 
     Returns:
         The commands.
@@ -213,10 +216,20 @@ def make_steps(work: Path, keep: float) -> list[Step]:
     stats, plan = str(work / "statistics"), str(work / "plan.json")
     task = f"--task=random={work / 'random.jsonl'}"
     method = ["--task=random", "--method=reap", f"--keep={keep}"]
+    bundle = ["-o", str(work / "bundle"), "--force"]
     return [
         Step("calibrate", ["calibrate", model, task, "-o", stats], source, source),
         Step("prune", ["prune", model, "--stats", stats, *method, "-o", plan], source, source),
         Step("apply", ["apply", model, "--plan", plan, "-o", pruned], source, result),
+        *(
+            Step(
+                f"export {target} {precision}",
+                ["export", model, "--target", target, "--precision", precision, *bundle],
+                source,
+                source,
+            )
+            for target, _, precision in (each.partition(":") for each in exports)
+        ),
     ]
 
 
@@ -326,6 +339,15 @@ def to_table(measurements: list[Measurement]) -> str:
 @click.option("--keep", default=0.5, show_default=True, help="Fraction of experts kept.")
 @click.option("--memory-gib", default=6.0, show_default=True)
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write rows here.")
+@click.option("--only", help="Run only the commands that begin with this.")
+@click.option(
+    "--export",
+    "exports",
+    multiple=True,
+    default=("cpu:int4", "jetson-orin:fp16"),
+    show_default=True,
+    help="TARGET:PRECISION; may be given several times.",
+)
 @click.option("--keep-files", is_flag=True)
 def main(
     work: Path,
@@ -334,11 +356,13 @@ def main(
     keep: float,
     memory_gib: float,
     csv_path: Path | None,
+    only: str | None,
+    exports: tuple[str, ...],
     keep_files: bool,
 ) -> None:
     """Measure the streaming commands on a large random checkpoint in WORK."""
     limit = MemoryLimit(int(memory_gib * (1 << 30)))
-    made = [work / name for name in ("model", "pruned", "statistics", "plan.json")]
+    made = [work / name for name in ("model", "pruned", "bundle", "statistics", "plan.json")]
     made += [work / "random.jsonl"]
     try:
         begun = time.perf_counter()
@@ -351,7 +375,9 @@ def main(
             err=True,
         )
         rows = []
-        for step in make_steps(work, keep):
+        for step in make_steps(work, keep, exports):
+            if only is not None and not step.name.startswith(only):
+                continue
             row = measure(step, limit)
             row.cp_seconds = time_copy(step.copied, work / "copy")
             rows.append(row)

@@ -139,6 +139,7 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         precision=precision,
         experts_before=shape.experts_per_layer,
         checkpoint_bytes=parameters * 4,
+        streamed=source.is_streamed,
         size=graphs.size,
         tasks=reports,
         separate_stacks=graphs.separate_stacks,
@@ -235,7 +236,8 @@ class _Road:
         lower = _LOWERINGS[self.target.flavour]
         self.say("trace the model")
         traced = trace(self.model)
-        memory = remembering() if len(plans) > 1 else contextlib.nullcontext()
+        several = len(plans) > 1
+        memory = remembering(self.staged) if several else contextlib.nullcontext()
         with memory, BundleWriter(self.staged, tuple(plans), layouts) as writer:
             for name, plan in plans.items():
                 self.say(f"make the graph of {name}")
@@ -281,7 +283,8 @@ class _Road:
         """Open a written graph as a whole, or in slices where it is too large for that."""
         if weight_bytes(path) <= self.limit:
             return GraphRunner(path)
-        return SlicedRunner(path, self.limit // 2)
+        # Kernels may keep a second copy of a slice's matrices.
+        return SlicedRunner(path, self.limit // 4)
 
     def write_manifest(
         self,

@@ -27,6 +27,11 @@ class Call:
 class Runner(Protocol):
     """A written graph that can be asked."""
 
+    @property
+    def slice_count(self) -> int:
+        """Parts that run one after the other; 1 for the whole graph at once."""
+        ...
+
     def run_calls(
         self,
         calls: Sequence[Call],

@@ -33,10 +33,13 @@ class GraphRunner:
 
     Attributes:
         state: Tokens seen and the cache, by input; may be kept and put back.
+        slice_count: 1: the graph runs as a whole.
 
     Raises:
         ExportError: onnxruntime cannot open the graph.
     """
+
+    slice_count = 1
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         options = onnxruntime.SessionOptions()

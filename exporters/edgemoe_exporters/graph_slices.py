@@ -56,6 +56,7 @@ class SlicedRunner:
 
     Attributes:
         slices: How it is cut.
+        slice_count: Their number.
     """
 
     def __init__(self, path: Path, budget_bytes: int) -> None:
@@ -72,6 +73,7 @@ class SlicedRunner:
         for position, names in enumerate(self._reads):
             self._last_reads.update(dict.fromkeys(names, position))
         self.slices = self._cut(budget_bytes)
+        self.slice_count = len(self.slices)
 
     def run_calls(
         self,
@@ -236,8 +238,6 @@ class SlicedRunner:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
         options.add_session_config_entry(_FOLDER_OPTION, str(self._folder))
-        # Kernels would keep a second copy of every matrix.
-        options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             return onnxruntime.InferenceSession(
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]

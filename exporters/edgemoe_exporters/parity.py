@@ -51,6 +51,7 @@ class Parity:
         top1_agreement: Fraction of positions with the same most likely token, in [0, 1].
         tokens: Positions compared.
         near_ties: Positions behind a near tie; they count in the means only.
+        slices: Parts of the graph that ran one after the other; 1 where it ran as a whole.
     """
 
     max_abs_logit_difference: float
@@ -59,16 +60,18 @@ class Parity:
     top1_agreement: float
     tokens: int
     near_ties: int = 0
+    slices: int = 1
 
     def to_report(self) -> ParityReport:
         """Return what the manifest records."""
+        way = f"; the graph ran in {self.slices} slices" if self.slices > 1 else ""
         return ParityReport(
             max_abs_logit_difference=self.max_abs_logit_difference,
             tokens=self.tokens,
             reference=(
                 f"eager float32 (largest logit {self.max_abs_logit:.1f}); mean KL "
                 f"{self.mean_kl:.3g} nats, same best token at {self.top1_agreement:.1%}; "
-                f"{self.near_ties} of the tokens follow a near tie of two experts"
+                f"{self.near_ties} of the tokens follow a near tie of two experts{way}"
             ),
         )
 
@@ -115,6 +118,7 @@ def measure_parity(runner: Runner, runs: Sequence[EagerRun], k_cap: Sequence[int
         top1_agreement=float(np.concatenate(agreements).mean()),
         tokens=sum(run.ids.size for run in runs),
         near_ties=sum(int((~run.decided).sum()) for run in runs),
+        slices=runner.slice_count,
     )
 
 

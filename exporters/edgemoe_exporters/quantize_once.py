@@ -2,16 +2,19 @@
 
 Tasks have the same backbone and many of the same experts. Inside :func:`remembering`, a
 matrix that was quantised before is recognised by the sha256 of its bytes; experts are
-looked up one by one, since their stacks differ between tasks.
+looked up one by one, since their stacks differ between tasks. What was found is kept in a
+file, since all of it together is as large as a graph.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import tempfile
 from contextvars import ContextVar
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -20,26 +23,62 @@ from edgemoe_exporters.deferred import Deferred
 from edgemoe_exporters.quantize import Quantized, quantize_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from edgemoe_exporters.deferred import Latest
 
 _Key = tuple[bytes, tuple[int, ...], str, int, int, bool]
-_memory: ContextVar[dict[_Key, Quantized] | None] = ContextVar("quantised", default=None)
+
+
+class _Memory:
+    """What was quantised, in a file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._places: dict[_Key, tuple[int, list[tuple[tuple[int, ...], str]]]] = {}
+
+    def look_up(self, key: _Key, make: Callable[[], Quantized]) -> Quantized:
+        if key not in self._places:
+            found = make()
+            begin = self._file.seek(0, os.SEEK_END)
+            forms = []
+            for part in (found.packed, found.scales, found.zero_points):
+                if part is not None:
+                    self._file.write(np.ascontiguousarray(part).data)
+                    forms.append((part.shape, part.dtype.str))
+            self._places[key] = begin, forms
+            return found
+        begin, forms = self._places[key]
+        self._file.seek(begin)
+        parts = []
+        for shape, dtype in forms:
+            array = np.empty(shape, np.dtype(dtype))
+            self._file.readinto(array.reshape(-1).view(np.uint8).data)  # type: ignore[attr-defined]  # a buffered file
+            parts.append(array)
+        return Quantized(parts[0], parts[1], parts[2] if len(parts) == 3 else None)
+
+
+_memory: ContextVar[_Memory | None] = ContextVar("quantised", default=None)
 
 
 @contextlib.contextmanager
-def remembering() -> Iterator[None]:
-    """Keep what is quantised in memory until the block ends.
+def remembering(directory: Path | None = None) -> Iterator[None]:
+    """Keep what is quantised until the block ends.
+
+    Args:
+        directory: Where the file is made; that for temporary files by default. It has no
+            name, and is gone with this process in any case.
 
     Yields:
         Nothing.
     """
-    token = _memory.set({})
-    try:
-        yield
-    finally:
-        _memory.reset(token)
+    with tempfile.TemporaryFile(dir=directory) as file:
+        token = _memory.set(_Memory(file))
+        try:
+            yield
+        finally:
+            _memory.reset(token)
 
 
 def quantize(weight: np.ndarray[Any, Any], bits: int, block: int, symmetric: bool) -> Quantized:
@@ -109,7 +148,7 @@ def quantize_later(
 
 
 def _look_up(
-    memory: dict[_Key, Quantized],
+    memory: _Memory,
     matrix: np.ndarray[Any, Any],
     bits: int,
     block: int,
@@ -118,6 +157,4 @@ def _look_up(
     content = np.ascontiguousarray(matrix)
     digest = hashlib.sha256(content.data).digest()
     key = (digest, content.shape, content.dtype.str, bits, block, symmetric)
-    if key not in memory:
-        memory[key] = quantize_blocks(content, bits, block, symmetric)
-    return memory[key]
+    return memory.look_up(key, lambda: quantize_blocks(content, bits, block, symmetric))

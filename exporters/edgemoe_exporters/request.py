@@ -153,6 +153,8 @@ class ExportReport:
         size: Bytes on disk.
         tasks: What became of each task.
         separate_stacks: Tensors of experts that were stored apart although tasks share them.
+        streamed: Whether the checkpoint was read one decoder layer at a time, because it is
+            larger than memory.
     """
 
     output: Path
@@ -164,11 +166,23 @@ class ExportReport:
     size: SizeReport
     tasks: Mapping[str, TaskReport]
     separate_stacks: tuple[str, ...] = ()
+    streamed: bool = False
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What whoever exported should know, each in a sentence."""
         notes = []
+        if self.streamed:
+            notes.append(
+                "the checkpoint is larger than memory: it was read and run one decoder layer "
+                "at a time."
+            )
+        sliced = [name for name, task in self.tasks.items() if task.parity.slices > 1]
+        if sliced:
+            notes.append(
+                f"the graph of {', '.join(sliced)} is larger than memory: it was compared and "
+                "scored in slices, one after the other."
+            )
         if self.target == "cuda" and self.precision != "fp16":
             notes.append(
                 "onnxruntime has no CUDA kernels for attention and experts in float32, so most "
@@ -188,6 +202,7 @@ class ExportReport:
             "target": self.target,
             "flavour": self.flavour,
             "precision": self.precision,
+            "streamed": self.streamed,
             "experts_before": list(self.experts_before),
             "checkpoint_bytes": self.checkpoint_bytes,
             "size": self.size.to_json(),
