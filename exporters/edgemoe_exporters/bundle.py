@@ -24,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemoe.errors import ExportError
+from edgemoe.progress import track
 from edgemoe_exporters.config_file import write_config
 from edgemoe_exporters.deferred import SAME_BYTES
 from edgemoe_exporters.weight_files import ALIGNMENT_BYTES, Extent, Places, WeightSpool
@@ -119,7 +120,7 @@ class BundleWriter:
                 value.const_value = ir.tensor(_tensor(value).numpy(), name=value.name)
         extents = []
         stored: dict[str, Extent] = {}
-        for value in values:
+        for value in track(values, f"write the weights of {task}"):
             tensor = _tensor(value)
             extent = stored.get(tensor.metadata_props.get(SAME_BYTES, ""))
             if extent is None:

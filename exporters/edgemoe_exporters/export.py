@@ -39,7 +39,13 @@ from edgemoe_exporters.quality import judge_quality, split_task
 from edgemoe_exporters.quantize_once import remembering
 from edgemoe_exporters.request import ExportReport, ExportRequest, TaskReport
 from edgemoe_exporters.source import open_source
-from edgemoe_exporters.task_experts import KEEP_ALL, keep_all, lay_out_plans, list_experts
+from edgemoe_exporters.task_experts import (
+    KEEP_ALL,
+    count_parameters,
+    keep_all,
+    lay_out_plans,
+    list_experts,
+)
 from edgemoe_exporters.trace import trace
 from edgemoe_runtime.integrity import verify_bundle
 from edgemoe_runtime.manifest import Manifest
@@ -127,6 +133,10 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         plans = road.choose_plans(counts)
         before = road.evaluate_before()
         layouts = lay_out_plans(plans, shape)
+        needed = count_parameters(source.moe, plans, layouts) * _BYTES_PER_PARAMETER[precision]
+        # Several tasks' weights lie in one file until it is known who reads what, and what was
+        # quantised is remembered in another.
+        require_space(staged, int(needed * (3 if len(plans) > 1 else 1)))
         graphs = road.write_graphs(plans, layouts)
         reports = {name: road.judge(name, graphs.eager[name], before) for name in plans}
         road.write_manifest(plans, layouts, graphs, reports)

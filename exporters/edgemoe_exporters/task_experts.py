@@ -72,6 +72,30 @@ def lay_out_plans(plans: Mapping[str, Plan], shape: ModelShape) -> dict[int, Sta
     }
 
 
+def count_parameters(
+    model: MoeModel, plans: Mapping[str, Plan], layouts: Mapping[int, StackLayout]
+) -> int:
+    """Count the parameters that a bundle stores.
+
+    Args:
+        model: The whole model, possibly on the meta device.
+        plans: The plan of each task.
+        layouts: The order of the experts by decoder layer.
+
+    Returns:
+        Those of the backbone once, and those of each expert as often as it is stored.
+    """
+    total = sum(int(parameter.numel()) for parameter in model.model.parameters())
+    for position, layer in enumerate(model.layers):
+        of_experts = sum(int(tensor.numel()) for tensor in layer.tensors().values())
+        if layer.index in layouts:
+            stored = len(layouts[layer.index].slots)
+        else:
+            stored = sum(len(plan.layers[position].experts) for plan in plans.values())
+        total += of_experts * stored // layer.num_experts - of_experts
+    return total
+
+
 @contextlib.contextmanager
 def compressed(
     model: MoeModel, plan: Plan, layouts: Mapping[int, StackLayout], task: str

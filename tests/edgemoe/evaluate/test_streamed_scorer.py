@@ -1,0 +1,39 @@
+"""A checkpoint that is scored layer by layer has the scores that it has in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from edgemoe.evaluate.scorer import Request
+from edgemoe.evaluate.streamed_scorer import StreamedScorer
+from edgemoe.evaluate.torch_scorer import TorchScorer
+from edgemoe.models.checkpoint import load_model
+from edgemoe.models.opening import open_streamed
+from edgemoe.models.tiny import write_tiny_checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TEXTS = [Request((3,), (tuple(range(4, 4 + length)),)) for length in (9, 30, 4)]
+CHOICES = [Request((5, 6, 7), ((8, 9), (10,), (11, 12, 13))), Request((4, 9), ((3,), (5,)))]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_scores_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
+    write_tiny_checkpoint(family, tmp_path / "tiny")
+    (tmp_path / "work").mkdir()
+    streamed = open_streamed(tmp_path / "tiny")
+    scorer = StreamedScorer(streamed, tmp_path / "work")
+    whole = TorchScorer(load_model(tmp_path / "tiny"))
+    assert scorer.max_length == whole.max_length
+    for (one,), (other,) in zip(scorer.score(TEXTS), whole.score(TEXTS), strict=True):
+        assert np.array_equal(one, other)
+    for got, want in zip(scorer.score(CHOICES), whole.score(CHOICES), strict=True):
+        for logprobs, expected in zip(got, want, strict=True):
+            np.testing.assert_allclose(logprobs, expected, atol=1e-4)
+    assert list((tmp_path / "work").iterdir()) == []
+    # What was read is given back.
+    assert all(parameter.is_meta for parameter in streamed.moe.model.parameters())
