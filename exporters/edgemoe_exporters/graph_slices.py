@@ -107,8 +107,7 @@ class SlicedRunner:
                     given[number] = {
                         name: array
                         for name, array in {**given[number], **values}.items()
-                        if not name.startswith(_PRESENT)
-                        and self._last_reads.get(name, -1) >= one.stop
+                        if self._last_reads.get(name, -1) >= one.stop
                     }
                     if logits is not None:
                         take(number, logits.astype(np.float32))
