@@ -12,6 +12,7 @@ from onnx_ir.tensor_adapters import from_torch_dtype
 from transformers import GenerationConfig
 
 from edgemoe.calibrate.streamed import collect_streamed
+from edgemoe.errors import ExportError
 from edgemoe.evaluate.streamed_scorer import StreamedScorer
 from edgemoe.models.hooks import observe
 from edgemoe.models.streamed_pass import Batch, run_batches
@@ -134,6 +135,7 @@ class StreamedTask:
         shapes = {index: self._planned_shapes(index) for index in self._changes}
         for name, value in graph.graph.initializers.items():
             if name not in present:
+                _refuse_empty(value)
                 continue
             stored = present[name]
             shape, read = tuple(stored.shape), partial(self._read, name)
@@ -223,6 +225,16 @@ class StreamedTask:
         }
         with skeleton.layer(layer.index, only=only):
             return expert_tensors(layer, experts, names)
+
+
+def _refuse_empty(value: ir.Value) -> None:
+    """Refuse a constant that a trace without weights could not compute."""
+    raw = getattr(value.const_value, "raw", None)
+    if isinstance(raw, torch.Tensor) and raw.is_meta:
+        raise ExportError(
+            "a model that is larger than memory must have no constants but its weights, got "
+            f"{value.name}, which its code computes. Export it on a machine with more memory."
+        )
 
 
 def _is_unchanged(layer: MoeLayer, experts: Sequence[MergedExpert]) -> bool:
