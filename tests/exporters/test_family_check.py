@@ -13,10 +13,10 @@ def test_a_family_is_tried_from_checkpoint_to_graphs() -> None:
     report = check_family("deepseek_v2", engine=False)
 
     assert not report.failed
-    assert [report.results[step] for step in ("identity", "uniform", "ragged")] == ["yes"] * 3
+    assert [report.results[step] for step in list(STEPS)[:4]] == ["yes"] * 4
     assert all(0 < float(report.results[step]) < 1e-4 for step in GRAPHS)
     table = render_table([report])
-    assert "| `deepseek_v2` | yes | yes | yes | " in table
+    assert "| `deepseek_v2` | yes | yes | yes | yes | " in table
     assert "1 families; 1 pass" in table
 
 
@@ -24,9 +24,9 @@ def test_a_family_without_graphs_says_so_in_its_row() -> None:
     report = check_family("jamba", graphs=True, engine=False)
 
     assert not report.failed
-    assert list(report.results) == list(STEPS)[:4]
+    assert list(report.results) == list(STEPS)[:5]
     table = render_table([report])
-    assert "| `jamba` | yes | yes | yes | no [1] |" in table
+    assert "| `jamba` | yes | yes | yes | yes | no [1] |" in table
     assert "[1] every layer of jamba must keep keys and values" in table
 
 

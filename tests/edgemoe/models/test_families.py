@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from edgemoe.errors import FamilyError
-from edgemoe.models import FAMILIES, adapt_model, load_model, observe, save_model
+from edgemoe.models import (
+    FAMILIES,
+    adapt_model,
+    load_model,
+    observe,
+    read_shape,
+    save_model,
+)
 from edgemoe.models.discovery import discover
+from edgemoe.models.factored import Ranks, factor_layer, ranks_of, split_by_svd
 from edgemoe.models.registry import find_family
 from edgemoe.models.routers import select
 from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
@@ -121,6 +130,36 @@ def test_pruned_layers_of_different_sizes_reload_bit_by_bit(
     assert torch.isfinite(after).all()
     assert not torch.equal(after, before)
     assert torch.equal(logits_of(again), after)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_factored_experts_of_full_rank_say_the_same_and_reload(
+    family: str, tmp_path: Path
+) -> None:
+    write_tiny_checkpoint(family, tmp_path / "whole")
+    model = load_model(tmp_path / "whole")
+    before = logits_of(model)
+    first = model.layers[0]
+
+    factor_layer(first, split_by_svd(first, min(first.hidden_size, 64)))
+    (tmp_path / "full").mkdir()
+    save_model(model, tmp_path / "full")
+
+    torch.testing.assert_close(logits_of(model), before, rtol=1e-3, atol=1e-3)
+    assert torch.equal(logits_of(load_model(tmp_path / "full")), logits_of(model))
+    model = load_model(tmp_path / "whole")
+    for position, layer in enumerate(model.layers[1:], start=2):
+        factor_layer(layer, split_by_svd(layer, position))
+        if layer.shape.n_group == 1:
+            layer.keep(range(position, 8))
+    assert ranks_of(model.layers[1]) == Ranks(2, 2)
+    (tmp_path / "small").mkdir()
+    save_model(model, tmp_path / "small")
+    again = load_model(tmp_path / "small")
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert read_shape(tmp_path / "small") == model.shape
+    stored = json.loads((tmp_path / "small" / "config.json").read_text())["edgemoe"]
+    assert stored["ranks_per_layer"][:2] == [None, [2, 2]]
 
 
 def test_an_unknown_way_to_build_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
