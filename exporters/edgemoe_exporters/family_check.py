@@ -43,8 +43,8 @@ STEPS: dict[str, str] = {
     "uniform": "as many experts in each layer, opened by plain transformers: same weights",
     "ragged": "a different number in each layer, saved and opened again: same bits",
     "factored": "the first of these factored by SVD, saved and opened again: same bits",
-    "ort": "that checkpoint exported for onnxruntime in fp32: largest logit difference to eager "
-    "transformers, over prefill and decode with the cache",
+    "ort": "that checkpoint exported for onnxruntime in fp32: largest logit difference to "
+    "eager transformers, over prefill and decode with the cache",
     "tensorrt": "the same for TensorRT, run in onnxruntime",
     "engine": "its TensorRT graph in fp16 built by TensorRT for RTX (SM 8.6)",
 }
