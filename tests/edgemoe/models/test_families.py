@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from edgemoe.errors import FamilyError
 from edgemoe.models import (
@@ -160,6 +161,31 @@ def test_factored_experts_of_full_rank_say_the_same_and_reload(
     assert read_shape(tmp_path / "small") == model.shape
     stored = json.loads((tmp_path / "small" / "config.json").read_text())["edgemoe"]
     assert stored["ranks_per_layer"][:2] == [None, [2, 2]]
+
+
+def test_the_language_part_of_a_vision_language_checkpoint_opens(tmp_path: Path) -> None:
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    config = Qwen3_5MoeConfig(
+        text_config=tiny_config("qwen3_5_moe_text").to_dict(),
+        vision_config={**vision, "out_hidden_size": 64},
+    )
+    torch.manual_seed(0)
+    both = Qwen3_5MoeForConditionalGeneration(config).eval()
+    both.save_pretrained(tmp_path)
+
+    model = load_model(tmp_path)
+
+    assert model.family == "qwen3_5_moe_text"
+    assert model.experts_per_layer == (8, 8, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(logits_of(model), both(input_ids=random_ids()).logits)
+
+
+def test_a_vision_language_model_without_a_language_class_is_refused_by_name() -> None:
+    with pytest.raises(
+        FamilyError, match=r"got 'qwen3_vl_moe': transformers .* has no language"
+    ):
+        find_family("qwen3_vl_moe")
 
 
 def test_an_unknown_way_to_build_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
