@@ -18,7 +18,7 @@ from edgemoe.models import (
     read_shape,
     save_model,
 )
-from edgemoe.models.discovery import discover
+from edgemoe.models.discovery import build_skeleton, discover
 from edgemoe.models.factored import Ranks, factor_layer, ranks_of, split_by_svd
 from edgemoe.models.registry import find_family
 from edgemoe.models.routers import select
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # Their routers follow rules of their own: the state of the router of the layer before, gates
 # shared with experts that every token uses, and experts by token.
 WITHOUT_RULE = {"deepseek_v4", "inkling_text", "zaya"}
+NO_GROUPS = {"n_group": 1, "topk_group": 1}
 
 
 def random_ids() -> torch.Tensor:
@@ -202,3 +203,21 @@ def test_an_unknown_way_to_build_layers_is_refused(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(FamilyError, match="must have one router beside its experts"):
         discover(family, tiny_config("mixtral", max_position_embeddings=77))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_experts_per_tok": 8}, (1, 8)),
+        ({"n_group": 2, "topk_group": 2}, (2, 4)),
+        ({"n_group": 4, "topk_group": 2, "n_routed_experts": 16}, (4, 8)),
+    ],
+)
+def test_how_few_experts_a_router_runs_with_is_tried(
+    changes: dict[str, int], expected: tuple[int, int]
+) -> None:
+    config = tiny_config("deepseek_v3", **{"n_routed_experts": 8, **NO_GROUPS, **changes})
+
+    shape = adapt_model(build_skeleton(find_family("deepseek_v3"), config)).layers[0].shape
+
+    assert (shape.n_group, shape.min_experts) == expected
