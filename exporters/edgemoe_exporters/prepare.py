@@ -13,6 +13,7 @@ from edgemoe.models.adapter import adapt_model
 from edgemoe.models.checkpoint import read_config
 from edgemoe.models.discovery import build_skeleton
 from edgemoe.models.factored import FACTOR_NAMES
+from edgemoe.models.ragged import read_ragged_note
 from edgemoe.models.registry import FAMILIES
 from edgemoe_exporters import ops
 from edgemoe_exporters.prepare_attention import (
@@ -223,6 +224,12 @@ def check_exportable(path: Path, precision: str) -> None:
     model = adapt_model(build_skeleton(family, config))
     with prepared(model):
         pass
+    note = read_ragged_note(path)
+    if precision in {"int8", "int4"} and note is not None and note.ranks_per_layer is not None:
+        raise ExportError(
+            f"experts must be whole to be exported in {precision}, got factored ones, for which "
+            "onnxruntime has no quantised op. Export with --precision fp32 or fp16."
+        )
     for layer in model.layers:
         activation = layer.activation
         if precision in {"int8", "int4"} and activation and not activation.is_swiglu:
