@@ -227,8 +227,8 @@ def check_exportable(path: Path, precision: str) -> None:
     note = read_ragged_note(path)
     if precision in {"int8", "int4"} and note is not None and note.ranks_per_layer is not None:
         raise ExportError(
-            f"experts must be whole to be exported in {precision}, got factored ones, for which "
-            "onnxruntime has no quantised op. Export with --precision fp32 or fp16."
+            f"experts must be whole to be exported in {precision}, got factored ones, for "
+            "which onnxruntime has no quantised op. Export with --precision fp32 or fp16."
         )
     for layer in model.layers:
         activation = layer.activation
