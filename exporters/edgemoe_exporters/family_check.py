@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from edgemoe.calibrate.collect import collect
 from edgemoe.errors import EdgemoeError, ExportError
 from edgemoe.models.checkpoint import load_model, load_tokenizer, quiet_transformers
 from edgemoe.models.factored import factor_layer, split_by_svd
+from edgemoe.models.registry import find_family
 from edgemoe.models.saving import save_model
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
 from edgemoe.prune.apply import apply_plan
@@ -139,7 +139,8 @@ class _Trial:
     def uniform(self) -> str:
         path, small = self._prune("uniform", lambda _: 1)
         with quiet_transformers():
-            stock = AutoModelForCausalLM.from_pretrained(str(path)).eval()
+            # The automatic classes of transformers do not know every family.
+            stock = find_family(self.family).causal_lm.from_pretrained(str(path)).eval()
         weights = small.model.state_dict()
         for name, tensor in stock.state_dict().items():
             _same(tensor, weights[name])
