@@ -17,6 +17,20 @@ if TYPE_CHECKING:
 _PACKAGES = ("transformers", "torch", "onnxruntime", "tensorrt-rtx")
 
 
+_TITLE = (
+    "# Model families",
+    "",
+    "Made by",
+    "",
+    "    edgemoe families --check --markdown docs/families.md",
+    "",
+    "which tries what is installed; name families to try only those. A family that is not in",
+    "the table works where its layers are built of the same parts, and is refused by name",
+    "otherwise.",
+    "",
+)
+
+
 def render_table(reports: Sequence[FamilyReport]) -> str:
     """Write what held for each family.
 
@@ -47,7 +61,7 @@ def render_table(reports: Sequence[FamilyReport]) -> str:
         f"{_versions()}, {today}, {platform.machine()} without a GPU: engines were built, none "
         "was run."
     )
-    return "\n".join([head, "", *columns, "", *rows, "", *notes]) + "\n"
+    return "\n".join([*_TITLE, head, "", *columns, "", *rows, "", *notes]) + "\n"
 
 
 def _cell(result: str, reasons: dict[str, int]) -> str:
