@@ -214,15 +214,12 @@ def plan_choice(statistics: Statistics, choice: Choice, counts: Sequence[int]) -
 @contextlib.contextmanager
 def pruned(model: MoeModel, plan: Plan) -> Iterator[MoeModel]:
     """Yield the model with a plan applied; it is whole again when the block ends."""
-    whole = [
-        (layer.gate_up, layer.down, layer.router_weight, layer.correction_bias)
-        for layer in model.layers
-    ]
+    whole = [layer.tensors() for layer in model.layers]
     try:
         yield apply_plan(model, plan)
     finally:
         for layer, tensors in zip(model.layers, whole, strict=True):
-            layer.replace_experts(*tensors)
+            layer.replace(tensors)
         set_expert_counts(model)
 
 

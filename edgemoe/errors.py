@@ -5,6 +5,7 @@ Every message says the rule, the value it got and the remedy. The tree::
     EdgemoeError
     ├── CheckpointError (ValueError)     a checkpoint is missing, unsafe or malformed
     │   └── FamilyError                  the model family is not supported
+    ├── StreamingError (RuntimeError)    a model cannot be run one decoder layer at a time
     ├── TaskFileError (ValueError)       a task file breaks the format
     ├── StatisticsError (ValueError)     statistics are malformed or do not fit together
     ├── PlanError (ValueError)           a plan cannot be carried out on this checkpoint
@@ -30,6 +31,10 @@ class CheckpointError(EdgemoeError, ValueError):
 
 class FamilyError(CheckpointError):
     """The model family is not supported; the message lists those that are."""
+
+
+class StreamingError(EdgemoeError, RuntimeError):
+    """A model cannot be loaded or run one decoder layer at a time."""
 
 
 class TaskFileError(EdgemoeError, ValueError):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    from rich.progress import Progress
 
 Item = TypeVar("Item")
 
@@ -25,18 +28,48 @@ def track(
     Yields:
         The items, unchanged. Nothing is drawn when stderr is not a terminal.
     """
-    # A device has no rich: what it runs is done in silence.
-    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+    if not _is_watched():
         yield from items
         return
+    with _bar() as progress:
+        yield from progress.track(items, description=description, total=total)
+
+
+@contextlib.contextmanager
+def counting(total: int, description: str) -> Iterator[Callable[[], None]]:
+    """Show how far nested loops are along, and the time that is left.
+
+    Args:
+        total: Number of steps.
+        description: What the bar says.
+
+    Yields:
+        A function to call after each step. Nothing is drawn when stderr is not a terminal.
+    """
+    if not _is_watched():
+        yield lambda: None
+        return
+    with _bar() as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda: progress.advance(task)
+
+
+def _is_watched() -> bool:
+    # A device has no rich: what it runs is done in silence.
+    return sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+
+
+def _bar() -> Progress:
     from rich import progress as bars
     from rich.console import Console
 
-    columns = (
+    return bars.Progress(
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
         bars.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        # A decoder layer takes longer to load than one step: the speed is that of minutes.
+        speed_estimate_period=600,
+        transient=True,
     )
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield from progress.track(items, description=description, total=total)

@@ -112,16 +112,16 @@ def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         OutputError: ``target`` exists and ``force`` is false, or is a file, or the disk
             refuses (full, read-only).
     """
-    _recover(target)
+    recover(target)
     refuse_existing(target, force=force, directory=True)
     with _staged(target) as staged:
         staged.mkdir()
         yield staged
         for path in staged.rglob("*"):
             if path.is_file():
-                _sync(path)
-        _sync(staged)
-        _replace(staged, target)
+                sync(path)
+        sync(staged)
+        replace(staged, target)
 
 
 @contextlib.contextmanager
@@ -142,8 +142,8 @@ def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
     refuse_existing(target, force=force, directory=False)
     with _staged(target) as staged:
         yield staged
-        _sync(staged)
-        _replace(staged, target)
+        sync(staged)
+        replace(staged, target)
 
 
 @contextlib.contextmanager
@@ -199,8 +199,12 @@ def _sweep(target: Path) -> None:
         _remove(stale)
 
 
-def _recover(target: Path) -> None:
-    """Put a directory back whose process was killed between the renames that replace it."""
+def recover(target: Path) -> None:
+    """Put a directory back whose process was killed between the renames that replace it.
+
+    Args:
+        target: The directory.
+    """
     if target.exists() or target.is_symlink():
         return
     for stale in _stale(target):
@@ -209,10 +213,17 @@ def _recover(target: Path) -> None:
             return
 
 
-def _replace(staged: Path, target: Path) -> None:
+def replace(staged: Path, target: Path) -> None:
+    """Rename a finished file or directory to its target, replacing what is there.
+
+    Args:
+        staged: A staged copy beside ``target``.
+        target: What it becomes.
+    """
     if target.is_dir() and not target.is_symlink():
         # rename(2) cannot replace a directory that is not empty.
-        old = staged.with_name(staged.name.removesuffix(_STAGED_SUFFIX) + _OLD + _STAGED_SUFFIX)
+        stem = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"
+        old = target.with_name(stem + _OLD + _STAGED_SUFFIX)
         try:
             target.rename(old)
             staged.rename(target)
@@ -223,10 +234,15 @@ def _replace(staged: Path, target: Path) -> None:
         _remove(old)
     else:
         staged.replace(target)
-    _sync(target.parent)
+    sync(target.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a directory has reached the disk.
+
+    Args:
+        path: The file or directory.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,20 +1,19 @@
 """Run a model over task files and sum what its MoE layers do.
 
-Each line is read alone, in windows that do not overlap, one window per forward pass. What
-a window adds therefore depends on nothing but itself, and shards add up to the whole.
+The model is in memory whole; :mod:`edgemoe.calibrate.streamed` measures the same, bit for bit,
+with one decoder layer in memory at a time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from edgemoe.calibrate.statistics import Source, Statistics, TaskStatistics
+from edgemoe.calibrate.statistics import Statistics, TaskStatistics
 from edgemoe.calibrate.sums import LayerSums
-from edgemoe.errors import TaskFileError
+from edgemoe.calibrate.windows import SEQUENCE_LENGTH, cut_tasks
 from edgemoe.models.hooks import observe
 from edgemoe.progress import track
 
@@ -24,20 +23,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from edgemoe.calibrate.sums import Float64
-    from edgemoe.models.contract import MoeLayer, MoeModel
+    from edgemoe.calibrate.windows import Window
+    from edgemoe.models.contract import MoeModel
     from edgemoe.models.hooks import ExpertsFunction
+    from edgemoe.models.layer import MoeLayer
     from edgemoe.models.routers import Routing
     from edgemoe.tasks import TaskFile
-
-SEQUENCE_LENGTH = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Window:
-    """Tokens of one forward pass, and the line that they are from."""
-
-    line: int
-    ids: list[int]
 
 
 def collect(
@@ -70,84 +61,38 @@ def collect(
     Raises:
         TaskFileError: No task has a token in this shard, or an argument is out of range.
     """
-    index, of = shard
-    if not 0 <= index < of:
-        raise TaskFileError(f"a shard's index must be in [0, {of}), got {index}.")
-    for name, value in (("max_tokens", max_tokens), ("sequence_length", sequence_length)):
-        if value is not None and value < 1:
-            raise TaskFileError(f"{name} must be in [1, inf), got {value}.")
-    longest = getattr(model.config, "max_position_embeddings", None) or sequence_length
-    sequence_length = min(sequence_length, int(longest))
-    windows = {
-        task.name: _shard_windows(
-            _cut_windows(task, tokenizer, max_tokens, sequence_length), shard
-        )
-        for task in tasks
-    }
-    if not any(windows.values()):
-        raise TaskFileError(
-            f"shard {index} of {of} must have a token, got none of {len(tasks)} tasks. Use "
-            "fewer shards or more lines."
-        )
+    windows = cut_tasks(
+        model,
+        tasks,
+        tokenizer,
+        max_tokens=max_tokens,
+        sequence_length=sequence_length,
+        shard=shard,
+    )
     return Statistics(
         checkpoint_sha256=model.sha256,
         shape=model.shape,
         tasks={
             task.name: TaskStatistics(
-                sources=(
-                    Source(
-                        sha256=task.sha256,
-                        lines=len({window.line for window in windows[task.name]}),
-                        tokens=sum(len(window.ids) for window in windows[task.name]),
-                        shard=shard,
-                        sequence_length=sequence_length,
-                    ),
+                sources=(windows.source(task),),
+                layers=_sum_windows(
+                    model, windows.by_task[task.name], f"calibrate {task.name}"
                 ),
-                layers=_sum_windows(model, windows[task.name], f"calibrate {task.name}"),
             )
             for task in tasks
         },
     )
 
 
-def _cut_windows(
-    task: TaskFile, tokenizer: Tokenizer, max_tokens: int | None, sequence_length: int
-) -> list[_Window]:
-    windows: list[_Window] = []
-    left = max_tokens
-    for record in task.records:
-        ids = tokenizer.encode(record.calibration_text).ids[:left]
-        windows.extend(
-            _Window(line=record.line, ids=ids[start : start + sequence_length])
-            for start in range(0, len(ids), sequence_length)
-        )
-        if left is not None:
-            left -= len(ids)
-            if left == 0:
-                break
-    return windows
-
-
-def _shard_windows(windows: list[_Window], shard: tuple[int, int]) -> list[_Window]:
-    index, of = shard
-    return [window for window in windows if (window.line - 1) % of == index]
-
-
 def _sum_windows(
-    model: MoeModel, windows: list[_Window], description: str
+    model: MoeModel, windows: list[Window], description: str
 ) -> dict[int, LayerSums]:
     sums = {layer.index: LayerSums.zeros(layer.num_experts) for layer in model.layers}
 
     def add(
         layer: MoeLayer, hidden: torch.Tensor, routing: Routing, run_expert: ExpertsFunction
     ) -> None:
-        norms = _output_norms(hidden, routing.indices, layer.num_experts, run_expert)
-        sums[layer.index] += LayerSums.of_tokens(
-            _float64(routing.logits),
-            _float64(routing.weights),
-            routing.indices.cpu().numpy(),
-            norms,
-        )
+        sums[layer.index] += sum_call(layer, hidden, routing, run_expert)
 
     # The layers below the head are all that the sums need.
     decoder = model.model.base_model
@@ -156,6 +101,29 @@ def _sum_windows(
             ids = torch.tensor([window.ids], device=model.model.device)
             decoder(input_ids=ids, use_cache=False)
     return sums
+
+
+def sum_call(
+    layer: MoeLayer, hidden: torch.Tensor, routing: Routing, run_expert: ExpertsFunction
+) -> LayerSums:
+    """Sum what one call of an MoE layer does.
+
+    Args:
+        layer: The layer.
+        hidden: What reaches its router and experts [tokens, hidden].
+        routing: The routing that it uses.
+        run_expert: A function from (expert, hidden [n, hidden]) to that expert's output.
+
+    Returns:
+        The sums over the call's tokens.
+    """
+    norms = _output_norms(hidden, routing.indices, layer.num_experts, run_expert)
+    return LayerSums.of_tokens(
+        _float64(routing.logits),
+        _float64(routing.weights),
+        routing.indices.cpu().numpy(),
+        norms,
+    )
 
 
 def _output_norms(

@@ -18,6 +18,7 @@ from edgemoe.cli.doctor import doctor
 from edgemoe.cli.evaluate import evaluate
 from edgemoe.cli.export import export
 from edgemoe.cli.failures import FailureReportingGroup
+from edgemoe.cli.families import families
 from edgemoe.cli.inspect import inspect
 from edgemoe.cli.merge_stats import merge_stats
 from edgemoe.cli.options import debug_option
@@ -49,6 +50,7 @@ for command in (
     bench,
     inspect,
     verify,
+    families,
     doctor,
 ):
     main.add_command(command)

@@ -49,19 +49,35 @@ def calibrate(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Measure which experts of MODEL the tasks use."""
+    """Measure which experts of MODEL the tasks use.
+
+    One decoder layer is in memory at a time. When it is interrupted, the same command goes on
+    from the last finished layer.
+    """
     needs("export")
     from edgemoe.calibrate.collect import collect
+    from edgemoe.calibrate.streamed import calibrate_streamed
+    from edgemoe.errors import StreamingError
     from edgemoe.models import load_model, load_tokenizer
     from edgemoe.staging import refuse_existing
     from edgemoe.tasks import load_tasks
 
     refuse_existing(output, force=force, directory=False)
     task_files = load_tasks(tasks)
-    statistics = collect(
-        load_model(model), task_files, load_tokenizer(model), max_tokens=max_tokens, shard=shard
-    )
-    statistics.save(output, force=force)
+    try:
+        statistics = calibrate_streamed(
+            model, task_files, output, max_tokens=max_tokens, shard=shard, force=force
+        )
+    except StreamingError as error:
+        click.echo(f"{error} The whole model is loaded instead.", err=True)
+        statistics = collect(
+            load_model(model),
+            task_files,
+            load_tokenizer(model),
+            max_tokens=max_tokens,
+            shard=shard,
+        )
+        statistics.save(output, force=force)
     tokens = {name: task.tokens for name, task in statistics.tasks.items()}
     counted = ", ".join(f"{name} {count} tokens" for name, count in tokens.items())
     report(

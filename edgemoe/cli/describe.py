@@ -87,7 +87,8 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
     needs("export")
-    from edgemoe.models import FAMILIES, read_shape
+    from edgemoe.models import read_shape
+    from edgemoe.models.checkpoint import has_experts
     from edgemoe.models.ragged import read_ragged_note
     from edgemoe.models.safety import check_weights, read_json_object
 
@@ -105,7 +106,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         "hidden_size": config.get("hidden_size"),
         "vocab_size": config.get("vocab_size"),
     }
-    if family not in FAMILIES:
+    if not has_experts(path):
         if any(config.get(name) for name in _EXPERT_COUNTS):
             facts["kind"] = "MoE checkpoint of a family that is not supported"
         return facts

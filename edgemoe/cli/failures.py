@@ -43,7 +43,7 @@ class FailureReportingGroup(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             ctx.exit(0)
         except (KeyboardInterrupt, click.Abort) as error:
-            _fail(ctx, "interrupted. Nothing was left half-written.", error)
+            _fail(ctx, str(error) or "interrupted. Nothing was left half-written.", error)
         except (EdgemoeError, EdgemoeRuntimeError) as error:
             _fail(ctx, str(error), error)
         except OSError as error:

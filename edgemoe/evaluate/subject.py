@@ -60,14 +60,12 @@ def open_subject(
             yield opened
         return
     from edgemoe.evaluate.torch_scorer import TorchScorer
-    from edgemoe.models.checkpoint import load_model, load_tokenizer
-    from edgemoe.models.registry import FAMILIES
-    from edgemoe.models.safety import check_directory, read_json_object
+    from edgemoe.models.checkpoint import has_experts, load_model, load_tokenizer
+    from edgemoe.models.safety import check_directory
 
     check_directory(path)
-    is_moe = read_json_object(path / "config.json").get("model_type") in FAMILIES
     tokenizer = load_tokenizer(path)
-    model = load_model(path) if is_moe else load_dense(path)
+    model = load_model(path) if has_experts(path) else load_dense(path)
     scorer = TorchScorer(model, k_cap=k_cap)
 
     def generate(prompt: str, max_new_tokens: int) -> str:
@@ -93,8 +91,8 @@ def load_dense(path: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from edgemoe.models.adapter import is_experts_module
     from edgemoe.models.checkpoint import check_fit, quiet_transformers
+    from edgemoe.models.experts import is_experts_module
     from edgemoe.models.registry import find_family
     from edgemoe.models.safety import check_directory, check_weights
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
-from edgemoe.models.contract import LayerShape, ModelShape, MoeLayer, MoeModel, RouterRule
+from edgemoe.models.contract import LayerShape, ModelShape, MoeModel
 from edgemoe.models.hooks import limit_k, observe
+from edgemoe.models.layer import MoeLayer
 from edgemoe.models.registry import FAMILIES
+from edgemoe.models.router_rule import RouterRule
 from edgemoe.models.routers import Routing, route
 from edgemoe.models.saving import save_model
 

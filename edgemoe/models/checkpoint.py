@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.errors import CheckpointError, EdgemoeError
-from edgemoe.models.adapter import adapt_model, find_layers
+from edgemoe.errors import CheckpointError, EdgemoeError, FamilyError
+from edgemoe.models.adapter import adapt_model, view_layers
 from edgemoe.models.contract import ModelShape
-from edgemoe.models.ragged import make_ragged_class, read_ragged_note
+from edgemoe.models.discovery import build_skeleton, discover
+from edgemoe.models.experts import is_experts_module
+from edgemoe.models.ragged import make_ragged_class, read_ragged_note, resize_layers
 from edgemoe.models.registry import find_family
 from edgemoe.models.safety import check_directory, check_weights, read_json_object
 
@@ -54,9 +56,11 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> MoeModel:
     family, config = read_config(path)
     note = read_ragged_note(path)
     check_weights(path)
-    base = family.load_class(family.causal_lm)
-    model_class = base if note is None else make_ragged_class(family, note)
-    with _refusing_misfits(path), quiet_transformers():
+    with refusing_misfits(path):
+        facts = discover(family, config)
+    base = family.causal_lm
+    model_class = base if note is None else make_ragged_class(family, note, facts)
+    with refusing_misfits(path), quiet_transformers():
         model, report = model_class.from_pretrained(
             str(path),
             config=config,
@@ -68,7 +72,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> MoeModel:
     model.__class__ = base
     check_fit(report, path)
     _align_tensors(model)
-    return adapt_model(model, path, stored_dtype=_stored_dtype(config, dtype))
+    return adapt_model(model, path, _stored_dtype(config, dtype), facts)
 
 
 def check_fit(report: Mapping[str, Any], path: Path) -> None:
@@ -110,15 +114,34 @@ def read_config(path: Path) -> tuple[Family, PreTrainedConfig]:
             f"{path} must hold plain weights, got quantization_config in config.json. Use the "
             "checkpoint that it was quantised from."
         )
-    import transformers
-
     try:
-        return family, getattr(transformers, family.configuration).from_dict(content)
+        config = _configuration(content).get_text_config(decoder=True)
+        return find_family(config.model_type), config
     except Exception as error:  # the strict dataclasses of the hub raise classes of their own
         raise CheckpointError(
             f"{path / 'config.json'} must be a {family.model_type} configuration, got: "
             f"{error}. Correct the entry."
         ) from error
+
+
+def has_experts(path: Path) -> bool:
+    """Ask whether a checkpoint is a Mixture-of-Experts model that edgemoe can open.
+
+    Args:
+        path: Checkpoint directory.
+
+    Returns:
+        Whether its configuration makes layers with experts.
+
+    Raises:
+        CheckpointError: The directory or its config.json is missing or malformed.
+    """
+    try:
+        family, config = read_config(path)
+    except FamilyError:
+        return False
+    skeleton = build_skeleton(family, config)
+    return any(is_experts_module(module) for module in skeleton.modules())
 
 
 def read_shape(path: Path) -> ModelShape:
@@ -136,16 +159,29 @@ def read_shape(path: Path) -> ModelShape:
     """
     family, config = read_config(path)
     note = read_ragged_note(path)
-    base = family.load_class(family.causal_lm)
-    model_class = base if note is None else make_ragged_class(family, note)
-    with _refusing_misfits(path), torch.device("meta"):
-        layers = find_layers(model_class(config), family)
+    with refusing_misfits(path):
+        facts = discover(family, config)
+        skeleton = build_skeleton(family, config)
+        if note is not None:
+            resize_layers(skeleton, facts, note)
+        layers = view_layers(skeleton, facts)
     return ModelShape(
         family=family.model_type,
         layers=tuple(layer.shape for layer in layers),
         hidden_size=layers[0].hidden_size,
         intermediate_size=layers[0].intermediate_size,
     )
+
+
+def _configuration(content: Mapping[str, Any]) -> PreTrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    configuration = CONFIG_MAPPING[content["model_type"]]
+    # JSON has no infinity; transformers writes it as an object.
+    found: PreTrainedConfig = configuration.from_dict(
+        configuration._decode_special_floats(dict(content))
+    )
+    return found
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -205,7 +241,18 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _refusing_misfits(path: Path) -> Iterator[None]:
+def refusing_misfits(path: Path) -> Iterator[None]:
+    """Turn what torch and transformers raise on inconsistent checkpoints into a refusal.
+
+    Args:
+        path: The checkpoint.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CheckpointError: Weights and configuration contradict each other.
+    """
     try:
         yield
     except EdgemoeError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,12 +30,88 @@ def fingerprint_checkpoint(path: Path) -> str:
     Raises:
         CheckpointError: Weights are missing, or are not safetensors.
     """
-    settings = [path / name for name in _DEFINING if (path / name).exists()]
-    files = sorted([*settings, *check_weights(path)])
-    whole = hashlib.sha256()
-    for file in files:
-        whole.update(f"{file.name}\0{hash_file(file)}\n".encode())
-    return whole.hexdigest()
+    return FileHashes(path).fingerprint()
+
+
+class FileHashes:
+    """The hashes behind a fingerprint, each file read once.
+
+    A part of a file may be hashed just before it is used, so that the second reading comes from
+    the system's cache, and an interrupted run need not read whole files again.
+
+    Attributes:
+        files: The files that define the checkpoint, ordered by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """List the files that define a checkpoint.
+
+        Args:
+            path: Checkpoint directory.
+
+        Raises:
+            CheckpointError: Weights are missing, or are not safetensors.
+        """
+        settings = [path / name for name in _DEFINING if (path / name).exists()]
+        self.files = sorted([*settings, *check_weights(path)])
+        self._hashes: dict[str, str] = {}
+        self._begun: dict[str, tuple[hashlib._Hash, int]] = {}
+
+    def recall(self, known: Mapping[str, Any]) -> None:
+        """Take over hashes of files that have not changed since.
+
+        Args:
+            known: What :meth:`as_dict` gave before.
+        """
+        stamps = self.stamps()
+        for name, found in known.items():
+            if found["stamp"] == stamps.get(name):
+                self._hashes[name] = found["sha256"]
+
+    def stamps(self) -> dict[str, list[int]]:
+        """Give size in bytes and time of change in nanoseconds of each file, by name."""
+        return {
+            file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in self.files
+        }
+
+    def advance(self, file: Path, end: int | None = None) -> None:
+        """Hash a file up to a byte, from where an earlier call stopped.
+
+        Args:
+            file: One of the checkpoint's.
+            end: The first byte that is left for later; None hashes all of it.
+        """
+        if file.name in self._hashes:
+            return
+        digest, begin = self._begun.get(file.name, (hashlib.sha256(), 0))
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(begin)
+            while end is None or begin < end:
+                wanted = _CHUNK_BYTES if end is None else min(end - begin, _CHUNK_BYTES)
+                chunk = stream.read(wanted)
+                if not chunk:
+                    self._hashes[file.name] = digest.hexdigest()
+                    self._begun.pop(file.name, None)
+                    return
+                digest.update(chunk)
+                begin += len(chunk)
+        self._begun[file.name] = (digest, begin)
+
+    def fingerprint(self) -> str:
+        """Return what :func:`fingerprint_checkpoint` does."""
+        whole = hashlib.sha256()
+        for file in self.files:
+            self.advance(file)
+            whole.update(f"{file.name}\0{self._hashes[file.name]}\n".encode())
+        return whole.hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the hashes known so far, as JSON values."""
+        stamps = self.stamps()
+        return {
+            name: {"stamp": stamps[name], "sha256": sha256}
+            for name, sha256 in sorted(self._hashes.items())
+        }
 
 
 def fingerprint_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from edgemoe.errors import EdgemoeError
 from edgemoe.models.routers import Routing, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    import torch
     from torch import nn
 
-    from edgemoe.models.contract import MoeLayer, MoeModel
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.models.layer import MoeLayer
 
     ExpertsFunction = Callable[[int, torch.Tensor], torch.Tensor]
     Observer = Callable[[MoeLayer, torch.Tensor, Routing, ExpertsFunction], None]
@@ -43,10 +45,10 @@ def observe(model: MoeModel, callback: Observer) -> Iterator[None]:
 def _observe_layer(layer: MoeLayer, callback: Observer, stack: contextlib.ExitStack) -> None:
     logits: list[torch.Tensor] = []
 
-    def keep_logits(
-        _: nn.Module, __: tuple[Any, ...], output: tuple[torch.Tensor, ...]
-    ) -> None:
-        logits[:] = [output[0]]
+    def keep_logits(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        found = output if isinstance(output, torch.Tensor) else output[0]
+        # A router may have classes that are no routed expert, after those that are.
+        logits[:] = [found.reshape(-1, found.shape[-1])[:, : layer.num_experts]]
 
     def call_back(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         hidden, indices, weights = arguments
@@ -54,8 +56,16 @@ def _observe_layer(layer: MoeLayer, callback: Observer, stack: contextlib.ExitSt
         callback(layer, hidden, routing, layer.expert_output)
 
     # What the experts are given is what counts, whoever changed it after the router.
-    stack.callback(layer.router.register_forward_hook(keep_logits).remove)
+    stack.callback(_logits_module(layer).register_forward_hook(keep_logits).remove)
     stack.callback(layer.experts.register_forward_pre_hook(call_back).remove)
+
+
+def _logits_module(layer: MoeLayer) -> nn.Module:
+    """Return what computes the logits: the router, or a submodule where it returns others."""
+    roles = layer.facts.routing.tensors
+    if roles is None or not roles.projection:
+        return layer.router
+    return layer.router.get_submodule(roles.projection)
 
 
 @contextlib.contextmanager
@@ -105,19 +115,46 @@ def check_k_cap(k_cap: int | Sequence[int], moe_layers: int) -> list[int]:
 
 
 def _limit_layer(layer: MoeLayer, cap: int, stack: contextlib.ExitStack) -> None:
+    logits: list[torch.Tensor] = []
+
+    def keep_logits(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        logits[:] = [output if isinstance(output, torch.Tensor) else output[0]]
+
     def limit(
         _: nn.Module, __: tuple[Any, ...], output: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]:
-        logits, weights = output[:2]
-        routing = select(logits, layer.correction_bias, layer.rule, layer.top_k, cap)
-        return logits, routing.weights.to(weights.dtype), routing.indices
+        first, weights, indices, *rest = output
+        if layer.rule is None:
+            weights, indices = _drop_smallest(weights, indices, cap, layer.num_experts)
+        else:
+            routing = select(
+                logits.pop(),
+                layer.correction_bias,
+                layer.rule,
+                layer.top_k,
+                cap,
+                expert_scale=layer.expert_scale,
+            )
+            weights = routing.weights.to(weights.dtype).reshape(weights.shape)
+            indices = routing.indices.reshape(indices.shape)
+        return first, weights, indices, *rest
 
+    stack.callback(_logits_module(layer).register_forward_hook(keep_logits).remove)
     stack.callback(layer.router.register_forward_hook(limit).remove)
     # The faster implementations skip sentinels only where they expect them, and would read
     # memory that was never written otherwise.
     before = bool(getattr(layer.experts, _EXPECTS_SENTINELS))
     setattr(layer.experts, _EXPECTS_SENTINELS, True)
     stack.callback(setattr, layer.experts, _EXPECTS_SENTINELS, before)
+
+
+def _drop_smallest(
+    weights: torch.Tensor, indices: torch.Tensor, cap: int, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep the slots with the largest gates; the gates of a router without a rule stay."""
+    order = weights.argsort(dim=-1, descending=True, stable=True)
+    dropped = order.argsort(dim=-1) >= cap
+    return weights.masked_fill(dropped, 0), indices.masked_fill(dropped, num_experts)
 
 
 _EXPECTS_SENTINELS = "_is_expert_parallel"

@@ -1,8 +1,8 @@
-"""The families that edgemoe knows: one typed declaration each.
+"""Families of language models with experts: found in transformers, not listed by hand.
 
-A further family is a row here and, where its router is of a new kind, a rule in
-:mod:`edgemoe.models.routers`. Classes are named, not imported, so that a refusal costs no
-import of transformers.
+Every family whose experts keep the contract (:mod:`edgemoe.models.experts`) is opened the same
+way; :mod:`edgemoe.models.discovery` finds out how each of its layers is built. The families
+below are those that the support table (docs/families.md) was made for.
 """
 
 from __future__ import annotations
@@ -12,92 +12,43 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import FamilyError
-from edgemoe.models.routers import glm4_moe_rule, mixtral_rule, qwen2_moe_rule
+from edgemoe.models.experts import is_experts_class
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedConfig
 
-    from edgemoe.models.contract import RouterRule
+# model_type in config.json, in transformers 5.23. Those of vision-language models stand for
+# their language part.
+FAMILIES: tuple[str, ...] = (
+    "afmoe", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe",
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots1", "dots3_note_text",
+    "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "gemma4_text", "glm4_moe",
+    "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe", "granitemoe_swa",
+    "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4",
+    "inkling2_text", "inkling_text", "jamba", "kimi_linear", "kolibri1", "laguna", "lfm2_moe",
+    "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text", "mistral4",
+    "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe",
+    "qwen3_next", "qwen4_exp_text", "solar_open", "zaya",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where transformers keeps what edgemoe needs of a family.
+    """The classes of transformers for one family.
 
     Attributes:
         model_type: Its name in config.json.
-        module: Module of the modeling classes.
-        configuration: Name of the configuration class, exported by transformers.
-        causal_lm: Name of the language model class.
-        block: Name of the MoE block class.
-        router: Name of the router class; it returns logits, gates and experts.
-        rule: Reads how the router chooses from a configuration.
-        expert_counts: Configuration entries that say how many experts a layer has.
-        shared: Attributes of the block that every token uses besides the router.
-        bias: Attribute of the router that holds its correction bias.
+        causal_lm: The language model class.
     """
 
     model_type: str
-    module: str
-    configuration: str
-    causal_lm: str
-    block: str
-    router: str
-    rule: Callable[[PreTrainedConfig], RouterRule]
-    expert_counts: tuple[str, ...]
-    shared: tuple[str, ...] = ()
-    bias: str | None = None
+    causal_lm: type[Any]
 
-    def load_class(self, name: str) -> type[Any]:
-        """Import one of the family's modeling classes.
-
-        Args:
-            name: Class name.
-
-        Returns:
-            The class.
-        """
-        found: type[Any] = getattr(importlib.import_module(self.module), name)
+    @property
+    def configuration(self) -> type[PreTrainedConfig]:
+        """The configuration class of the language model."""
+        found: type[PreTrainedConfig] = self.causal_lm.config_class
         return found
-
-
-FAMILIES: dict[str, Family] = {
-    "glm4_moe": Family(
-        model_type="glm4_moe",
-        module="transformers.models.glm4_moe.modeling_glm4_moe",
-        configuration="Glm4MoeConfig",
-        causal_lm="Glm4MoeForCausalLM",
-        block="Glm4MoeMoE",
-        router="Glm4MoeTopkRouter",
-        rule=glm4_moe_rule,
-        expert_counts=("n_routed_experts", "num_local_experts"),
-        shared=("shared_experts",),
-        bias="e_score_correction_bias",
-    ),
-    "mixtral": Family(
-        model_type="mixtral",
-        module="transformers.models.mixtral.modeling_mixtral",
-        configuration="MixtralConfig",
-        causal_lm="MixtralForCausalLM",
-        block="MixtralSparseMoeBlock",
-        router="MixtralTopKRouter",
-        rule=mixtral_rule,
-        expert_counts=("num_local_experts", "num_experts"),
-    ),
-    "qwen2_moe": Family(
-        model_type="qwen2_moe",
-        module="transformers.models.qwen2_moe.modeling_qwen2_moe",
-        configuration="Qwen2MoeConfig",
-        causal_lm="Qwen2MoeForCausalLM",
-        block="Qwen2MoeSparseMoeBlock",
-        router="Qwen2MoeTopKRouter",
-        rule=qwen2_moe_rule,
-        expert_counts=("num_experts",),
-        shared=("shared_expert", "shared_expert_gate"),
-    ),
-}
 
 
 def find_family(model_type: object) -> Family:
@@ -107,16 +58,52 @@ def find_family(model_type: object) -> Family:
         model_type: The value of ``model_type``.
 
     Returns:
-        Its declaration.
+        Its classes.
 
     Raises:
-        FamilyError: The family is not supported.
+        FamilyError: transformers has no such language model, or it has no experts.
     """
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
-        supported = ", ".join(sorted(FAMILIES))
-        raise FamilyError(
-            f"model family must be one of {supported}, got {model_type!r}. A dense llama "
-            "checkpoint becomes a supported one with `edgemoe carve`."
+    causal_lm = _causal_lm(model_type) if isinstance(model_type, str) else None
+    if causal_lm is None or not _has_experts(causal_lm):
+        from transformers import __version__
+
+        reason = (
+            f"transformers {__version__} has no language model of that name"
+            if causal_lm is None
+            else "it has no experts"
         )
-    return family
+        raise FamilyError(
+            f"model family must be one with experts, got {model_type!r}: {reason}. Families "
+            f"that edgemoe is tested with: {', '.join(FAMILIES)}. A dense llama checkpoint "
+            "becomes a Mixture-of-Experts model with `edgemoe carve`."
+        )
+    return Family(model_type=str(model_type), causal_lm=causal_lm)
+
+
+def _causal_lm(model_type: str) -> type[Any] | None:
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    name = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    configuration = configuration_auto.CONFIG_MAPPING_NAMES.get(model_type)
+    if configuration is None:
+        return None
+    folder = configuration_auto.model_type_to_module_name(model_type)
+    try:
+        module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    except ImportError:
+        return None
+    if name is not None:
+        found: type[Any] | None = getattr(module, name, None)
+        return found
+    # A few language models are missing from the automatic classes.
+    for candidate in vars(module).values():
+        if isinstance(candidate, type) and candidate.__name__.endswith("ForCausalLM"):
+            causal_lm: type[Any] = candidate
+            if causal_lm.config_class.model_type == model_type:
+                return causal_lm
+    return None
+
+
+def _has_experts(causal_lm: type[Any]) -> bool:
+    module = importlib.import_module(causal_lm.__module__)
+    return any(is_experts_class(value) for value in vars(module).values())

@@ -1,4 +1,4 @@
-"""How the routers of the families choose experts.
+"""How routers choose experts, whatever their family.
 
 :func:`route` equals the transformers routers, in float32 throughout: two experts may differ
 by less than float16 resolves, and then a rounded score picks the wrong one.
@@ -10,13 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from edgemoe.models.contract import RouterRule
-
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-# What transformers adds to the sum of sigmoid gates before it divides by it.
-_SIGMOID_SUM_EPSILON = 1e-20
+    from edgemoe.models.router_rule import RouterRule
 
 
 class Routing(NamedTuple):
@@ -41,6 +36,9 @@ def route(
     rule: RouterRule,
     top_k: int,
     k_cap: torch.Tensor | int | None = None,
+    *,
+    logit_bias: torch.Tensor | None = None,
+    expert_scale: torch.Tensor | None = None,
 ) -> Routing:
     """Choose experts for each token.
 
@@ -51,12 +49,15 @@ def route(
         rule: How the family chooses.
         top_k: Experts per token.
         k_cap: At most this many, in [1, inf); an int64 scalar tensor stays symbolic.
+        logit_bias: [experts], where the rule has one.
+        expert_scale: [experts], where the rule has one.
 
     Returns:
         Logits, gates and experts, float32; experts by falling choice score.
     """
-    logits = torch.nn.functional.linear(hidden.float(), weight.float())
-    return select(logits, correction_bias, rule, top_k, k_cap)
+    bias = None if logit_bias is None else logit_bias.float()
+    logits = torch.nn.functional.linear(hidden.float(), weight.float(), bias)
+    return select(logits, correction_bias, rule, top_k, k_cap, expert_scale=expert_scale)
 
 
 def select(
@@ -65,6 +66,8 @@ def select(
     rule: RouterRule,
     top_k: int,
     k_cap: torch.Tensor | int | None = None,
+    *,
+    expert_scale: torch.Tensor | None = None,
 ) -> Routing:
     """Choose experts for each token, from logits.
 
@@ -77,25 +80,59 @@ def select(
         rule: How the family chooses.
         top_k: Experts per token.
         k_cap: At most this many, in [1, inf); an int64 scalar tensor stays symbolic.
+        expert_scale: [experts], where the rule has one.
 
     Returns:
         Logits, gates and experts, float32; experts by falling choice score.
     """
     logits = logits.float()
-    scores = _score(logits, rule)
-    choice = scores if correction_bias is None else scores + correction_bias.float()
-    if rule.topk_group < rule.n_group:
-        choice = _mask_groups(choice, rule)
-    indices = torch.topk(choice, top_k, dim=-1, sorted=True).indices
-    weights = scores.gather(-1, indices)
     used = None
     if k_cap is not None:
         used = torch.arange(top_k, device=logits.device) < k_cap
-    weights = _gate(weights, rule, used)
+    if rule.scoring == "sparsemixer":
+        weights, indices = sparsemixer(logits, rule.jitter, top_k)
+    else:
+        scores = _score(logits, rule)
+        choice = _choice(logits, scores, correction_bias, rule)
+        indices = torch.topk(choice, top_k, dim=-1, sorted=True).indices
+        weights = _gate(scores.gather(-1, indices), rule, used)
+    if expert_scale is not None:
+        weights = weights * expert_scale.float()[indices]
+    if rule.scaling_factor != 1.0:
+        weights = weights * rule.scaling_factor
     if used is not None:
         weights = torch.where(used, weights, torch.zeros_like(weights))
         indices = torch.where(used, indices, torch.full_like(indices, logits.shape[-1]))
     return Routing(logits, weights, indices)
+
+
+def sparsemixer(
+    logits: torch.Tensor, jitter: float, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose experts one after the other, as PhiMoE does when it is not trained.
+
+    The gate of each is its softmax among the experts left whose logit is within a band
+    ``2 * jitter * max(|logit|, best)`` below the best one left (SparseMixer-v2,
+    https://arxiv.org/abs/2409.12136).
+
+    Args:
+        logits: float32 [tokens, experts].
+        jitter: Width of the band, relative.
+        top_k: Experts per token.
+
+    Returns:
+        Gates float32 [tokens, top_k] and experts int64 [tokens, top_k].
+    """
+    left = logits
+    gates, indices = [], []
+    for _ in range(top_k):
+        best, index = left.max(dim=-1, keepdim=True)
+        band = (best - logits) / torch.maximum(logits.abs(), best)
+        near = left.masked_fill(band > 2 * jitter, float("-inf"))
+        gates.append(torch.softmax(near, dim=-1).gather(-1, index))
+        indices.append(index)
+        left = left.scatter(-1, index, float("-inf"))
+    return torch.cat(gates, dim=-1), torch.cat(indices, dim=-1)
 
 
 def is_near_tie(
@@ -116,18 +153,16 @@ def is_near_tie(
         bool [tokens].
     """
     logits = logits.float()
-    choice = _score(logits, rule)
-    if correction_bias is not None:
-        choice = choice + correction_bias.float()
-    if rule.topk_group < rule.n_group:
-        choice = _mask_groups(choice, rule)
+    raw = rule.scoring == "sparsemixer"
+    choice = logits if raw else _choice(logits, _score(logits, rule), correction_bias, rule)
     if top_k >= choice.shape[-1]:
         return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     best = torch.topk(choice, top_k + 1, dim=-1, sorted=True).values
     last, next_best = best[..., -2], best[..., -1]
     epsilon = torch.finfo(torch.float32).eps
-    # Sigmoid and softmax are nowhere steeper than 1/4.
-    slope = 1.0 if rule.softmax_over == "top_k" else 0.25
+    # Sigmoid and softmax are nowhere steeper than 1/4, the root of softplus than 0.4.
+    by_logits = raw or rule.softmax_of_chosen or rule.bias_on == "logits"
+    slope = 1.0 if by_logits else 0.5 if rule.scoring == "sqrtsoftplus" else 0.25
     rounding = 2 * epsilon * last.abs() + slope * 32 * epsilon * logits.abs().amax(dim=-1)
     return last - next_best <= rounding
 
@@ -135,75 +170,44 @@ def is_near_tie(
 def _score(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor:
     if rule.scoring == "sigmoid":
         return logits.sigmoid()
+    if rule.scoring == "sqrtsoftplus":
+        return torch.nn.functional.softplus(logits).sqrt()
     if rule.softmax_over == "top_k":
         return logits
     return torch.nn.functional.softmax(logits, dim=-1)
 
 
+def _choice(
+    logits: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None, rule: RouterRule
+) -> torch.Tensor:
+    """Return what the experts are chosen by."""
+    choice = logits if rule.bias_on == "logits" else scores
+    if bias is not None:
+        choice = choice + bias.float()
+    return _mask_groups(choice, rule) if rule.limits_groups else choice
+
+
 def _mask_groups(choice: torch.Tensor, rule: RouterRule) -> torch.Tensor:
-    """Set the choice scores outside the best groups to minus infinity."""
+    """Put the experts outside the best groups out of reach."""
     grouped = choice.reshape(*choice.shape[:-1], rule.n_group, -1)
-    group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+    if rule.group_score == "top2":
+        group_scores = grouped.topk(2, dim=-1).values.sum(dim=-1)
+    else:
+        group_scores = grouped.amax(dim=-1)
     best = torch.topk(group_scores, rule.topk_group, dim=-1, sorted=False).indices
     mask = torch.zeros_like(group_scores).scatter(-1, best, 1.0).bool()
-    return grouped.masked_fill(~mask.unsqueeze(-1), float("-inf")).flatten(-2)
+    return grouped.masked_fill(~mask.unsqueeze(-1), rule.group_fill).flatten(-2)
 
 
 def _gate(scores: torch.Tensor, rule: RouterRule, used: torch.Tensor | None) -> torch.Tensor:
-    if rule.scoring == "softmax" and rule.softmax_over == "top_k":
+    if rule.softmax_of_chosen:
         if used is not None:
             scores = scores.masked_fill(~used, float("-inf"))
-        scores = torch.nn.functional.softmax(scores, dim=-1)
-    elif rule.renormalise:
+        return torch.nn.functional.softmax(scores, dim=-1)
+    if rule.renormalise:
         kept = scores if used is None else torch.where(used, scores, torch.zeros_like(scores))
         total = kept.sum(dim=-1, keepdim=True)
-        if rule.scoring == "sigmoid":
-            total = total + _SIGMOID_SUM_EPSILON
+        if rule.sum_epsilon:
+            total = total + rule.sum_epsilon
         scores = scores / total
-    return scores if rule.scaling_factor == 1.0 else scores * rule.scaling_factor
-
-
-def glm4_moe_rule(config: PreTrainedConfig) -> RouterRule:
-    """Read the rule of GLM-4.5's router: sigmoid scores, groups, correction bias.
-
-    Args:
-        config: A ``Glm4MoeConfig``.
-
-    Returns:
-        The rule.
-    """
-    return RouterRule(
-        scoring="sigmoid",
-        renormalise=bool(config.norm_topk_prob),
-        scaling_factor=float(config.routed_scaling_factor),
-        has_correction_bias=True,
-        n_group=int(config.n_group),
-        topk_group=int(config.topk_group),
-        # Its groups are ranked by their two best experts, even where there is one group.
-        min_group_size=2,
-    )
-
-
-def qwen2_moe_rule(config: PreTrainedConfig) -> RouterRule:
-    """Read the rule of Qwen2-MoE's router: softmax over all experts.
-
-    Args:
-        config: A ``Qwen2MoeConfig``.
-
-    Returns:
-        The rule.
-    """
-    return RouterRule(scoring="softmax", renormalise=bool(config.norm_topk_prob))
-
-
-def mixtral_rule(config: PreTrainedConfig) -> RouterRule:
-    """Give the rule of Mixtral's router: softmax over all experts, then renormalised.
-
-    Args:
-        config: A ``MixtralConfig``; nothing in it changes the rule.
-
-    Returns:
-        The rule.
-    """
-    del config
-    return RouterRule(scoring="softmax", renormalise=True)
+    return scores

@@ -11,11 +11,11 @@ from transformers import GenerationConfig
 
 from edgemoe.errors import OutputError
 from edgemoe.models.checkpoint import quiet_transformers
+from edgemoe.models.factored import ranks_of
 from edgemoe.models.ragged import RaggedNote
-from edgemoe.models.registry import FAMILIES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -49,8 +49,8 @@ def save_model(
 ) -> None:
     """Write a model, in the floating type that its checkpoint is stored in.
 
-    Equal numbers of experts in all layers give a plain Hugging Face checkpoint; different ones
-    add ``edgemoe.json``, and then only edgemoe opens it.
+    Equal numbers of whole experts in all layers give a plain Hugging Face checkpoint; different
+    or factored ones add ``edgemoe.json``, and then only edgemoe opens it.
 
     Args:
         model: What to write.
@@ -61,21 +61,67 @@ def save_model(
     Raises:
         OutputError: The disk refuses (full, read-only).
     """
-    provenance = dict(provenance if provenance is not None else model.provenance or {})
-    counts = model.experts_per_layer
     set_expert_counts(model)
-    ragged = len(set(counts)) > 1
+    save_pretrained(model.model, directory, _stored_tensors(model))
+    _save_notes(
+        model,
+        directory,
+        model.experts_per_layer,
+        dict(provenance if provenance is not None else model.provenance or {}),
+        source or model.path,
+    )
+
+
+def save_settings(
+    model: MoeModel,
+    directory: Path,
+    counts: Sequence[int],
+    *,
+    source: Path,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write what :func:`save_model` writes, but for the weights.
+
+    Args:
+        model: The model, possibly on the meta device; its configuration is changed.
+        directory: An existing directory.
+        counts: Experts that each MoE layer has in the weights.
+        source: Checkpoint to copy tokenizer and licence files from.
+        provenance: How the model was made.
+    """
+    set_expert_counts(model, counts)
+    config: Any = model.config
+    config.architectures = [type(model.model).__name__]
+    config.save_pretrained(str(directory))
+    if model.model.generation_config is not None:
+        file = directory / "generation_config.json"
+        model.model.generation_config.to_json_file(str(file))
+    _save_notes(model, directory, counts, dict(provenance), source)
+
+
+def _save_notes(
+    model: MoeModel,
+    directory: Path,
+    counts: Sequence[int],
+    provenance: dict[str, Any],
+    source: Path | None,
+) -> None:
+    ranks = tuple(ranks_of(layer) for layer in model.layers)
+    factored = any(rank is not None for rank in ranks)
+    ragged = len(set(counts)) > 1 or factored
     note: dict[str, Any] = {"provenance": provenance} if provenance else {}
     if ragged:
         note["experts_per_layer"] = list(counts)
-    save_pretrained(model.model, directory, _stored_tensors(model))
+    if factored:
+        note["ranks_per_layer"] = [rank and [rank.up, rank.down] for rank in ranks]
     _complete_config(directory / "config.json", model.stored_dtype, note)
     if ragged:
-        indices = tuple(layer.index for layer in model.layers)
-        RaggedNote(moe_layers=indices, experts_per_layer=counts, provenance=provenance).save(
-            directory
-        )
-    source = source or model.path
+        RaggedNote(
+            moe_layers=tuple(layer.index for layer in model.layers),
+            experts_per_layer=tuple(counts),
+            provenance=provenance,
+            ranks_per_layer=ranks if factored else None,
+        ).save(directory)
     if source is not None:
         copy_companions(source, directory)
 
@@ -114,7 +160,7 @@ def save_pretrained(
         file.chmod(mode)
 
 
-def set_expert_counts(model: MoeModel) -> None:
+def set_expert_counts(model: MoeModel, counts: Sequence[int] | None = None) -> None:
     """Make the configuration say how many experts there are.
 
     A configuration holds one number: of a ragged model it is the largest, so that stock
@@ -122,9 +168,10 @@ def set_expert_counts(model: MoeModel) -> None:
 
     Args:
         model: Any model.
+        counts: Experts of each of its MoE layers; those that it has by default.
     """
-    most = max(model.experts_per_layer)
-    for name in FAMILIES[model.family].expert_counts:
+    most = max(counts or model.experts_per_layer)
+    for name in model.count_entries:
         setattr(model.config, name, most)
     if hasattr(model.model, "num_experts"):
         model.model.num_experts = most
@@ -143,15 +190,27 @@ def copy_companions(source: Path, directory: Path) -> None:
                 shutil.copyfile(file, directory / file.name)
 
 
+def float32_names(model: MoeModel) -> set[str]:
+    """Name the tensors that checkpoints hold in float32, whatever type the others have.
+
+    A choice bias is one in every checkpoint: it breaks ties between close scores.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Names in the model.
+    """
+    return {
+        f"{layer.name}.{layer.facts.routing.tensors.correction_bias}"
+        for layer in model.layers
+        if layer.facts.routing.tensors is not None
+    }
+
+
 def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = model.model.state_dict()
-    # A choice bias is float32 in every checkpoint: it breaks ties between close scores.
-    biases = [layer.correction_bias for layer in model.layers]
-    keep = {
-        name
-        for name, buffer in model.model.named_buffers()
-        if any(buffer is bias for bias in biases)
-    }
+    keep = float32_names(model)
     # Tied tensors are recognised by their memory, so a cast must not part them.
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
     stored = {}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edgemoe.errors import PlanError
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.progress import track
 from edgemoe.prune.merge import average, merge_experts
 
 if TYPE_CHECKING:
-    from edgemoe.models.contract import MoeLayer, MoeModel
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.models.layer import MoeLayer
     from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
 
 
@@ -39,9 +42,8 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
     plan.validate(model.shape, sha256)
     pairs = list(zip(model.layers, plan.layers, strict=True))
     for layer, layer_plan in track(pairs, "Applying the plan"):
-        if _keeps_all(layer_plan, layer.num_experts):
-            continue
-        _apply_layer(layer, layer_plan)
+        if not keeps_all(layer_plan, layer.num_experts):
+            apply_layer(layer, layer_plan)
     set_expert_counts(model)
     return replace(model, path=None, provenance=describe_plan(plan, model, sha256))
 
@@ -71,34 +73,79 @@ def describe_plan(plan: Plan, model: MoeModel, checkpoint_sha256: str) -> dict[s
     }
 
 
-def _keeps_all(plan: LayerPlan, num_experts: int) -> bool:
+def keeps_all(plan: LayerPlan, num_experts: int) -> bool:
+    """Ask whether a plan leaves a layer as it is.
+
+    Args:
+        plan: The layer's plan.
+        num_experts: Experts that the layer has.
+
+    Returns:
+        Whether nothing would change.
+    """
     return not plan.is_merging and len(plan.experts) == num_experts
 
 
-def _apply_layer(layer: MoeLayer, plan: LayerPlan) -> None:
-    gate_up, down = zip(*(_expert(layer, expert) for expert in plan.experts), strict=True)
-    bias = layer.correction_bias
-    layer.replace_experts(
-        torch.stack(gate_up),
-        torch.stack(down),
-        torch.stack([_row(layer.router_weight, expert) for expert in plan.experts]),
-        None if bias is None else torch.stack([_row(bias, expert) for expert in plan.experts]),
-    )
+def apply_layer(layer: MoeLayer, plan: LayerPlan) -> None:
+    """Carry out a plan on one layer, in place.
+
+    Args:
+        layer: The layer.
+        plan: Its plan, which was validated.
+    """
+    layer.replace(plan_tensors(layer, plan))
 
 
-def _expert(layer: MoeLayer, expert: MergedExpert) -> tuple[torch.Tensor, torch.Tensor]:
-    if len(expert.members) == 1:
-        return layer.gate_up[expert.members[0]], layer.down[expert.members[0]]
+def plan_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]:
+    """Make the tensors of a layer's planned experts; averages are float32 before the cast.
+
+    Args:
+        layer: The layer; it is not changed.
+        plan: What it shall keep and merge.
+
+    Returns:
+        What :meth:`edgemoe.models.layer.MoeLayer.replace` takes.
+    """
+    groups = tuple(expert.members for expert in plan.experts)
+    merged = {
+        position: _merge(layer, expert)
+        for position, expert in enumerate(plan.experts)
+        if len(expert.members) > 1
+    }
+    prefix = f"{layer.facts.experts}."
+
+    def combine(name: str, entries: torch.Tensor) -> torch.Tensor:
+        part = name.removeprefix(prefix) if name.startswith(prefix) else None
+        made = []
+        for position, expert in enumerate(plan.experts):
+            if len(expert.members) == 1:
+                made.append(entries[expert.members[0]])
+            elif part is None:
+                rows = [entries[member].float() for member in expert.members]
+                made.append(average(rows, expert.shares).to(entries.dtype))
+            else:
+                expert_part = layer.layout.to_native(part, merged[position][part])
+                made.append(expert_part.to(entries.dtype))
+        return torch.stack(made)
+
+    return {
+        spec.name: layer.regroup(spec, groups, partial(combine, spec.name))
+        for spec in layer.facts.tensors
+    }
+
+
+def _merge(layer: MoeLayer, expert: MergedExpert) -> dict[str, torch.Tensor]:
+    """Merge members, in the canonical layout, by the names of the experts module."""
+    if layer.is_factored:
+        raise PlanError(
+            f"layer {layer.index} must have whole experts to be merged, got factored ones. "
+            "Merge first, then factor."
+        )
     members = list(expert.members)
-    return merge_experts(
-        layer.gate_up[members],
-        layer.down[members],
-        expert.shares,
-        reference=members.index(expert.aligned_to),
-    )
-
-
-def _row(rows: torch.Tensor, expert: MergedExpert) -> torch.Tensor:
-    if len(expert.members) == 1:
-        return rows[expert.members[0]]
-    return average([rows[member] for member in expert.members], expert.shares)
+    experts = {
+        name: layer.layout.to_canonical(
+            name, layer.tensor(f"{layer.facts.experts}.{name}")[members].float()
+        )
+        for name in layer.layout.names
+    }
+    return merge_experts(experts, expert.shares, reference=members.index(expert.aligned_to))

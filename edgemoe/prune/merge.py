@@ -20,80 +20,67 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 def similarity(
-    reference_gate_up: torch.Tensor,
-    reference_down: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    reference: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
     """Compare every neuron of one expert with every neuron of another.
 
     Args:
-        reference_gate_up: [2 * intermediate, hidden].
-        reference_down: [hidden, intermediate].
-        gate_up: [2 * intermediate, hidden].
-        down: [hidden, intermediate].
+        reference: An expert's tensors in the canonical layout, by the names of the experts
+            contract: ``gate_up_proj`` [2 * intermediate, hidden] or ``up_proj``
+            [intermediate, hidden], ``down_proj`` [hidden, intermediate], and their biases.
+        other: Those of another expert.
 
     Returns:
         float64 [intermediate of the reference, intermediate]: sums of the inner products of
-        gate rows, up rows and down columns.
+        gate rows, up rows and down columns, biases of hidden units included.
     """
-    ours = _neurons(reference_gate_up, reference_down)
-    return ours @ _neurons(gate_up, down).T
+    return _neurons(reference) @ _neurons(other).T
 
 
 def align(
-    reference_gate_up: torch.Tensor,
-    reference_down: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    reference: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Reorder an expert's neurons to be as like a reference's as they can.
 
     Args:
-        reference_gate_up: [2 * intermediate, hidden].
-        reference_down: [hidden, intermediate].
-        gate_up: [2 * intermediate, hidden].
-        down: [hidden, intermediate].
+        reference: An expert, see :func:`similarity`.
+        other: The expert to reorder.
 
     Returns:
-        ``gate_up`` and ``down`` of the same expert, in another order.
+        The same expert, in another order.
     """
-    gain = similarity(reference_gate_up, reference_down, gate_up, down)
+    gain = similarity(reference, other)
     _, assigned = linear_sum_assignment(gain.cpu().numpy(), maximize=True)
-    order = torch.as_tensor(np.asarray(assigned), dtype=torch.int64, device=gate_up.device)
-    intermediate = down.shape[-1]
-    return gate_up[torch.cat((order, order + intermediate))], down[:, order]
+    order = torch.as_tensor(np.asarray(assigned), dtype=torch.int64)
+    return {name: _reorder(name, tensor, order) for name, tensor in other.items()}
 
 
 def merge_experts(
-    gate_up: torch.Tensor, down: torch.Tensor, shares: Sequence[float], reference: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    experts: Mapping[str, torch.Tensor], shares: Sequence[float], reference: int
+) -> dict[str, torch.Tensor]:
     """Average experts after aligning them to one of them.
 
     Args:
-        gate_up: Members [members, 2 * intermediate, hidden].
-        down: Members [members, hidden, intermediate].
+        experts: Members, see :func:`similarity`, with an axis of members before the others.
         shares: Share of each member; they add up to 1.
         reference: Position of the member that the others are aligned to.
 
     Returns:
-        ``gate_up`` [2 * intermediate, hidden] and ``down`` [hidden, intermediate] of the
-        merged expert, in the members' type.
+        The merged expert, in the members' type.
     """
-    aligned = [
-        (gate_up[member], down[member])
-        if member == reference
-        else align(gate_up[reference], down[reference], gate_up[member], down[member])
+    members = [
+        {name: tensor[member] for name, tensor in experts.items()}
         for member in range(len(shares))
     ]
-    return (
-        average([pair[0] for pair in aligned], shares),
-        average([pair[1] for pair in aligned], shares),
-    )
+    aligned = [
+        member if position == reference else align(members[reference], member)
+        for position, member in enumerate(members)
+    ]
+    return {name: average([member[name] for member in aligned], shares) for name in experts}
 
 
 def average(tensors: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
@@ -112,7 +99,22 @@ def average(tensors: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.T
     return total.to(tensors[0].dtype)
 
 
-def _neurons(gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Everything that moves with a neuron, in one row [intermediate, 3 * hidden]."""
-    gate, up = gate_up.double().chunk(2)
-    return torch.cat((gate, up, down.double().T), dim=1)
+def _neurons(expert: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Everything that moves with a neuron, in one row [intermediate, ...]."""
+    down = expert["down_proj"].double().T
+    parts = [down]
+    for name, tensor in expert.items():
+        if not name.startswith("down"):
+            rows = tensor.double().reshape(tensor.shape[0], -1)
+            parts.extend(torch.split(rows, len(down)))
+    return torch.cat(parts, dim=1)
+
+
+def _reorder(name: str, tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    if name == "down_proj":
+        return tensor[:, order]
+    if name == "down_proj_bias":
+        return tensor
+    # Gate rows, then up rows: one permutation moves both.
+    halves: torch.Tensor = torch.unflatten(tensor, 0, (-1, len(order)))
+    return halves[:, order].flatten(0, 1)

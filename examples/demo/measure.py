@@ -14,8 +14,8 @@ from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.session_scorer import SessionScorer
 from edgemoe.evaluate.subject import load_dense
 from edgemoe.evaluate.torch_scorer import TorchScorer
-from edgemoe.models import FAMILIES, load_model, load_tokenizer
-from edgemoe.models.safety import read_json_object
+from edgemoe.models import load_model, load_tokenizer
+from edgemoe.models.checkpoint import has_experts
 from edgemoe.tasks import TaskFile
 from edgemoe_runtime import Session
 from edgemoe_runtime.manifest import Manifest
@@ -158,7 +158,7 @@ def show(rows: list[Row]) -> None:
 
 
 def _measure_checkpoint(label: str, path: Path, tests: dict[str, TaskFile]) -> Row:
-    if read_json_object(path / "config.json")["model_type"] in FAMILIES:
+    if has_experts(path):
         model: Any = load_model(path).model
     else:
         model = load_dense(path)

@@ -39,6 +39,7 @@ from edgemoe_exporters.parity import (
     measure_parity,
     run_eager,
 )
+from edgemoe_exporters.prepare import check_exportable
 from edgemoe_exporters.quality import judge_quality, split_task
 from edgemoe_exporters.quantize_once import remembering
 from edgemoe_exporters.request import ExportReport, ExportRequest, TaskReport
@@ -108,6 +109,7 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
     check_engine(target.flavour)
     data = _TaskData.load(request)
     shape = read_shape(request.model)
+    check_exportable(request.model, precision)
     # What no later stage could carry out is refused before anything is loaded or calibrated.
     if data.plans:
         checkpoint = fingerprint_checkpoint(request.model)

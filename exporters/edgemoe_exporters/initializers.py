@@ -30,16 +30,39 @@ def set_weight(
         ExportError: A number is beyond what the type can hold.
     """
     if dtype is not None:
-        with np.errstate(over="ignore"):  # checked below, with the weight's name
-            converted = array.astype(dtype.numpy())
-        if not np.isfinite(converted).all() and np.isfinite(array).all():
-            largest = float(np.abs(array).max())
-            raise ExportError(
-                f"weights must be within the range of {dtype.name.lower()}, got {largest:.3g} "
-                f"in {value.name}. Export with --precision fp32."
-            )
-        array = converted
+        array = in_range(array, dtype.numpy(), str(value.name))
     tensor = ir.tensor(np.ascontiguousarray(array), name=value.name)
     value.const_value = tensor
     value.type = ir.TensorType(tensor.dtype)
     value.shape = ir.Shape(tensor.shape.numpy())
+
+
+def in_range(
+    array: np.ndarray[Any, Any], dtype: np.dtype[Any], name: str
+) -> np.ndarray[Any, Any]:
+    """Convert a weight to a floating type.
+
+    Raises:
+        ExportError: A number is beyond what the type can hold.
+    """
+    with np.errstate(over="ignore"):  # checked below, with the weight's name
+        converted = array.astype(dtype)
+    if not np.isfinite(converted).all() and np.isfinite(array).all():
+        largest = float(np.abs(array).max())
+        raise ExportError(
+            f"weights must be within the range of {np.dtype(dtype).name}, got {largest:.3g} "
+            f"in {name}. Export with --precision fp32."
+        )
+    return converted
+
+
+def narrow_attributes(node: ir.Node, dtype: ir.DataType) -> None:
+    """Make a traced node that gives float32 by its attributes give another floating type."""
+    wide = ir.DataType.FLOAT
+    if node.op_type == "Cast" and node.attributes["to"].as_int() == wide:
+        node.attributes["to"] = ir.AttrInt64("to", dtype)
+    elif node.op_type in {"Constant", "ConstantOfShape"}:
+        attribute = node.attributes.get("value")
+        if attribute is not None and attribute.as_tensor().dtype == wide:
+            array = attribute.as_tensor().numpy().astype(dtype.numpy())
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array))

@@ -12,15 +12,20 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from edgemoe.errors import ExportError
-from edgemoe_exporters.initializers import set_weight, weight_of
+from edgemoe_exporters.initializers import narrow_attributes, set_weight, weight_of
+from edgemoe_exporters.lower_factored import lower_factored_experts
 from edgemoe_exporters.lower_tensorrt_attention import (
     Shared,
+    lower_angles,
+    lower_attend_all,
     lower_attention,
     lower_norm,
     lower_rotary,
 )
 from edgemoe_exporters.lower_tensorrt_emit import FLOAT32, Emitter
-from edgemoe_exporters.lower_tensorrt_moe import lower_experts, lower_route
+from edgemoe_exporters.lower_tensorrt_moe import lower_experts, mark_experts
+from edgemoe_exporters.lower_tensorrt_route import lower_route
+from edgemoe_exporters.nodes import ExpertsNode, RouteNode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +37,12 @@ MAX_OPSET = 20
 _IR_VERSION = 10
 _COMPUTE = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 # Inputs of opaque nodes that stay float32, by position.
-_WIDE_INPUTS = {"Route": (1, 2), "RotaryEmbedding": (2,), "RMSNorm": (1,)}
+_WIDE_INPUTS = {
+    "Route": (1, 2, 3, 4),
+    "RotaryEmbedding": (2,),
+    "Angles": (1,),
+    "RMSNorm": (1,),
+}
 _LOGITS = "logits"
 
 
@@ -88,20 +98,10 @@ def _narrow(graph: ir.Graph, compute: ir.DataType) -> None:
         if value.dtype == FLOAT32:
             value.dtype = compute
     for node in graph:
-        _narrow_attributes(node, compute)
+        narrow_attributes(node, compute)
         for value in node.outputs:
             if value.dtype == FLOAT32:
                 value.dtype = compute
-
-
-def _narrow_attributes(node: ir.Node, compute: ir.DataType) -> None:
-    if node.op_type == "Cast" and node.attributes["to"].as_int() == FLOAT32:
-        node.attributes["to"] = ir.AttrInt64("to", compute)
-    elif node.op_type in {"Constant", "ConstantOfShape"}:
-        attribute = node.attributes.get("value")
-        if attribute is not None and attribute.as_tensor().dtype == FLOAT32:
-            array = attribute.as_tensor().numpy().astype(compute.numpy())
-            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array))
 
 
 def _lower_nodes(graph: ir.Graph, compute: ir.DataType, form: ExpertsForm) -> None:
@@ -112,14 +112,22 @@ def _lower_nodes(graph: ir.Graph, compute: ir.DataType, form: ExpertsForm) -> No
             continue
         emit = Emitter(graph, compute, str(node.name or node.op_type))
         if node.op_type == "Route":
-            outputs = lower_route(emit, node)
+            route = RouteNode.of(node)
+            mark_experts(route.weight)
+            outputs = lower_route(emit, route)
             gates.add(outputs[0])
         elif node.op_type == "Experts":
             if node.inputs[2] not in gates:
                 raise ExportError(f"{node.name} must get its weights from a Route node.")
-            outputs = lower_experts(emit, node, form)
+            outputs = lower_experts(emit, ExpertsNode.of(node), form)
+        elif node.op_type == "FactoredExperts":
+            outputs = lower_factored_experts(emit, node)
         elif node.op_type == "Attention":
             outputs = lower_attention(emit, node, shared)
+        elif node.op_type == "AttendAll":
+            outputs = lower_attend_all(emit, node, shared)
+        elif node.op_type == "Angles":
+            outputs = lower_angles(emit, node, shared)
         elif node.op_type == "RotaryEmbedding":
             outputs = lower_rotary(emit, node, shared)
         elif node.op_type == "RMSNorm":

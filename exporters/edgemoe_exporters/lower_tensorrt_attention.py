@@ -8,10 +8,14 @@ computed once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from edgemoe_exporters.lower_tensorrt_emit import FLOAT32, Emitter, size_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Far below any score and within float16, should a kernel hold scores in it. A row of padding
 # sees nothing; it then averages instead of dividing by zero.
@@ -27,7 +31,7 @@ class Shared:
 
 
 def lower_attention(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Value]:
-    """Attend with float32 softmax; query heads of one key head are rows of one product.
+    """Attend, and join past and new positions.
 
     Args:
         emit: Takes the nodes.
@@ -37,16 +41,42 @@ def lower_attention(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Val
     Returns:
         Output ``[B, S, N, D]``, present keys and present values.
     """
-    query, key, value, past_key, past_value, attention_mask = node.inputs
-    assert query is not None
-    assert key is not None
-    assert value is not None
-    assert attention_mask is not None
-    heads, groups = size_of(query, 1), size_of(key, 1)
-    size, value_size = size_of(query, 3), size_of(value, 3)
-    repeats = heads // groups
+    query, key, value, past_key, past_value, attention_mask, *sinks = node.inputs
     present_key = emit.call("Concat", past_key, key, axis=2)
     present_value = emit.call("Concat", past_value, value, axis=2)
+    for present, new in ((present_key, key), (present_value, value)):
+        assert new is not None
+        present.shape, present.type = new.shape, new.type
+    inputs = [query, present_key, present_value, attention_mask, *sinks]
+    return [_attend(emit, node, inputs, shared), present_key, present_value]
+
+
+def lower_attend_all(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Value]:
+    """Attend where the model has joined past and new positions.
+
+    Args:
+        emit: Takes the nodes.
+        node: An AttendAll node.
+        shared: Masks made so far.
+
+    Returns:
+        Output ``[B, S, N, V]``.
+    """
+    return [_attend(emit, node, node.inputs, shared)]
+
+
+def _attend(
+    emit: Emitter, node: ir.Node, inputs: Sequence[ir.Value | None], shared: Shared
+) -> ir.Value:
+    """Attend with float32 softmax; query heads of one key head are rows of one product."""
+    query, present_key, present_value, attention_mask, *sinks = inputs
+    assert query is not None
+    assert present_key is not None
+    assert present_value is not None
+    assert attention_mask is not None
+    heads, groups = size_of(query, 1), size_of(present_key, 1)
+    size, value_size = size_of(query, 3), size_of(present_value, 3)
+    repeats = heads // groups
     window = node.attributes["sliding_window"].as_int()
     mask_key = (attention_mask, repeats, window)
     if mask_key not in shared.masks:
@@ -57,10 +87,33 @@ def lower_attention(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Val
     columns = emit.call("Transpose", present_key, perm=[0, 1, 3, 2])
     scores = emit.wide(emit.call("MatMul", rows, columns))
     scores = emit.call("Add", scores, shared.masks[mask_key])
-    weights = emit.narrow(emit.call("Softmax", scores, axis=-1))
-    mixed = emit.call("MatMul", weights, present_value)
+    if sinks and sinks[0] is not None:
+        weights = _softmax_with_sinks(emit, scores, query, sinks[0], groups, repeats)
+    else:
+        weights = emit.call("Softmax", scores, axis=-1)
+    mixed = emit.call("MatMul", emit.narrow(weights), present_value)
     mixed = emit.call("Reshape", mixed, emit.integers(0, heads, -1, value_size))
-    return [emit.call("Transpose", mixed, perm=[0, 2, 1, 3]), present_key, present_value]
+    return emit.call("Transpose", mixed, perm=[0, 2, 1, 3])
+
+
+def _softmax_with_sinks(
+    emit: Emitter,
+    scores: ir.Value,
+    query: ir.Value,
+    sinks: ir.Value,
+    groups: int,
+    repeats: int,
+) -> ir.Value:
+    """Let each head spend weight on a slot that holds nothing."""
+    one = emit.integers(1)
+    batch = emit.call("Shape", query, start=0, end=1)
+    new = emit.call("Shape", query, start=2, end=3)
+    column = emit.call("Reshape", emit.wide(sinks), emit.integers(1, groups, repeats, 1, 1))
+    shape = emit.call("Concat", batch, one, one, new, one, axis=0)
+    column = emit.call("Expand", column, shape)
+    column = emit.call("Reshape", column, emit.integers(0, groups, -1, 1))
+    weights = emit.call("Softmax", emit.call("Concat", scores, column, axis=-1), axis=-1)
+    return emit.call("Slice", weights, emit.integers(0), emit.integers(-1), emit.integers(-1))
 
 
 def lower_rotary(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Value]:
@@ -95,6 +148,39 @@ def lower_rotary(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Value]
     return [emit.call("Concat", *turned, *parts[2:], axis=-1)]
 
 
+def lower_angles(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Value]:
+    """Compute cosines and sines in float32.
+
+    Args:
+        emit: Takes the nodes.
+        node: An Angles node.
+        shared: Angles made so far.
+
+    Returns:
+        Cosines and sines, in the type of activations.
+    """
+    position_ids, inv_freq = node.inputs
+    assert position_ids is not None
+    assert inv_freq is not None
+    scaling, layout = (
+        node.attributes["scaling"].as_float(),
+        node.attributes["layout"].as_string(),
+    )
+    angle_key = (position_ids, inv_freq, scaling, layout)
+    if angle_key not in shared.angles:
+        positions = emit.call("Cast", position_ids, to=FLOAT32)
+        positions = emit.call("Unsqueeze", positions, emit.integers(2))
+        values = emit.call("Mul", positions, inv_freq)
+        if layout == "halves":
+            values = emit.call("Concat", values, values, axis=-1)
+        elif layout == "pairs":
+            pairs = emit.call("Unsqueeze", values, emit.integers(3))
+            pairs = emit.call("Concat", pairs, pairs, axis=-1)
+            values = emit.call("Reshape", pairs, emit.integers(0, 0, -1))
+        shared.angles[angle_key] = _cos_and_sin(emit, values, scaling)
+    return list(shared.angles[angle_key])
+
+
 def lower_norm(emit: Emitter, node: ir.Node) -> list[ir.Value]:
     """Normalise in float32, with the weight in float32 too.
 
@@ -105,14 +191,21 @@ def lower_norm(emit: Emitter, node: ir.Node) -> list[ir.Value]:
     Returns:
         Normalised states.
     """
-    states, weight = node.inputs
+    states = node.inputs[0]
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
     assert states is not None
     wide = emit.wide(states)
     square = emit.call("Mul", wide, wide)
     mean = emit.call("ReduceMean", square, emit.integers(-1), keepdims=1)
     epsilon = emit.number(node.attributes["epsilon"].as_float())
     root = emit.call("Sqrt", emit.call("Add", mean, epsilon))
-    return [emit.narrow(emit.call("Mul", emit.call("Div", wide, root), weight))]
+    unit = emit.call("Div", wide, root)
+    if weight is not None:
+        offset = node.attributes["offset"].as_float()
+        if offset:
+            weight = emit.call("Add", weight, emit.number(offset))
+        unit = emit.call("Mul", unit, weight)
+    return [emit.narrow(unit)]
 
 
 def _mask(
@@ -143,7 +236,10 @@ def _angles(
     """Return cosines and sines ``[B, 1, S, R / 2]``."""
     positions = emit.call("Cast", position_ids, to=FLOAT32)
     positions = emit.call("Unsqueeze", positions, emit.integers(1, 3))
-    angles = emit.call("Mul", positions, inv_freq)
+    return _cos_and_sin(emit, emit.call("Mul", positions, inv_freq), scaling)
+
+
+def _cos_and_sin(emit: Emitter, angles: ir.Value, scaling: float) -> tuple[ir.Value, ir.Value]:
     pair = []
     for op in ("Cos", "Sin"):
         value = emit.call(op, angles)

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.evaluate.scorer import Logprobs, Request
-    from edgemoe.models.contract import MoeLayer, MoeModel
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.models.layer import MoeLayer
     from edgemoe.models.routers import Routing
 
 MAX_FP32_DIFFERENCE = 1e-4
@@ -290,7 +291,10 @@ def run_eager(model: MoeModel, ids: Sequence[int]) -> list[EagerRun]:
             __: object,
             tied: torch.Tensor = tied,
         ) -> None:
-            tied |= is_near_tie(routing.logits, layer.correction_bias, layer.rule, layer.top_k)
+            if layer.rule is not None:
+                tied |= is_near_tie(
+                    routing.logits, layer.correction_bias, layer.rule, layer.top_k
+                )
 
         with torch.no_grad(), observe(model, note_ties):
             logits = model.model(input_ids=torch.from_numpy(rows), use_cache=False).logits

@@ -3,53 +3,69 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache
 
-from edgemoe.errors import ExportError
+from edgemoe.errors import EdgemoeError, ExportError
+from edgemoe.models.adapter import adapt_model
+from edgemoe.models.checkpoint import read_config
+from edgemoe.models.discovery import build_skeleton
+from edgemoe.models.factored import FACTOR_NAMES
+from edgemoe.models.ragged import read_ragged_note
+from edgemoe.models.registry import FAMILIES
 from edgemoe_exporters import ops
+from edgemoe_exporters.prepare_attention import (
+    ACTIVE,
+    ATTENTION,
+    Attender,
+    CachedLayer,
+    TraceCache,
+    register,
+)
+from edgemoe_exporters.prepare_norms import replace_norms
+from edgemoe_exporters.prepare_rotary import replace_rotary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-    from edgemoe.models.contract import MoeLayer, MoeModel
-
-_ATTENTION = "edgemoe_trace"
-
-# Rotary kinds whose angles do not depend on how long the text is.
-_STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.models.layer import MoeLayer
 
 
-class _PassThroughCache(Cache):  # type: ignore[misc]  # transformers is untyped
-    """Hands new keys and values on unchanged: joining them to the past is the op's work."""
-
-    def __init__(self, past: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        super().__init__(layers=[])
-        self.past = past
-        self.present: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return key_states, value_states
-
-    def get_seq_length(self, *_: Any, **__: Any) -> int:
-        return 0
+# Families whose layers keep another state than keys and values, or index positions, or whose
+# router or activation is of a kind of its own.
+WITHOUT_GRAPH = frozenset(
+    {
+        "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note_text",
+        "glm_moe_dsa", "granitemoehybrid", "hy_v4", "inkling2_text", "inkling_text", "jamba",
+        "kimi_linear", "lfm2_moe", "minimax", "nemotron_h", "qwen3_5_moe_text", "qwen3_next",
+        "qwen4_exp_text", "zaya",
+    }
+)  # fmt: skip
+_WITH_GRAPH = ", ".join(name for name in FAMILIES if name not in WITHOUT_GRAPH)
+_NOT_YET = (
+    "Calibration, pruning and evaluation work for this family, graphs do not yet; families "
+    f"with graphs: {_WITH_GRAPH}."
+)
 
 
 class TraceModule(nn.Module):
-    """The model with flat tensors in and out, in the order of the graph's interface."""
+    """The model with flat tensors in and out, in the order of the graph's interface.
+
+    Attributes:
+        lm: The transformers model.
+        cached: What each decoder layer caches.
+    """
 
     def __init__(self, model: MoeModel) -> None:
         super().__init__()
         self.lm = model.model
-        self._cache: _PassThroughCache | None = None
-        self._attention_mask: torch.Tensor | None = None
+        self.cached: tuple[CachedLayer, ...] = ()
+        self.attender = Attender()
+        self._moe_layers = len(model.layers)
         self._k_cap: torch.Tensor | None = None
 
     def forward(
@@ -72,78 +88,77 @@ class TraceModule(nn.Module):
         Returns:
             Logits, float ``[B, S, vocabulary]``, and keys and values of past and new tokens.
         """
-        self._cache = _PassThroughCache(past)
-        self._attention_mask, self._k_cap = attention_mask, k_cap
+        cache = TraceCache(past, self.cached)
+        self.attender.cache, self.attender.attention_mask = cache, attention_mask
+        self._k_cap = k_cap
         output = self.lm(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=self._cache,
+            past_key_values=cache,
             use_cache=True,
         )
-        present = self._cache.present
-        self._cache = self._attention_mask = self._k_cap = None
+        present = [pair for _, pair in sorted(cache.present.items())]
+        self.attender.attention_mask = self._k_cap = None
         return output.logits, present
 
-    def attend(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        _mask: torch.Tensor | None,
-        scaling: float,
-        sliding_window: int | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Answer transformers' attention interface with the op."""
-        assert self._cache is not None
-        assert self._attention_mask is not None
-        window = sliding_window or getattr(module, "sliding_window", None) or 0
-        past_key, past_value = self._cache.past[cast("int", module.layer_idx)]
-        output, present_key, present_value = ops.attention(
-            query,
-            key,
-            value,
-            past_key,
-            past_value,
-            self._attention_mask,
-            float(scaling),
-            int(window),
-        )
-        self._cache.present.append((present_key, present_value))
-        return output, None
+    def rehearse(self) -> None:
+        """Find out what each layer caches, by a pass over two tokens.
+
+        Raises:
+            ExportError: The model does something that a graph cannot.
+        """
+        config: Any = self.lm.config
+        device = next(self.lm.parameters()).device
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        positions = torch.arange(2, device=device)[None]
+        caps = torch.ones(self._moe_layers, dtype=torch.int64, device=device)
+        try:
+            with torch.no_grad():
+                self(ids, torch.ones_like(ids), positions, [], caps)
+        except EdgemoeError:
+            raise
+        except Exception as error:  # whatever the family's code raises where it wants a state
+            kinds = ", ".join(sorted(set(getattr(config, "layer_types", None) or ())))
+            raise ExportError(
+                f"every layer of {config.model_type} must keep keys and values, and nothing "
+                f"else, to be put into a graph, got code that asks for another state (layers: "
+                f"{kinds or 'of one kind'}). {_NOT_YET}"
+            ) from error
+        self.cached = self.attender.layers(len(self.lm.get_decoder().layers))
+        self.attender.cache = None
 
     def route(
         self, layer: MoeLayer, position: int, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Answer for a router module: logits (which nobody reads), weights, ids."""
         assert self._k_cap is not None
-        rule = layer.rule
-        hidden = hidden.reshape(-1, hidden.shape[-1])
+        rule, roles = layer.rule, layer.facts.routing.tensors
+        assert rule is not None
+        assert roles is not None
         weights, indices = ops.route(
-            hidden,
-            layer.router_weight,
-            layer.correction_bias,
+            hidden.reshape(-1, hidden.shape[-1]),
+            layer.tensor(roles.weight),
+            *(
+                None if name is None else layer.tensor(name)
+                for name in (roles.logit_bias, roles.correction_bias, roles.expert_scale)
+            ),
             self._k_cap,
             position,
             layer.top_k,
             rule.scoring,
+            rule.softmax_over,
             rule.renormalise,
+            rule.sum_epsilon,
             rule.scaling_factor,
+            rule.bias_on,
             rule.n_group,
             rule.topk_group,
-            rule.softmax_over,
+            rule.group_score,
+            rule.group_fill,
+            rule.jitter,
         )
         return weights, weights, indices
-
-
-# transformers keeps what it is registered for good, and must not keep a model with it.
-_TRACED: list[TraceModule] = []
-
-
-def _attend(*arguments: Any, **options: Any) -> tuple[torch.Tensor, None]:
-    return _TRACED[-1].attend(*arguments, **options)
 
 
 @contextlib.contextmanager
@@ -151,91 +166,197 @@ def prepared(model: MoeModel) -> Iterator[TraceModule]:
     """Yield the model with opaque ops inside; it is as before when the block ends.
 
     Args:
-        model: The model to trace.
+        model: The model to trace; on the meta device its shapes are checked at no cost.
 
     Yields:
         A module that runs eagerly and can be traced.
 
     Raises:
-        ExportError: The model's rotary embedding depends on the length of the text.
+        ExportError: A router, an activation or a layer's state has no op.
     """
+    for layer in model.layers:
+        check_layer(layer, model.family)
     module = TraceModule(model)
     lm = model.model
     attention_before = lm.config._attn_implementation
-    AttentionInterface.register(_ATTENTION, _attend)
+    register()
     with contextlib.ExitStack() as stack:
-        _TRACED.append(module)
-        stack.callback(_TRACED.pop)
-        lm.config._attn_implementation = _ATTENTION
+        ACTIVE.append(module.attender)
+        stack.callback(ACTIVE.pop)
+        lm.config._attn_implementation = ATTENTION
         stack.callback(setattr, lm.config, "_attn_implementation", attention_before)
         for position, layer in enumerate(model.layers):
             _replace_moe(stack, module, layer, position)
-        for child in lm.modules():
-            if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
-                _replace_norm(stack, child)
-        _replace_rotary(stack, lm)
+        replace_norms(stack, lm)
+        if not _rehearse_usual(stack, module):
+            replace_rotary(stack, lm, usual=False)
+            module.rehearse()
         yield module
+
+
+def _rehearse_usual(stack: contextlib.ExitStack, module: TraceModule) -> bool:
+    """Try RotaryEmbedding; return whether the model runs with it, and uses it."""
+    with contextlib.ExitStack() as attempt:
+        use = replace_rotary(attempt, module.lm, usual=True)
+        if not use.usual:
+            return False
+        with contextlib.suppress(ExportError):
+            module.rehearse()
+            if use.calls:
+                stack.push(attempt.pop_all())
+                return True
+    return False
+
+
+def check_exportable(path: Path, precision: str) -> None:
+    """Refuse a checkpoint that no graph can hold; its weights are not read.
+
+    Args:
+        path: Checkpoint directory.
+        precision: Of the graph.
+
+    Raises:
+        ExportError: A router, an activation or a layer's state has no op, or experts have no
+            op of that precision.
+        CheckpointError: The checkpoint's configuration is malformed.
+    """
+    family, config = read_config(path)
+    model = adapt_model(build_skeleton(family, config))
+    with prepared(model):
+        pass
+    note = read_ragged_note(path)
+    if precision in {"int8", "int4"} and note is not None and note.ranks_per_layer is not None:
+        raise ExportError(
+            f"experts must be whole to be exported in {precision}, got factored ones, for "
+            "which onnxruntime has no quantised op. Export with --precision fp32 or fp16."
+        )
+    for layer in model.layers:
+        activation = layer.activation
+        if precision in {"int8", "int4"} and activation and not activation.is_swiglu:
+            raise ExportError(
+                f"experts must have SwiGLU to be exported in {precision}, got the activation "
+                f"{activation.kind}: onnxruntime has no quantised op for it. Export with "
+                "--precision fp32 or fp16."
+            )
+
+
+def check_layer(layer: MoeLayer, family: str) -> None:
+    """Refuse a layer that has no op.
+
+    Args:
+        layer: The layer.
+        family: Of the model.
+
+    Raises:
+        ExportError: Its router or its activation is of no known kind.
+    """
+    unknown = "router" if layer.rule is None else "activation of experts"
+    if layer.rule is None or layer.activation is None:
+        raise ExportError(
+            f"the {unknown} of {family} must be of a kind that graphs know, got another in "
+            f"layer {layer.index}. {_NOT_YET}"
+        )
 
 
 def _replace_moe(
     stack: contextlib.ExitStack, module: TraceModule, layer: MoeLayer, position: int
 ) -> None:
-    def route(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return module.route(layer, position, hidden)
+    roles = layer.facts.routing.tensors
+    assert roles is not None
+    router: Any = layer.router
+    if roles.projection:
+        _route_after(stack, module, layer, position, roles.projection)
+    else:
+
+        def route(
+            hidden: torch.Tensor, *_: Any
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return module.route(layer, position, hidden)
+
+        _replace_forward(stack, router, route)
+    _replace_forward(stack, layer.experts, _experts_op(layer))
+
+
+def _route_after(
+    stack: contextlib.ExitStack,
+    module: TraceModule,
+    layer: MoeLayer,
+    position: int,
+    projection: str,
+) -> None:
+    """Let the router transform its input, and take over where its rows come in."""
+    router: Any = layer.router
+    inputs: list[torch.Tensor] = []
+
+    def keep(hidden: torch.Tensor) -> torch.Tensor:
+        inputs[:] = [hidden]
+        return hidden.new_zeros((*hidden.shape[:-1], layer.num_experts))
+
+    def route(
+        hidden: torch.Tensor, *rest: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # What it makes of the zeros is not used, and leaves the graph.
+        type(router).forward(router, hidden, *rest)
+        return module.route(layer, position, inputs.pop())
+
+    _replace_forward(stack, router.get_submodule(projection), keep)
+    _replace_forward(stack, router, route)
+
+
+def _experts_op(layer: MoeLayer) -> Any:
+    activation, layout = layer.activation, layer.layout
+    assert activation is not None
+    prefix = layer.facts.experts
+
+    def factored(
+        hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        biases = (f"{layout.gate_up_name}_bias", "down_proj_bias") if layout.has_bias else ()
+        parts = [layer.tensor(f"{prefix}.{name}") for name in (*FACTOR_NAMES, *biases)]
+        output: torch.Tensor = ops.factored_experts(
+            hidden,
+            indices,
+            weights,
+            *parts,
+            *([None] * (len(FACTOR_NAMES) + 2 - len(parts))),
+            layout.is_concatenated,
+            activation.kind,
+            activation.gated,
+            activation.alpha,
+            activation.beta,
+            activation.limit,
+        )
+        return output
 
     def experts(
         hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
+        name = layout.gate_up_name
+        parts = [
+            layer.tensor(f"{prefix}.{part}")
+            for part in (name, "down_proj", f"{name}_bias", "down_proj_bias")
+            if part in layout.names
+        ]
+        gate_up, down, *biases = parts
         output: torch.Tensor = ops.experts(
-            hidden, indices, weights, layer.gate_up, layer.down, layer.activation
+            hidden,
+            indices,
+            weights,
+            gate_up,
+            down,
+            biases[0] if biases else None,
+            biases[1] if biases else None,
+            layout.is_transposed,
+            layout.is_concatenated,
+            activation.kind,
+            activation.gated,
+            activation.alpha,
+            activation.beta,
+            activation.limit,
         )
         return output
 
-    _replace_forward(stack, layer.router, route)
-    _replace_forward(stack, layer.experts, experts)
-
-
-def _replace_norm(stack: contextlib.ExitStack, norm: Any) -> None:
-    def forward(states: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = ops.rms_norm(states, norm.weight, float(norm.variance_epsilon))
-        return output
-
-    _replace_forward(stack, norm, forward)
-
-
-def _replace_rotary(stack: contextlib.ExitStack, lm: Any) -> None:
-    """Let positions and frequencies travel where sine and cosine did."""
-    modeling: Any = sys.modules[type(lm).__module__]
-    embedding = lm.model.rotary_emb
-    if embedding.rope_type not in _STATIC_ROPE:
-        raise ExportError(
-            f"rope_type must be one of {', '.join(sorted(_STATIC_ROPE))}, got "
-            f"{embedding.rope_type!r}: its angles change with the length of the text, which a "
-            "graph cannot follow. Set another rope_type in config.json."
-        )
-    scaling = float(embedding.attention_scaling)
-
-    def forward(
-        _: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return position_ids, embedding.inv_freq
-
-    def apply(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        position_ids: torch.Tensor,
-        inv_freq: torch.Tensor,
-        **_: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return (
-            ops.rotary(query, position_ids, inv_freq, scaling),
-            ops.rotary(key, position_ids, inv_freq, scaling),
-        )
-
-    _replace_forward(stack, embedding, forward)
-    before = modeling.apply_rotary_pos_emb
-    modeling.apply_rotary_pos_emb = apply
-    stack.callback(setattr, modeling, "apply_rotary_pos_emb", before)
+    return factored if layer.is_factored else experts
 
 
 def _replace_forward(stack: contextlib.ExitStack, module: Any, forward: Any) -> None:

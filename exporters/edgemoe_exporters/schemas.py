@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import onnx.defs
@@ -21,6 +22,8 @@ _INT = onnx.defs.OpSchema.AttrType.INT
 _FLOAT = onnx.defs.OpSchema.AttrType.FLOAT
 _STRING = onnx.defs.OpSchema.AttrType.STRING
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+_PYTHON: dict[onnx.defs.OpSchema.AttrType, type] = {_INT: int, _FLOAT: float, _STRING: str}
+_BY_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _OPTIONAL = onnx.defs.OpSchema.FormalParameterOption.Optional
 
 # name -> (inputs, outputs, attributes); an input is (name, type), "?" marks it optional.
@@ -36,7 +39,9 @@ _OPS: dict[
         [
             ("hidden", "T"),
             ("weight", "T"),
-            ("correction_bias?", "tensor(float)"),
+            ("logit_bias?", "T"),
+            ("correction_bias?", "T"),
+            ("expert_scale?", "T"),
             ("k_cap", "tensor(int64)"),
         ],
         [("weights", "T"), ("indices", "tensor(int64)")],
@@ -44,11 +49,16 @@ _OPS: dict[
             ("k_cap_index", _INT),
             ("top_k", _INT),
             ("scoring", _STRING),
+            ("softmax_over", _STRING),
             ("renormalise", _INT),
+            ("sum_epsilon", _FLOAT),
             ("scaling_factor", _FLOAT),
+            ("bias_on", _STRING),
             ("n_group", _INT),
             ("topk_group", _INT),
-            ("softmax_over", _STRING),
+            ("group_score", _STRING),
+            ("group_fill", _FLOAT),
+            ("jitter", _FLOAT),
         ],
     ),
     "Experts": (
@@ -58,9 +68,41 @@ _OPS: dict[
             ("weights", "T"),
             ("gate_up", "T"),
             ("down", "T"),
+            ("gate_up_bias?", "T"),
+            ("down_bias?", "T"),
         ],
         [("output", "T")],
-        [("activation", _STRING)],
+        [
+            ("is_transposed", _INT),
+            ("is_concatenated", _INT),
+            ("activation", _STRING),
+            ("gated", _INT),
+            ("alpha", _FLOAT),
+            ("beta", _FLOAT),
+            ("limit", _FLOAT),
+        ],
+    ),
+    "FactoredExperts": (
+        [
+            ("hidden", "T"),
+            ("indices", "tensor(int64)"),
+            ("weights", "T"),
+            ("up_in", "T"),
+            ("up_out", "T"),
+            ("down_in", "T"),
+            ("down_out", "T"),
+            ("up_bias?", "T"),
+            ("down_bias?", "T"),
+        ],
+        [("output", "T")],
+        [
+            ("is_concatenated", _INT),
+            ("activation", _STRING),
+            ("gated", _INT),
+            ("alpha", _FLOAT),
+            ("beta", _FLOAT),
+            ("limit", _FLOAT),
+        ],
     ),
     "Attention": (
         [
@@ -70,8 +112,20 @@ _OPS: dict[
             ("past_key", "T"),
             ("past_value", "T"),
             ("attention_mask", "tensor(int64)"),
+            ("sinks?", "T"),
         ],
         [("output", "T"), ("present_key", "T"), ("present_value", "T")],
+        [("scale", _FLOAT), ("sliding_window", _INT)],
+    ),
+    "AttendAll": (
+        [
+            ("query", "T"),
+            ("key", "T"),
+            ("value", "T"),
+            ("attention_mask", "tensor(int64)"),
+            ("sinks?", "T"),
+        ],
+        [("output", "T")],
         [("scale", _FLOAT), ("sliding_window", _INT)],
     ),
     "RotaryEmbedding": (
@@ -79,7 +133,28 @@ _OPS: dict[
         [("output", "T")],
         [("scaling", _FLOAT)],
     ),
-    "RMSNorm": ([("states", "T"), ("weight", "T")], [("output", "T")], [("epsilon", _FLOAT)]),
+    "Angles": (
+        [("position_ids", "tensor(int64)"), ("inv_freq", "tensor(float)")],
+        [("cos", "tensor(float)"), ("sin", "tensor(float)")],
+        [("scaling", _FLOAT), ("layout", _STRING)],
+    ),
+    "RMSNorm": (
+        [("states", "T"), ("weight?", "T")],
+        [("output", "T")],
+        [("epsilon", _FLOAT), ("offset", _FLOAT)],
+    ),
+}
+
+# The torch op of each.
+_TORCH_NAMES = {
+    "Route": "route",
+    "Experts": "experts",
+    "FactoredExperts": "factored_experts",
+    "Attention": "attention",
+    "AttendAll": "attend_all",
+    "RotaryEmbedding": "rotary",
+    "Angles": "angles",
+    "RMSNorm": "rms_norm",
 }
 
 
@@ -109,75 +184,35 @@ def _formal(name: str, kind: str) -> onnx.defs.OpSchema.FormalParameter:
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return what ``torch.onnx.export`` takes as ``custom_translation_table``."""
+    """Return what ``torch.onnx.export`` takes as ``custom_translation_table``.
+
+    Every torch op has the inputs of its ONNX op, then its attributes, in the same order.
+    """
     register()
     opset: Any = Opset(ops.DOMAIN, VERSION)
-
-    def route(
-        hidden: Any,
-        weight: Any,
-        correction_bias: Any,
-        k_cap: Any,
-        k_cap_index: int,
-        top_k: int,
-        scoring: str,
-        renormalise: bool,
-        scaling_factor: float,
-        n_group: int,
-        topk_group: int,
-        softmax_over: str,
-    ) -> Any:
-        return opset.Route(
-            hidden,
-            weight,
-            correction_bias,
-            k_cap,
-            k_cap_index=k_cap_index,
-            top_k=top_k,
-            scoring=scoring,
-            renormalise=int(renormalise),
-            scaling_factor=scaling_factor,
-            n_group=n_group,
-            topk_group=topk_group,
-            softmax_over=softmax_over,
-        )
-
-    def experts(
-        hidden: Any, indices: Any, weights: Any, gate_up: Any, down: Any, activation: str
-    ) -> Any:
-        return opset.Experts(hidden, indices, weights, gate_up, down, activation=activation)
-
-    def attention(
-        query: Any,
-        key: Any,
-        value: Any,
-        past_key: Any,
-        past_value: Any,
-        attention_mask: Any,
-        scale: float,
-        sliding_window: int,
-    ) -> Any:
-        return opset.Attention(
-            query,
-            key,
-            value,
-            past_key,
-            past_value,
-            attention_mask,
-            scale=scale,
-            sliding_window=sliding_window,
-        )
-
-    def rotary(states: Any, position_ids: Any, inv_freq: Any, scaling: float) -> Any:
-        return opset.RotaryEmbedding(states, position_ids, inv_freq, scaling=scaling)
-
-    def rms_norm(states: Any, weight: Any, epsilon: float) -> Any:
-        return opset.RMSNorm(states, weight, epsilon=epsilon)
-
     return {
-        torch.ops.edgemoe.route.default: route,
-        torch.ops.edgemoe.experts.default: experts,
-        torch.ops.edgemoe.attention.default: attention,
-        torch.ops.edgemoe.rotary.default: rotary,
-        torch.ops.edgemoe.rms_norm.default: rms_norm,
+        getattr(torch.ops.edgemoe, torch_name).default: _translation(opset, name)
+        for name, torch_name in _TORCH_NAMES.items()
     }
+
+
+def _translation(opset: Any, name: str) -> Callable[..., Any]:
+    inputs, _, attributes = _OPS[name]
+    # The exporter reads the parameters' kinds from annotations: tensors have none.
+    parameters = [inspect.Parameter(part.rstrip("?"), _BY_NAME) for part, _ in inputs]
+    parameters += [
+        inspect.Parameter(key, _BY_NAME, annotation=_PYTHON[kind]) for key, kind in attributes
+    ]
+    signature = inspect.Signature(parameters)
+
+    def translate(*arguments: Any, **options: Any) -> Any:
+        given = signature.bind(*arguments, **options).arguments
+        tensors = [given[part.rstrip("?")] for part, _ in inputs]
+        values = {key: given[key] for key, _ in attributes}
+        values = {k: int(v) if isinstance(v, bool) else v for k, v in values.items()}
+        return getattr(opset, name)(*tensors, **values)
+
+    translate.__signature__ = signature  # type: ignore[attr-defined]
+    translate.__annotations__ = {key: _PYTHON[kind] for key, kind in attributes}
+    translate.__name__ = _TORCH_NAMES[name]
+    return translate

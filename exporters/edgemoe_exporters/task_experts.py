@@ -17,7 +17,8 @@ from edgemoe_exporters.trace import EXPERT_AXIS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from edgemoe.models.contract import ModelShape, MoeLayer, MoeModel
+    from edgemoe.models.contract import ModelShape, MoeModel
+    from edgemoe.models.layer import MoeLayer
     from edgemoe_runtime.manifest_parts import ExpertGroup
 
 KEEP_ALL = "none"
@@ -89,10 +90,7 @@ def compressed(
     Raises:
         PlanError: The plan does not fit the model.
     """
-    whole = [
-        (layer.gate_up, layer.down, layer.router_weight, layer.correction_bias)
-        for layer in model.layers
-    ]
+    whole = [layer.tensors() for layer in model.layers]
     try:
         small = apply_plan(model, plan)
         for layer, layer_plan in zip(small.layers, plan.layers, strict=True):
@@ -102,7 +100,7 @@ def compressed(
         yield small
     finally:
         for layer, tensors in zip(model.layers, whole, strict=True):
-            layer.replace_experts(*tensors)
+            layer.replace(tensors)
         set_expert_counts(model)
 
 
@@ -172,10 +170,4 @@ def _order(plan: LayerPlan, keys: Sequence[ExpertKey]) -> list[int]:
 def _permute(layer: MoeLayer, order: list[int]) -> None:
     if order == sorted(order):
         return
-    bias = layer.correction_bias
-    layer.replace_experts(
-        layer.gate_up[order],
-        layer.down[order],
-        layer.router_weight[order],
-        None if bias is None else bias[order],
-    )
+    layer.keep(order)

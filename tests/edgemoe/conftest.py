@@ -4,12 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from edgemoe.models import FAMILIES
+from edgemoe.models.registry import find_family
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,12 +60,10 @@ def make_model() -> Callable[..., Any]:
     """A function from a family and configuration entries to a random transformers model."""
 
     def make(family: str, *, seed: int = 0, **changes: Any) -> Any:
-        declared = FAMILIES[family]
-        config = getattr(transformers, declared.configuration)(
-            **{**COMMON, **OF_FAMILY[family], **changes}
-        )
+        causal_lm: Any = find_family(family).causal_lm
+        config = causal_lm.config_class(**{**COMMON, **OF_FAMILY[family], **changes})
         torch.manual_seed(seed)
-        model = declared.load_class(declared.causal_lm)(config).eval()
+        model = causal_lm(config).eval()
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.2)
@@ -79,9 +76,16 @@ def make_model() -> Callable[..., Any]:
 def make_checkpoint(make_model: Callable[..., Any], tmp_path: Path) -> Callable[..., Path]:
     """A function from a family and configuration entries to a checkpoint directory."""
 
-    def make(family: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    def make(
+        family: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_shard_size: str = "5GB",
+        **changes: Any,
+    ) -> Path:
         path = tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"
-        make_model(family, **changes).to(dtype).save_pretrained(path)
+        model = make_model(family, **changes).to(dtype)
+        model.save_pretrained(path, max_shard_size=max_shard_size)
         words = {f"w{index}": index for index in range(VOCAB_SIZE)}
         tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
         tokenizer.pre_tokenizer = Whitespace()

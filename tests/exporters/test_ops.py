@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -28,12 +29,15 @@ CONFIG = Glm4MoeConfig(
     attn_implementation="eager",
 )
 
+SIGMOID = ("sigmoid", "all", True, 1e-20, 1.5, "scores")
+SILU = (False, True, "swish", True, 1.0, 0.0, math.inf)
+
 
 def test_norm_is_the_models() -> None:
     norm = glm.Glm4MoeRMSNorm(32, eps=1e-5)
     torch.nn.init.normal_(norm.weight)
     states = torch.randn(2, 3, 32)
-    torch.testing.assert_close(ops.rms_norm(states, norm.weight, 1e-5), norm(states))
+    torch.testing.assert_close(ops.rms_norm(states, norm.weight, 1e-5, 0.0), norm(states))
 
 
 def test_rotation_is_the_models_for_part_of_a_head() -> None:
@@ -56,22 +60,20 @@ def test_routing_and_experts_are_the_models() -> None:
     _, weights, indices = block.gate(hidden)
     expected = block.experts(hidden, indices, weights)
     caps = torch.tensor([1, 99])
-    arguments = (3, "sigmoid", True, 1.5, 4, 2, "all")
+    arguments = (3, *SIGMOID, 4, 2, "top2", -math.inf, 0.0)
     gate = block.gate
-    weights, indices = ops.route(
-        hidden, gate.weight, gate.e_score_correction_bias, caps, 1, *arguments
-    )
+    tensors = (hidden, gate.weight, None, gate.e_score_correction_bias, None, caps)
+    weights, indices = ops.route(*tensors, 1, *arguments)
     moe = block.experts
-    actual = ops.experts(hidden, indices, weights, moe.gate_up_proj, moe.down_proj, "silu")
+    parts = (moe.gate_up_proj, moe.down_proj, None, None, *SILU)
+    actual = ops.experts(hidden, indices, weights, *parts)
     torch.testing.assert_close(actual, expected)
 
-    weights, indices = ops.route(
-        hidden, gate.weight, gate.e_score_correction_bias, caps, 0, *arguments
-    )
+    weights, indices = ops.route(*tensors, 0, *arguments)
     assert (indices[:, 1:] == 8).all()
     assert (weights[:, 1:] == 0).all()
     assert (indices[:, 0] < 8).all()
-    capped = ops.experts(hidden, indices, weights, moe.gate_up_proj, moe.down_proj, "silu")
+    capped = ops.experts(hidden, indices, weights, *parts)
     alone = moe(hidden, indices[:, :1], weights[:, :1])
     torch.testing.assert_close(capped, alone)
 
@@ -91,8 +93,10 @@ def test_attention_is_the_models_whatever_the_padding(window: Any) -> None:
     expected, _ = glm.eager_attention_forward(module, query, key, value, bias, 0.3)
     past = key[:, :, :4], value[:, :, :4]
     actual, keys, values = ops.attention(
-        query, key[:, :, 4:], value[:, :, 4:], *past, mask, 0.3, window
+        query, key[:, :, 4:], value[:, :, 4:], *past, mask, None, 0.3, window
     )
+    whole = ops.attend_all(query, key, value, mask, None, 0.3, window)
+    torch.testing.assert_close(whole, expected)
     torch.testing.assert_close(actual, expected)
     assert torch.equal(keys, key)
     assert torch.equal(values, value)
@@ -105,18 +109,25 @@ def test_ops_keep_torchs_contract() -> None:
     mask = torch.ones(2, 5, dtype=torch.int64)
     past = torch.randn(2, 2, 2, 16)
     calls = {
-        "rms_norm": (hidden, torch.randn(8), 1e-5),
+        "rms_norm": (hidden, torch.randn(8), 1e-5, 1.0),
+        "angles": (ids, torch.randn(4), 1.5, "pairs"),
         "rotary": (states[:1, :, :2], ids, torch.randn(4), 1.0),
-        "route": (hidden, weight, None, caps, 0, 3, "softmax", True, 1.0, 1, 1, "all"),
+        "route": (
+            *(hidden, weight, torch.randn(4), None, torch.randn(4), caps, 0, 3),
+            *("softmax", "all", True, 0.0, 1.0, "scores", 1, 1, "max", 0.0, 0.0),
+        ),
         "experts": (
             hidden,
             torch.randint(0, 5, (5, 2)),
             torch.rand(5, 2),
-            torch.randn(4, 12, 8),
-            torch.randn(4, 8, 6),
-            "silu",
+            torch.randn(4, 8, 12),
+            torch.randn(4, 6, 8),
+            torch.randn(4, 12),
+            torch.randn(4, 8),
+            *(True, False, "swish", True, 1.702, 1.0, 7.0),
         ),
-        "attention": (states, states, states, past, past, mask, 0.25, 0),
+        "attention": (states, states, states, past, past, mask, torch.randn(2), 0.25, 0),
+        "attend_all": (states, past, past, mask[:, :2], None, 0.25, 2),
     }
     for name, arguments in calls.items():
         operator = getattr(torch.ops.edgemoe, name).default

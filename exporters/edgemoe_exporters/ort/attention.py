@@ -15,6 +15,16 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemoe.errors import ExportError
+from edgemoe_exporters.lower_tensorrt_attention import (
+    Shared,
+    lower_angles,
+    lower_attend_all,
+    lower_rotary,
+)
+from edgemoe_exporters.lower_tensorrt_attention import (
+    lower_attention as lower_concat_attention,
+)
+from edgemoe_exporters.lower_tensorrt_emit import Emitter
 from edgemoe_exporters.ort.editor import (
     MICROSOFT,
     TRACED,
@@ -34,12 +44,18 @@ _HIDDEN = -30000.0
 
 
 @dataclass(frozen=True)
-class _Shared:
-    """What all layers read, computed once per run."""
+class _Slots:
+    """What all layers read of the cache, computed once per run."""
 
-    past_slots: ir.Value
+    past: ir.Value
     total: ir.Value
     bias: ir.Value
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """The angles of all layers, computed once per run."""
+
     cos: ir.Value
     sin: ir.Value
     positions: ir.Value
@@ -48,7 +64,7 @@ class _Shared:
 
 
 def lower_attention(editor: Editor, precision: Precision) -> None:
-    """Replace every Attention and the RotaryEmbedding before it.
+    """Replace every Attention, AttendAll and Angles, and the RotaryEmbedding before them.
 
     Args:
         editor: The graph.
@@ -57,31 +73,36 @@ def lower_attention(editor: Editor, precision: Precision) -> None:
     Raises:
         ExportError: Two layers rotate by different frequencies.
     """
-    shared: _Shared | None = None
-    for node in editor.nodes("Attention", TRACED):
-        if shared is None:
-            shared = _share(editor, node, precision)
-        query = _rotated(editor, node, 0, shared)
-        key = _rotated(editor, node, 1, shared)
+    nodes = list(editor.nodes("Attention", TRACED))
+    _spell_out(
+        editor, [*editor.nodes("AttendAll", TRACED), *editor.nodes("Angles", TRACED)], precision
+    )
+    # One cache has one form: either all layers share buffers, or none does.
+    if any(_sizes_differ(node) for node in nodes):
+        rotations = list(editor.nodes("RotaryEmbedding", TRACED))
+        _spell_out(editor, [*rotations, *nodes], precision)
+        return
+    slots: _Slots | None = None
+    rotation: _Rotation | None = None
+    for node in nodes:
+        slots = slots or _share_slots(editor, node, precision)
+        first = producer_of(node.inputs[0], "RotaryEmbedding", TRACED)
+        if rotation is None and first is not None:
+            rotation = _share_rotation(editor, first, precision)
+        query = _rotated(editor, node, 0, rotation)
+        key = _rotated(editor, node, 1, rotation)
         value = _tokens_first(editor, node, required(node.inputs[2]))
         heads = _heads(required(node.inputs[0]))
         window = node.attributes["sliding_window"].as_int()
+        sinks = node.inputs[6] if len(node.inputs) > 6 else None
+        inputs = [query, key, value, node.inputs[3], node.inputs[4], slots.past, slots.total]
+        inputs += [None, None, None, slots.bias]
+        if sinks is not None:
+            inputs.append(sinks)
         outputs = editor.add(
             node,
             "GroupQueryAttention",
-            [
-                query,
-                key,
-                value,
-                node.inputs[3],
-                node.inputs[4],
-                shared.past_slots,
-                shared.total,
-                None,
-                None,
-                None,
-                shared.bias,
-            ],
+            inputs,
             {
                 "num_heads": heads,
                 "kv_num_heads": _heads(required(node.inputs[1])),
@@ -95,24 +116,45 @@ def lower_attention(editor: Editor, precision: Precision) -> None:
         _flatten_heads(editor, node, outputs[0])
         editor.replace(node.outputs[1], outputs[1])
         editor.replace(node.outputs[2], outputs[2])
+    editor.tidy()
+    # Some families do something else between rotating and attending.
+    _spell_out(editor, list(editor.nodes("RotaryEmbedding", TRACED)), precision)
 
 
-def _share(editor: Editor, node: ir.Node, precision: Precision) -> _Shared:
-    """Compute the number of slots, the bias and the angles before the first layer."""
+def _sizes_differ(node: ir.Node) -> bool:
+    """Tell whether values have another size than keys, for which there is no fused op."""
+    return size_of(required(node.inputs[1]), 3) != size_of(required(node.inputs[2]), 3)
+
+
+def _spell_out(editor: Editor, nodes: list[ir.Node], precision: Precision) -> None:
+    """Replace nodes by basic ops."""
+    lowerings = {
+        "Attention": lower_concat_attention,
+        "AttendAll": lower_attend_all,
+        "Angles": lower_angles,
+        "RotaryEmbedding": lower_rotary,
+    }
+    order = {id(node): position for position, node in enumerate(editor.graph)}
+    shared = Shared()
+    for node in sorted(nodes, key=lambda node: order[id(node)]):
+        emit = Emitter(editor.graph, precision.dtype, str(node.name or node.op_type))
+        outputs = lowerings[node.op_type](emit, node, shared)
+        editor.graph.insert_before(node, emit.nodes)
+        for old, new in zip(node.outputs, outputs, strict=True):
+            new.shape = old.shape
+            new.type = new.type or ir.TensorType(precision.dtype)
+            editor.replace(old, new)
+
+
+def _share_slots(editor: Editor, node: ir.Node, precision: Precision) -> _Slots:
+    """Compute the number of slots and the bias before the first layer."""
     first = editor.graph[0]
     mask = required(node.inputs[5])
-    rotary = producer_of(node.inputs[0], "RotaryEmbedding", TRACED)
-    if rotary is None:
-        raise ExportError(
-            "queries must be rotated by position to be lowered for onnxruntime, got another "
-            "position embedding. Choose another target."
-        )
-    positions = required(rotary.inputs[1])
+    tokens = next(value for value in editor.graph.inputs if value.name == "input_ids")
     int32, float32 = int(ir.DataType.INT32), int(ir.DataType.FLOAT)
 
     def ints(*numbers: int) -> ir.Value:
-        name = "ints_" + "_".join(str(number).replace("-", "n") for number in numbers)
-        return editor.constant(name, np.array(numbers, dtype=np.int64))
+        return _ints(editor, *numbers)
 
     (shape,) = editor.add(first, "Shape", [mask])
     (batch,) = editor.add(first, "Gather", [shape, ints(0)])
@@ -123,7 +165,7 @@ def _share(editor: Editor, node: ir.Node, precision: Precision) -> _Shared:
     (last,) = editor.add(first, "Sub", [total, one])
     (past_slots,) = editor.add(first, "Expand", [last, batch])
 
-    (rows,) = editor.add(first, "Shape", [positions], {"start": 1, "end": 2})
+    (rows,) = editor.add(first, "Shape", [tokens], {"start": 1, "end": 2})
     (mask_float,) = editor.add(first, "Cast", [mask], {"to": float32})
     unit = editor.constant("one", np.array(1, dtype=np.float32))
     hidden = editor.constant("hidden", np.array(_HIDDEN, dtype=np.float32))
@@ -132,9 +174,16 @@ def _share(editor: Editor, node: ir.Node, precision: Precision) -> _Shared:
     (bias,) = editor.add(first, "Unsqueeze", [columns_bias, ints(1, 2)])
     (bias_shape,) = editor.add(first, "Concat", [ints(1, 1), rows, ints(1)], {"axis": 0})
     (bias,) = editor.add(first, "Expand", [bias, bias_shape])
+    return _Slots(past_slots, total, precision.cast(editor, first, bias))
 
+
+def _share_rotation(editor: Editor, rotary: ir.Node, precision: Precision) -> _Rotation:
+    """Compute the angles before the first layer."""
+    first = editor.graph[0]
+    positions = required(rotary.inputs[1])
+    float32 = int(ir.DataType.FLOAT)
     scaling = rotary.attributes["scaling"].as_float()
-    (flat,) = editor.add(first, "Reshape", [positions, ints(-1, 1)])
+    (flat,) = editor.add(first, "Reshape", [positions, _ints(editor, -1, 1)])
     (flat,) = editor.add(first, "Cast", [flat], {"to": float32})
     (angles,) = editor.add(first, "Mul", [flat, required(rotary.inputs[2])])
     (cos,) = editor.add(first, "Cos", [angles])
@@ -150,15 +199,21 @@ def _share(editor: Editor, node: ir.Node, precision: Precision) -> _Shared:
     step = editor.constant("one_int64", np.array(1, dtype=np.int64))
     (lookup,) = editor.add(first, "Range", [zero, size, step])
     (lookup,) = editor.add(first, "Reshape", [lookup, ids_shape])
-    bias, cos, sin = (precision.cast(editor, first, value) for value in (bias, cos, sin))
-    inv_freq = required(rotary.inputs[2])
-    return _Shared(past_slots, total, bias, cos, sin, lookup, inv_freq, scaling)
+    cos, sin = (precision.cast(editor, first, value) for value in (cos, sin))
+    return _Rotation(cos, sin, lookup, required(rotary.inputs[2]), scaling)
 
 
-def _rotated(editor: Editor, node: ir.Node, position: int, shared: _Shared) -> ir.Value:
+def _ints(editor: Editor, *numbers: int) -> ir.Value:
+    name = "ints_" + "_".join(str(number).replace("-", "n") for number in numbers)
+    return editor.constant(name, np.array(numbers, dtype=np.int64))
+
+
+def _rotated(
+    editor: Editor, node: ir.Node, position: int, shared: _Rotation | None
+) -> ir.Value:
     source = required(node.inputs[position])
     rotary = producer_of(source, "RotaryEmbedding", TRACED)
-    if rotary is None:
+    if rotary is None or shared is None:
         return _tokens_first(editor, node, source)
     states = required(rotary.inputs[0])
     inv_freq = required(rotary.inputs[2])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from edgemoe_exporters.initializers import set_weight
+from edgemoe_exporters.initializers import narrow_attributes, set_weight
 from edgemoe_exporters.ort.editor import TRACED, Editor, array_of
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 # What these read in float32 decides which expert, or is an angle: neither survives rounding.
-_EXACT = {"Route", "RotaryEmbedding"}
+_EXACT = {"Route", "RotaryEmbedding", "Angles"}
 
 
 def convert_to_half(editor: Editor, precision: Precision) -> None:
@@ -32,6 +32,7 @@ def convert_to_half(editor: Editor, precision: Precision) -> None:
         if value.dtype == _FLOAT and not readers & _EXACT:
             set_weight(value, array_of(value), _HALF)
     for node in editor.graph:
+        narrow_attributes(node, _HALF)
         for output in node.outputs:
             if output.type is not None and output.dtype == _FLOAT:
                 output.type = ir.TensorType(_HALF)

@@ -7,13 +7,20 @@ with weight 0 (QMoE). It skips those, so an expert dropped by ``k_cap`` costs no
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from edgemoe.errors import ExportError
+from edgemoe_exporters.initializers import in_range
+from edgemoe_exporters.lower_factored import lower_factored_experts
+from edgemoe_exporters.lower_tensorrt_emit import Emitter
+from edgemoe_exporters.lower_tensorrt_moe import lower_experts
+from edgemoe_exporters.lower_tensorrt_route import lower_route
+from edgemoe_exporters.nodes import ExpertsNode, RouteNode
 from edgemoe_exporters.ort.editor import (
     MICROSOFT,
     TRACED,
@@ -40,7 +47,7 @@ class _Shared:
     """What all layers read: the caps, one value per layer, and rows to scatter into."""
 
     caps: tuple[ir.Value, ...]
-    rows: dict[tuple[int, float], ir.Value] = field(default_factory=dict)
+    rows: dict[tuple[int, float], ir.Value]
 
 
 def lower_moe(editor: Editor, precision: Precision) -> None:
@@ -53,35 +60,83 @@ def lower_moe(editor: Editor, precision: Precision) -> None:
     Raises:
         ExportError: Experts are not fed by a Route, or cannot be quantised.
     """
+    for node in editor.nodes("FactoredExperts", TRACED):
+        _spell_out_factored(editor, node, _route_of(node), precision)
     experts_nodes = list(editor.nodes("Experts", TRACED))
     if not experts_nodes:
         return
-    routes = [_route_of(node) for node in experts_nodes]
-    shared = _Shared(_split_caps(editor, routes))
-    for node, route in zip(experts_nodes, routes, strict=True):
-        choice = choose(editor, route, shared.caps, precision)
+    route_nodes = [_route_of(node) for node in experts_nodes]
+    routes = [RouteNode.of(node) for node in route_nodes]
+    caps: tuple[ir.Value, ...] | None = None
+    rows: dict[tuple[int, float], ir.Value] = {}
+    for node, route_node, route in zip(experts_nodes, route_nodes, routes, strict=True):
+        experts = ExpertsNode.of(node)
+        if not experts.activation.is_swiglu:
+            _spell_out(editor, node, route_node, experts, precision)
+            continue
+        caps = caps or _split_caps(editor, routes)
+        choice = choose(editor, route_node, route, caps, precision)
         lower = _quantised if precision.bits else _plain
-        lower(editor, node, route, choice, shared, precision)
+        lower(_Fusing(editor, node, experts, route, choice, _Shared(caps, rows), precision))
 
 
 def _route_of(node: ir.Node) -> ir.Node:
     route = producer_of(node.inputs[1], "Route", TRACED)
-    if route is None or node.attributes["activation"].as_string() != "silu":
-        raise ExportError(
-            "experts must be chosen by a router and use silu to be lowered for onnxruntime, "
-            f"got activation {node.attributes['activation'].as_string()!r}."
-        )
+    if route is None:
+        raise ExportError("experts must be chosen by a router, got other weights. Trace again.")
     return route
 
 
-def _split_caps(editor: Editor, routes: list[ir.Node]) -> tuple[ir.Value, ...]:
+def _spell_out(
+    editor: Editor, node: ir.Node, route: ir.Node, experts: ExpertsNode, precision: Precision
+) -> None:
+    """Run experts that no fused op knows in basic ops, all of them for every token."""
+    if precision.bits:
+        raise ExportError(
+            f"{precision.name} must have SwiGLU experts, got the activation "
+            f"{experts.activation.kind}: onnxruntime has no quantised op for it. Export with "
+            "--precision fp32 or fp16."
+        )
+    _spell_out_route(editor, route, precision)
+    emit = Emitter(editor.graph, precision.dtype, f"{node.name or 'experts'}")
+    (output,) = lower_experts(emit, ExpertsNode.of(node), "dense")
+    editor.graph.insert_before(node, emit.nodes)
+    editor.replace(node.outputs[0], output)
+
+
+def _spell_out_factored(
+    editor: Editor, node: ir.Node, route: ir.Node, precision: Precision
+) -> None:
+    """Run factored experts, which no fused op knows, in basic ops."""
+    if precision.bits:
+        raise ExportError(
+            f"experts must be whole to be quantised, got factored ones in {precision.name}. "
+            "Export with --precision fp32 or fp16."
+        )
+    _spell_out_route(editor, route, precision)
+    emit = Emitter(editor.graph, precision.dtype, f"{node.name or 'experts'}")
+    (output,) = lower_factored_experts(emit, node)
+    editor.graph.insert_before(node, emit.nodes)
+    editor.replace(node.outputs[0], output)
+
+
+def _spell_out_route(editor: Editor, route: ir.Node, precision: Precision) -> None:
+    emit = Emitter(editor.graph, precision.dtype, f"{route.name or 'route'}")
+    lowered = lower_route(emit, RouteNode.of(route))
+    editor.graph.insert_before(route, emit.nodes)
+    for old, new in zip(route.outputs, lowered, strict=True):
+        new.shape = old.shape
+        editor.replace(old, new)
+
+
+def _split_caps(editor: Editor, routes: list[RouteNode]) -> tuple[ir.Value, ...]:
     """Clamp ``k_cap`` to [1, top_k] and split it, at the graph's start."""
     first = editor.graph[0]
-    caps = required(routes[0].inputs[3])
+    caps = routes[0].k_cap
     layers = size_of(caps, 0)
     limits = np.ones(layers, dtype=np.int64)
     for route in routes:
-        limits[route.attributes["k_cap_index"].as_int()] = route.attributes["top_k"].as_int()
+        limits[route.k_cap_index] = route.top_k
     (low,) = editor.add(
         first, "Max", [caps, editor.constant("one_int64", np.array(1, dtype=np.int64))]
     )
@@ -141,18 +196,80 @@ def _replace_unflattened(
         editor.replace(reshape.outputs[0], add_op(hidden))
 
 
-def _plain(
-    editor: Editor,
-    node: ir.Node,
-    route: ir.Node,
-    choice: Choice,
-    shared: _Shared,
-    precision: Precision,
-) -> None:
+@dataclass(frozen=True)
+class _Fusing:
+    """One layer on its way into a fused op."""
+
+    editor: Editor
+    node: ir.Node
+    experts: ExpertsNode
+    route: RouteNode
+    choice: Choice
+    shared: _Shared
+    precision: Precision
+
+    def scaled(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Multiply each expert's part ``[E, ...]`` by what its weights are multiplied by."""
+        factor = np.full(len(array), self.route.rule.scaling_factor, dtype=np.float32)
+        if self.route.expert_scale is not None:
+            factor *= array_of(self.route.expert_scale).astype(np.float32)
+        if (factor == 1).all():
+            return array
+        return (array * factor.reshape(-1, *[1] * (array.ndim - 1))).astype(np.float32)
+
+    def fc1(self) -> np.ndarray[Any, Any]:
+        return _interleave(self.experts.gate_up_array())
+
+    def fc2(self) -> np.ndarray[Any, Any]:
+        return self.scaled(self.experts.down_array())
+
+    def biases(self) -> list[ir.Value | None]:
+        """Return the biases of both products, as the fused ops take them."""
+        first, second = self.experts.gate_up_bias_array(), self.experts.down_bias_array()
+        if first is None or second is None:
+            return [None, None]
+        assert self.experts.gate_up_bias is not None
+        assert self.experts.down_bias is not None
+        return [
+            _derived(
+                self.editor,
+                self.experts.gate_up_bias,
+                "interleaved",
+                _interleave(first[..., None])[..., 0],
+                self.precision,
+            ),
+            _derived(
+                self.editor,
+                self.experts.down_bias,
+                "scaled",
+                self.scaled(second),
+                self.precision,
+            ),
+        ]
+
+    @property
+    def attributes(self) -> dict[str, Attribute]:
+        """What MoE and QMoE have in common."""
+        activation = self.experts.activation
+        found: dict[str, Attribute] = {
+            "k": self.route.top_k,
+            "activation_type": "swiglu",
+            "swiglu_fusion": 1,
+            "activation_alpha": activation.alpha,
+            "activation_beta": activation.beta,
+            "normalize_routing_weights": 1,
+        }
+        if activation.limit < math.inf:
+            found["swiglu_limit"] = activation.limit
+        return found
+
+
+def _plain(layer: _Fusing) -> None:
     """MoE takes a softmax over logits: the logarithms of the weights give them back.
 
     Weights that do not sum to one come back divided by their sum, so it is multiplied in.
     """
+    editor, node, choice, precision = layer.editor, layer.node, layer.choice, layer.precision
     total: ir.Value | None = None
     values = choice.logits
     if values is None:
@@ -162,17 +279,17 @@ def _plain(
             axis = editor.constant("ints_1", np.array([1], dtype=np.int64))
             (total,) = editor.add(node, "ReduceSum", [weights, axis], {"keepdims": 1})
             total = precision.cast(editor, node, total)
-    logits = _scatter(editor, node, choice, values, shared, -np.inf)
+    logits = _scatter(editor, node, choice, values, layer.shared, -np.inf)
     logits = precision.cast(editor, node, logits)
-    gate_up, down = required(node.inputs[3]), required(node.inputs[4])
-    fc1 = _derived(editor, gate_up, "interleaved", _interleave(array_of(gate_up)), precision)
-    scaled = array_of(down) * np.float32(choice.scaling)
-    fc2 = _derived(editor, down, "scaled", scaled, precision)
-    attributes = {"k": route.attributes["top_k"].as_int(), **_SWIGLU}
+    fc1 = _derived(editor, layer.experts.gate_up, "interleaved", layer.fc1(), precision)
+    fc2 = _derived(editor, layer.experts.down, "scaled", layer.fc2(), precision)
+    bias1, bias2 = layer.biases()
 
     def add_op(hidden: ir.Value) -> ir.Value:
-        inputs = [hidden, logits, fc1, None, fc2]
-        return editor.add(node, "MoE", inputs, attributes, domain=MICROSOFT)[0]
+        inputs = [hidden, logits, fc1, bias1, fc2, bias2]
+        if bias2 is None:
+            inputs.pop()
+        return editor.add(node, "MoE", inputs, layer.attributes, domain=MICROSOFT)[0]
 
     if total is None:
         _replace_unflattened(editor, node, add_op)
@@ -181,32 +298,25 @@ def _plain(
     editor.replace(node.outputs[0], output)
 
 
-def _quantised(
-    editor: Editor,
-    node: ir.Node,
-    route: ir.Node,
-    choice: Choice,
-    shared: _Shared,
-    precision: Precision,
-) -> None:
+def _quantised(layer: _Fusing) -> None:
     """QMoE takes weights as they are, so the same rows choose and weigh."""
+    editor, node, choice, precision = layer.editor, layer.node, layer.choice, layer.precision
     weights: ir.Value | None = None
     if choice.logits is None:
         values = choice.weights(editor, node)
-        rows = weights = _scatter(editor, node, choice, values, shared, 0.0)
+        rows = weights = _scatter(editor, node, choice, values, layer.shared, 0.0)
     else:
-        rows = _scatter(editor, node, choice, choice.logits, shared, -np.inf)
-    gate_up, down = required(node.inputs[3]), required(node.inputs[4])
-    fc1 = _blocks(editor, gate_up, _interleave(array_of(gate_up)), precision)
-    fc2 = _blocks(editor, down, array_of(down) * np.float32(choice.scaling), precision)
-    inputs = [rows, fc1[0], fc1[1], None, fc2[0], fc2[1], None, None, None, None]
+        rows = _scatter(editor, node, choice, choice.logits, layer.shared, -np.inf)
+    fc1 = _blocks(editor, layer.experts.gate_up, layer.fc1(), precision)
+    fc2 = _blocks(editor, layer.experts.down, layer.fc2(), precision)
+    bias1, bias2 = layer.biases()
+    inputs = [rows, fc1[0], fc1[1], bias1, fc2[0], fc2[1], bias2, None, None, None]
     inputs += [fc1[2], fc2[2], None, weights]
     attributes = {
-        "k": route.attributes["top_k"].as_int(),
+        **layer.attributes,
         "expert_weight_bits": precision.bits,
         "block_size": precision.block,
         "accuracy_level": precision.accuracy_level,
-        **_SWIGLU,
         # It would divide even the weights that it is given by their sum.
         "normalize_routing_weights": int(weights is None),
     }
@@ -234,8 +344,9 @@ def _derived(
     array: np.ndarray[Any, Any],
     precision: Precision,
 ) -> ir.Value:
-    tensor = ir.tensor(array.astype(precision.numpy), name=f"{source.name}.{suffix}")
-    return editor.initializer(f"{source.name}.{suffix}", tensor, dict(source.metadata_props))
+    name = f"{source.name}.{suffix}"
+    tensor = ir.tensor(in_range(array, precision.numpy, name), name=name)
+    return editor.initializer(name, tensor, dict(source.metadata_props))
 
 
 def _blocks(
@@ -257,12 +368,3 @@ def _blocks(
         for part, content in parts.items()
     ]
     return values[0], values[1], values[2] if len(values) == 3 else None
-
-
-_SWIGLU: dict[str, Attribute] = {
-    "activation_type": "swiglu",
-    "swiglu_fusion": 1,
-    "activation_alpha": 1.0,
-    "activation_beta": 0.0,
-    "normalize_routing_weights": 1,
-}

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemoe_exporters.ort.editor import Editor, array_of, required, size_of
+from edgemoe_exporters.lower_tensorrt_emit import FLOAT32, Emitter
+from edgemoe_exporters.lower_tensorrt_route import sparsemixer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from edgemoe_exporters.nodes import RouteNode
+    from edgemoe_exporters.ort.editor import Editor
     from edgemoe_exporters.ort.precision import Precision
-
-# What models add to the sum of sigmoid weights before they divide by it.
-_SIGMOID_SUM_EPSILON = 1e-20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,19 +32,19 @@ class Choice:
         raw: float32 ``[T, n]``: the scores, or logits for sigmoid scores, of the chosen.
         sigmoid: Whether ``raw`` still has to pass through a sigmoid.
         sums_to_one: Whether the weights are divided by their sum.
-        scaling: What the weights have yet to be multiplied by.
+        sum_epsilon: What is added to that sum.
     """
 
     experts: int
     indices: ir.Value
     logits: ir.Value | None
     raw: ir.Value
-    sigmoid: bool
-    sums_to_one: bool
-    scaling: float
+    sigmoid: bool = False
+    sums_to_one: bool = False
+    sum_epsilon: float = 0.0
 
     def weights(self, editor: Editor, before: ir.Node) -> ir.Value:
-        """Compute the weights without the scaling.
+        """Compute the weights without what scales each expert.
 
         Args:
             editor: The graph.
@@ -59,69 +59,95 @@ class Choice:
         if self.sums_to_one:
             axis = editor.constant("ints_1", np.array([1], dtype=np.int64))
             (total,) = editor.add(before, "ReduceSum", [values, axis], {"keepdims": 1})
-            if self.sigmoid:
-                tiny = np.array(_SIGMOID_SUM_EPSILON, dtype=np.float32)
-                total = editor.add(before, "Add", [total, editor.constant("tiny", tiny)])[0]
+            if self.sum_epsilon:
+                tiny = np.array(self.sum_epsilon, dtype=np.float32)
+                name = f"epsilon_{self.sum_epsilon:g}"
+                total = editor.add(before, "Add", [total, editor.constant(name, tiny)])[0]
             (values,) = editor.add(before, "Div", [values, total])
         return values
 
 
 def choose(
-    editor: Editor, route: ir.Node, caps: tuple[ir.Value, ...], precision: Precision
+    editor: Editor,
+    node: ir.Node,
+    route: RouteNode,
+    caps: tuple[ir.Value, ...],
+    precision: Precision,
 ) -> Choice:
     """Compute which experts each token uses.
 
     Args:
         editor: The graph.
-        route: A Route node; what is added comes before it.
+        node: A Route node; what is added comes before it.
+        route: The same, read.
         caps: Most experts per token of each layer, in [1, top_k], int64 ``[1]``.
         precision: Says the type of the router's input.
 
     Returns:
         The choice.
     """
-    attributes = route.attributes
-    weight = required(route.inputs[1])
-    experts = size_of(weight, 0)
-    hidden = precision.to_float32(editor, route, required(route.inputs[0]))
-    (logits,) = editor.add(route, "Gemm", [hidden, weight], {"transB": 1})
-    sigmoid = attributes["scoring"].as_string() == "sigmoid"
-    over_chosen = attributes["softmax_over"].as_string() == "top_k"
-    renormalise = bool(attributes["renormalise"].as_int())
-    bias = _bias(route)
-    grouped = attributes["topk_group"].as_int() < attributes["n_group"].as_int()
-
+    rule, bias = route.rule, route.correction_bias
+    cap = caps[route.k_cap_index]
+    hidden = precision.to_float32(editor, node, route.hidden)
+    inputs = [hidden, route.weight]
+    if route.logit_bias is not None:
+        inputs.append(route.logit_bias)
+    (logits,) = editor.add(node, "Gemm", inputs, {"transB": 1})
+    if rule.scoring == "sparsemixer":
+        return _mix(editor, node, route, logits, cap)
+    sigmoid = rule.scoring == "sigmoid"
     # Sigmoid and softmax keep the order, so logits choose as well as scores, but for scores
     # that are rounded to the same number: those tie, and the model takes the first.
     scores = choice_scores = logits
-    plain_choice = bias is None and not grouped
-    softmax_of_chosen = not sigmoid and (renormalise or over_chosen)
-    if sigmoid and precision.is_exact:
-        scores = choice_scores = _sigmoid(editor, route, logits)
-    elif sigmoid and not plain_choice:
-        (scores,) = (choice_scores,) = editor.add(route, "Sigmoid", [logits])
-    elif not sigmoid and not over_chosen and not (plain_choice and softmax_of_chosen):
-        (scores,) = (choice_scores,) = editor.add(route, "Softmax", [logits])
-    if bias is not None:
-        (choice_scores,) = editor.add(route, "Add", [scores, bias])
-    if grouped:
-        choice_scores = _mask_groups(editor, route, choice_scores, experts)
-    cap = caps[attributes["k_cap_index"].as_int()]
-    chosen, indices = editor.add(
-        route, "TopK", [choice_scores, cap], {"axis": 1, "largest": 1, "sorted": 1}, outputs=2
+    plain_choice = bias is None and not rule.limits_groups
+    softmax_of_chosen = rule.scoring == "softmax" and (
+        rule.softmax_over == "top_k" or (rule.renormalise and not rule.sum_epsilon)
     )
-    if not plain_choice:
-        source = logits if softmax_of_chosen else scores
-        (chosen,) = editor.add(route, "GatherElements", [source, indices], {"axis": 1})
+    if sigmoid and precision.is_exact:
+        scores = choice_scores = _sigmoid(editor, node, logits)
+    elif sigmoid and not plain_choice:
+        (scores,) = (choice_scores,) = editor.add(node, "Sigmoid", [logits])
+    elif rule.scoring == "sqrtsoftplus":
+        (soft,) = editor.add(node, "Softplus", [logits])
+        (scores,) = (choice_scores,) = editor.add(node, "Sqrt", [soft])
+    elif rule.scoring == "softmax" and not (
+        rule.softmax_over == "top_k" or (plain_choice and softmax_of_chosen)
+    ):
+        (scores,) = (choice_scores,) = editor.add(node, "Softmax", [logits])
+    if rule.bias_on == "logits":
+        choice_scores = logits
+    if bias is not None:
+        (choice_scores,) = editor.add(node, "Add", [choice_scores, bias])
+    if rule.limits_groups:
+        choice_scores = _mask_groups(editor, node, route, choice_scores)
+    chosen, indices = editor.add(
+        node, "TopK", [choice_scores, cap], {"axis": 1, "largest": 1, "sorted": 1}, outputs=2
+    )
+    source = logits if softmax_of_chosen else scores
+    if not plain_choice or source is not choice_scores:
+        (chosen,) = editor.add(node, "GatherElements", [source, indices], {"axis": 1})
     return Choice(
-        experts=experts,
+        experts=route.experts,
         indices=indices,
         logits=chosen if softmax_of_chosen else None,
         raw=chosen,
         sigmoid=sigmoid and scores is logits,
-        sums_to_one=renormalise or softmax_of_chosen,
-        scaling=attributes["scaling_factor"].as_float(),
+        sums_to_one=rule.renormalise or softmax_of_chosen,
+        sum_epsilon=rule.sum_epsilon,
     )
+
+
+def _mix(
+    editor: Editor, node: ir.Node, route: RouteNode, logits: ir.Value, cap: ir.Value
+) -> Choice:
+    emit = Emitter(editor.graph, FLOAT32, f"{node.name}/mix")
+    gates, indices = sparsemixer(emit, logits, route.rule.jitter, route.top_k)
+    editor.graph.insert_before(node, emit.nodes)
+    axis = editor.constant("ints_1", np.array([1], dtype=np.int64))
+    zero = editor.constant("ints_0", np.array([0], dtype=np.int64))
+    (gates,) = editor.add(node, "Slice", [gates, zero, cap, axis])
+    (indices,) = editor.add(node, "Slice", [indices, zero, cap, axis])
+    return Choice(experts=route.experts, indices=indices, logits=None, raw=gates)
 
 
 def _sigmoid(editor: Editor, before: ir.Node, logits: ir.Value) -> ir.Value:
@@ -137,34 +163,26 @@ def _sigmoid(editor: Editor, before: ir.Node, logits: ir.Value) -> ir.Value:
     return editor.add(before, "Div", [one, denominator])[0]
 
 
-def _bias(route: ir.Node) -> ir.Value | None:
-    """Return the correction bias, unless it is the same for all experts."""
-    bias = route.inputs[2]
-    if bias is None or np.ptp(array_of(bias)) == 0:
-        return None
-    return bias
-
-
-def _mask_groups(editor: Editor, route: ir.Node, scores: ir.Value, experts: int) -> ir.Value:
-    """Set the scores outside the best groups to minus infinity.
-
-    A group is as good as the sum of its two best scores.
-    """
-    groups = route.attributes["n_group"].as_int()
-    kept = route.attributes["topk_group"].as_int()
+def _mask_groups(editor: Editor, node: ir.Node, route: RouteNode, scores: ir.Value) -> ir.Value:
+    """Put the experts outside the best groups out of reach."""
+    rule, experts = route.rule, route.experts
 
     def ints(*numbers: int) -> ir.Value:
         name = "ints_" + "_".join(str(number).replace("-", "n") for number in numbers)
         return editor.constant(name, np.array(numbers, dtype=np.int64))
 
-    (grouped,) = editor.add(route, "Reshape", [scores, ints(-1, groups, experts // groups)])
-    best, _ = editor.add(route, "TopK", [grouped, ints(2)], {"axis": 2}, outputs=2)
-    (sums,) = editor.add(route, "ReduceSum", [best, ints(2)], {"keepdims": 0})
-    tops, _ = editor.add(route, "TopK", [sums, ints(kept)], {"axis": 1}, outputs=2)
-    (worst,) = editor.add(route, "ReduceMin", [tops, ints(1)], {"keepdims": 1})
-    (outside,) = editor.add(route, "Less", [sums, worst])
-    (outside,) = editor.add(route, "Unsqueeze", [outside, ints(2)])
-    low = editor.constant("minus_infinity", np.array(-np.inf, dtype=np.float32))
-    (masked,) = editor.add(route, "Where", [outside, low, grouped])
-    (flat,) = editor.add(route, "Reshape", [masked, ints(-1, experts)])
-    return flat
+    shape = ints(-1, rule.n_group, experts // rule.n_group)
+    (grouped,) = editor.add(node, "Reshape", [scores, shape])
+    if rule.group_score == "top2":
+        best, _ = editor.add(node, "TopK", [grouped, ints(2)], {"axis": 2}, outputs=2)
+        (ranks,) = editor.add(node, "ReduceSum", [best, ints(2)], {"keepdims": 0})
+    else:
+        (ranks,) = editor.add(node, "ReduceMax", [grouped, ints(2)], {"keepdims": 0})
+    tops, _ = editor.add(node, "TopK", [ranks, ints(rule.topk_group)], {"axis": 1}, outputs=2)
+    (worst,) = editor.add(node, "ReduceMin", [tops, ints(1)], {"keepdims": 1})
+    (outside,) = editor.add(node, "Less", [ranks, worst])
+    (outside,) = editor.add(node, "Unsqueeze", [outside, ints(2)])
+    name = "minus_infinity" if np.isinf(rule.group_fill) else f"fill_{rule.group_fill:g}"
+    fill = editor.constant(name, np.array(rule.group_fill, dtype=np.float32))
+    (masked,) = editor.add(node, "Where", [outside, fill, grouped])
+    return editor.add(node, "Reshape", [masked, ints(-1, experts)])[0]

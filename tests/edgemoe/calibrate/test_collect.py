@@ -12,9 +12,11 @@ import torch
 from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.statistics import Statistics, merge
 from edgemoe.errors import StatisticsError, TaskFileError
-from edgemoe.models import FAMILIES, load_model, load_tokenizer
+from edgemoe.models import load_model, load_tokenizer
 from edgemoe.prune.registry import make_plan
 from edgemoe.tasks import TaskFile
+
+FAMILIES = ("glm4_moe", "mixtral", "qwen2_moe")
 
 
 def write_task(folder: Path, name: str, rows: list[dict[str, object]]) -> TaskFile:

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgemoe.errors import CheckpointError, FamilyError
-from edgemoe.models import FAMILIES, load_model, load_tokenizer, read_shape
+from edgemoe.models import load_model, load_tokenizer, read_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+FAMILIES = ("glm4_moe", "mixtral", "qwen2_moe")
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def test_a_checkpoint_opens_with_the_logits_of_transformers(
     model = load_model(path)
 
     assert torch.equal(model.model(token_ids).logits, make_model(family)(token_ids).logits)
-    assert type(model.model).__name__ == FAMILIES[family].causal_lm
+    assert type(model.model) is type(make_model(family))
     assert read_shape(path) == model.shape
     assert len(model.sha256) == 64
 
@@ -111,14 +113,14 @@ def test_a_config_with_impossible_entries_is_refused(
         read_shape(checkpoint)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", None, 7])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_vl_moe", None, 7])
 def test_an_unknown_family_is_refused_before_weights_are_looked_at(
     checkpoint: Path, model_type: object
 ) -> None:
     edit_json(checkpoint / "config.json", model_type=model_type)
     (checkpoint / "model.safetensors").unlink()
 
-    with pytest.raises(FamilyError, match="glm4_moe, mixtral, qwen2_moe"):
+    with pytest.raises(FamilyError, match=f"got {model_type!r}: .* glm4_moe, "):
         load_model(checkpoint)
 
 

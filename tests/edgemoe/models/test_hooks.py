@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from edgemoe.errors import EdgemoeError
-from edgemoe.models import FAMILIES, adapt_model, limit_k, observe, route
+from edgemoe.models import adapt_model, limit_k, observe, route
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edgemoe.models import MoeLayer, Routing
+
+FAMILIES = ("glm4_moe", "mixtral", "qwen2_moe")
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
@@ -23,7 +25,7 @@ def test_limited_k_equals_summing_the_used_experts(
     family: str,
     implementation: str,
 ) -> None:
-    model = adapt_model(make_model(family))
+    model: Any = adapt_model(make_model(family))
     model.model.set_experts_implementation(implementation)
     caps = [1, 2, 5][: len(model.layers)]
     outputs: list[tuple[MoeLayer, torch.Tensor, torch.Tensor]] = []
@@ -43,6 +45,7 @@ def test_limited_k_equals_summing_the_used_experts(
             handle.remove()
 
     for (layer, hidden, output), cap in zip(outputs, caps, strict=True):
+        assert layer.rule is not None
         routing = route(
             hidden, layer.router_weight, layer.correction_bias, layer.rule, layer.top_k, cap
         )
@@ -60,7 +63,7 @@ def test_limited_k_equals_summing_the_used_experts(
 def test_limits_end_with_the_block_and_full_k_changes_no_bit(
     make_model: Callable[..., Any], token_ids: torch.Tensor
 ) -> None:
-    model = adapt_model(make_model("glm4_moe"))
+    model: Any = adapt_model(make_model("glm4_moe"))
     full = model.model(token_ids).logits
 
     with limit_k(model, 3):
@@ -72,7 +75,7 @@ def test_limits_end_with_the_block_and_full_k_changes_no_bit(
 
 @pytest.mark.parametrize("cap", [0, -1, [1], [1, 0], [1, 2, 3], [1.5, 1], [True, True]])
 def test_caps_that_make_no_sense_are_refused(make_model: Callable[..., Any], cap: Any) -> None:
-    model = adapt_model(make_model("glm4_moe"))
+    model: Any = adapt_model(make_model("glm4_moe"))
 
     with pytest.raises(EdgemoeError, match="k_cap must"), limit_k(model, cap):
         pass
@@ -83,7 +86,7 @@ def test_caps_that_make_no_sense_are_refused(make_model: Callable[..., Any], cap
 def test_observers_see_what_the_experts_get(
     make_model: Callable[..., Any], token_ids: torch.Tensor, family: str, limit_first: bool
 ) -> None:
-    model = adapt_model(make_model(family))
+    model: Any = adapt_model(make_model(family))
     seen: list[tuple[MoeLayer, torch.Tensor, Routing]] = []
 
     def callback(layer: MoeLayer, hidden: torch.Tensor, routing: Routing, run: Any) -> None:
@@ -101,6 +104,7 @@ def test_observers_see_what_the_experts_get(
 
     assert [layer.index for layer, _, _ in seen] == [layer.index for layer in model.layers]
     for layer, hidden, routing in seen:
+        assert layer.rule is not None
         expected = route(
             hidden, layer.router_weight, layer.correction_bias, layer.rule, layer.top_k, 2
         )

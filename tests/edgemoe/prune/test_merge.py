@@ -12,60 +12,80 @@ from edgemoe.prune.merge import align, merge_experts
 HIDDEN = 6
 
 
-def random_expert(seed: int, intermediate: int) -> tuple[torch.Tensor, torch.Tensor]:
+Expert = dict[str, torch.Tensor]
+
+
+def random_expert(seed: int, intermediate: int, *, biased: bool = False) -> Expert:
     generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(2 * intermediate, HIDDEN, generator=generator),
-        torch.randn(HIDDEN, intermediate, generator=generator),
-    )
+    expert = {
+        "gate_up_proj": torch.randn(2 * intermediate, HIDDEN, generator=generator),
+        "down_proj": torch.randn(HIDDEN, intermediate, generator=generator),
+    }
+    if biased:
+        expert["gate_up_proj_bias"] = torch.randn(2 * intermediate, generator=generator)
+        expert["down_proj_bias"] = torch.randn(HIDDEN, generator=generator)
+    return expert
 
 
-def permute(
-    expert: tuple[torch.Tensor, torch.Tensor], order: list[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    gate, up = expert[0].chunk(2)
-    return torch.cat((gate[order], up[order])), expert[1][:, order]
+def permute(expert: Expert, order: list[int]) -> Expert:
+    def halves(rows: torch.Tensor) -> torch.Tensor:
+        gate, up = rows.chunk(2)
+        return torch.cat((gate[order], up[order]))
+
+    return {
+        name: part[:, order]
+        if name == "down_proj"
+        else part
+        if name == "down_proj_bias"
+        else halves(part)
+        for name, part in expert.items()
+    }
 
 
-def run(expert: tuple[torch.Tensor, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-    gate, up = (hidden @ expert[0].T).chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up) @ expert[1].T
+def stack(*experts: Expert) -> Expert:
+    return {name: torch.stack([expert[name] for expert in experts]) for name in experts[0]}
 
 
-def likeness(
-    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
-) -> float:
+def run(expert: Expert, hidden: torch.Tensor) -> torch.Tensor:
+    units = hidden @ expert["gate_up_proj"].T + expert.get("gate_up_proj_bias", 0)
+    gate, up = units.chunk(2, dim=-1)
+    output = (torch.nn.functional.silu(gate) * up) @ expert["down_proj"].T
+    return output + expert.get("down_proj_bias", 0)
+
+
+def likeness(first: Expert, second: Expert) -> float:
     """What UNCURL maximises: inner products of whole matrices."""
-    return float(
-        sum((a.double() * b.double()).sum() for a, b in zip(first, second, strict=True))
-    )
+    return float(sum((first[n].double() * second[n].double()).sum() for n in first))
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 1000), order=st.permutations(range(7)), share=st.floats(0.01, 0.99))
+@given(
+    seed=st.integers(0, 1000),
+    order=st.permutations(range(7)),
+    share=st.floats(0.01, 0.99),
+    biased=st.booleans(),
+)
 def test_two_orders_of_one_expert_merge_to_that_expert(
-    seed: int, order: list[int], share: float
+    seed: int, order: list[int], share: float, biased: bool
 ) -> None:
-    expert = random_expert(seed, 7)
-    other = permute(expert, order)
+    expert = random_expert(seed, 7, biased=biased)
 
-    gate_up, down = merge_experts(
-        torch.stack((expert[0], other[0])),
-        torch.stack((expert[1], other[1])),
-        (share, 1 - share),
-        reference=0,
+    merged = merge_experts(
+        stack(expert, permute(expert, order)), (share, 1 - share), reference=0
     )
 
-    assert torch.equal(gate_up, expert[0])
-    assert torch.equal(down, expert[1])
+    assert all(torch.equal(merged[name], expert[name]) for name in expert)
 
 
 @settings(max_examples=25, deadline=None)
-@given(first=st.integers(0, 1000), second=st.integers(1001, 2000))
-def test_alignment_is_the_best_of_all_permutations(first: int, second: int) -> None:
-    reference, expert = random_expert(first, 5), random_expert(second, 5)
+@given(first=st.integers(0, 1000), second=st.integers(1001, 2000), biased=st.booleans())
+def test_alignment_is_the_best_of_all_permutations(
+    first: int, second: int, biased: bool
+) -> None:
+    reference = random_expert(first, 5, biased=biased)
+    expert = random_expert(second, 5, biased=biased)
 
-    aligned = align(*reference, *expert)
+    aligned = align(reference, expert)
 
     best = max(
         likeness(reference, permute(expert, list(order)))
@@ -74,28 +94,25 @@ def test_alignment_is_the_best_of_all_permutations(first: int, second: int) -> N
     assert likeness(reference, aligned) == pytest.approx(best, rel=1e-12)
 
 
-def test_alignment_changes_the_order_and_not_the_function() -> None:
-    expert, hidden = random_expert(1, 16), torch.randn(9, HIDDEN)
+@pytest.mark.parametrize("biased", [False, True])
+def test_alignment_changes_the_order_and_not_the_function(biased: bool) -> None:
+    expert, hidden = random_expert(1, 16, biased=biased), torch.randn(9, HIDDEN)
 
-    aligned = align(*random_expert(0, 16), *expert)
+    aligned = align(random_expert(0, 16, biased=biased), expert)
 
-    assert not torch.equal(aligned[1], expert[1])
+    assert not torch.equal(aligned["down_proj"], expert["down_proj"])
     torch.testing.assert_close(run(aligned, hidden), run(expert, hidden), rtol=1e-4, atol=1e-5)
 
 
 def test_merging_averages_what_was_aligned() -> None:
-    experts = [random_expert(seed, 4) for seed in range(3)]
+    experts = [random_expert(seed, 4, biased=True) for seed in range(3)]
     shares = (0.2, 0.5, 0.3)
 
-    gate_up, down = merge_experts(
-        torch.stack([e[0] for e in experts]), torch.stack([e[1] for e in experts]), shares, 1
-    )
+    merged = merge_experts(stack(*experts), shares, 1)
 
-    aligned = [align(*experts[1], *e) for e in (experts[0], experts[1], experts[2])]
-    assert torch.equal(aligned[1][0], experts[1][0])
-    torch.testing.assert_close(
-        gate_up, sum(share * a[0] for share, a in zip(shares, aligned, strict=True))
-    )
-    torch.testing.assert_close(
-        down, sum(share * a[1] for share, a in zip(shares, aligned, strict=True))
-    )
+    aligned = [align(experts[1], expert) for expert in experts]
+    assert torch.equal(aligned[1]["gate_up_proj"], experts[1]["gate_up_proj"])
+    for name, part in merged.items():
+        torch.testing.assert_close(
+            part, sum(share * a[name] for share, a in zip(shares, aligned, strict=True))
+        )

@@ -1,0 +1,373 @@
+"""Memory, time and bytes of the commands that stream a checkpoint larger than memory.
+
+Writes a random bfloat16 checkpoint of the shape of Qwen1.5-MoE-A2.7B (60 experts of width 1408,
+4 per token, hidden size 2048, a shared expert of 5632, vocabulary 151936; 24 layers are 28 GB)
+in the hub's layout, one tensor per expert's matrix, and runs ``edgemoe calibrate``, ``prune``
+and ``apply`` on it, each in a process whose memory is limited. ``cp`` of the same bytes stands
+beside them. Run it from the repository's root::
+
+    python benchmarks/streaming.py WORK_DIRECTORY --layers 24 --memory-gib 6
+
+The directory must have room for the checkpoint, one shard more and the pruned checkpoint; it is
+emptied of them afterwards unless --keep-files is given. The limit is a memory control group
+(version 1, where the process may make one: it counts page cache too, which the kernel gives
+back under pressure), or else RLIMIT_DATA, which counts what the process allocates.
+
+A further command, such as ``export``, is a further ``Step`` in ``make_steps``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import click
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
+
+from edgemoe.models.shards import PlannedTensor, ShardWriter, lay_out, write_index
+
+_CGROUP = Path("/sys/fs/cgroup/memory")
+_WORDS = 20_000
+_LINE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        name: What the table calls it.
+        arguments: Arguments of ``edgemoe``.
+        model: Checkpoint that it reads.
+        copied: Checkpoint whose ``cp`` stands beside it.
+    """
+
+    name: str
+    arguments: list[str]
+    model: Path
+    copied: Path
+
+
+@dataclass
+class Measurement:
+    """What one command took.
+
+    Attributes:
+        step: The command.
+        seconds: Wall time.
+        cp_seconds: Wall time of ``cp`` and ``sync`` of the bytes that it streams.
+        peak_rss_bytes: Largest resident set.
+        peak_group_bytes: Largest use of the control group, page cache included; 0 without one.
+        read_bytes: Bytes that it read by system calls.
+        disk_read_bytes: Those of them that came from the disk.
+        written_bytes: Bytes that it wrote.
+    """
+
+    step: str
+    seconds: float = 0.0
+    cp_seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    peak_group_bytes: int = 0
+    read_bytes: int = 0
+    disk_read_bytes: int = 0
+    written_bytes: int = 0
+
+
+@dataclass
+class MemoryLimit:
+    """A limit on a process, by whatever this machine has.
+
+    Attributes:
+        limit_bytes: How much.
+        group: The control group; None where RLIMIT_DATA is used.
+    """
+
+    limit_bytes: int
+    group: Path | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        group = _CGROUP / f"edgemoe-benchmark-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / "memory.limit_in_bytes").write_text(str(self.limit_bytes))
+        except OSError:
+            return
+        self.group = group
+
+    def apply(self) -> None:
+        """Limit the calling process."""
+        if self.group is not None:
+            (self.group / "cgroup.procs").write_text(str(os.getpid()))
+        else:
+            resource.setrlimit(resource.RLIMIT_DATA, (self.limit_bytes, self.limit_bytes))
+
+    def take_peak(self) -> int:
+        """Return the group's largest use since the last call."""
+        if self.group is None:
+            return 0
+        file = self.group / "memory.max_usage_in_bytes"
+        peak = int(file.read_text())
+        file.write_text("0")
+        return peak
+
+    def close(self) -> None:
+        """Remove the group."""
+        if self.group is not None:
+            self.group.rmdir()
+
+
+def write_checkpoint(path: Path, layers: int, shard_bytes: int) -> int:
+    """Write the random checkpoint tensor by tensor.
+
+    Args:
+        path: Directory to make.
+        layers: Decoder layers.
+        shard_bytes: Largest file.
+
+    Returns:
+        Bytes of its weights.
+    """
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        max_position_embeddings=8192,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+        num_experts=60,
+        num_experts_per_tok=4,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    config.architectures = ["Qwen2MoeForCausalLM"]
+    with torch.device("meta"):
+        model = transformers.Qwen2MoeForCausalLM(config)
+    shapes = revert_weight_conversion(model, model.state_dict())
+    planned = [
+        PlannedTensor(name=name, dtype=torch.bfloat16, shape=tuple(shape.shape), layer=None)
+        for name, shape in sorted(shapes.items(), key=lambda item: dot_natural_key(item[0]))
+    ]
+    path.mkdir(parents=True)
+    config.save_pretrained(path)
+    shards = lay_out(planned, shard_bytes)
+    generator = torch.Generator().manual_seed(0)
+    for shard in shards:
+        with (path / shard.name).open("wb") as stream:
+            writer = ShardWriter(stream, shard)
+            for tensor in shard.tensors:
+                content = torch.empty(tensor.shape, dtype=torch.float32)
+                content.normal_(std=0.02, generator=generator)
+                if tensor.name.endswith("norm.weight"):
+                    content.fill_(1)
+                writer.write(tensor, content.to(torch.bfloat16))
+    write_index(shards, path)
+    words = {f"w{index}": index for index in range(_WORDS)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token=next(iter(words))))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return sum(shard.nbytes for shard in shards)
+
+
+def write_task(path: Path, tokens: int) -> None:
+    """Write lines of random words.
+
+    Args:
+        path: Task file.
+        tokens: Their number.
+    """
+    generator = torch.Generator().manual_seed(1)
+    with path.open("w", encoding="utf-8") as stream:
+        for _ in range(max(1, tokens // _LINE_TOKENS)):
+            ids = torch.randint(_WORDS, (_LINE_TOKENS,), generator=generator)
+            stream.write(json.dumps({"text": " ".join(f"w{i}" for i in ids.tolist())}) + "\n")
+
+
+def make_steps(work: Path, keep: float) -> list[Step]:
+    """List the commands, each on what the one before it made.
+
+    Args:
+        work: Directory of all files.
+        keep: Fraction of the experts that the plan keeps.
+
+    Returns:
+        The commands.
+    """
+    source, result = work / "model", work / "pruned"
+    model, pruned = str(source), str(result)
+    stats, plan = str(work / "statistics"), str(work / "plan.json")
+    task = f"--task=random={work / 'random.jsonl'}"
+    method = ["--task=random", "--method=reap", f"--keep={keep}"]
+    return [
+        Step("calibrate", ["calibrate", model, task, "-o", stats], source, source),
+        Step("prune", ["prune", model, "--stats", stats, *method, "-o", plan], source, source),
+        Step("apply", ["apply", model, "--plan", plan, "-o", pruned], source, result),
+    ]
+
+
+def measure(step: Step, limit: MemoryLimit) -> Measurement:
+    """Run one command under the limit.
+
+    Args:
+        step: The command.
+        limit: The limit.
+
+    Returns:
+        What it took, without ``cp``.
+
+    Raises:
+        click.ClickException: It failed.
+    """
+    limit.take_peak()
+    forget(step.model)
+    begun = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-m", "edgemoe.cli", *step.arguments],
+        preexec_fn=limit.apply,
+        stdout=subprocess.DEVNULL,
+    ) as process:
+        # The counters of a process can be read until somebody has waited for it.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        seconds = time.perf_counter() - begun
+        counters = dict(
+            line.split(": ")
+            for line in Path(f"/proc/{process.pid}/io").read_text().splitlines()
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise click.ClickException(f"{step.name} failed with status {process.returncode}.")
+    return Measurement(
+        step=step.name,
+        seconds=seconds,
+        peak_rss_bytes=usage.ru_maxrss * 1024,
+        peak_group_bytes=limit.take_peak(),
+        read_bytes=int(counters["rchar"]),
+        disk_read_bytes=int(counters["read_bytes"]),
+        written_bytes=int(counters["wchar"]),
+    )
+
+
+def forget(path: Path) -> None:
+    """Drop a checkpoint from the page cache, so that it is read from the disk.
+
+    Args:
+        path: Checkpoint directory.
+    """
+    os.sync()
+    for file in path.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def time_copy(source: Path, scratch: Path) -> float:
+    """Time ``cp`` of a checkpoint's weights, each file synced and removed again.
+
+    Args:
+        source: Checkpoint directory.
+        scratch: File to write; one shard's room is enough.
+
+    Returns:
+        Seconds.
+    """
+    forget(source)
+    seconds = 0.0
+    for file in sorted(source.glob("*.safetensors")):
+        begun = time.perf_counter()
+        subprocess.run(["cp", str(file), str(scratch)], check=True)
+        subprocess.run(["sync", str(scratch)], check=True)
+        seconds += time.perf_counter() - begun
+        scratch.unlink()
+    return seconds
+
+
+def to_table(measurements: list[Measurement]) -> str:
+    """Write a Markdown table.
+
+    Args:
+        measurements: Its rows.
+
+    Returns:
+        The table.
+    """
+    head = (
+        "| command | wall s | `cp` of its bytes s | peak RSS GB | peak group GB | read GB | "
+        "from disk GB | written GB |\n|---|--:|--:|--:|--:|--:|--:|--:|\n"
+    )
+    return head + "\n".join(
+        f"| {row.step} | {row.seconds:.1f} | {row.cp_seconds:.1f} | "
+        f"{row.peak_rss_bytes / 1e9:.2f} | {row.peak_group_bytes / 1e9:.2f} | "
+        f"{row.read_bytes / 1e9:.2f} | {row.disk_read_bytes / 1e9:.2f} | "
+        f"{row.written_bytes / 1e9:.2f} |"
+        for row in measurements
+    )
+
+
+@click.command()
+@click.argument("work", type=click.Path(path_type=Path))
+@click.option("--layers", default=24, show_default=True)
+@click.option("--tokens", default=4096, show_default=True, help="Calibration tokens.")
+@click.option("--keep", default=0.5, show_default=True, help="Fraction of experts kept.")
+@click.option("--memory-gib", default=6.0, show_default=True)
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write rows here.")
+@click.option("--keep-files", is_flag=True)
+def main(
+    work: Path,
+    layers: int,
+    tokens: int,
+    keep: float,
+    memory_gib: float,
+    csv_path: Path | None,
+    keep_files: bool,
+) -> None:
+    """Measure the streaming commands on a large random checkpoint in WORK."""
+    limit = MemoryLimit(int(memory_gib * (1 << 30)))
+    made = [work / name for name in ("model", "pruned", "statistics", "plan.json")]
+    made += [work / "random.jsonl"]
+    try:
+        begun = time.perf_counter()
+        size = write_checkpoint(work / "model", layers, 4_000_000_000)
+        write_task(work / "random.jsonl", tokens)
+        click.echo(
+            f"{layers} layers, {size / 1e9:.1f} GB, written in "
+            f"{time.perf_counter() - begun:.0f} s; limit {memory_gib} GiB by "
+            f"{'control group' if limit.group else 'RLIMIT_DATA'}; {tokens} tokens",
+            err=True,
+        )
+        rows = []
+        for step in make_steps(work, keep):
+            row = measure(step, limit)
+            row.cp_seconds = time_copy(step.copied, work / "copy")
+            rows.append(row)
+            click.echo(str(row), err=True)
+        click.echo(to_table(rows))
+        if csv_path is not None:
+            with csv_path.open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, list(asdict(rows[0])))
+                writer.writeheader()
+                writer.writerows(asdict(row) for row in rows)
+    finally:
+        limit.close()
+        if not keep_files:
+            for path in made:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Measure a checkpoint that is larger than memory, one decoder layer at a time.
+
+Each layer reads every window before the next layer is loaded. The sums of a layer are added in
+the order of the windows, as :func:`edgemoe.calibrate.collect.collect` adds them, so both give
+the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from edgemoe.calibrate.collect import sum_call
+from edgemoe.calibrate.statistics import Statistics, TaskStatistics
+from edgemoe.calibrate.sums import LayerSums
+from edgemoe.calibrate.windows import SEQUENCE_LENGTH, cut_tasks
+from edgemoe.models.checkpoint import load_tokenizer, quiet_transformers
+from edgemoe.models.fingerprint import FileHashes, hash_file
+from edgemoe.models.hooks import observe
+from edgemoe.models.opening import open_streamed
+from edgemoe.models.outputs import DEFAULT_LIMIT_BYTES, LayerOutputs
+from edgemoe.models.replay import only_layer
+from edgemoe.progress import counting
+from edgemoe.resume import resumable
+from edgemoe.versions import library_versions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from edgemoe.calibrate.windows import Window
+    from edgemoe.models.hooks import ExpertsFunction
+    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.opening import StreamedModel
+    from edgemoe.models.routers import Routing
+    from edgemoe.resume import WorkDirectory
+    from edgemoe.tasks import TaskFile
+
+_PROGRESS = "progress.json"
+_Sums = dict[str, dict[int, LayerSums]]
+
+
+def calibrate_streamed(
+    path: Path,
+    tasks: Sequence[TaskFile],
+    output: Path,
+    *,
+    max_tokens: int | None = None,
+    sequence_length: int = SEQUENCE_LENGTH,
+    shard: tuple[int, int] = (0, 1),
+    limit_bytes: int = DEFAULT_LIMIT_BYTES,
+    force: bool = False,
+) -> Statistics:
+    """Measure tasks and write the statistics file.
+
+    What each finished layer gave is kept in ``<output>.partial`` until the file is written; the
+    same call goes on from there after an interruption.
+
+    Args:
+        path: Checkpoint directory.
+        tasks: What to measure it on.
+        output: The statistics file.
+        max_tokens: As in :func:`edgemoe.calibrate.collect.collect`.
+        sequence_length: As there.
+        shard: As there.
+        limit_bytes: Memory for what layers returned; the rest is read from files.
+        force: Whether ``output``, and unfinished work of another call, may be replaced.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, unsafe or inconsistent.
+        TaskFileError: No task has a token in this shard, or an argument is out of range.
+        StreamingError: The family cannot be run layer by layer.
+        OutputError: The output exists, or the disk refuses.
+    """
+    streamed = open_streamed(path)
+    tokenizer = load_tokenizer(path)
+    windows = cut_tasks(
+        streamed.moe,
+        tasks,
+        tokenizer,
+        max_tokens=max_tokens,
+        sequence_length=sequence_length,
+        shard=shard,
+    )
+    hashes = FileHashes(path)
+    key = {
+        "command": "calibrate",
+        "checkpoint": hashes.stamps(),
+        "tasks": {task.name: task.sha256 for task in tasks},
+        "options": [max_tokens, windows.sequence_length, list(shard)],
+        "tokenizer": hash_file(path / "tokenizer.json"),
+        "versions": library_versions(),
+    }
+    with resumable(output, key, _PROGRESS, force=force) as work:
+        run = _Run(streamed, work, windows.by_task, hashes, limit_bytes)
+        sums = run.measure()
+        statistics = Statistics(
+            checkpoint_sha256=hashes.fingerprint(),
+            shape=streamed.moe.shape,
+            tasks={
+                task.name: TaskStatistics(
+                    sources=(windows.source(task),), layers=sums[task.name]
+                )
+                for task in tasks
+            },
+        )
+        statistics.save(output, force=force)
+    return statistics
+
+
+class _Run:
+    """One calibration, over what an earlier one finished."""
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        work: WorkDirectory,
+        windows: Mapping[str, list[Window]],
+        hashes: FileHashes,
+        limit_bytes: int,
+    ) -> None:
+        self._streamed = streamed
+        self._work = work
+        self._windows = [(name, window) for name in windows for window in windows[name]]
+        self._names = list(windows)
+        self._hashes = hashes
+        self._limit_bytes = limit_bytes
+
+    def measure(self) -> _Sums:
+        sums: _Sums = {name: {} for name in self._names}
+        skeleton = self._streamed.skeleton
+        done = self._work.read(_PROGRESS)
+        first = 0 if done is None else done["layers_done"]
+        before = None
+        if done is not None:
+            self._hashes.recall(done["hashes"])
+            for index in range(first):
+                self._recall_sums(index, sums)
+            before = LayerOutputs.reopen(self._work.path / _outputs_name(first - 1))
+        last = max(layer.index for layer in self._streamed.moe.layers)
+        if first > last:
+            return sums
+        with quiet_transformers():
+            skeleton.load_outer()
+        steps = (last + 1 - first) * len(self._windows)
+        with counting(steps, "calibrate") as advance:
+            for index in range(first, last + 1):
+                for file, end in skeleton.extent_of(index).items():
+                    self._hashes.advance(file, end)
+                before = self._run_layer(index, before, sums, advance, is_last=index == last)
+        return sums
+
+    def _run_layer(
+        self,
+        index: int,
+        before: LayerOutputs | None,
+        sums: _Sums,
+        advance: Callable[[], None],
+        *,
+        is_last: bool,
+    ) -> LayerOutputs:
+        skeleton = self._streamed.skeleton
+        directory = self._work.empty_directory(_outputs_name(index))
+        # Those of the layer before are in memory too.
+        outputs = LayerOutputs(directory, self._limit_bytes // 2)
+        task = self._names[0]
+
+        def add(
+            layer: MoeLayer, hidden: torch.Tensor, routing: Routing, run_expert: ExpertsFunction
+        ) -> None:
+            sums[task][layer.index] += sum_call(layer, hidden, routing, run_expert)
+
+        earlier = itertools.repeat(None) if before is None else iter(before)
+        with (
+            skeleton.layer(index),
+            observe(self._streamed.moe, add),
+            only_layer(skeleton.decoder, skeleton.layers, index) as run,
+        ):
+            for layer in self._streamed.moe.layers:
+                if layer.index == index:
+                    for name in self._names:
+                        sums[name][index] = LayerSums.zeros(layer.num_experts)
+            for (name, window), given in zip(self._windows, earlier, strict=False):
+                task = name
+                ids = torch.tensor([window.ids])
+                returned = run({"input_ids": ids, "use_cache": False}, given)
+                if not is_last:
+                    outputs.append(returned)
+                advance()
+        outputs.finish()
+        self._keep_sums(index, sums)
+        self._work.write(
+            _PROGRESS, {"layers_done": index + 1, "hashes": self._hashes.as_dict()}
+        )
+        if index:
+            self._work.remove(_outputs_name(index - 1))
+        return outputs
+
+    def _keep_sums(self, index: int, sums: _Sums) -> None:
+        from safetensors.numpy import save
+
+        arrays = {
+            f"{number}/{key}": np.array(value, dtype=np.float64, order="C")
+            for number, name in enumerate(self._names)
+            if index in sums[name]
+            for key, value in sums[name][index].as_dict().items()
+        }
+        if arrays:
+            self._work.write_bytes(_sums_name(index), save(arrays))
+
+    def _recall_sums(self, index: int, sums: _Sums) -> None:
+        from safetensors.numpy import load
+
+        file = self._work.path / _sums_name(index)
+        if not file.exists():
+            return
+        arrays = load(file.read_bytes())
+        for number, name in enumerate(self._names):
+            found = {
+                key.partition("/")[2]: value
+                for key, value in arrays.items()
+                if key.startswith(f"{number}/")
+            }
+            sums[name][index] = LayerSums(**found)
+
+
+def _outputs_name(index: int) -> str:
+    return f"outputs-{index:05}"
+
+
+def _sums_name(index: int) -> str:
+    return f"sums-{index:05}.safetensors"

@@ -1,0 +1,318 @@
+"""One MoE layer of a loaded model, as the rest of the kit sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+from edgemoe.errors import CheckpointError
+from edgemoe.models.contract import LayerShape
+from edgemoe.models.discovery import config_copy
+from edgemoe.models.experts import reassign_ids
+from edgemoe.models.factored import is_factored, run_factored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from edgemoe.models.activation import Activation
+    from edgemoe.models.discovery import LayerFacts
+    from edgemoe.models.expert_tensors import ExpertTensor
+    from edgemoe.models.experts import ExpertsLayout
+    from edgemoe.models.router_rule import RouterRule
+
+
+@dataclass(eq=False, kw_only=True)
+class MoeLayer:
+    """Live view of one MoE layer; reading goes to the modules, nothing is copied.
+
+    Attributes:
+        facts: How the family builds the layer.
+        block: The MoE block.
+        count_entries: Entries of the configuration that say how many experts there are.
+    """
+
+    facts: LayerFacts
+    block: nn.Module
+    count_entries: tuple[str, ...] = ()
+
+    @property
+    def index(self) -> int:
+        """Index of the decoder layer."""
+        return self.facts.index
+
+    @property
+    def name(self) -> str:
+        """Name of the block in the model, such as ``model.layers.3.mlp``."""
+        return self.facts.block
+
+    @property
+    def experts(self) -> nn.Module:
+        """The experts module."""
+        return self.block.get_submodule(self.facts.experts)
+
+    @property
+    def router(self) -> nn.Module:
+        """The router."""
+        return self.block.get_submodule(self.facts.router)
+
+    @property
+    def rule(self) -> RouterRule | None:
+        """How the router chooses; None where it follows none of the rules that are known."""
+        return self.facts.routing.rule
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token."""
+        return self.facts.routing.top_k
+
+    @property
+    def layout(self) -> ExpertsLayout:
+        """How the experts module stores its weights."""
+        return self.facts.layout
+
+    @property
+    def activation(self) -> Activation | None:
+        """What experts do between their two products; None where it is not known."""
+        return self.facts.activation
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether each product of an expert is a product of two thinner matrices."""
+        return is_factored(self.experts)
+
+    @property
+    def gate_up(self) -> torch.Tensor:
+        """Gate rows, then up rows, of every expert [num_experts, 2 * intermediate, hidden].
+
+        Without a gate, up rows only [num_experts, intermediate, hidden].
+        """
+        return self._canonical(self.layout.gate_up_name)
+
+    @property
+    def down(self) -> torch.Tensor:
+        """Down projections [num_experts, hidden, intermediate]."""
+        return self._canonical("down_proj")
+
+    @property
+    def router_weight(self) -> torch.Tensor:
+        """Router rows [num_experts, hidden]."""
+        return self._role("weight")
+
+    @property
+    def correction_bias(self) -> torch.Tensor | None:
+        """Bias of the choice scores [num_experts], where the rule has one."""
+        return self._optional("correction_bias")
+
+    @property
+    def logit_bias(self) -> torch.Tensor | None:
+        """Bias of the logits [num_experts], where the rule has one."""
+        return self._optional("logit_bias")
+
+    @property
+    def expert_scale(self) -> torch.Tensor | None:
+        """What gates are multiplied by [num_experts], where the rule has it."""
+        return self._optional("expert_scale")
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts that are present."""
+        return int(self.tensor(self._counting).shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the experts' input and output."""
+        if self.is_factored:
+            return int(self.tensor(f"{self.facts.experts}.down_out").shape[1])
+        return int(self.down.shape[1])
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of one expert."""
+        if self.is_factored:
+            return int(self.tensor(f"{self.facts.experts}.down_in").shape[2])
+        return int(self.down.shape[2])
+
+    @property
+    def shared_parameters(self) -> int:
+        """Parameters of the block that every token uses, without the router."""
+        router = {id(parameter) for parameter in self.router.parameters()}
+        routed = {id(self.tensor(spec.name)) for spec in self.facts.tensors}
+        return sum(
+            parameter.numel()
+            for parameter in self.block.parameters()
+            if id(parameter) not in router | routed
+        )
+
+    @property
+    def shape(self) -> LayerShape:
+        """What a plan must know of this layer."""
+        return LayerShape(
+            layer=self.index,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            n_group=self.facts.routing.multiple,
+            min_group_size=self.facts.routing.least,
+        )
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return one of the tensors with an entry per expert.
+
+        Args:
+            name: From the block on, see ``facts.tensors``.
+
+        Returns:
+            The parameter or buffer itself.
+        """
+        module, _, attribute = name.rpartition(".")
+        return cast("torch.Tensor", getattr(self.block.get_submodule(module), attribute))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return everything with an entry per expert, by its name from the block on."""
+        return {spec.name: self.tensor(spec.name) for spec in self.facts.tensors}
+
+    def expert_output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Run one expert, without its gate.
+
+        Args:
+            expert: Which, in [0, num_experts).
+            hidden: Inputs [tokens, hidden].
+
+        Returns:
+            Outputs [tokens, hidden].
+        """
+        layout, experts = self.layout, self.experts
+        if self.is_factored:
+            return run_factored(experts, layout, expert, hidden)
+        one = {
+            name: self.tensor(f"{self.facts.experts}.{name}")[expert] for name in layout.names
+        }
+        up, down = one[layout.gate_up_name], one["down_proj"]
+        if layout.is_transposed:
+            up, down = up.T, down.T
+        up_bias = one.get(f"{layout.gate_up_name}_bias")
+        projected = nn.functional.linear(hidden, up, up_bias)
+        act = cast(
+            "Callable[[torch.Tensor], torch.Tensor]",
+            experts._apply_gate if layout.has_gate else experts.act_fn,
+        )
+        activated = act(projected)
+        return nn.functional.linear(activated, down, one.get("down_proj_bias"))
+
+    def keep(self, ids: Sequence[int]) -> None:
+        """Keep some experts, in the order given, with all that belongs to them.
+
+        Args:
+            ids: Which, in [0, num_experts).
+
+        Raises:
+            CheckpointError: They are fewer than the router can choose from.
+        """
+        self.replace(self.select(ids))
+
+    def select(self, ids: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Copy what belongs to some experts, in the order given.
+
+        Args:
+            ids: Which, in [0, num_experts).
+
+        Returns:
+            What :meth:`replace` takes.
+        """
+        chosen = torch.tensor(list(ids), dtype=torch.int64)
+        groups = tuple((int(expert),) for expert in ids)
+        return {
+            spec.name: self.regroup(spec, groups, lambda value: value[chosen])
+            for spec in self.facts.tensors
+        }
+
+    def regroup(
+        self,
+        spec: ExpertTensor,
+        groups: tuple[tuple[int, ...], ...],
+        combine: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Make one tensor for other experts.
+
+        Args:
+            spec: Which tensor.
+            groups: For each new expert the present ones that it stands for.
+            combine: Turns present entries, experts first, into the new ones.
+
+        Returns:
+            The new tensor, in the layout of the module.
+        """
+        value = self.tensor(spec.name)
+        if spec.holds_ids:
+            return reassign_ids(value, groups, self.num_experts)
+        first = value.movedim(spec.axis, 0)
+        new = combine(first[: self.num_experts])
+        if spec.tail:
+            new = torch.cat((new, first[self.num_experts :]))
+        return new.movedim(0, spec.axis).contiguous()
+
+    def replace(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put other experts in place, with all that belongs to them.
+
+        Args:
+            tensors: All of ``facts.tensors``, by name, in the layout of the module.
+
+        Raises:
+            CheckpointError: The tensors do not fit together, or the experts are fewer than
+                the router can choose from.
+        """
+        experts = int(tensors[self._counting].shape[0])
+        for spec in self.facts.tensors:
+            value, before = tensors.get(spec.name), self.tensor(spec.name)
+            expected = list(before.shape)
+            if not spec.holds_ids:
+                expected[spec.axis] = experts + spec.tail
+            if value is None or list(value.shape) != expected:
+                raise CheckpointError(
+                    f"{self.name}.{spec.name} must have the shape {tuple(expected)} for "
+                    f"{experts} experts, got "
+                    f"{None if value is None else tuple(value.shape)}."
+                )
+        if experts < self.shape.min_experts:
+            raise CheckpointError(
+                f"{self.name}: a layer must have at least {self.shape.min_experts} experts "
+                f"(top_k={self.top_k}), got {experts}. Keep more experts."
+            )
+        for spec in self.facts.tensors:
+            self._set(spec.name, tensors[spec.name])
+        for count in self.facts.counts:
+            module = self.block.get_submodule(count.module)
+            setattr(module, count.name, experts + count.tail)
+        # Some routers ask the configuration, which all layers share.
+        for module in self.router.modules():
+            if "config" in vars(module):
+                own = config_copy(module.config, self.count_entries, experts)
+                setattr(module, "config", own)  # noqa: B010  declared by no base class
+
+    @property
+    def _counting(self) -> str:
+        """A tensor that has one entry per expert, and nothing else, on its first axis."""
+        part = "down_out" if self.is_factored else "down_proj"
+        return f"{self.facts.experts}.{part}"
+
+    def _set(self, name: str, value: torch.Tensor) -> None:
+        path, _, attribute = name.rpartition(".")
+        module = self.block.get_submodule(path)
+        if attribute in module._parameters:
+            value = nn.Parameter(value, requires_grad=False)
+        setattr(module, attribute, value)
+
+    def _canonical(self, name: str) -> torch.Tensor:
+        tensor = self.tensor(f"{self.facts.experts}.{name}")
+        return tensor if self.layout.is_canonical else self.layout.to_canonical(name, tensor)
+
+    def _optional(self, role: str) -> torch.Tensor | None:
+        roles = self.facts.routing.tensors
+        return None if roles is None or getattr(roles, role) is None else self._role(role)
+
+    def _role(self, role: str) -> torch.Tensor:
+        name: str = getattr(self.facts.routing.tensors, role)
+        tensor = self.tensor(name)
+        return tensor if role == "weight" else tensor.reshape(-1)

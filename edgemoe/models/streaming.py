@@ -1,0 +1,320 @@
+"""A model whose decoder layers are in memory one at a time.
+
+The skeleton is the family's own model on the meta device. What is no decoder layer (embedding,
+last norm, rotary tables) is loaded once; a decoder layer's tensors are read, converted by
+transformers' own rules, put in place, and given back when the block ends. Peak memory is the
+part that is loaded once, plus one layer, plus what converting its largest group takes: less
+than a second layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import torch
+from torch import nn
+
+from edgemoe.errors import CheckpointError, StreamingError
+from edgemoe.models.conversion import Conversion
+from edgemoe.models.stored_tensors import read_stored_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from edgemoe.models.conversion import TensorGroup
+
+# Modules, names of their tensors, and what was there before.
+_Places: TypeAlias = "list[tuple[nn.Module, str, torch.Tensor]]"
+
+
+class Skeleton:
+    """A model on the meta device, over the checkpoint that its tensors come from.
+
+    Attributes:
+        model: The model, in eval mode, without gradients.
+        decoder: Its part that turns token ids into hidden states.
+        layers: Its decoder layers.
+        conversion: How the checkpoint's tensors become the model's.
+        groups: Groups of tensors by decoder layer; under None those of no decoder layer.
+    """
+
+    def __init__(
+        self,
+        model_class: type[Any],
+        config: PreTrainedConfig,
+        files: Sequence[Path],
+        dtype: torch.dtype,
+    ) -> None:
+        """Build the model and match it with a checkpoint's headers; no weight is read.
+
+        Args:
+            model_class: The family's class of language models.
+            config: The checkpoint's configuration.
+            files: Its weight files.
+            dtype: Floating type to hold weights in.
+
+        Raises:
+            CheckpointError: Tensors are missing, or have another shape than the
+                configuration says.
+            StreamingError: The family's layers cannot be loaded one by one.
+        """
+        self.model: PreTrainedModel = _build(model_class, config, dtype)
+        self.decoder, self.layers, self._prefix = _find_layers(self.model)
+        self._types = _wanted_types(self.model, dtype)
+        self._refuse_shared_layers()
+        stored = read_stored_tensors(files)
+        try:
+            self.conversion = Conversion(self.model, stored)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise CheckpointError(
+                f"the weights in {files[0].parent} must fit its config.json, got tensors that "
+                f"do not fit together: {error}. Copy the checkpoint again."
+            ) from error
+        self.groups: dict[int | None, list[TensorGroup]] = {None: []}
+        for index in range(len(self.layers)):
+            self.groups[index] = []
+        for group in self.conversion.groups:
+            self.groups[self._layer_of(group)].append(group)
+        self._absent = set(self._types).difference(*(g.targets for g in self.conversion.groups))
+        self._make_unstored(self._check_fit(files[0].parent))
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Floating type that most of the checkpoint's bytes are stored in."""
+        sizes: dict[torch.dtype, int] = {torch.float32: 0}
+        for group in self.conversion.groups:
+            for source, _ in group.sources:
+                if source.dtype.is_floating_point:
+                    sizes[source.dtype] = sizes.get(source.dtype, 0) + source.nbytes
+        return max(sizes, key=sizes.__getitem__)
+
+    def extent_of(self, index: int | None) -> dict[Path, int]:
+        """Tell how far into which files a decoder layer reaches.
+
+        Args:
+            index: The layer; None stands for what belongs to no layer.
+
+        Returns:
+            For each file that it is read from the end of its last tensor there, in bytes.
+        """
+        ends: dict[Path, int] = {}
+        for group in self.groups[index]:
+            for source, _ in group.sources:
+                end = source.begin + source.nbytes
+                ends[source.file] = max(end, ends.get(source.file, 0))
+        return ends
+
+    def load_outer(self) -> None:
+        """Load what the decoder needs besides its layers; the head only where it is tied."""
+        inside = {id(tensor) for tensor in self.decoder.state_dict(keep_vars=True).values()}
+        everything = self.model.state_dict(keep_vars=True)
+        wanted = {name for name, tensor in everything.items() if id(tensor) in inside}
+        ties = dict(self.model.all_tied_weights_keys)
+        for pair in ties.items():
+            if wanted.intersection(pair):
+                wanted.update(pair)
+        for group in self.groups[None]:
+            if wanted.intersection(group.targets):
+                for target, tensor in self.conversion.read(group):
+                    self._place(target, tensor.to(self._types[target]), [])
+        if any(wanted.intersection(pair) for pair in ties.items()):
+            self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
+
+    @contextlib.contextmanager
+    def layer(
+        self,
+        index: int,
+        *,
+        only: Collection[str] | None = None,
+        as_stored: bool = False,
+        in_float32: Collection[str] = (),
+    ) -> Iterator[nn.Module]:
+        """Hold one decoder layer in memory.
+
+        Args:
+            index: Which.
+            only: First targets of the groups to load; all by default.
+            as_stored: Whether tensors keep the type that they are stored in.
+            in_float32: Tensors that do not even so.
+
+        Yields:
+            The layer. When the block ends its tensors are on the meta device again.
+
+        Raises:
+            CheckpointError: A file became shorter.
+        """
+        with self._restoring() as places:
+            for group in self.groups[index]:
+                if only is None or group.first_target in only:
+                    for target, tensor in self.conversion.read(group):
+                        dtype = self._dtype(target, tensor, as_stored, in_float32)
+                        self._place(target, tensor.to(dtype), places)
+            yield self.layers[index]
+
+    @contextlib.contextmanager
+    def layer_on_meta(
+        self, index: int, *, in_float32: Collection[str] = ()
+    ) -> Iterator[nn.Module]:
+        """Let one decoder layer be changed in shape, and put it back after the block.
+
+        Args:
+            index: Which.
+            in_float32: As in :meth:`layer`.
+
+        Yields:
+            The layer, its tensors in the types that they are stored in, without contents.
+        """
+        with self._restoring() as places:
+            for group in self.groups[index]:
+                for target, tensor in group.targets.items():
+                    dtype = self._dtype(target, tensor, True, in_float32)
+                    self._place(target, torch.empty_like(tensor, dtype=dtype), places)
+            yield self.layers[index]
+
+    @contextlib.contextmanager
+    def _restoring(self) -> Iterator[_Places]:
+        places: _Places = []
+        try:
+            yield places
+        finally:
+            for module, name, meta in places:
+                _table(module, name)[name] = meta
+
+    def _dtype(
+        self, target: str, tensor: torch.Tensor, as_stored: bool, in_float32: Collection[str]
+    ) -> torch.dtype:
+        if not as_stored:
+            return self._types[target]
+        return torch.float32 if target in in_float32 else tensor.dtype
+
+    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """Return a decoder layer's tensors as they are now.
+
+        Args:
+            index: Which.
+
+        Returns:
+            Parameters and buffers themselves, by their names in the model.
+        """
+        found = self.layers[index].state_dict(keep_vars=True)
+        return {f"{self._prefix}.{index}.{name}": tensor for name, tensor in found.items()}
+
+    def _place(
+        self,
+        target: str,
+        tensor: torch.Tensor,
+        places: _Places,
+    ) -> None:
+        path, _, name = target.rpartition(".")
+        module = self.model.get_submodule(path)
+        table = _table(module, name)
+        places.append((module, name, table[name]))
+        is_parameter = table is module._parameters
+        new = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        # Whoever initialises what was not loaded must pass this one by.
+        cast("Any", new)._is_hf_initialized = True
+        table[name] = new
+
+    def _layer_of(self, group: TensorGroup) -> int | None:
+        found = {_index(target, self._prefix) for target in group.targets}
+        if len(found) != 1:
+            raise StreamingError(
+                "each tensor of a checkpoint must belong to one decoder layer, got "
+                f"{group.sources[0][0].name} for layers {sorted(map(str, found))}."
+            )
+        return found.pop()
+
+    def _refuse_shared_layers(self) -> None:
+        owners: dict[int, set[int | None]] = {}
+        named = self.model.named_parameters(remove_duplicate=False)
+        for name, parameter in named:
+            owners.setdefault(id(parameter), set()).add(_index(name, self._prefix))
+        ties = self.model.all_tied_weights_keys.items()
+        apart = [{_index(one, self._prefix), _index(two, self._prefix)} for one, two in ties]
+        if any(len(layers) > 1 for layers in (*owners.values(), *apart)):
+            raise StreamingError(
+                f"decoder layers must not share weights, got {type(self.model).__name__}, "
+                "whose layers do."
+            )
+
+    def _check_fit(self, path: Path) -> set[str]:
+        """Refuse what ``load_model`` would; return what a checkpoint may lack and this does."""
+        expected = self.model.state_dict()
+        found = {k: v for group in self.conversion.groups for k, v in group.targets.items()}
+        misshapen = {
+            k for k, v in found.items() if k in expected and v.shape != expected[k].shape
+        }
+        missing = set(self._absent)
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        rules = self.model._keys_to_ignore_on_load_missing or ()
+        optional = {k for k in missing if any(re.search(rule, k) for rule in rules)}
+        unfit = sorted((missing - optional) | misshapen)
+        if unfit:
+            raise CheckpointError(
+                f"the weights in {path} must fit its config.json, got {len(unfit)} tensors "
+                f"missing or of another shape, such as {unfit[0]}. Copy the checkpoint again."
+            )
+        return optional
+
+    def _make_unstored(self, optional: set[str]) -> None:
+        """Compute what no checkpoint holds, such as rotary tables, as transformers does."""
+        for tensor in self.model.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True
+        self.model._move_missing_keys_from_meta_to_device(
+            cast("Any", optional), {"": "cpu"}, None, None
+        )
+        with torch.no_grad():
+            self.model._initialize_missing_keys(False)
+        self.model.eval()
+        self.model.requires_grad_(False)
+
+
+def _build(model_class: type[Any], config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    with contextlib.ExitStack() as stack:
+        for context in model_class.get_init_context(dtype, False, False, None):
+            stack.enter_context(context)
+        model = model_class(config)
+    return model
+
+
+def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList, str]:
+    decoder = cast("Any", model).get_decoder()
+    layers = getattr(decoder, "layers", None)
+    names = {id(module): name for name, module in model.named_modules()}
+    if not isinstance(layers, nn.ModuleList) or id(layers) not in names:
+        raise StreamingError(
+            f"a decoder must keep its layers in a list, got {type(decoder).__name__}, which "
+            "does not."
+        )
+    return decoder, layers, names[id(layers)]
+
+
+def _wanted_types(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Give each tensor's type in memory: some families keep some tensors in float32."""
+    plan = model._get_dtype_plan(dtype)
+    return {
+        name: next(
+            (kept for part, kept in plan.items() if re.search(part.replace("*", ".*"), name)),
+            tensor.dtype,
+        )
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def _table(module: nn.Module, name: str) -> dict[str, Any]:
+    return module._parameters if name in module._parameters else module._buffers
+
+
+def _index(name: str, prefix: str) -> int | None:
+    if not name.startswith(f"{prefix}."):
+        return None
+    number = name[len(prefix) + 1 :].split(".", 1)[0]
+    return int(number)

@@ -1,0 +1,21 @@
+"""Versions that results may depend on."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from edgemoe import __version__
+
+_LIBRARIES = ("torch", "transformers")
+
+
+def library_versions() -> dict[str, str]:
+    """Give the versions of edgemoe and of what computes and loads for it.
+
+    Returns:
+        Versions by distribution name.
+    """
+    return {
+        "edgemoe": __version__,
+        **{name: version(name) for name in ("torch", "transformers")},
+    }

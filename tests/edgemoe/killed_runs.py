@@ -1,0 +1,77 @@
+"""Run edgemoe again and again, killed at some file operation, until it may finish.
+
+    python killed_runs.py SEED KILLS WORK ARGUMENT...
+
+Each run is a fork of this process, which has imported everything and computed nothing yet. It
+kills itself with SIGKILL at an operation on the folder WORK or something in it, drawn at
+random; after KILLS runs it may finish, and WORK is the output with `.partial`. Prints one JSON
+list: for each run, whether it found a finished step of an earlier one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+import edgemoe.calibrate.streamed
+import edgemoe.prune.apply_streamed  # noqa: F401  imported before the forks, not in each
+from edgemoe.cli import main
+
+_MOST_OPERATIONS = 40
+
+
+def run(arguments: list[str], kill_at: int | None, work: str) -> None:
+    """Run the command in this process, which ends with it."""
+    count = 0
+
+    def count_operation(_: str, given: tuple[object, ...]) -> None:
+        nonlocal count
+        # Opening, renaming, making and removing: each names its path first.
+        if given and isinstance(given[0], (str, os.PathLike)):
+            count += str(given[0]).startswith(work)
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count_operation)
+    main(arguments)
+
+
+def repeat(seed: int, kills: int, work: Path, arguments: list[str]) -> list[bool]:
+    """Run until the command has finished, and tell of each run whether it went on."""
+    draw = random.Random(seed)
+    resumed: list[bool] = []
+    while True:
+        kill_at = draw.randint(1, _MOST_OPERATIONS) if len(resumed) < kills else None
+        resumed.append((work / "progress.json").exists())
+        child = os.fork()
+        if child == 0:
+            run(arguments, kill_at, str(work))
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status):
+            raise SystemExit(1)
+        if kill_at is None:
+            return resumed
+        output = work.with_suffix("")
+        if output.exists():
+            # It finished before the moment that was drawn, or at it: all over again.
+            _remove(output)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    told = repeat(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    sys.stdout.write(json.dumps(told) + "\n")

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+import pytest
+
+from edgemoe.errors import OutputError
+from edgemoe.resume import ResumableInterrupt, resumable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KEY = {"command": "test", "options": [1, 2]}
+OTHER = {"command": "test", "options": [1]}
+
+
+def work_until(target: Path, error: BaseException, *files: str) -> None:
+    with resumable(target, KEY, "step") as work:
+        for file in files:
+            work.write(file, {"finished": 3})
+        raise error
+
+
+def test_work_goes_on_until_it_is_done(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "out"
+    with pytest.raises(ResumableInterrupt, match="the same command goes on"):
+        work_until(target, KeyboardInterrupt(), "step")
+    with resumable(target, KEY, "step") as work:
+        assert work.read("step") == {"finished": 3}
+        assert work.read("other") is None
+
+    assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("no")])
+def test_what_ends_before_a_step_is_finished_leaves_nothing(
+    tmp_path: Path, error: BaseException
+) -> None:
+    with pytest.raises(type(error)):
+        work_until(tmp_path / "new" / "out", error, "other")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_work_is_refused_unless_forced(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(ValueError, match="stop"):
+        work_until(target, ValueError("stop"), "step")
+    with (
+        pytest.raises(OutputError, match="with another options"),
+        resumable(target, OTHER, "step"),
+    ):
+        raise AssertionError
+    with resumable(target, OTHER, "step", force=True) as work:
+        assert work.read("step") is None
+
+
+def test_what_somebody_else_put_there_is_spared(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious").touch()
+
+    with (
+        pytest.raises(OutputError, match="did not put there"),
+        resumable(tmp_path / "out", KEY, "step", force=True),
+    ):
+        raise AssertionError
+
+    assert (tmp_path / "out.partial" / "precious").exists()
+
+
+@pytest.mark.parametrize("key", [KEY, OTHER])
+def test_two_processes_are_kept_apart(tmp_path: Path, key: dict[str, object]) -> None:
+    with (
+        resumable(tmp_path / "out", KEY, "step"),
+        pytest.raises(OutputError, match="one process at a time"),
+        resumable(tmp_path / "out", key, "step"),
+    ):
+        raise AssertionError
+
+
+def test_a_full_disk_says_so(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OutputError, match=r"No space left .* Nothing was left behind"):
+        work_until(tmp_path / "out", full)
