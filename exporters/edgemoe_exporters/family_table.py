@@ -69,8 +69,8 @@ def render_table(reports: Sequence[FamilyReport]) -> str:
     ]
     today = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
     head = (
-        f"Of {len(reports)} families: {', '.join(counts)}. Tiny random checkpoints (4 layers, 8 "
-        "experts, hidden size 64), "
+        f"Of {len(reports)} families: {', '.join(counts)}. Tiny random checkpoints (4 layers, "
+        "8 experts, hidden size 64), "
         f"{_versions()}, {today}, {platform.machine()} without a GPU: engines were built, none "
         "was run."
     )
