@@ -17,7 +17,7 @@ def test_a_family_is_tried_from_checkpoint_to_graphs() -> None:
     assert all(0 < float(report.results[step]) < 1e-4 for step in GRAPHS)
     table = render_table([report])
     assert "| `deepseek_v2` | yes | yes | yes | yes | " in table
-    assert "1 families; 1 pass" in table
+    assert "Of 1 families: 1 calibrated" in table
 
 
 def test_a_family_without_graphs_says_so_in_its_row() -> None:
