@@ -82,9 +82,10 @@ class SlicedRunner:
         take: Callable[[int, np.ndarray[Any, np.dtype[np.float32]]], None],
     ) -> None:
         """Run calls; see :class:`edgemoe_exporters.graph_calls.Runner`."""
+        totals = count_tokens(calls)
         given = [
             self._inputs_of(call, total, k_cap)
-            for call, total in zip(calls, count_tokens(calls), strict=True)
+            for call, total in zip(calls, totals, strict=True)
         ]
         last = last_uses(calls)
         with counting(len(self.slices) * len(calls), "run the graph in slices") as advance:
@@ -96,7 +97,9 @@ class SlicedRunner:
                     past = {} if call.after is None else caches[call.after]
                     if call.after is not None and last[call.after] == number:
                         del caches[call.after]
-                    values = self._run(session, wanted, given[number], past, len(call.ids))
+                    rows, new = call.ids.shape
+                    no_past = (rows, totals[number] - new)
+                    values = self._run(session, wanted, given[number], past, no_past)
                     if number in last:
                         caches[number] = {
                             name.replace(_PRESENT, _PAST, 1): array
@@ -130,8 +133,9 @@ class SlicedRunner:
         wanted: list[str],
         given: Arrays,
         past: Arrays,
-        batch: int,
+        no_past: tuple[int, int],
     ) -> Arrays:
+        batch, length = no_past
         feeds = {}
         for value in session.get_inputs():
             name = value.name
@@ -139,8 +143,9 @@ class SlicedRunner:
                 empty = self._graph_inputs[name].type.tensor_type
                 shape = [dim.dim_value for dim in empty.shape.dim]
                 dtype = onnx.helper.tensor_dtype_to_np_dtype(empty.elem_type)
+                # A slice may ask for the length of a cache that belongs to another one.
                 feeds[name] = past.get(
-                    name, np.zeros((batch, shape[1], 0, shape[3]), dtype=dtype)
+                    name, np.zeros((batch, shape[1], length, shape[3]), dtype=dtype)
                 )
             else:
                 feeds[name] = given[name]

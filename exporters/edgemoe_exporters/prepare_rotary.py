@@ -33,9 +33,15 @@ _APPLY_COMPLEX = "apply_rotary_emb"
 
 @dataclass(frozen=True)
 class _Angles:
-    """How one rotary module makes its output, for one kind of layer."""
+    """How one rotary module makes its output, for one kind of layer.
 
-    inv_freq: torch.Tensor
+    Attributes:
+        frequencies: Name of the buffer: a trace puts another tensor in its place.
+        scaling: Factor of cosines and sines.
+        layout: Order of the angles, one of ``_LAYOUTS``.
+    """
+
+    frequencies: str
     scaling: float
     layout: str
 
@@ -133,7 +139,7 @@ def _identify(module: Any, *kind: str) -> _Angles:
                 ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=_TOLERANCE)
                 for ours, theirs in zip(found, (cos, sin), strict=True)
             ):
-                return _Angles(getattr(module, name), scaling, layout)
+                return _Angles(name, scaling, layout)
     raise ExportError(
         f"the angles of {type(module).__name__} must be positions times frequencies, got "
         "others. This way of rotating is not supported."
@@ -209,7 +215,8 @@ def _replace_angles(stack: contextlib.ExitStack, module: Any) -> None:
         if kind not in known:
             known[kind] = _identify(module, *kind)
         how = known[kind]
-        cos, sin = ops.angles(position_ids, how.inv_freq, how.scaling, how.layout)
+        inv_freq = getattr(module, how.frequencies)
+        cos, sin = ops.angles(position_ids, inv_freq, how.scaling, how.layout)
         if how.layout == "once" and is_complex:
             # Real and imaginary parts side by side, for the function replaced below.
             return torch.stack([cos, sin], dim=-1)
