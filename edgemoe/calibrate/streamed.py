@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from edgemoe.calibrate.collect import sum_call
@@ -206,10 +205,10 @@ class _Run:
         from safetensors.numpy import save
 
         arrays = {
-            f"{number}/{key}": np.array(value, dtype=np.float64, order="C")
+            f"{number}/{key}": value
             for number, name in enumerate(self._names)
             if index in sums[name]
-            for key, value in sums[name][index].as_dict().items()
+            for key, value in sums[name][index].to_arrays().items()
         }
         if arrays:
             self._work.write_bytes(_sums_name(index), save(arrays))
@@ -227,7 +226,7 @@ class _Run:
                 for key, value in arrays.items()
                 if key.startswith(f"{number}/")
             }
-            sums[name][index] = LayerSums(**found)
+            sums[name][index] = LayerSums.from_arrays(found)
 
 
 def _outputs_name(index: int) -> str:

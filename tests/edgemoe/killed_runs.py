@@ -23,7 +23,7 @@ import edgemoe.calibrate.streamed
 import edgemoe.prune.apply_streamed  # noqa: F401  imported before the forks, not in each
 from edgemoe.cli import main
 
-_MOST_OPERATIONS = 40
+_MOST_OPERATIONS = 30
 
 
 def run(arguments: list[str], kill_at: int | None, work: str) -> None:
