@@ -18,6 +18,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "onnxscript",
     ),
     "ort": ("onnxruntime",),
+    "ray": ("ray",),
 }
 
 

@@ -1,6 +1,7 @@
 """The sums against their definition, token by token; and that they add up."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 from hypothesis import given
@@ -13,7 +14,7 @@ EXACT = {"tokens", "count", "coactivation"}
 
 def draw_tokens(
     seed: int, tokens: int, experts: int, top_k: int, *, capped: bool = False
-) -> tuple[np.ndarray, ...]:
+) -> tuple[Any, ...]:
     random = np.random.Generator(np.random.PCG64(seed))
     logits = random.normal(size=(tokens, experts))
     indices = np.argsort(-random.random((tokens, experts)), axis=1)[:, :top_k]
@@ -62,7 +63,7 @@ def test_parts_add_up_to_the_whole(
 ) -> None:
     top_k = data.draw(st.integers(1, experts))
     logits, weights, indices, norms = draw_tokens(seed, 40, experts, top_k)
-    tokens = (logits * scale, weights, indices, norms * scale)
+    tokens: tuple[Any, ...] = (logits * scale, weights, indices, norms * scale)
     whole = LayerSums.of_tokens(*tokens)
     parts = [
         LayerSums.of_tokens(*(part[start:stop] for part in tokens))
