@@ -21,7 +21,7 @@ from edgemoe.models.device import device_here
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.opening import open_streamed
 from edgemoe.resume import resumable, wait_until_free
-from edgemoe.spread.workers import Processes, Steps, open_workers
+from edgemoe.spread.workers import RayCluster, Steps, open_workers
 from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def calibrate_in_shards(
         sequence_length: As there.
         device: As in :func:`edgemoe.models.device.choose_device`; workers of one machine take
             turns at its GPUs.
-        threads: CPU threads of each worker; by default local processes share the machine out.
+        threads: CPU threads of each worker; by default as many as this process has, on a
+            cluster those that Ray gives.
         force: Whether ``output``, and unfinished work of another call, may be replaced.
 
     Returns:
@@ -123,7 +124,7 @@ def calibrate_in_shards(
                     max_tokens=max_tokens,
                     sequence_length=windows.sequence_length,
                     device=device,
-                    threads=_share_threads(count, place) if threads is None else threads,
+                    threads=_threads_here(place) if threads is None else threads,
                     versions=library_versions(),
                 )
                 for index, file in enumerate(outputs)
@@ -209,8 +210,11 @@ def count_shards(windows: Windows, workers: int) -> int:
     )
 
 
-def _share_threads(count: int, place: Place) -> int | None:
+def _threads_here(place: Place) -> int | None:
     import torch
 
-    # Ray tells each of its workers how many threads it may use.
-    return max(1, torch.get_num_threads() // count) if isinstance(place, Processes) else None
+    # The number of threads decides how some products are summed: as many as in one process
+    # give the bits of one process. A cluster's machines have their own number, which Ray sets.
+    if isinstance(place, RayCluster) and place.address != "local":
+        return None
+    return torch.get_num_threads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -103,7 +104,12 @@ class ClusterWorkers(Workers):
         """End the jobs, and the cluster if it was started here."""
         self._stop()
         if self._is_ours:
-            self._ray.shutdown()
+            with warnings.catch_warnings():
+                # Ray does not wait for the processes that it ends: Python remarks on that
+                # when it forgets them, so let it forget them here.
+                warnings.simplefilter("ignore")
+                self._ray.shutdown()
+                gc.collect()
 
 
 def share_out(machines: list[int], count: int | None) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -15,7 +16,7 @@ from edgemoe.errors import SpreadError
 from edgemoe.spread.workers import Died, Failed, Outcome, Workers, perform
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from multiprocessing.context import SpawnProcess
 
 
@@ -55,7 +56,8 @@ class LocalProcesses(Workers):
     def _new(self) -> tuple[SpawnProcess, Connection]:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_work, args=(theirs,), daemon=True)
-        process.start()
+        with _threads_that_sleep():
+            process.start()
         # With our copy of it closed, its death closes the pipe.
         theirs.close()
         return process, ours
@@ -87,6 +89,23 @@ class LocalProcesses(Workers):
         self._stop()
         _end(self._idle)
         self._idle = []
+
+
+@contextlib.contextmanager
+def _threads_that_sleep() -> Iterator[None]:
+    """Let OpenMP threads of a new process sleep while they wait.
+
+    By default they spin, and processes that each have a thread for every core then keep the
+    cores from one another.
+    """
+    name = "OMP_WAIT_POLICY"
+    given = os.environ.get(name)
+    os.environ.setdefault(name, "PASSIVE")
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[name]
 
 
 def _end(workers: Iterable[tuple[SpawnProcess, Connection]]) -> None:
