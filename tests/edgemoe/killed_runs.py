@@ -48,7 +48,7 @@ def repeat(seed: int, kills: int, work: Path, arguments: list[str]) -> list[bool
     resumed: list[bool] = []
     while True:
         kill_at = draw.randint(1, _MOST_OPERATIONS) if len(resumed) < kills else None
-        resumed.append((work / "progress.json").exists())
+        resumed.append(any(work.rglob("progress.json")))
         child = os.fork()
         if child == 0:
             run(arguments, kill_at, str(work))

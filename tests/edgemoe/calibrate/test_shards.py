@@ -139,7 +139,9 @@ def test_ten_kills_of_the_command_change_nothing(
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr
-        assert len(json.loads(done.stdout.splitlines()[-1])) == int(kills) + 1
+        resumed = json.loads(done.stdout.splitlines()[-1])
+        assert len(resumed) == int(kills) + 1
+        assert sum(resumed) >= int(kills) // 3
 
     assert Path(output).read_bytes() == Path(one).read_bytes()
     assert not list(tmp_path.glob("*.partial"))
