@@ -45,7 +45,7 @@ def needs(*extras: str) -> None:
 def _is_installed(module: str) -> bool:
     try:
         spec = importlib.util.find_spec(module)
-        # Without an origin it is any folder of that name, such as Ray's /tmp/ray.
-        return spec is not None and spec.origin is not None
     except ValueError:  # sys.modules[module] is None: its import is blocked
         return False
+    # Without an origin it is any folder of that name, such as Ray's /tmp/ray.
+    return spec is not None and spec.origin is not None
