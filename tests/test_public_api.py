@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "bundle --task --prompt-tokens --new-tokens --repeat",
     "inspect": "path",
     "verify": "bundle",
+    "families": "names --check --markdown",
     "doctor": "",
 }
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from edgemoe.errors import CheckpointError
 from edgemoe.models.contract import MoeModel
 from edgemoe.models.discovery import discover
+from edgemoe.models.factored import factored_facts
 from edgemoe.models.layer import MoeLayer
 from edgemoe.models.registry import find_family
 
@@ -79,6 +80,8 @@ def view_layers(model: PreTrainedModel, facts: ModelFacts) -> list[MoeLayer]:
         for layer in facts.layers
     ]
     for layer in layers:
+        if layer.is_factored:
+            layer.facts = factored_facts(layer.facts)
         shape = layer.shape
         if layer.num_experts < shape.min_experts or layer.num_experts % shape.n_group:
             raise CheckpointError(

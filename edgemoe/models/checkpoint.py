@@ -163,7 +163,7 @@ def read_shape(path: Path) -> ModelShape:
         facts = discover(family, config)
         skeleton = build_skeleton(family, config)
         if note is not None:
-            resize_layers(skeleton, facts, note.moe_layers, note.experts_per_layer)
+            resize_layers(skeleton, facts, note)
         layers = view_layers(skeleton, facts)
     return ModelShape(
         family=family.model_type,

@@ -12,6 +12,7 @@ from edgemoe.errors import CheckpointError
 from edgemoe.models.contract import LayerShape
 from edgemoe.models.discovery import config_copy
 from edgemoe.models.experts import reassign_ids
+from edgemoe.models.factored import is_factored, run_factored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,11 @@ class MoeLayer:
         return self.facts.activation
 
     @property
+    def is_factored(self) -> bool:
+        """Whether each product of an expert is a product of two thinner matrices."""
+        return is_factored(self.experts)
+
+    @property
     def gate_up(self) -> torch.Tensor:
         """Gate rows, then up rows, of every expert [num_experts, 2 * intermediate, hidden].
 
@@ -113,16 +119,20 @@ class MoeLayer:
     @property
     def num_experts(self) -> int:
         """Routed experts that are present."""
-        return int(self.tensor(f"{self.facts.experts}.down_proj").shape[0])
+        return int(self.tensor(self._counting).shape[0])
 
     @property
     def hidden_size(self) -> int:
         """Width of the experts' input and output."""
+        if self.is_factored:
+            return int(self.tensor(f"{self.facts.experts}.down_out").shape[1])
         return int(self.down.shape[1])
 
     @property
     def intermediate_size(self) -> int:
         """Width of one expert."""
+        if self.is_factored:
+            return int(self.tensor(f"{self.facts.experts}.down_in").shape[2])
         return int(self.down.shape[2])
 
     @property
@@ -174,6 +184,8 @@ class MoeLayer:
             Outputs [tokens, hidden].
         """
         layout, experts = self.layout, self.experts
+        if self.is_factored:
+            return run_factored(experts, layout, expert, hidden)
         one = {
             name: self.tensor(f"{self.facts.experts}.{name}")[expert] for name in layout.names
         }
@@ -251,7 +263,7 @@ class MoeLayer:
             CheckpointError: The tensors do not fit together, or the experts are fewer than
                 the router can choose from.
         """
-        experts = int(tensors[f"{self.facts.experts}.down_proj"].shape[0])
+        experts = int(tensors[self._counting].shape[0])
         for spec in self.facts.tensors:
             value, before = tensors.get(spec.name), self.tensor(spec.name)
             expected = list(before.shape)
@@ -278,6 +290,12 @@ class MoeLayer:
             if "config" in vars(module):
                 own = config_copy(module.config, self.count_entries, experts)
                 setattr(module, "config", own)  # noqa: B010  declared by no base class
+
+    @property
+    def _counting(self) -> str:
+        """A tensor that has one entry per expert, and nothing else, on its first axis."""
+        part = "down_out" if self.is_factored else "down_proj"
+        return f"{self.facts.experts}.{part}"
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         path, _, attribute = name.rpartition(".")

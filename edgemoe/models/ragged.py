@@ -1,7 +1,7 @@
-"""Checkpoints whose layers have different numbers of experts.
+"""Checkpoints whose layers have different numbers of experts, or factored ones.
 
-Transformers builds every layer with the same number, so such a checkpoint carries
-``edgemoe.json``, which says how many each layer really has.
+Transformers builds every layer with the same number of whole experts, so such a checkpoint
+carries ``edgemoe.json``, which says how many each layer really has, and of which ranks.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import CheckpointError
 from edgemoe.models.adapter import view_layers
+from edgemoe.models.factored import Ranks, empty_factors, factor_layer
 from edgemoe.models.safety import read_json_object
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,11 +36,13 @@ class RaggedNote:
         moe_layers: Indices of the decoder layers with experts.
         experts_per_layer: Experts of each of them.
         provenance: How the checkpoint was made.
+        ranks_per_layer: Ranks of each of them; None for a layer of whole experts.
     """
 
     moe_layers: tuple[int, ...]
     experts_per_layer: tuple[int, ...]
     provenance: dict[str, Any]
+    ranks_per_layer: tuple[Ranks | None, ...] | None = None
 
     def save(self, path: Path) -> None:
         """Write the note.
@@ -56,6 +58,11 @@ class RaggedNote:
             "plan_sha256": self.provenance.get("plan_sha256"),
             "provenance": self.provenance,
         }
+        if self.ranks_per_layer is not None:
+            content["ranks_per_layer"] = [
+                None if ranks is None else [ranks.up, ranks.down]
+                for ranks in self.ranks_per_layer
+            ]
         text = json.dumps(content, indent=2) + "\n"
         (path / FILE_NAME).write_text(text, encoding="utf-8")
 
@@ -83,6 +90,7 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
         )
     unknown = set(content) - {
         "format", "version", "moe_layers", "experts_per_layer", "plan_sha256", "provenance",
+        "ranks_per_layer",
     }  # fmt: skip
     if unknown:
         raise CheckpointError(
@@ -93,7 +101,34 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
         moe_layers=_counts(file, content, "moe_layers", least=0),
         experts_per_layer=_counts(file, content, "experts_per_layer", least=1),
         provenance=provenance if isinstance(provenance, dict) else {},
+        ranks_per_layer=_ranks(file, content),
     )
+
+
+def _ranks(file: Path, content: dict[str, Any]) -> tuple[Ranks | None, ...] | None:
+    found = content.get("ranks_per_layer")
+    if found is None:
+        return None
+    counts = content["experts_per_layer"]
+    if not isinstance(found, list) or len(found) != len(counts):
+        raise CheckpointError(
+            f"{file}: ranks_per_layer must have an entry for each of the {len(counts)} MoE "
+            f"layers, got {found!r:.80}. Apply the plan again."
+        )
+    ranks = []
+    for entry in found:
+        is_pair = (
+            isinstance(entry, list)
+            and len(entry) == 2
+            and all(type(rank) is int and rank > 0 for rank in entry)
+        )
+        if entry is not None and not is_pair:
+            raise CheckpointError(
+                f"{file}: ranks_per_layer must hold pairs of integers in [1, inf), or null, "
+                f"got {entry!r:.80}. Apply the plan again."
+            )
+        ranks.append(None if entry is None else Ranks(*entry))
+    return tuple(ranks)
 
 
 def _counts(file: Path, content: dict[str, Any], key: str, *, least: int) -> tuple[int, ...]:
@@ -128,26 +163,24 @@ def make_ragged_class(family: Family, note: RaggedNote, facts: ModelFacts) -> ty
         self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
     ) -> None:
         base.__init__(self, config, *args, **kwargs)
-        resize_layers(self, facts, note.moe_layers, note.experts_per_layer)
+        resize_layers(self, facts, note)
 
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
 
 
-def resize_layers(
-    model: PreTrainedModel, facts: ModelFacts, moe_layers: Sequence[int], counts: Sequence[int]
-) -> None:
-    """Give each MoE layer room for its number of experts; contents are undefined.
+def resize_layers(model: PreTrainedModel, facts: ModelFacts, note: RaggedNote) -> None:
+    """Give each MoE layer room for its experts; contents are undefined.
 
     Args:
         model: A model that is being built.
         facts: How its layers are built.
-        moe_layers: Indices of the decoder layers with experts.
-        counts: Experts of each of them.
+        note: What ``edgemoe.json`` says.
 
     Raises:
         CheckpointError: The model has other MoE layers.
     """
     layers = view_layers(model, facts)
+    moe_layers, counts = note.moe_layers, note.experts_per_layer
     if [layer.index for layer in layers] != list(moe_layers) or len(counts) != len(layers):
         raise CheckpointError(
             f"{FILE_NAME} must describe the MoE layers {[layer.index for layer in layers]}, "
@@ -156,3 +189,6 @@ def resize_layers(
     for layer, count in zip(layers, counts, strict=True):
         # The contents come from the checkpoint; the first expert stands for all until then.
         layer.keep([0] * count)
+    for layer, ranks in zip(layers, note.ranks_per_layer or (), strict=False):
+        if ranks is not None:
+            factor_layer(layer, empty_factors(layer, ranks))

@@ -73,7 +73,7 @@ def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterFa
             f"the router of config.json must run with {experts} experts and use at least one "
             f"for each token, got {top_k}. Correct its number of experts per token."
         )
-    multiple = _multiple(probe, experts)
+    multiple = _multiple(probe, experts, top_k)
     least = _least(probe, experts, multiple, top_k)
     facts = RouterFacts(top_k=top_k, rule=None, tensors=None, multiple=multiple, least=least)
     for logits, tensors in _logits(probe, answer, experts):
@@ -93,9 +93,11 @@ def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterFa
     return facts
 
 
-def _multiple(probe: RouterProbe, experts: int) -> int:
+def _multiple(probe: RouterProbe, experts: int, top_k: int) -> int:
     """Find how many experts must go at a time for the router to run."""
-    for step in range(1, experts):
+    if experts == top_k:  # none can go
+        return 1
+    for step in range(1, experts - top_k + 1):
         if experts % step == 0 and probe.runs_with(experts - step):
             return step
     return experts

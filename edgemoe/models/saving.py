@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from edgemoe.errors import OutputError
 from edgemoe.models.checkpoint import quiet_transformers
+from edgemoe.models.factored import ranks_of
 from edgemoe.models.ragged import RaggedNote
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def save_model(
 ) -> None:
     """Write a model, in the floating type that its checkpoint is stored in.
 
-    Equal numbers of experts in all layers give a plain Hugging Face checkpoint; different ones
-    add ``edgemoe.json``, and then only edgemoe opens it.
+    Equal numbers of whole experts in all layers give a plain Hugging Face checkpoint; different
+    or factored ones add ``edgemoe.json``, and then only edgemoe opens it.
 
     Args:
         model: What to write.
@@ -105,15 +106,21 @@ def _save_notes(
     provenance: dict[str, Any],
     source: Path | None,
 ) -> None:
-    ragged = len(set(counts)) > 1
+    ranks = tuple(ranks_of(layer) for layer in model.layers)
+    factored = any(rank is not None for rank in ranks)
+    ragged = len(set(counts)) > 1 or factored
     note: dict[str, Any] = {"provenance": provenance} if provenance else {}
     if ragged:
         note["experts_per_layer"] = list(counts)
+    if factored:
+        note["ranks_per_layer"] = [rank and [rank.up, rank.down] for rank in ranks]
     _complete_config(directory / "config.json", model.stored_dtype, note)
     if ragged:
-        indices = tuple(layer.index for layer in model.layers)
         RaggedNote(
-            moe_layers=indices, experts_per_layer=tuple(counts), provenance=provenance
+            moe_layers=tuple(layer.index for layer in model.layers),
+            experts_per_layer=tuple(counts),
+            provenance=provenance,
+            ranks_per_layer=ranks if factored else None,
         ).save(directory)
     if source is not None:
         copy_companions(source, directory)

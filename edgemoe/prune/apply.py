@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edgemoe.errors import PlanError
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.progress import track
 from edgemoe.prune.merge import average, merge_experts
@@ -135,6 +136,11 @@ def plan_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]:
 
 def _merge(layer: MoeLayer, expert: MergedExpert) -> dict[str, torch.Tensor]:
     """Merge members, in the canonical layout, by the names of the experts module."""
+    if layer.is_factored:
+        raise PlanError(
+            f"layer {layer.index} must have whole experts to be merged, got factored ones. "
+            "Merge first, then factor."
+        )
     members = list(expert.members)
     experts = {
         name: layer.layout.to_canonical(

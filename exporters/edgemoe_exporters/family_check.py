@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
 from edgemoe.calibrate.collect import collect
 from edgemoe.errors import EdgemoeError, ExportError
 from edgemoe.models.checkpoint import load_model, load_tokenizer, quiet_transformers
+from edgemoe.models.factored import factor_layer, split_by_svd
+from edgemoe.models.registry import find_family
 from edgemoe.models.saving import save_model
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
 from edgemoe.prune.apply import apply_plan
@@ -34,15 +35,18 @@ if TYPE_CHECKING:
 # SM 8.6, as of an RTX 30 or an A10: one engine tells whether TensorRT takes the graph.
 _CAPABILITY = 86
 _LINES, _WORDS = 12, 20
+_RANK = 12
 
 # What is tried, in order; the last three are graphs.
 STEPS: dict[str, str] = {
     "identity": "all experts kept give the same logits, bit by bit",
     "uniform": "as many experts in each layer, opened by plain transformers: same weights",
     "ragged": "a different number in each layer, saved and opened again: same bits",
-    "ort": "exported for onnxruntime: largest logit difference over prefill and decode",
-    "tensorrt": "exported for TensorRT, run in onnxruntime: largest logit difference",
-    "engine": "built by TensorRT for RTX in fp16 (SM 8.6)",
+    "factored": "the first of these factored by SVD, saved and opened again: same bits",
+    "ort": "that checkpoint exported for onnxruntime in fp32: largest logit difference to "
+    "eager transformers, over prefill and decode with the cache",
+    "tensorrt": "the same for TensorRT, run in onnxruntime",
+    "engine": "its TensorRT graph in fp16 built by TensorRT for RTX (SM 8.6)",
 }
 
 
@@ -109,12 +113,14 @@ class _Trial:
 
     def __init__(self, folder: Path, family: str) -> None:
         self.folder, self.family = folder, family
-        self.whole, self.ragged = folder / "whole", folder / "ragged"
+        self.whole = folder / "whole"
+        self.ragged, self.factored = folder / "ragged", folder / "factored"
 
     def steps(self, *, graphs: bool, engine: bool) -> Iterator[tuple[str, Callable[[], str]]]:
         yield "identity", self.keep_all
         yield "uniform", self.uniform
         yield "ragged", self.differing
+        yield "factored", self.factor
         if graphs:
             yield "ort", lambda: self.export("cpu", "fp32")
             yield "tensorrt", lambda: self.export("tensorrt-rtx", "fp32")
@@ -133,7 +139,8 @@ class _Trial:
     def uniform(self) -> str:
         path, small = self._prune("uniform", lambda _: 1)
         with quiet_transformers():
-            stock = AutoModelForCausalLM.from_pretrained(str(path)).eval()
+            # The automatic classes of transformers do not know every family.
+            stock = find_family(self.family).causal_lm.from_pretrained(str(path)).eval()
         weights = small.model.state_dict()
         for name, tensor in stock.state_dict().items():
             _same(tensor, weights[name])
@@ -149,10 +156,18 @@ class _Trial:
         _same(_logits(load_model(path)), _logits(small))
         return "yes"
 
+    def factor(self) -> str:
+        model = load_model(self.ragged)
+        factor_layer(model.layers[0], split_by_svd(model.layers[0], _RANK))
+        self.factored.mkdir()
+        save_model(model, self.factored, source=self.whole)
+        _same(_logits(load_model(self.factored)), _logits(model))
+        return "yes"
+
     def export(self, target: str, precision: str) -> str:
-        check_exportable(self.ragged, precision)
+        check_exportable(self.factored, precision)
         request = ExportRequest(
-            model=self.ragged,
+            model=self.factored,
             output=self.folder / f"{target}-{precision}",
             target=target,
             precision=precision,

@@ -17,6 +17,30 @@ if TYPE_CHECKING:
 _PACKAGES = ("transformers", "torch", "onnxruntime", "tensorrt-rtx")
 
 
+_TITLE = (
+    "# Model families",
+    "",
+    "Made by",
+    "",
+    "    edgemoe families --check --markdown docs/families.md",
+    "",
+    "which tries what is installed; name families to try only those. A family that is not in",
+    "the table works where its layers are built of the same parts, and is refused by name",
+    "otherwise.",
+    "",
+)
+
+
+_VERBS = {
+    "uniform": "calibrated, pruned and opened by plain transformers",
+    "ragged": "with different numbers of experts in each layer",
+    "factored": "with factored experts",
+    "ort": "exported for onnxruntime",
+    "tensorrt": "for TensorRT",
+    "engine": "built as engines",
+}
+
+
 def render_table(reports: Sequence[FamilyReport]) -> str:
     """Write what held for each family.
 
@@ -38,16 +62,19 @@ def render_table(reports: Sequence[FamilyReport]) -> str:
         rows.append(f"| `{report.family}` | " + " | ".join(cells) + " |")
     columns = [f"- **{name}**: {STEPS[name]}" for name in steps]
     notes = [f"[{number}] {reason}" for reason, number in reasons.items()]
-    graphs = sum(not _is_refused(report.results.get("ort", "no")) for report in reports)
-    passed = sum(not report.failed for report in reports)
+    counts = [
+        f"{sum(_holds(report, step) for report in reports)} {verb}"
+        for step, verb in _VERBS.items()
+        if step in steps
+    ]
     today = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
     head = (
-        f"{len(reports)} families; {passed} pass all that they were tried on, {graphs} of them "
-        "with graphs. Tiny random checkpoints (4 layers, 8 experts, hidden size 64), "
+        f"Of {len(reports)} families: {', '.join(counts)}. Tiny random checkpoints (4 layers, "
+        "8 experts, hidden size 64), "
         f"{_versions()}, {today}, {platform.machine()} without a GPU: engines were built, none "
         "was run."
     )
-    return "\n".join([head, "", *columns, "", *rows, "", *notes]) + "\n"
+    return "\n".join([*_TITLE, head, "", *columns, "", *rows, "", *notes]) + "\n"
 
 
 def _cell(result: str, reasons: dict[str, int]) -> str:
@@ -57,6 +84,10 @@ def _cell(result: str, reasons: dict[str, int]) -> str:
     reason = reason.partition(" Calibration, pruning")[0].replace("|", "/").replace("\n", " ")
     number = reasons.setdefault(reason, len(reasons) + 1)
     return f"no [{number}]"
+
+
+def _holds(report: FamilyReport, step: str) -> bool:
+    return not _is_refused(report.results.get(step, "no"))
 
 
 def _is_refused(result: str) -> bool:

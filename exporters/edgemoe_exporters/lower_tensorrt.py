@@ -13,6 +13,7 @@ from onnx_ir.passes import common as passes
 
 from edgemoe.errors import ExportError
 from edgemoe_exporters.initializers import narrow_attributes, set_weight, weight_of
+from edgemoe_exporters.lower_factored import lower_factored_experts
 from edgemoe_exporters.lower_tensorrt_attention import (
     Shared,
     lower_angles,
@@ -119,6 +120,8 @@ def _lower_nodes(graph: ir.Graph, compute: ir.DataType, form: ExpertsForm) -> No
             if node.inputs[2] not in gates:
                 raise ExportError(f"{node.name} must get its weights from a Route node.")
             outputs = lower_experts(emit, ExpertsNode.of(node), form)
+        elif node.op_type == "FactoredExperts":
+            outputs = lower_factored_experts(emit, node)
         elif node.op_type == "Attention":
             outputs = lower_attention(emit, node, shared)
         elif node.op_type == "AttendAll":

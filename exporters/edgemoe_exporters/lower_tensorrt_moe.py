@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 ExpertsForm = Literal["auto", "dense", "gather"]
 
 # A gathered expert is read, written and read again.
-_GATHER_TRAFFIC = 3
+GATHER_TRAFFIC = 3
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -79,7 +79,7 @@ def lower_experts(emit: Emitter, experts: ExpertsNode, form: ExpertsForm) -> lis
         width=size_of(down, 1),
         hidden_size=size_of(down, 2),
     )
-    most = layer.experts // (_GATHER_TRAFFIC * layer.top_k)
+    most = layer.experts // (GATHER_TRAFFIC * layer.top_k)
     if form == "dense" or (form == "auto" and most < 1):
         return [_dense(emit, layer)]
     if form == "gather":
@@ -182,7 +182,12 @@ def _gather_or_dense(emit: Emitter, layer: _Layer, most: int) -> ir.Value:
 
 
 def activate(
-    emit: Emitter, activation: Activation, projected: ir.Value, gates: ir.Value, half: int
+    emit: Emitter,
+    activation: Activation,
+    projected: ir.Value,
+    gates: ir.Value,
+    half: int,
+    axis: int = 2,
 ) -> ir.Value:
     """Apply an activation to hidden units, times the router's gates.
 
@@ -192,16 +197,17 @@ def activate(
     Args:
         emit: Takes the nodes.
         activation: Which.
-        projected: Hidden units; axis 2 has the gate half, then the up half.
+        projected: Hidden units; an axis has the gate half, then the up half.
         gates: The router's gates, broadcast to a half.
-        half: Size of a half on axis 2.
+        half: Size of a half.
+        axis: Which axis has the two.
 
     Returns:
         Hidden units without the gate half.
     """
     if not activation.gated:
         return emit.call("Mul", _unary(emit, activation, projected), gates)
-    gate, up = emit.call_many("Split", 2, projected, emit.integers(half, half), axis=2)
+    gate, up = emit.call_many("Split", 2, projected, emit.integers(half, half), axis=axis)
     if activation.limit < math.inf:
         high = emit.number(activation.limit, emit.compute)
         gate = emit.call("Min", gate, high)

@@ -89,6 +89,29 @@ class RouteNode:
         return int(weight_of(self.weight).shape[0])
 
 
+def activation_of(node: ir.Node) -> Activation:
+    """Read what Experts or FactoredExperts do between their two products."""
+    attributes = node.attributes
+    return Activation(
+        kind=attributes["activation"].as_string(),
+        gated=bool(attributes["gated"].as_int()),
+        alpha=attributes["alpha"].as_float(),
+        beta=attributes["beta"].as_float(),
+        limit=attributes["limit"].as_float(),
+    )
+
+
+def present(value: ir.Value | None) -> ir.Value:
+    """Return an input that its op demands.
+
+    Raises:
+        ExportError: It is absent.
+    """
+    if value is None:
+        raise ExportError("a traced node must have all its inputs, got none. Trace again.")
+    return value
+
+
 @dataclass(frozen=True)
 class ExpertsNode:
     """An Experts node.
@@ -122,15 +145,12 @@ class ExpertsNode:
         first, second = (*biases, None, None)[:2]
         attributes = node.attributes
         gated = bool(attributes["gated"].as_int())
-        for value in (hidden, indices, weights, gate_up, down):
-            if value is None:
-                raise ExportError("Experts must have all its inputs, got none. Trace again.")
         return cls(
-            hidden=cast("ir.Value", hidden),
-            indices=cast("ir.Value", indices),
-            weights=cast("ir.Value", weights),
-            gate_up=cast("ir.Value", gate_up),
-            down=cast("ir.Value", down),
+            hidden=present(hidden),
+            indices=present(indices),
+            weights=present(weights),
+            gate_up=present(gate_up),
+            down=present(down),
             gate_up_bias=first,
             down_bias=second,
             layout=ExpertsLayout(
@@ -139,13 +159,7 @@ class ExpertsNode:
                 is_transposed=bool(attributes["is_transposed"].as_int()),
                 is_concatenated=bool(attributes["is_concatenated"].as_int()),
             ),
-            activation=Activation(
-                kind=attributes["activation"].as_string(),
-                gated=gated,
-                alpha=attributes["alpha"].as_float(),
-                beta=attributes["beta"].as_float(),
-                limit=attributes["limit"].as_float(),
-            ),
+            activation=activation_of(node),
         )
 
     def gate_up_array(self) -> np.ndarray[Any, Any]:

@@ -12,6 +12,8 @@ from edgemoe.errors import EdgemoeError, ExportError
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.checkpoint import read_config
 from edgemoe.models.discovery import build_skeleton
+from edgemoe.models.factored import FACTOR_NAMES
+from edgemoe.models.ragged import read_ragged_note
 from edgemoe.models.registry import FAMILIES
 from edgemoe_exporters import ops
 from edgemoe_exporters.prepare_attention import (
@@ -222,6 +224,12 @@ def check_exportable(path: Path, precision: str) -> None:
     model = adapt_model(build_skeleton(family, config))
     with prepared(model):
         pass
+    note = read_ragged_note(path)
+    if precision in {"int8", "int4"} and note is not None and note.ranks_per_layer is not None:
+        raise ExportError(
+            f"experts must be whole to be exported in {precision}, got factored ones, for "
+            "which onnxruntime has no quantised op. Export with --precision fp32 or fp16."
+        )
     for layer in model.layers:
         activation = layer.activation
         if precision in {"int8", "int4"} and activation and not activation.is_swiglu:
@@ -300,6 +308,26 @@ def _experts_op(layer: MoeLayer) -> Any:
     assert activation is not None
     prefix = layer.facts.experts
 
+    def factored(
+        hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        biases = (f"{layout.gate_up_name}_bias", "down_proj_bias") if layout.has_bias else ()
+        parts = [layer.tensor(f"{prefix}.{name}") for name in (*FACTOR_NAMES, *biases)]
+        output: torch.Tensor = ops.factored_experts(
+            hidden,
+            indices,
+            weights,
+            *parts,
+            *([None] * (len(FACTOR_NAMES) + 2 - len(parts))),
+            layout.is_concatenated,
+            activation.kind,
+            activation.gated,
+            activation.alpha,
+            activation.beta,
+            activation.limit,
+        )
+        return output
+
     def experts(
         hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
@@ -328,7 +356,7 @@ def _experts_op(layer: MoeLayer) -> Any:
         )
         return output
 
-    return experts
+    return factored if layer.is_factored else experts
 
 
 def _replace_forward(stack: contextlib.ExitStack, module: Any, forward: Any) -> None:

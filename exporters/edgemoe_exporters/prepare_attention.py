@@ -3,9 +3,8 @@
 Every family calls ``cache.update(key, value, layer)`` and then transformers' attention
 interface. Where what the cache returned goes to the interface as it is, the op Attention joins
 past and new positions. Where the model computes keys and values from what is cached (latent
-attention),
-the join is done in the graph and the op AttendAll gets all positions. A rehearsal without
-memory tells which, and what the cache of each layer holds.
+attention), the join is done in the graph and the op AttendAll gets all positions. A rehearsal
+without memory tells which, and what the cache of each layer holds.
 """
 
 from __future__ import annotations

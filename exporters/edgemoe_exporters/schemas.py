@@ -82,6 +82,28 @@ _OPS: dict[
             ("limit", _FLOAT),
         ],
     ),
+    "FactoredExperts": (
+        [
+            ("hidden", "T"),
+            ("indices", "tensor(int64)"),
+            ("weights", "T"),
+            ("up_in", "T"),
+            ("up_out", "T"),
+            ("down_in", "T"),
+            ("down_out", "T"),
+            ("up_bias?", "T"),
+            ("down_bias?", "T"),
+        ],
+        [("output", "T")],
+        [
+            ("is_concatenated", _INT),
+            ("activation", _STRING),
+            ("gated", _INT),
+            ("alpha", _FLOAT),
+            ("beta", _FLOAT),
+            ("limit", _FLOAT),
+        ],
+    ),
     "Attention": (
         [
             ("query", "T"),
@@ -127,6 +149,7 @@ _OPS: dict[
 _TORCH_NAMES = {
     "Route": "route",
     "Experts": "experts",
+    "FactoredExperts": "factored_experts",
     "Attention": "attention",
     "AttendAll": "attend_all",
     "RotaryEmbedding": "rotary",

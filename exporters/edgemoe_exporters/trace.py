@@ -11,16 +11,16 @@ import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import onnx_ir as ir
 import torch
-from onnx_ir.passes import Sequential, common
 
 from edgemoe.errors import ExportError
 from edgemoe_exporters import schemas
 from edgemoe_exporters.prepare import prepared
+from edgemoe_exporters.tidy import tidy
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from edgemoe.models.contract import MoeModel
     from edgemoe_exporters.prepare_attention import CachedLayer
 
@@ -56,7 +56,7 @@ def trace(model: MoeModel) -> ir.Model:
             ) from error
     traced: ir.Model = program.model
     _rename_initializers(traced, model)
-    _tidy(traced)
+    tidy(traced)
     _mark_experts(traced, model)
     return traced
 
@@ -140,61 +140,3 @@ def _mark_experts(traced: ir.Model, model: MoeModel) -> None:
             if value is not None:
                 value.metadata_props[EXPERT_AXIS] = str(spec.axis)
                 value.metadata_props[EXPERT_LAYER] = str(layer.index)
-
-
-def _tidy(traced: ir.Model) -> None:
-    """Remove what the exporter left: source paths, constants, repeated arithmetic on shapes."""
-    for node in traced.graph:
-        if node.op_type == "Reshape" and node.domain == "":
-            _fix_shape(traced.graph, node)
-        elif node.op_type == "Slice" and node.domain == "":
-            _skip_whole_slice(node)
-    Sequential(
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.CommonSubexpressionEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-        common.ClearMetadataAndDocStringPass(),
-    )(traced)
-    for value in traced.graph.initializers.values():
-        value.metadata_props.clear()
-        value.meta.clear()
-    traced.graph.name = "edgemoe"
-    traced.producer_name = "edgemoe"
-    traced.producer_version = None
-
-
-def _skip_whole_slice(node: ir.Node) -> None:
-    """Go round a forward slice that takes everything, such as ``hidden[:, 0:]``."""
-    data, output = node.inputs[0], node.outputs[0]
-    if data is not None and data.shape is not None and data.shape == output.shape:
-        output.replace_all_uses_with(data)
-
-
-def _fix_shape(graph: ir.Graph, node: ir.Node) -> None:
-    """Make a Reshape's shape a constant where at most one size is left to be inferred."""
-    data, output = node.inputs[0], node.outputs[0]
-    if data is None or data.shape is None or output.shape is None:
-        return
-    sizes: list[int] = []
-    for axis, size in enumerate(output.shape):
-        if isinstance(size, int):
-            sizes.append(size)
-        elif axis < len(data.shape) and data.shape[axis] == size:
-            sizes.append(0)
-        else:
-            sizes.append(-1)
-    if sizes.count(-1) > 1:
-        return
-    name = "shape_" + "_".join(str(size).replace("-", "n") for size in sizes)
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.array(sizes, dtype=np.int64), name=name)
-        graph.register_initializer(
-            ir.Value(
-                name=name,
-                type=ir.TensorType(ir.DataType.INT64),
-                shape=ir.Shape([len(sizes)]),
-                const_value=tensor,
-            )
-        )
-    node.replace_input_with(1, graph.initializers[name])
-    node.attributes.clear()

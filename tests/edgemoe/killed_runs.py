@@ -1,11 +1,11 @@
-"""Run edgemoe again and again, killed each time at some file operation, until it finishes.
+"""Run edgemoe again and again, killed at some file operation, until it may finish.
 
     python killed_runs.py SEED KILLS WORK ARGUMENT...
 
 Each run is a fork of this process, which has imported everything and computed nothing yet. It
 kills itself with SIGKILL at an operation on the folder WORK or something in it, drawn at
-random; after KILLS kills it may finish. Prints one JSON list: for each run, whether it found a
-finished step of an earlier one.
+random; after KILLS runs it may finish, and WORK is the output with `.partial`. Prints one JSON
+list: for each run, whether it found a finished step of an earlier one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -53,10 +54,21 @@ def repeat(seed: int, kills: int, work: Path, arguments: list[str]) -> list[bool
         if child == 0:
             run(arguments, kill_at, str(work))
         _, status = os.waitpid(child, 0)
-        if not os.WIFSIGNALED(status):
-            if os.waitstatus_to_exitcode(status):
-                raise SystemExit(1)
+        if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status):
+            raise SystemExit(1)
+        if kill_at is None:
             return resumed
+        output = work.with_suffix("")
+        if output.exists():
+            # It finished before the moment that was drawn, or at it: all over again.
+            _remove(output)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 if __name__ == "__main__":

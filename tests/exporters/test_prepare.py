@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from edgemoe.errors import ExportError
-from edgemoe.models import FAMILIES, MoeModel, adapt_model, limit_k
+from edgemoe.models import FAMILIES, MoeModel, adapt_model, limit_k, load_model, save_model
 from edgemoe.models.discovery import build_skeleton
+from edgemoe.models.factored import factor_layer, split_by_svd
 from edgemoe.models.registry import find_family
-from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model
-from edgemoe_exporters.prepare import WITHOUT_GRAPH, prepared
+from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
+from edgemoe_exporters.prepare import WITHOUT_GRAPH, check_exportable, prepared
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedConfig
 
 STEPS = (6, 1, 1, 3)
@@ -66,6 +69,24 @@ def test_what_a_graph_cannot_hold_is_refused_by_name_without_weights(family: str
         prepared(skeleton(tiny_config(family))),
     ):
         pass
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["mixtral", "gemma4_text"])
+def test_experts_without_a_quantised_op_are_refused_without_weights(
+    family: str, precision: str, tmp_path: Path
+) -> None:
+    """Mixtral's because they are factored, those of Gemma because they have GELU."""
+    model = load_model(write_tiny_checkpoint(family, tmp_path / "whole"))
+    factor_layer(model.layers[0], split_by_svd(model.layers[0], 4))
+    path = tmp_path / "factored"
+    path.mkdir()
+    save_model(model, path)
+    (path / "model.safetensors").unlink()
+
+    check_exportable(path, "fp16")
+    with pytest.raises(ExportError, match=f"experts must .* in {precision}.*fp32 or fp16"):
+        check_exportable(path, precision)
 
 
 def test_angles_that_change_with_the_length_are_refused() -> None:

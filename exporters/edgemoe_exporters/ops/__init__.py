@@ -1,9 +1,9 @@
 """The opaque ops of a traced model, with a reference implementation in torch.
 
 What differs between engines the trace keeps whole, as nodes of the ONNX domain ``edgemoe``:
-Route, Experts, Attention (AttendAll where the model joins past and present itself),
-RotaryEmbedding (Angles where it rotates in a way of its own) and RMSNorm. Each is a torch
-custom op, so that a model prepared for tracing still runs eagerly.
+Route, Experts (or FactoredExperts), Attention (AttendAll where the model joins past and present
+itself), RotaryEmbedding (Angles where it rotates in a way of its own) and RMSNorm. Each is a
+torch custom op, so that a model prepared for tracing still runs eagerly.
 
 Letters in shapes: T tokens, B batch, S new tokens of a row, P cached tokens, E experts,
 k chosen experts, H hidden size, I intermediate size of an expert, N query heads, M key and
@@ -13,10 +13,12 @@ value heads, D head size, V head size of values, R rotated part of a head, L MoE
 from __future__ import annotations
 
 from edgemoe_exporters.ops.attention import angles, attend_all, attention, rms_norm, rotary
+from edgemoe_exporters.ops.factored import factored_experts
 from edgemoe_exporters.ops.moe import experts, route
 
 DOMAIN = "edgemoe"
 
 __all__ = [
-    "DOMAIN", "angles", "attend_all", "attention", "experts", "rms_norm", "rotary", "route",
+    "DOMAIN", "angles", "attend_all", "attention", "experts", "factored_experts", "rms_norm",
+    "rotary", "route",
 ]  # fmt: skip

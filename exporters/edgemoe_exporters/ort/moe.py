@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from edgemoe.errors import ExportError
 from edgemoe_exporters.initializers import in_range
+from edgemoe_exporters.lower_factored import lower_factored_experts
 from edgemoe_exporters.lower_tensorrt_emit import Emitter
 from edgemoe_exporters.lower_tensorrt_moe import lower_experts
 from edgemoe_exporters.lower_tensorrt_route import lower_route
@@ -59,6 +60,8 @@ def lower_moe(editor: Editor, precision: Precision) -> None:
     Raises:
         ExportError: Experts are not fed by a Route, or cannot be quantised.
     """
+    for node in editor.nodes("FactoredExperts", TRACED):
+        _spell_out_factored(editor, node, _route_of(node), precision)
     experts_nodes = list(editor.nodes("Experts", TRACED))
     if not experts_nodes:
         return
@@ -94,17 +97,36 @@ def _spell_out(
             f"{experts.activation.kind}: onnxruntime has no quantised op for it. Export with "
             "--precision fp32 or fp16."
         )
-    compute = precision.dtype
-    emit = Emitter(editor.graph, compute, f"{route.name or 'route'}")
-    gates, indices = lower_route(emit, RouteNode.of(route))
-    editor.graph.insert_before(route, emit.nodes)
-    for old, new in zip(route.outputs, (gates, indices), strict=True):
-        new.shape = old.shape
-        editor.replace(old, new)
-    emit = Emitter(editor.graph, compute, f"{node.name or 'experts'}")
+    _spell_out_route(editor, route, precision)
+    emit = Emitter(editor.graph, precision.dtype, f"{node.name or 'experts'}")
     (output,) = lower_experts(emit, ExpertsNode.of(node), "dense")
     editor.graph.insert_before(node, emit.nodes)
     editor.replace(node.outputs[0], output)
+
+
+def _spell_out_factored(
+    editor: Editor, node: ir.Node, route: ir.Node, precision: Precision
+) -> None:
+    """Run factored experts, which no fused op knows, in basic ops."""
+    if precision.bits:
+        raise ExportError(
+            f"experts must be whole to be quantised, got factored ones in {precision.name}. "
+            "Export with --precision fp32 or fp16."
+        )
+    _spell_out_route(editor, route, precision)
+    emit = Emitter(editor.graph, precision.dtype, f"{node.name or 'experts'}")
+    (output,) = lower_factored_experts(emit, node)
+    editor.graph.insert_before(node, emit.nodes)
+    editor.replace(node.outputs[0], output)
+
+
+def _spell_out_route(editor: Editor, route: ir.Node, precision: Precision) -> None:
+    emit = Emitter(editor.graph, precision.dtype, f"{route.name or 'route'}")
+    lowered = lower_route(emit, RouteNode.of(route))
+    editor.graph.insert_before(route, emit.nodes)
+    for old, new in zip(route.outputs, lowered, strict=True):
+        new.shape = old.shape
+        editor.replace(old, new)
 
 
 def _split_caps(editor: Editor, routes: list[RouteNode]) -> tuple[ir.Value, ...]:

@@ -201,7 +201,7 @@ def test_checkpoints_are_opened_and_judged_end_to_end(
         assert evaluate(scorer, task, tokenizer).value != pytest.approx(found.value, rel=1e-4)
 
 
-def test_dense_checkpoints_are_judged_and_unknown_experts_refused(
+def test_dense_checkpoints_are_judged(
     make_checkpoint: Callable[..., Path], words: Tokenizer, tmp_path: Path
 ) -> None:
     import transformers
@@ -225,12 +225,6 @@ def test_dense_checkpoints_are_judged_and_unknown_experts_refused(
     (path / "model.safetensors").unlink()
     torch.save({}, path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="safetensors"), open_subject(path):
-        pass
-    moe = tmp_path / "olmoe"
-    config = transformers.OlmoeConfig(**size, num_experts=2, num_experts_per_tok=1)
-    transformers.OlmoeForCausalLM(config).save_pretrained(moe)
-    words.save(str(moe / "tokenizer.json"))
-    with pytest.raises(CheckpointError, match="glm4_moe, mixtral"), open_subject(moe):
         pass
     with pytest.raises(CheckpointError, match="does not exist"), open_subject(tmp_path / "no"):
         pass

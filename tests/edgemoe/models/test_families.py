@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
 from edgemoe.errors import FamilyError
-from edgemoe.models import FAMILIES, adapt_model, load_model, observe, save_model
-from edgemoe.models.discovery import discover
+from edgemoe.models import (
+    FAMILIES,
+    adapt_model,
+    load_model,
+    observe,
+    read_shape,
+    save_model,
+)
+from edgemoe.models.discovery import build_skeleton, discover
+from edgemoe.models.factored import Ranks, factor_layer, ranks_of, split_by_svd
 from edgemoe.models.registry import find_family
 from edgemoe.models.routers import select
 from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
@@ -24,6 +34,7 @@ if TYPE_CHECKING:
 # Their routers follow rules of their own: the state of the router of the layer before, gates
 # shared with experts that every token uses, and experts by token.
 WITHOUT_RULE = {"deepseek_v4", "inkling_text", "zaya"}
+NO_GROUPS = {"n_group": 1, "topk_group": 1}
 
 
 def random_ids() -> torch.Tensor:
@@ -123,6 +134,61 @@ def test_pruned_layers_of_different_sizes_reload_bit_by_bit(
     assert torch.equal(logits_of(again), after)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_factored_experts_of_full_rank_say_the_same_and_reload(
+    family: str, tmp_path: Path
+) -> None:
+    write_tiny_checkpoint(family, tmp_path / "whole")
+    model = load_model(tmp_path / "whole")
+    before = logits_of(model)
+    first = model.layers[0]
+
+    factor_layer(first, split_by_svd(first, min(first.hidden_size, 64)))
+    (tmp_path / "full").mkdir()
+    save_model(model, tmp_path / "full")
+
+    torch.testing.assert_close(logits_of(model), before, rtol=1e-3, atol=1e-3)
+    assert torch.equal(logits_of(load_model(tmp_path / "full")), logits_of(model))
+    model = load_model(tmp_path / "whole")
+    for position, layer in enumerate(model.layers[1:], start=2):
+        factor_layer(layer, split_by_svd(layer, position))
+        if layer.shape.n_group == 1:
+            layer.keep(range(position, 8))
+    assert ranks_of(model.layers[1]) == Ranks(2, 2)
+    (tmp_path / "small").mkdir()
+    save_model(model, tmp_path / "small")
+    again = load_model(tmp_path / "small")
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert read_shape(tmp_path / "small") == model.shape
+    stored = json.loads((tmp_path / "small" / "config.json").read_text())["edgemoe"]
+    assert stored["ranks_per_layer"][:2] == [None, [2, 2]]
+
+
+def test_the_language_part_of_a_vision_language_checkpoint_opens(tmp_path: Path) -> None:
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    config = Qwen3_5MoeConfig(
+        text_config=tiny_config("qwen3_5_moe_text").to_dict(),
+        vision_config={**vision, "out_hidden_size": 64},
+    )
+    torch.manual_seed(0)
+    both = Qwen3_5MoeForConditionalGeneration(config).eval()
+    both.save_pretrained(tmp_path)
+
+    model = load_model(tmp_path)
+
+    assert model.family == "qwen3_5_moe_text"
+    assert model.experts_per_layer == (8, 8, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(logits_of(model), both(input_ids=random_ids()).logits)
+
+
+def test_a_vision_language_model_without_a_language_class_is_refused_by_name() -> None:
+    with pytest.raises(
+        FamilyError, match=r"got 'qwen3_vl_moe': transformers .* has no language"
+    ):
+        find_family("qwen3_vl_moe")
+
+
 def test_an_unknown_way_to_build_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second router in a block would be pruned by luck only."""
     family = find_family("mixtral")
@@ -137,3 +203,21 @@ def test_an_unknown_way_to_build_layers_is_refused(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(FamilyError, match="must have one router beside its experts"):
         discover(family, tiny_config("mixtral", max_position_embeddings=77))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_experts_per_tok": 8}, (1, 8)),
+        ({"n_group": 2, "topk_group": 2}, (2, 4)),
+        ({"n_group": 4, "topk_group": 2, "n_routed_experts": 16}, (4, 8)),
+    ],
+)
+def test_how_few_experts_a_router_runs_with_is_tried(
+    changes: dict[str, int], expected: tuple[int, int]
+) -> None:
+    config = tiny_config("deepseek_v3", **{"n_routed_experts": 8, **NO_GROUPS, **changes})
+
+    shape = adapt_model(build_skeleton(find_family("deepseek_v3"), config)).layers[0].shape
+
+    assert (shape.n_group, shape.min_experts) == expected
