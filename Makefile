@@ -8,6 +8,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet 
 DECLARED := pyproject.toml constraints.txt
 # There are wheels of tensorrt-rtx for x86-64 only; without it its tests are skipped.
 RTX := $(if $(filter x86_64,$(shell uname -m)),$(shell echo ,)tensorrt-rtx)
+# There are wheels of ray for these two and Python 3.10 to 3.13; without it its tests are skipped.
+RAY := $(if $(filter x86_64 aarch64,$(shell uname -m)),$(shell echo ,)ray)
 
 # Nothing here may reach for a model hub.
 export HF_HUB_OFFLINE := 1
@@ -35,8 +37,8 @@ $(VENV)/.demo: $(DECLARED) | venv
 	@touch $@
 
 $(VENV)/.dev: $(DECLARED) | venv
-	@echo "installing edgemoe[export,ort$(RTX),dev] into $(VENV) (some minutes the first time)"
-	@$(PIP_INSTALL) --editable '.[export,ort$(RTX),dev]'
+	@echo "installing edgemoe[export,ort$(RTX)$(RAY),dev] into $(VENV) (some minutes the first time)"
+	@$(PIP_INSTALL) --editable '.[export,ort$(RTX)$(RAY),dev]'
 	@touch $@
 
 demo: $(VENV)/.demo

@@ -6,6 +6,7 @@ Every message says the rule, the value it got and the remedy. The tree::
     ├── CheckpointError (ValueError)     a checkpoint is missing, unsafe or malformed
     │   └── FamilyError                  the model family is not supported
     ├── StreamingError (RuntimeError)    a model cannot be run one decoder layer at a time
+    ├── SpreadError (RuntimeError)       jobs could not be run on other processes or machines
     ├── TaskFileError (ValueError)       a task file breaks the format
     ├── StatisticsError (ValueError)     statistics are malformed or do not fit together
     ├── PlanError (ValueError)           a plan cannot be carried out on this checkpoint
@@ -35,6 +36,10 @@ class FamilyError(CheckpointError):
 
 class StreamingError(EdgemoeError, RuntimeError):
     """A model cannot be loaded or run one decoder layer at a time."""
+
+
+class SpreadError(EdgemoeError, RuntimeError):
+    """Jobs could not be run on other processes or machines."""
 
 
 class TaskFileError(EdgemoeError, ValueError):

@@ -14,6 +14,7 @@ import glob
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,33 @@ class WorkDirectory:
             path.unlink(missing_ok=True)
 
 
+def partial_path(target: Path) -> Path:
+    """Name the work directory of an output.
+
+    Args:
+        target: The output.
+
+    Returns:
+        The directory, which need not exist.
+    """
+    return target.with_name(target.name + _SUFFIX)
+
+
+def wait_until_free(target: Path, seconds: float) -> None:
+    """Wait until no process works for an output.
+
+    A worker whose parent was killed ends a moment later than its parent.
+
+    Args:
+        target: The output.
+        seconds: How long to wait at most; who comes next is refused by :func:`resumable`.
+    """
+    path = partial_path(target)
+    end = time.monotonic() + seconds
+    while path.exists() and not _is_free(path) and time.monotonic() < end:
+        time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def resumable(
     target: Path, key: Mapping[str, Any], progress: str, *, force: bool = False
@@ -143,7 +171,7 @@ def resumable(
             refuses.
         ResumableInterrupt: Ctrl-C, once ``progress`` exists.
     """
-    path = target.with_name(target.name + _SUFFIX)
+    path = partial_path(target)
     made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not _is_same_work(path, key, progress, force=force):
@@ -232,6 +260,14 @@ def _locked(path: Path) -> Iterator[None]:
                 "or choose another -o."
             ) from error
         yield
+
+
+def _is_free(path: Path) -> bool:
+    try:
+        with _locked(path):
+            return True
+    except OutputError:
+        return False
 
 
 def _clean(path: Path, made: list[Path]) -> None:

@@ -11,7 +11,7 @@ from edgemoe_exporters import targets
 # The arguments and options of each command, as others call them.
 COMMANDS = {
     "carve": "dense --output --experts --shared-fraction --top-k --data",
-    "calibrate": "model --task --output --max-tokens",
+    "calibrate": "model --task --output --max-tokens --shard --workers --ray --device",
     "merge-stats": "first others --output",
     "prune": "model --stats --task --method --keep --keep-experts --seed --output",
     "apply": "model --plan --output",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
-    from edgemoe.calibrate.sums import Float64
+    from edgemoe.calibrate.exact import Float64
     from edgemoe.calibrate.windows import Window
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.hooks import ExpertsFunction
@@ -53,7 +53,8 @@ def collect(
             where it has fewer; None reads all.
         sequence_length: Longest window that the model sees at once, in tokens.
         shard: ``(index, of)``: read every ``of``-th line from ``index`` on, of those that
-            ``max_tokens`` leaves. The shards of one call add up to that call unsharded.
+            ``max_tokens`` leaves. The shards of one call add up to that call
+            unsharded, bit for bit.
 
     Returns:
         The sums of every task.

@@ -1,17 +1,20 @@
 """The statistics file: additive sums per task and MoE layer, in safetensors.
 
 One float64 tensor per sum, named ``{task}/{layer}/{sum}`` (:mod:`edgemoe.calibrate.sums`
-defines the sums), and one JSON header under the metadata key ``edgemoe``::
+defines the sums), beside it for the sums that are no counts an int64 tensor
+``{task}/{layer}/{sum}_remainder`` (what makes addition exact: nobody else needs it), and one
+JSON header under the metadata key ``edgemoe``::
 
-    {"format": "edgemoe.statistics", "version": 1, "created_by": "edgemoe 0.1.0",
+    {"format": "edgemoe.statistics", "version": 2, "created_by": "edgemoe 0.1.0",
      "checkpoint_sha256": "...",
      "shape": {"family": "glm4_moe", "hidden_size": 576, "intermediate_size": 64,
                "layers": [{"layer": 0, "num_experts": 16, "top_k": 6, ...}, ...]},
      "tasks": {"<task>": [{"sha256": "...", "lines": 10, "tokens": 812, "shard": [0, 1],
-                           "sequence_length": 512}, ...]}}
+                           "sequence_length": 512, "max_tokens": null}, ...]}}
 
-Each entry of a task's list is one pass over (a shard of) a task file. The same content
-always gives the same bytes, so the file's hash names it.
+Each entry of a task's list is one pass over (a shard of) a task file; shards that make up the
+whole file become one entry, so that the file is the one that a single run writes. The same
+content always gives the same bytes, so the file's hash names it.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgemoe import __version__
-from edgemoe.calibrate.sums import SUM_NAMES, Float64, LayerSums, sum_shape
+from edgemoe.calibrate.sums import LayerSums, array_types
 from edgemoe.errors import StatisticsError
 from edgemoe.models.contract import LayerShape, ModelShape
 from edgemoe.staging import staged_file
@@ -34,12 +38,14 @@ from edgemoe.staging import staged_file
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from numpy.typing import NDArray
+
 FORMAT = "edgemoe.statistics"
-VERSION = 1
+VERSION = 2
 _METADATA_KEY = "edgemoe"
 
 
-@dataclass(frozen=True, kw_only=True, order=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """One calibration pass over (a shard of) one task file.
 
@@ -49,6 +55,8 @@ class Source:
         tokens: Tokens that were read.
         shard: ``(index, of)``: the pass read every ``of``-th line from ``index`` on.
         sequence_length: Longest window of tokens that the model saw at once.
+        max_tokens: How many tokens of the file the pass and its fellow shards were to read;
+            None where all.
     """
 
     sha256: str
@@ -56,6 +64,7 @@ class Source:
     tokens: int
     shard: tuple[int, int] = (0, 1)
     sequence_length: int
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,7 +86,7 @@ class TaskStatistics:
 
     def __add__(self, other: TaskStatistics) -> TaskStatistics:
         return TaskStatistics(
-            sources=tuple(sorted(self.sources + other.sources)),
+            sources=_unite(self.sources + other.sources),
             layers={layer: sums + other.layers[layer] for layer, sums in self.layers.items()},
         )
 
@@ -178,10 +187,10 @@ class Statistics:
             },
         }
         tensors = {
-            f"{name}/{layer}/{key}": np.array(value, dtype=np.float64, order="C")
+            f"{name}/{layer}/{key}": value
             for name, task in self.tasks.items()
             for layer, sums in task.layers.items()
-            for key, value in sums.as_dict().items()
+            for key, value in sums.to_arrays().items()
         }
         return save(tensors, metadata={_METADATA_KEY: json.dumps(header)})
 
@@ -218,6 +227,33 @@ def merge(first: Statistics, *others: Statistics) -> Statistics:
     return merged
 
 
+def _unite(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    """Sort passes, and replace shards that cover a whole file by one pass over it."""
+    groups: dict[tuple[Any, ...], list[Source]] = {}
+    for source in sources:
+        of_one_run = (source.sha256, source.sequence_length, source.max_tokens)
+        groups.setdefault(of_one_run, []).append(source)
+    united: list[Source] = []
+    for group in groups.values():
+        # No two shards share a line, so they are all lines where their parts add up to one.
+        # Only wholes are replaced: what halves became would depend on the order of merging.
+        if sum(Fraction(1, source.shard[1]) for source in group) == 1:
+            whole = replace(
+                group[0],
+                shard=(0, 1),
+                lines=sum(source.lines for source in group),
+                tokens=sum(source.tokens for source in group),
+            )
+            united.append(whole)
+        else:
+            united.extend(group)
+    return tuple(sorted(united, key=_sort_key))
+
+
+def _sort_key(source: Source) -> tuple[str, int, int, tuple[int, int]]:
+    return source.sha256, source.sequence_length, source.max_tokens or 0, source.shard
+
+
 def _refuse_overlap(task: str, first: tuple[Source, ...], second: tuple[Source, ...]) -> None:
     for one in first:
         for other in second:
@@ -250,7 +286,9 @@ def _read_header(path: Path) -> dict[str, Any]:
     return checked
 
 
-def _assemble(header: dict[str, Any], tensors: Mapping[str, Float64], path: Path) -> Statistics:
+def _assemble(
+    header: dict[str, Any], tensors: Mapping[str, NDArray[Any]], path: Path
+) -> Statistics:
     try:
         layers = tuple(LayerShape(**layer) for layer in header["shape"]["layers"])
         shape = ModelShape(**{**header["shape"], "layers": layers})
@@ -282,15 +320,15 @@ def _assemble(header: dict[str, Any], tensors: Mapping[str, Float64], path: Path
 
 
 def _layer_sums(
-    prefix: str, experts: int, tensors: Mapping[str, Float64], path: Path
+    prefix: str, experts: int, tensors: Mapping[str, NDArray[Any]], path: Path
 ) -> LayerSums:
-    sums = {}
-    for name in SUM_NAMES:
-        value, expected = tensors.get(f"{prefix}/{name}"), sum_shape(name, experts)
-        if value is None or value.dtype != np.float64 or value.shape != expected:
+    arrays = {}
+    for name, (kind, shape) in array_types(experts).items():
+        value = tensors.get(f"{prefix}/{name}")
+        if value is None or value.dtype != kind or value.shape != shape:
             found = "none" if value is None else f"{value.dtype}{list(value.shape)}"
             raise StatisticsError(
-                f"{path}: {prefix}/{name} must be float64{list(expected)}, got {found}. "
+                f"{path}: {prefix}/{name} must be {kind}{list(shape)}, got {found}. "
                 "Calibrate again."
             )
         if not np.isfinite(value).all():
@@ -298,5 +336,5 @@ def _layer_sums(
                 f"{path}: {prefix}/{name} must be finite, got NaN or infinity. "
                 "Calibrate again; if it stays, the checkpoint overflows."
             )
-        sums[name] = value
-    return LayerSums(**sums)
+        arrays[name] = value
+    return LayerSums.from_arrays(arrays)

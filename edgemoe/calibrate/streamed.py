@@ -8,9 +8,8 @@ the same bits.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from edgemoe.calibrate.collect import sum_call
@@ -22,9 +21,9 @@ from edgemoe.models.fingerprint import FileHashes, hash_file
 from edgemoe.models.hooks import observe
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.outputs import DEFAULT_LIMIT_BYTES, LayerOutputs
-from edgemoe.models.replay import only_layer
+from edgemoe.models.replay import map_tensors, only_layer
 from edgemoe.progress import counting
-from edgemoe.resume import resumable
+from edgemoe.resume import WorkDirectory, partial_path, resumable
 from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
     from edgemoe.models.routers import Routing
-    from edgemoe.resume import WorkDirectory
     from edgemoe.tasks import TaskFile
 
 _PROGRESS = "progress.json"
@@ -54,6 +52,7 @@ def calibrate_streamed(
     sequence_length: int = SEQUENCE_LENGTH,
     shard: tuple[int, int] = (0, 1),
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
+    device: str = "cpu",
     force: bool = False,
 ) -> Statistics:
     """Measure tasks and write the statistics file.
@@ -69,6 +68,7 @@ def calibrate_streamed(
         sequence_length: As there.
         shard: As there.
         limit_bytes: Memory for what layers returned; the rest is read from files.
+        device: Where layers compute, such as ``cuda:0``.
         force: Whether ``output``, and unfinished work of another call, may be replaced.
 
     Returns:
@@ -80,7 +80,7 @@ def calibrate_streamed(
         StreamingError: The family cannot be run layer by layer.
         OutputError: The output exists, or the disk refuses.
     """
-    streamed = open_streamed(path)
+    streamed = open_streamed(path, device=device)
     tokenizer = load_tokenizer(path)
     windows = cut_tasks(
         streamed.moe,
@@ -91,16 +91,11 @@ def calibrate_streamed(
         shard=shard,
     )
     hashes = FileHashes(path)
-    key = {
-        "command": "calibrate",
-        "checkpoint": hashes.stamps(),
-        "tasks": {task.name: task.sha256 for task in tasks},
-        "options": [max_tokens, windows.sequence_length, list(shard)],
-        "tokenizer": hash_file(path / "tokenizer.json"),
-        "versions": library_versions(),
-    }
+    kind = torch.device(device).type
+    options = [max_tokens, windows.sequence_length, list(shard), kind]
+    key = work_key(path, tasks, options, hashes)
     with resumable(output, key, _PROGRESS, force=force) as work:
-        statistics = _measure(streamed, tasks, windows, work, hashes, limit_bytes)
+        statistics = _measure(streamed, tasks, windows, work, hashes, limit_bytes, device)
         statistics.save(output, force=force)
     return statistics
 
@@ -144,8 +139,9 @@ def _measure(
     work: WorkDirectory,
     hashes: FileHashes,
     limit_bytes: int,
+    device: str = "cpu",
 ) -> Statistics:
-    sums = _Run(streamed, work, windows.by_task, hashes, limit_bytes).measure()
+    sums = _Run(streamed, work, windows.by_task, hashes, limit_bytes, device).measure()
     return Statistics(
         checkpoint_sha256=hashes.fingerprint(),
         shape=streamed.moe.shape,
@@ -154,6 +150,43 @@ def _measure(
             for task in tasks
         },
     )
+
+
+def work_key(
+    path: Path, tasks: Sequence[TaskFile], options: Sequence[Any], hashes: FileHashes
+) -> dict[str, Any]:
+    """Say what decides the result of a calibration.
+
+    Args:
+        path: Checkpoint directory.
+        tasks: The tasks.
+        options: JSON values.
+        hashes: Those of the checkpoint.
+
+    Returns:
+        JSON values, for :func:`edgemoe.resume.resumable`.
+    """
+    return {
+        "command": "calibrate",
+        "checkpoint": hashes.stamps(),
+        "tasks": {task.name: task.sha256 for task in tasks},
+        "options": list(options),
+        "tokenizer": hash_file(path / "tokenizer.json"),
+        "versions": library_versions(),
+    }
+
+
+def layers_done(output: Path) -> int:
+    """Tell how far the calibration of an output is.
+
+    Args:
+        output: The statistics file that it is to write.
+
+    Returns:
+        Decoder layers that are finished; 0 where it is not under way.
+    """
+    done = WorkDirectory(partial_path(output)).read(_PROGRESS)
+    return 0 if done is None else int(done["layers_done"])
 
 
 class _Run:
@@ -166,6 +199,7 @@ class _Run:
         windows: Mapping[str, list[Window]],
         hashes: FileHashes,
         limit_bytes: int,
+        device: str,
     ) -> None:
         self._streamed = streamed
         self._work = work
@@ -173,6 +207,7 @@ class _Run:
         self._names = list(windows)
         self._hashes = hashes
         self._limit_bytes = limit_bytes
+        self._device = device
 
     def measure(self) -> _Sums:
         sums: _Sums = {name: {} for name in self._names}
@@ -232,10 +267,11 @@ class _Run:
                         sums[name][index] = LayerSums.zeros(layer.num_experts)
             for (name, window), given in zip(self._windows, earlier, strict=False):
                 task = name
-                ids = torch.tensor([window.ids])
-                returned = run({"input_ids": ids, "use_cache": False}, given)
+                ids = torch.tensor([window.ids], device=self._device)
+                there = map_tensors(given, lambda tensor: tensor.to(self._device))
+                returned = run({"input_ids": ids, "use_cache": False}, there)
                 if not is_last:
-                    outputs.append(returned)
+                    outputs.append(map_tensors(returned, lambda tensor: tensor.cpu()))
                 advance()
         outputs.finish()
         self._keep_sums(index, sums)
@@ -250,10 +286,10 @@ class _Run:
         from safetensors.numpy import save
 
         arrays = {
-            f"{number}/{key}": np.array(value, dtype=np.float64, order="C")
+            f"{number}/{key}": value
             for number, name in enumerate(self._names)
             if index in sums[name]
-            for key, value in sums[name][index].as_dict().items()
+            for key, value in sums[name][index].to_arrays().items()
         }
         if arrays:
             self._work.write_bytes(_sums_name(index), save(arrays))
@@ -271,7 +307,7 @@ class _Run:
                 for key, value in arrays.items()
                 if key.startswith(f"{number}/")
             }
-            sums[name][index] = LayerSums(**found)
+            sums[name][index] = LayerSums.from_arrays(found)
 
 
 def _outputs_name(index: int) -> str:

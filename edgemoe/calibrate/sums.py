@@ -14,24 +14,26 @@ renormalised over the top-k, so that a routed scaling factor cancels. Then ::
     logit_gram   [E, E] sum_t z_ti z_tj
     coactivation [E, E] sum_t 1[i in A_t] 1[j in A_t]
 
-Every entry is a sum over tokens, so the statistics of two disjoint sets of tokens add up
-to those of their union: exactly for the counts (integers below 2**53), up to the rounding
-of a float64 addition for the rest.
+Every entry is a sum over tokens, so the statistics of two disjoint sets of tokens add up to
+those of their union, and addition is exact (:mod:`edgemoe.calibrate.exact`): however the
+windows are shared out, in whatever order the parts are added, the bits are the same.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from edgemoe.calibrate.exact import add_exactly, round_to_grid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-Float64: TypeAlias = "NDArray[np.float64]"
+    from edgemoe.calibrate.exact import Float64, Int64
 
 _RANKS: dict[str, int] = {
     "tokens": 0,
@@ -44,6 +46,15 @@ _RANKS: dict[str, int] = {
     "coactivation": 2,
 }
 SUM_NAMES: tuple[str, ...] = tuple(_RANKS)
+# Counts are integers: float64 adds them exactly up to 2**53. The others need more bits.
+REMAINDER_NAMES: tuple[str, ...] = (
+    "gate_mass",
+    "gate_norm",
+    "norm",
+    "norm_squared",
+    "logit_gram",
+)
+REMAINDER_SUFFIX = "_remainder"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,6 +70,9 @@ class LayerSums:
         norm_squared: float64 [experts].
         logit_gram: float64 [experts, experts].
         coactivation: float64 [experts, experts].
+        remainders: For each of :data:`REMAINDER_NAMES` what the exact sum has beyond its
+            float64, int64 of the same shape, in units of ``exact.UNIT``; zero where it is not
+            named.
     """
 
     tokens: Float64
@@ -69,6 +83,7 @@ class LayerSums:
     norm_squared: Float64
     logit_gram: Float64
     coactivation: Float64
+    remainders: Mapping[str, Int64] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, experts: int) -> LayerSums:
@@ -80,7 +95,8 @@ class LayerSums:
         Returns:
             The neutral element of addition.
         """
-        return cls(**{name: np.zeros(sum_shape(name, experts)) for name in SUM_NAMES})
+        zeros = {name: np.zeros(sum_shape(name, experts)) for name in SUM_NAMES}
+        return cls(**zeros, remainders={})
 
     @classmethod
     def of_tokens(
@@ -100,7 +116,10 @@ class LayerSums:
             norms: Norms of the experts' outputs, float64 [tokens, top_k].
 
         Returns:
-            The eight sums.
+            The eight sums, each rounded to a multiple of ``exact.UNIT``.
+
+        Raises:
+            StatisticsError: A sum is not finite, or too large for exact addition.
         """
         tokens, experts = logits.shape
         used = indices < experts
@@ -117,28 +136,103 @@ class LayerSums:
                 np.float64
             )
 
+        sums = {
+            "gate_mass": per_expert(gates),
+            "gate_norm": per_expert(gates * norms),
+            "norm": per_expert(norms),
+            "norm_squared": per_expert(norms**2),
+            "logit_gram": logits.T @ logits,
+        }
         return cls(
             tokens=np.asarray(float(tokens)),
             count=chosen.sum(axis=0),
-            gate_mass=per_expert(gates),
-            gate_norm=per_expert(gates * norms),
-            norm=per_expert(norms),
-            norm_squared=per_expert(norms**2),
-            logit_gram=logits.T @ logits,
             coactivation=chosen.T @ chosen,
+            **{name: round_to_grid(value, name) for name, value in sums.items()},
+            remainders={},
         )
 
     def __add__(self, other: LayerSums) -> LayerSums:
-        return LayerSums(
-            **{
-                name: np.asarray(getattr(self, name) + getattr(other, name))
-                for name in SUM_NAMES
-            }
-        )
+        """Add exactly.
+
+        Args:
+            other: The sums over other tokens.
+
+        Returns:
+            The sums over both.
+
+        Raises:
+            StatisticsError: A sum is too large for exact addition.
+        """
+        values, remainders = {}, {}
+        for name in SUM_NAMES:
+            one, two = getattr(self, name), getattr(other, name)
+            if name in REMAINDER_NAMES:
+                values[name], remainders[name] = add_exactly(
+                    (one, self.remainder(name)), (two, other.remainder(name)), name
+                )
+            else:
+                values[name] = np.asarray(one + two)
+        return LayerSums(**values, remainders=remainders)
+
+    def remainder(self, name: str) -> Int64:
+        """Return what an exact sum has beyond its float64.
+
+        Args:
+            name: One of :data:`REMAINDER_NAMES`.
+
+        Returns:
+            int64 of the sum's shape, in units of ``exact.UNIT``.
+        """
+        found = self.remainders.get(name)
+        return np.zeros(getattr(self, name).shape, np.int64) if found is None else found
 
     def as_dict(self) -> Mapping[str, Float64]:
         """Return the sums by name, in the order of the definition."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in SUM_NAMES}
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """Return all that the sums are, to be stored.
+
+        Returns:
+            The sums by name, float64; their remainders under ``<name>_remainder``, int64.
+        """
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, value in self.as_dict().items():
+            arrays[name] = np.array(value, dtype=np.float64, order="C")
+            if name in REMAINDER_NAMES:
+                remainder = np.array(self.remainder(name), dtype=np.int64, order="C")
+                arrays[name + REMAINDER_SUFFIX] = remainder
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> LayerSums:
+        """Put sums together from what :meth:`to_arrays` returned.
+
+        Args:
+            arrays: Arrays by name.
+
+        Returns:
+            The sums.
+        """
+        return cls(
+            **{name: arrays[name] for name in SUM_NAMES},
+            remainders={name: arrays[name + REMAINDER_SUFFIX] for name in REMAINDER_NAMES},
+        )
+
+
+def array_types(experts: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return what :meth:`LayerSums.to_arrays` holds.
+
+    Args:
+        experts: Number of experts in the layer.
+
+    Returns:
+        Type and shape of every array by name.
+    """
+    types = {name: ("float64", sum_shape(name, experts)) for name in SUM_NAMES}
+    for name in REMAINDER_NAMES:
+        types[name + REMAINDER_SUFFIX] = ("int64", sum_shape(name, experts))
+    return types
 
 
 def sum_shape(name: str, experts: int) -> tuple[int, ...]:

@@ -44,11 +44,13 @@ class Windows:
         by_task: Windows of each task, in order.
         sequence_length: Longest window, in tokens.
         shard: ``(index, of)``.
+        max_tokens: Tokens to read of each task, over all shards; None reads all.
     """
 
     by_task: Mapping[str, list[Window]]
     sequence_length: int
     shard: tuple[int, int]
+    max_tokens: int | None
 
     def source(self, task: TaskFile) -> Source:
         """Describe the pass over one task.
@@ -66,6 +68,7 @@ class Windows:
             tokens=sum(len(window.ids) for window in windows),
             shard=self.shard,
             sequence_length=self.sequence_length,
+            max_tokens=self.max_tokens,
         )
 
 
@@ -117,7 +120,12 @@ def cut_tasks(
             f"shard {index} of {of} must have a token, got none of {len(tasks)} tasks. Use "
             "fewer shards or more lines."
         )
-    return Windows(by_task=windows, sequence_length=sequence_length, shard=shard)
+    return Windows(
+        by_task=windows,
+        sequence_length=sequence_length,
+        shard=shard,
+        max_tokens=max_tokens,
+    )
 
 
 def _cut_task(

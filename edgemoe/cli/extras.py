@@ -18,6 +18,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "onnxscript",
     ),
     "ort": ("onnxruntime",),
+    "ray": ("ray",),
 }
 
 
@@ -43,6 +44,8 @@ def needs(*extras: str) -> None:
 
 def _is_installed(module: str) -> bool:
     try:
-        return importlib.util.find_spec(module) is not None
+        spec = importlib.util.find_spec(module)
     except ValueError:  # sys.modules[module] is None: its import is blocked
         return False
+    # Without an origin it is any folder of that name, such as Ray's /tmp/ray.
+    return spec is not None and spec.origin is not None

@@ -32,8 +32,14 @@ def merge_stats(
     merged.save(output, force=force)
     tokens = {name: task.tokens for name, task in merged.tasks.items()}
     counted = ", ".join(f"{name} {count} tokens" for name, count in tokens.items())
+    partial = {
+        name: [f"{source.shard[0]}/{source.shard[1]}" for source in task.sources]
+        for name, task in merged.tasks.items()
+        if any(source.shard != (0, 1) for source in task.sources)
+    }
+    missing = "".join(f"; of {name} only {', '.join(p)}" for name, p in partial.items())
     report(
-        {"output": output, "sha256": merged.sha256, "tokens": tokens},
-        f"{output}: {1 + len(others)} files merged, {counted}",
+        {"output": output, "sha256": merged.sha256, "tokens": tokens, "partial": partial},
+        f"{output}: {1 + len(others)} files merged, {counted}{missing}",
         as_json=as_json,
     )

@@ -33,12 +33,15 @@ class StreamedModel:
     skeleton: Skeleton
 
 
-def open_streamed(path: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
+def open_streamed(
+    path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> StreamedModel:
     """Open a checkpoint; only headers are read.
 
     Args:
         path: Checkpoint directory, plain or ragged.
         dtype: Floating type to hold weights in.
+        device: Where to hold them while they are held.
 
     Returns:
         The model, in eval mode, without gradients, on the meta device.
@@ -56,7 +59,7 @@ def open_streamed(path: Path, dtype: torch.dtype = torch.float32) -> StreamedMod
     base = family.causal_lm
     model_class = base if note is None else make_ragged_class(family, note, facts)
     with refusing_misfits(path), quiet_transformers():
-        skeleton = Skeleton(model_class, config, files, dtype)
+        skeleton = Skeleton(model_class, config, files, dtype, device)
     skeleton.model.__class__ = base
     named = getattr(config, "dtype", None)
     stored_dtype = getattr(torch, named, None) if isinstance(named, str) else named

@@ -50,6 +50,7 @@ class Skeleton:
         config: PreTrainedConfig,
         files: Sequence[Path],
         dtype: torch.dtype,
+        device: str = "cpu",
     ) -> None:
         """Build the model and match it with a checkpoint's headers; no weight is read.
 
@@ -58,6 +59,7 @@ class Skeleton:
             config: The checkpoint's configuration.
             files: Its weight files.
             dtype: Floating type to hold weights in.
+            device: Where to hold them.
 
         Raises:
             CheckpointError: Tensors are missing, or have another shape than the
@@ -67,6 +69,7 @@ class Skeleton:
         self.model: PreTrainedModel = _build(model_class, config, dtype)
         self.decoder, self.layers, self._prefix = _find_layers(self.model)
         self._types = _wanted_types(self.model, dtype)
+        self._device = device
         self._refuse_shared_layers()
         stored = read_stored_tensors(files)
         try:
@@ -122,7 +125,8 @@ class Skeleton:
         for group in self.groups[None]:
             if wanted.intersection(group.targets):
                 for target, tensor in self.conversion.read(group):
-                    self._place(target, tensor.to(self._types[target]), [])
+                    placed = tensor.to(self._device, self._types[target])
+                    self._place(target, placed, [])
         if any(wanted.intersection(pair) for pair in ties.items()):
             self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
 
@@ -220,7 +224,7 @@ class Skeleton:
                 if only is None or group.first_target in only:
                     for target, tensor in self.conversion.read(group):
                         dtype = self._dtype(target, tensor, as_stored, in_float32)
-                        self._place(target, tensor.to(dtype), places)
+                        self._place(target, tensor.to(self._device, dtype), places)
             yield self.layers[index]
 
     @contextlib.contextmanager
@@ -333,7 +337,7 @@ class Skeleton:
         for tensor in self.model.state_dict(keep_vars=True).values():
             tensor._is_hf_initialized = True
         self.model._move_missing_keys_from_meta_to_device(
-            cast("Any", optional), {"": "cpu"}, None, None
+            cast("Any", optional), {"": self._device}, None, None
         )
         with torch.no_grad():
             self.model._initialize_missing_keys(False)

@@ -24,7 +24,7 @@ import edgemoe.calibrate.streamed
 import edgemoe.prune.apply_streamed  # noqa: F401  imported before the forks, not in each
 from edgemoe.cli import main
 
-_MOST_OPERATIONS = 40
+_MOST_OPERATIONS = 30
 
 
 def run(arguments: list[str], kill_at: int | None, work: str) -> None:
@@ -49,7 +49,7 @@ def repeat(seed: int, kills: int, work: Path, arguments: list[str]) -> list[bool
     resumed: list[bool] = []
     while True:
         kill_at = draw.randint(1, _MOST_OPERATIONS) if len(resumed) < kills else None
-        resumed.append((work / "progress.json").exists())
+        resumed.append(any(work.rglob("progress.json")))
         child = os.fork()
         if child == 0:
             run(arguments, kill_at, str(work))

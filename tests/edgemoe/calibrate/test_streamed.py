@@ -72,12 +72,10 @@ def test_streamed_shards_add_up(
         for i in range(2)
     ]
 
-    merged = merge(*shards)
+    merge(*shards).save(tmp_path / "merged")
 
-    assert merged.checkpoint_sha256 == whole.checkpoint_sha256
-    for name, task in whole.tasks.items():
-        for layer, sums in task.layers.items():
-            assert (sums.count == merged.task(name).layers[layer].count).all()
+    assert (tmp_path / "merged").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert whole.tasks.keys() == {"one", "two"}
 
 
 @pytest.mark.parametrize("seed", [0])

@@ -328,6 +328,26 @@ def test_a_missing_extra_is_one_line_of_advice(road: Path, tmp_path: Path) -> No
     assert done.stderr.strip().endswith("pip install 'edgemoe[export]'")
 
 
+def test_a_cluster_without_ray_is_one_line_of_advice(
+    road: Path, refuse: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    task = f"--task=code={road / 'code.jsonl'}"
+    command = ("calibrate", road / "moe", task, "-o", tmp_path / "out")
+
+    assert "Run: pip install 'edgemoe[ray]'" in refuse(*command, "--ray", "auto")
+
+
+@pytest.mark.parametrize("workers", [(), ("--workers", 2)])
+def test_a_gpu_that_is_not_there_is_refused(
+    road: Path, refuse: Callable[..., str], tmp_path: Path, workers: tuple[object, ...]
+) -> None:
+    task = f"--task=code={road / 'code.jsonl'}"
+    command = ("calibrate", road / "moe", task, "-o", tmp_path / "out", *workers)
+
+    assert "must be one that torch sees" in refuse(*command, "--device", "cuda:9")
+
+
 def test_the_runtimes_commands_need_no_torch(bundle: Path, road: Path) -> None:
     blocked = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'onnx', "

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from click.testing import Result
+
 Answer: TypeAlias = "Callable[..., dict[str, Any]]"
 
 
@@ -31,6 +33,26 @@ def statistics(road: Path, answer: Answer) -> Path:
     told = answer("merge-stats", *shards, "-o", merged)
     assert set(told["tokens"]) == {"code", "prose"}
     return merged
+
+
+def test_workers_give_the_file_of_one_run_and_missing_shards_are_named(
+    road: Path, answer: Answer, invoke: Callable[..., Result], tmp_path: Path
+) -> None:
+    tasks = [f"--task={name}={road / name}.jsonl" for name in ("code", "prose")]
+    one, several = tmp_path / "one", tmp_path / "several"
+    command = ("calibrate", road / "moe", *tasks, "--threads", 1)
+    answer(*command, "-o", one)
+    answer(*command, "-o", several, "--workers", 2)
+    assert one.read_bytes() == several.read_bytes()
+
+    parts = [tmp_path / "part0", tmp_path / "part2"]
+    for index, part in zip((0, 2), parts, strict=True):
+        answer(*command, "-o", part, "--shard", f"{index}/3")
+    told = invoke("merge-stats", *parts, "-o", tmp_path / "most")
+    assert told.stdout.endswith("; of code only 0/3, 2/3; of prose only 0/3, 2/3\n")
+    wrong = invoke(*command, "-o", one, "--workers", 2, "--shard", "0/2")
+    assert wrong.exit_code == 2
+    assert "--shard cannot be used with --workers or --ray" in wrong.stderr
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Run a function over many jobs: in this process, on local processes, or on a Ray cluster."""
