@@ -159,7 +159,7 @@ def resumable(
     Args:
         target: The output that the work is for.
         key: What decides the work's result, as JSON values.
-        progress: Name of the file or directory that exists once a step is finished.
+        progress: Name, or glob pattern, of what exists once a step is finished.
         force: Whether the work directory of other work may be thrown away.
 
     Yields:
@@ -182,7 +182,7 @@ def resumable(
         try:
             yield WorkDirectory(path)
         except BaseException as error:
-            if not (path / progress).exists():
+            if not _is_begun(path, progress):
                 _clean(path, made)
                 _tell_full(target, error, kept=False)
                 raise
@@ -236,7 +236,7 @@ def _is_same_work(path: Path, key: Mapping[str, Any], progress: str, *, force: b
     different = sorted(
         name for name in {*found, *wanted} if found.get(name) != wanted.get(name)
     )
-    if different and (path / progress).exists() and not force:
+    if different and _is_begun(path, progress) and not force:
         raise OutputError(
             f"unfinished work must be finished by the command that began it, got {path} with "
             f"another {', '.join(different)}. Give that command again, or remove the "
@@ -268,6 +268,10 @@ def _is_free(path: Path) -> bool:
             return True
     except OutputError:
         return False
+
+
+def _is_begun(path: Path, progress: str) -> bool:
+    return any(True for _ in path.glob(progress))
 
 
 def _clean(path: Path, made: list[Path]) -> None:

@@ -49,6 +49,13 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--calibration-tokens", type=click.IntRange(1), default=16_384, show_default=True)
 @click.option("--held-out-tokens", type=click.IntRange(1), default=8_192, show_default=True)
+@click.option(
+    "--memory-limit",
+    type=click.FloatRange(0),
+    metavar="GB",
+    help="Largest checkpoint (in float32) and graph to open as a whole; those that are larger "
+    "are read layer by layer. Half of what is free without.",
+)
 @force_option
 @reporting
 def export(
@@ -64,13 +71,16 @@ def export(
     seed: int,
     calibration_tokens: int,
     held_out_tokens: int,
+    memory_limit: float | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Write MODEL as a bundle that runs on a device.
 
     With --task alone this is the whole road: three quarters of the lines choose the experts,
-    one quarter judges the result. Without --task the model is exported as it is.
+    one quarter judges the result. Without --task the model is exported as it is. A checkpoint
+    larger than memory is read layer by layer; when that is interrupted, the same command goes
+    on from what is finished.
     """
     needs("export", "ort")
     from edgemoe_exporters.export import export_bundle
@@ -90,6 +100,7 @@ def export(
         seed=seed,
         calibration_tokens=calibration_tokens,
         held_out_tokens=held_out_tokens,
+        memory_limit_bytes=None if memory_limit is None else int(memory_limit * 1e9),
     )
     exported = export_bundle(request, on_stage=_show_stage)
     report(exported.to_json(), _text(exported), as_json=as_json)

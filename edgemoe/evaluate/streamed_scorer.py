@@ -9,12 +9,12 @@ from edgemoe.models.streamed_pass import Batch, run_batches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     import torch
 
     from edgemoe.evaluate.scorer import Logprobs, Request
     from edgemoe.models.opening import StreamedModel
+    from edgemoe.resume import WorkDirectory
 
 
 class StreamedScorer:
@@ -25,15 +25,15 @@ class StreamedScorer:
     by the rounding of float32.
     """
 
-    def __init__(self, streamed: StreamedModel, directory: Path) -> None:
+    def __init__(self, streamed: StreamedModel, work: WorkDirectory) -> None:
         """Wrap a checkpoint.
 
         Args:
             streamed: The checkpoint.
-            directory: An existing directory for what layers returned.
+            work: For what layers returned.
         """
         self._streamed = streamed
-        self._directory = directory
+        self._work = work
 
     @property
     def max_length(self) -> int:
@@ -83,5 +83,7 @@ class StreamedScorer:
                 targets = requests[one].continuations[choice]
                 results[one].append(gather(row[start : start + len(targets)], targets))
 
-        run_batches(self._streamed, batches, take, self._directory, description="evaluate")
+        run_batches(
+            self._streamed, batches, take, self._work, name="score", description="evaluate"
+        )
         return results

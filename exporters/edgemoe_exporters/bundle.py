@@ -28,6 +28,7 @@ from edgemoe.progress import track
 from edgemoe_exporters.config_file import write_config
 from edgemoe_exporters.deferred import SAME_BYTES
 from edgemoe_exporters.weight_files import ALIGNMENT_BYTES, Extent, Places, WeightSpool
+from edgemoe_exporters.weight_journal import Contents, WeightJournal
 from edgemoe_runtime.manifest_parts import FileEntry, SizeReport, TensorSpec
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class BundleWriter:
         directory: An empty directory, usually a staged one.
         tasks: Names of the tasks, in the order in which their graphs will be added.
         layouts: Per decoder layer, the order of the experts; where absent, nothing is stacked.
+        journal: What an interrupted export wrote there, in a file outside of the directory;
+            None where the bundle is written in one go.
 
     Raises:
         ExportError: A task's name cannot be a file's name.
@@ -70,13 +73,15 @@ class BundleWriter:
         directory: Path,
         tasks: Sequence[str],
         layouts: Mapping[int, StackLayout] | None = None,
+        journal: Path | None = None,
     ) -> None:
         check_task_names(tasks)
         self._directory = directory
         self._tasks = tuple(tasks)
         self._layouts = dict(layouts or {})
         self._graphs: dict[str, tuple[ir.Model, list[tuple[ir.Value, Extent]]]] = {}
-        self._spool = WeightSpool(directory)
+        self._journal = WeightJournal(journal)
+        self._spool = WeightSpool(directory, self._journal)
         self.separate_stacks: list[str] = []
 
     def __enter__(self) -> BundleWriter:
@@ -128,6 +133,7 @@ class BundleWriter:
             stored[str(value.name)] = extent
             extents.append((value, extent))
             _point(value, tensor, "weights.spool", 0, extent.length)
+        self._spool.sync()
         self._graphs[task] = (model, extents)
 
     def finish(self) -> SizeReport:
@@ -160,24 +166,32 @@ class BundleWriter:
         )
 
     def _store(self, task: str, value: ir.Value, tensor: ir.TensorProtocol) -> Extent:
-        data = _bytes_of(tensor)
+        name = str(value.name)
+        contents = self._journal.recall(task, name)
+        data = None if contents is not None else _bytes_of(tensor)
+        length = tensor.nbytes
         layer = _stacked_layer(value, tensor)
         layout = None if layer is None else self._layouts.get(layer)
-        if layout is None:
-            return self._spool.put(task, data)
-        count = layout.windows[task].count
-        if tensor.shape[0] != count or len(data) % count:
-            raise ExportError(
-                f"{value.name} must have the {count} experts of task {task} in layer {layer} "
-                f"as whole bytes on its first axis, got shape {list(tensor.shape)} of "
-                f"{tensor.dtype}. This is a defect of the lowering: please report it."
-            )
-        if len(data) // count % ALIGNMENT_BYTES:
-            # A window into the stack could begin at an address that engines do not take.
-            return self._spool.put(task, data)
-        extent, stacked = self._spool.put_stack(task, str(value.name), data, layout)
+        is_stack, parts = False, 1
+        if layout is not None:
+            count = layout.windows[task].count
+            if tensor.shape[0] != count or length % count:
+                raise ExportError(
+                    f"{name} must have the {count} experts of task {task} in layer {layer} "
+                    f"as whole bytes on its first axis, got shape {list(tensor.shape)} of "
+                    f"{tensor.dtype}. This is a defect of the lowering: please report it."
+                )
+            # A window into the stack must begin at an address that engines take.
+            is_stack = length // count % ALIGNMENT_BYTES == 0
+            parts = count if is_stack else 1
+        if contents is None:
+            assert data is not None
+            contents = Contents.of(data, parts)
+        if layout is None or not is_stack:
+            return self._spool.put(task, name, contents, data)
+        extent, stacked = self._spool.put_stack(task, name, contents, data, layout)
         if not stacked:
-            self.separate_stacks.append(f"{task}: {value.name}")
+            self.separate_stacks.append(f"{task}: {name}")
         return extent
 
     def _write_graph(

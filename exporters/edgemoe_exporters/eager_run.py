@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load, save
 
 from edgemoe.models.hooks import observe
 from edgemoe.models.routers import is_near_tie
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
@@ -71,6 +72,16 @@ class EagerRows:
                 routing.logits, layer.correction_bias, layer.rule, layer.top_k
             )
 
+    def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the ties so far; see :class:`edgemoe.models.streamed_pass.PassState`."""
+        return {str(number): tied.numpy() for number, tied in enumerate(self._tied)}
+
+    def restore(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Take the ties that an earlier process noted."""
+        self._tied = [
+            torch.from_numpy(arrays[str(number)].copy()) for number in range(len(self.rows))
+        ]
+
     def take(self, number: int, logits: torch.Tensor) -> None:
         """Take the logits of the next batch.
 
@@ -94,6 +105,49 @@ class EagerRows:
                 self.rows, _SCHEDULES, self._logits, self._tied, strict=True
             )
         ]
+
+
+def runs_to_bytes(runs: Sequence[EagerRun]) -> bytes:
+    """Store runs.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        A safetensors file.
+    """
+    arrays = {
+        f"{number}/{name}": np.ascontiguousarray(array)
+        for number, run in enumerate(runs)
+        for name, array in (
+            ("ids", run.ids),
+            ("steps", np.array(run.steps)),
+            ("logits", run.logits),
+            ("decided", run.decided),
+        )
+    }
+    return save(arrays)
+
+
+def runs_from_bytes(content: bytes) -> list[EagerRun]:
+    """Read what :func:`runs_to_bytes` stored.
+
+    Args:
+        content: A safetensors file.
+
+    Returns:
+        The runs.
+    """
+    arrays = load(content)
+    return [
+        EagerRun(
+            arrays[f"{number}/ids"],
+            tuple(arrays[f"{number}/steps"].tolist()),
+            arrays[f"{number}/logits"],
+            arrays[f"{number}/decided"],
+        )
+        for number in range(len(arrays) // 4)
+    ]
 
 
 def run_eager(model: MoeModel, ids: Sequence[int]) -> list[EagerRun]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgemoe.evaluate.evaluation import evaluate
-from edgemoe.models.checkpoint import load_tokenizer, read_shape
+from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.prune.keep import count_kept
 from edgemoe.prune.plan import Plan
 from edgemoe.prune.registry import make_plan
-from edgemoe.staging import require_space, staged_directory
+from edgemoe.staging import require_space
 from edgemoe.tasks import TaskFile
 from edgemoe_exporters import lower_ort, lower_tensorrt
 from edgemoe_exporters.bundle import (
@@ -38,7 +39,10 @@ from edgemoe_exporters.prepare import check_exportable
 from edgemoe_exporters.quality import judge_quality, split_task
 from edgemoe_exporters.quantize_once import remembering
 from edgemoe_exporters.request import ExportReport, ExportRequest, TaskReport
-from edgemoe_exporters.source import open_source
+from edgemoe_exporters.source import open_larger
+from edgemoe_exporters.source_in_memory import SourceInMemory
+from edgemoe_exporters.source_streamed import StreamedSource
+from edgemoe_exporters.steps import key_of, open_steps
 from edgemoe_exporters.task_experts import (
     KEEP_ALL,
     count_parameters,
@@ -58,13 +62,16 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from tokenizers import Tokenizer
 
+    from edgemoe.calibrate.statistics import Statistics
     from edgemoe.evaluate.evaluation import Evaluation
     from edgemoe.evaluate.scorer import Scorer
     from edgemoe.models.contract import MoeModel
+    from edgemoe.models.opening import StreamedModel
     from edgemoe_exporters.eager_run import EagerRun
     from edgemoe_exporters.graph_calls import Runner
     from edgemoe_exporters.sharing import StackLayout
     from edgemoe_exporters.source import ModelSource
+    from edgemoe_exporters.steps import Steps
     from edgemoe_exporters.targets import Target
     from edgemoe_runtime.manifest_parts import ExpertGroup, KvCache, SizeReport, TensorSpec
 
@@ -108,40 +115,45 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
     shape = read_shape(request.model)
     check_exportable(request.model, precision)
     # What no later stage could carry out is refused before anything is loaded or calibrated.
-    hashes = FileHashes(request.model)
-    checkpoint = hashes.fingerprint() if data.plans else None
     for plan in data.plans.values():
-        plan.validate(shape, checkpoint)
+        plan.validate(shape)
     if target.flavour == "ort":
         check_block_sizes(shape, precision)
     counts = count_kept(shape, keep=request.keep_or_default) if request.pruned_here else ()
     tokenizer = load_tokenizer(request.model)
-    with staged_directory(request.output, force=request.force) as staged:
-        copy_model_files(request.model, staged)
-        on_stage("open the checkpoint")
-        limit = request.memory_limit_bytes
-        limit = default_limit() if limit is None else limit
-        source = open_source(request.model, staged, limit, hashes)
-        if checkpoint is not None:
-            # Reading a large checkpoint only to hash it takes as long as copying it.
-            source.moe.sha256 = checkpoint
+    limit = request.memory_limit_bytes
+    limit = default_limit() if limit is None else limit
+    on_stage("open the checkpoint")
+    larger = open_larger(request.model, limit)
+    hashes = FileHashes(request.model)
+    key = key_of(request, precision, hashes, data.files, data.plans)
+    with open_steps(request, key, kept=larger is not None) as steps:
+        checkpoint = steps.fingerprint(hashes) if data.plans else None
+        for plan in data.plans.values():
+            plan.validate(shape, checkpoint)
+        copy_model_files(request.model, steps.staged)
+        source = _open(request.model, larger, steps, hashes)
         parameters = sum(parameter.numel() for parameter in source.moe.model.parameters())
-        require_space(staged, int(parameters * _BYTES_PER_PARAMETER[precision]))
+        bytes_per_parameter = _BYTES_PER_PARAMETER[precision]
+        written = steps.written_bytes()
+        require_space(steps.staged, int(parameters * bytes_per_parameter) - written)
         road = _Road(
-            request, target, precision, staged, source, tokenizer, data, on_stage, limit
+            request, target, precision, steps, source, tokenizer, data, on_stage, limit
         )
         plans = road.choose_plans(counts)
         before = road.evaluate_before()
         layouts = lay_out_plans(plans, shape)
-        needed = count_parameters(source.moe, plans, layouts) * _BYTES_PER_PARAMETER[precision]
+        needed = count_parameters(source.moe, plans, layouts) * bytes_per_parameter
         # Several tasks' weights lie in one file until it is known who reads what, and what was
         # quantised is remembered in another.
-        require_space(staged, int(needed * (3 if len(plans) > 1 else 1)))
+        require_space(steps.staged, int(needed * (3 if len(plans) > 1 else 1)) - written)
         graphs = road.write_graphs(plans, layouts)
         reports = {name: road.judge(name, graphs.eager[name], before) for name in plans}
+        # Reading a large checkpoint only to hash it takes as long as copying it.
+        source.moe.sha256 = steps.fingerprint(hashes)
         road.write_manifest(plans, layouts, graphs, reports)
         on_stage("verify the bundle")
-        verify_bundle(staged, hashes=False)
+        verify_bundle(steps.staged, hashes=False)
     return ExportReport(
         output=request.output,
         target=target.name,
@@ -156,10 +168,20 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
     )
 
 
+def _open(
+    path: Path, larger: StreamedModel | None, steps: Steps, hashes: FileHashes
+) -> ModelSource:
+    if larger is None:
+        return SourceInMemory(load_model(path))
+    assert steps.work is not None
+    return StreamedSource(larger, path, steps.work, hashes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _TaskData:
     """The files of the request, read and checked."""
 
+    files: Mapping[str, TaskFile]
     calibration: Mapping[str, TaskFile]
     held_out: Mapping[str, TaskFile]
     plans: Mapping[str, Plan]
@@ -169,6 +191,7 @@ class _TaskData:
         files = {name: TaskFile.load(name, path) for name, path in request.tasks.items()}
         splits = {name: split_task(files[name]) for name in request.pruned_here}
         return cls(
+            files=files,
             calibration={name: split[0] for name, split in splits.items()},
             held_out={
                 name: splits[name][1] if name in splits else file
@@ -197,7 +220,7 @@ class _Road:
     request: ExportRequest
     target: Target
     precision: str
-    staged: Path
+    steps: Steps
     source: ModelSource
     tokenizer: Tokenizer
     data: _TaskData
@@ -220,9 +243,7 @@ class _Road:
                 plans[name] = self.data.plans[name]
             elif name in self.data.calibration and counts != self.model.experts_per_layer:
                 self.say(f"choose the experts for {name}")
-                statistics = self.source.collect(
-                    self.data.calibration[name], self.tokenizer, self.request.calibration_tokens
-                )
+                statistics = self.steps.statistics(name, partial(self._collect, name))
                 plans[name] = make_plan(
                     statistics, name, self.request.method, counts, seed=self.request.seed
                 )
@@ -235,7 +256,9 @@ class _Road:
         scores = {}
         for name, held_out in self.data.held_out.items():
             self.say(f"evaluate the checkpoint on {name}")
-            scores[name] = self._evaluate(self.source.scorer(), held_out)
+            scores[name] = self.steps.evaluation(
+                name, "before", partial(self._evaluate, self.source.scorer(), held_out)
+            )
         return scores
 
     def write_graphs(
@@ -247,12 +270,17 @@ class _Road:
         self.say("trace the model")
         traced = trace(self.model)
         several = len(plans) > 1
-        memory = remembering(self.staged) if several else contextlib.nullcontext()
-        with memory, BundleWriter(self.staged, tuple(plans), layouts) as writer:
+        memory = remembering(self.steps.staged) if several else contextlib.nullcontext()
+        writing = BundleWriter(
+            self.steps.staged, tuple(plans), layouts, journal=self.steps.journal
+        )
+        with memory, writing as writer:
             for name, plan in plans.items():
                 self.say(f"make the graph of {name}")
                 with self.source.of_task(plan, layouts, name) as small:
-                    eager[name] = small.run_eager(self._parity_tokens(name))
+                    eager[name] = self.steps.eager(
+                        name, partial(small.run_eager, self._parity_tokens(name))
+                    )
                     lowered = lower(small.bind(traced), self.precision)
                     if self.target.flavour == "ort":
                         # optimum does not know this input, and opens bundles all the same.
@@ -277,15 +305,18 @@ class _Road:
     ) -> TaskReport:
         """Compare a written graph with the eager model, and its score with the one before."""
         self.say(f"compare the graph of {name} with the eager model")
-        runner = self._open_graph(self.staged / f"{name}.onnx")
-        parity = measure_parity(runner, eager, self.full_k)
+        runner = self._open_graph(self.steps.staged / f"{name}.onnx")
+        parity = self.steps.parity(name, partial(measure_parity, runner, eager, self.full_k))
         check_parity(parity, self.precision, name)
         quality = None
         if name in before:
             self.say(f"evaluate the graph of {name}")
             held_out = self.data.held_out[name]
             longest = int(self.model.config.max_position_embeddings)
-            after = self._evaluate(GraphScorer(runner, self.full_k, longest), held_out)
+            scorer = GraphScorer(runner, self.full_k, longest)
+            after = self.steps.evaluation(
+                name, "after", partial(self._evaluate, scorer, held_out)
+            )
             quality = judge_quality(held_out, before[name], after, self.request.max_drop)
         return TaskReport(parity=parity, quality=quality)
 
@@ -294,7 +325,7 @@ class _Road:
         if weight_bytes(path) <= self.limit:
             return GraphRunner(path)
         # Kernels may keep a second copy of a slice's matrices.
-        return SlicedRunner(path, self.limit // 4)
+        return SlicedRunner(path, self.limit // 4, self.steps.work)
 
     def write_manifest(
         self,
@@ -327,8 +358,8 @@ class _Road:
             outputs=graphs.outputs,
             k_ladder=(KRung(name="full", k_cap=self.full_k),),
             size=graphs.size,
-            files=list_files(self.staged),
-        ).save(self.staged)
+            files=list_files(self.steps.staged),
+        ).save(self.steps.staged)
 
     def _experts(
         self, name: str, plan: Plan, layouts: Mapping[int, StackLayout]
@@ -337,6 +368,10 @@ class _Road:
         listed = list_experts(plan, layouts, name)
         in_order = tuple(tuple(range(count)) for count in self.model.experts_per_layer)
         return None if listed == in_order else listed
+
+    def _collect(self, name: str) -> Statistics:
+        limit = self.request.calibration_tokens
+        return self.source.collect(self.data.calibration[name], self.tokenizer, limit)
 
     def _evaluate(self, scorer: Scorer, task: TaskFile) -> Evaluation:
         return evaluate(scorer, task, self.tokenizer, max_tokens=self.request.held_out_tokens)

@@ -9,12 +9,14 @@ the slice's layers lives as long as the slice.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnxruntime
+from safetensors.numpy import load_file, save_file
 
 from edgemoe.errors import ExportError
 from edgemoe.progress import counting
@@ -24,10 +26,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from edgemoe.resume import WorkDirectory
     from edgemoe_exporters.graph_calls import Call
 
     Arrays = dict[str, np.ndarray[Any, Any]]
 
+_PREFIX = "slices-"
+_PROGRESS = f"{_PREFIX}progress.json"
 _PAST, _PRESENT = "past_key_values.", "present."
 _FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 
@@ -53,13 +58,18 @@ class SlicedRunner:
     Args:
         path: The graph; its weights lie beside it.
         budget_bytes: Weights of a slice; one that cannot be cut may have more.
+        work: Where what slices gave is kept, so that calls that were interrupted go on after
+            the last finished one; nothing is left there when they have ended.
 
     Attributes:
         slices: How it is cut.
         slice_count: Their number.
     """
 
-    def __init__(self, path: Path, budget_bytes: int) -> None:
+    def __init__(
+        self, path: Path, budget_bytes: int, work: WorkDirectory | None = None
+    ) -> None:
+        self._work = work
         self._folder = path.parent
         self._name = path.name
         self._model = onnx.load(str(path), load_external_data=False)
@@ -88,8 +98,11 @@ class SlicedRunner:
             for call, total in zip(calls, totals, strict=True)
         ]
         last = last_uses(calls)
-        with counting(len(self.slices) * len(calls), "run the graph in slices") as advance:
-            for one in self.slices:
+        kept = _Kept(self._work, self._digest(calls, k_cap))
+        first, given = kept.recall(given)
+        slices = self.slices[first:]
+        with counting(len(slices) * len(calls), "run the graph in slices") as advance:
+            for index, one in enumerate(slices, start=first):
                 session = self._open(one, given[0])
                 wanted = [value.name for value in session.get_outputs()]
                 caches: dict[int, Arrays] = {}
@@ -116,6 +129,17 @@ class SlicedRunner:
                         take(number, logits.astype(np.float32))
                     advance()
                 del session
+                if one is not self.slices[-1]:
+                    kept.keep(index + 1, given)
+        kept.remove()
+
+    def _digest(self, calls: Sequence[Call], k_cap: Sequence[int]) -> str:
+        slices = [(one.start, one.stop) for one in self.slices]
+        digest = hashlib.sha256(f"{self._name} {slices} {list(k_cap)}\n".encode())
+        for call in calls:
+            digest.update(f"{call.ids.shape} {call.after}\n".encode())
+            digest.update(np.ascontiguousarray(call.ids).data)
+        return digest.hexdigest()
 
     def _inputs_of(self, call: Call, total: int, k_cap: Sequence[int]) -> Arrays:
         batch, new = call.ids.shape
@@ -251,6 +275,55 @@ class SlicedRunner:
                 f"onnxruntime {onnxruntime.__version__} must open a slice of {self._name}, got "
                 f"{error}. Install a tested version, or report it with the model's name."
             ) from error
+
+
+class _Kept:
+    """What finished slices hand on, in files."""
+
+    def __init__(self, work: WorkDirectory | None, digest: str) -> None:
+        self._work = work
+        self._digest = digest
+
+    def recall(self, given: list[Arrays]) -> tuple[int, list[Arrays]]:
+        """Return how many slices are finished, and what the next one is given."""
+        done = None if self._work is None else self._work.read(_PROGRESS)
+        if self._work is None or done is None or done["digest"] != self._digest:
+            self.remove()
+            return 0, given
+        count = int(done["slices_done"])
+        arrays = load_file(self._work.path / _given_name(count))
+        recalled: list[Arrays] = [{} for _ in given]
+        for key, array in arrays.items():
+            number, _, name = key.partition("/")
+            recalled[int(number)][name] = array
+        return count, recalled
+
+    def keep(self, count: int, given: list[Arrays]) -> None:
+        """Note that so many slices are finished."""
+        if self._work is None:
+            return
+        name = _given_name(count)
+        new = self._work.path / f"{name}.new"
+        arrays = {
+            f"{number}/{key}": np.asarray(array, order="C")
+            for number, arrays in enumerate(given)
+            for key, array in arrays.items()
+        }
+        save_file(arrays, new)
+        self._work.commit(new, name)
+        self._work.write(_PROGRESS, {"digest": self._digest, "slices_done": count})
+        self._work.remove(_given_name(count - 1))
+
+    def remove(self) -> None:
+        """Forget the calls."""
+        if self._work is not None:
+            self._work.remove(_PROGRESS)
+            for path in self._work.path.glob(f"{_PREFIX}*"):
+                self._work.remove(path.name)
+
+
+def _given_name(count: int) -> str:
+    return f"{_PREFIX}given-{count:05}.safetensors"
 
 
 def weight_bytes(path: Path) -> int:

@@ -10,10 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from edgemoe.errors import StreamingError
-from edgemoe.models.checkpoint import load_model
 from edgemoe.models.opening import open_streamed
-from edgemoe_exporters.source_in_memory import SourceInMemory
-from edgemoe_exporters.source_streamed import StreamedSource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.evaluate.scorer import Scorer
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.fingerprint import FileHashes
+    from edgemoe.models.opening import StreamedModel
     from edgemoe.prune.plan import Plan
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.eager_run import EagerRun
@@ -91,18 +88,15 @@ class ModelSource(Protocol):
         ...
 
 
-def open_source(path: Path, work: Path, limit_bytes: int, hashes: FileHashes) -> ModelSource:
-    """Open a checkpoint as its size allows.
+def open_larger(path: Path, limit_bytes: int) -> StreamedModel | None:
+    """Open a checkpoint to be streamed, if it is too large to be loaded.
 
     Args:
         path: Checkpoint directory.
-        work: An existing directory for what passes over a streamed model leave for each other;
-            nothing is left there.
         limit_bytes: Size of the largest model that is loaded whole, in float32.
-        hashes: Of the checkpoint's files, as far as they are known.
 
     Returns:
-        The source.
+        The checkpoint; None where it is to be loaded.
 
     Raises:
         CheckpointError: The checkpoint is missing, unsafe or inconsistent.
@@ -112,8 +106,6 @@ def open_source(path: Path, work: Path, limit_bytes: int, hashes: FileHashes) ->
         streamed = open_streamed(path)
     except StreamingError:
         # Its layers cannot be told apart: it has to fit.
-        return SourceInMemory(load_model(path))
+        return None
     parameters = sum(parameter.numel() for parameter in streamed.moe.model.parameters())
-    if parameters * _BYTES_PER_PARAMETER <= limit_bytes:
-        return SourceInMemory(load_model(path))
-    return StreamedSource(streamed, path, work, hashes)
+    return streamed if parameters * _BYTES_PER_PARAMETER > limit_bytes else None

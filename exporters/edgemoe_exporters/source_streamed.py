@@ -48,14 +48,14 @@ class StreamedSource:
     is_streamed = True
 
     def __init__(
-        self, streamed: StreamedModel, path: Path, work: Path, hashes: FileHashes
+        self, streamed: StreamedModel, path: Path, work: WorkDirectory, hashes: FileHashes
     ) -> None:
         """Take an open checkpoint.
 
         Args:
             streamed: The checkpoint.
             path: Its directory.
-            work: An existing directory for what layers returned; nothing is left there.
+            work: For what layers returned; nothing is left there.
             hashes: Of its files, as far as they are known.
         """
         self.moe = streamed.moe
@@ -68,15 +68,18 @@ class StreamedSource:
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
         """Measure a task."""
-        work = WorkDirectory(self._work)
-        folder = WorkDirectory(work.empty_directory("calibration"))
-        try:
-            statistics = collect_streamed(
-                self._streamed, [task], tokenizer, folder, self._hashes, max_tokens=max_tokens
-            )
-        finally:
-            work.remove(folder.path.name)
-        self.moe.sha256 = statistics.checkpoint_sha256
+        # What an interrupted export left there is of the task that comes next.
+        folder = self._work.path / f"calibration-{task.name}"
+        folder.mkdir(exist_ok=True)
+        statistics = collect_streamed(
+            self._streamed,
+            [task],
+            tokenizer,
+            WorkDirectory(folder),
+            self._hashes,
+            max_tokens=max_tokens,
+        )
+        self._work.remove(folder.name)
         return statistics
 
     def scorer(self) -> StreamedScorer:
@@ -93,7 +96,7 @@ class StreamedSource:
             layer.index: order_experts(layer_plan, layouts.get(layer.index), task)
             for layer, layer_plan in zip(self.moe.layers, plan.layers, strict=True)
         }
-        yield StreamedTask(self._streamed, experts, self._work)
+        yield StreamedTask(self._streamed, experts, self._work, task)
 
 
 class StreamedTask:
@@ -103,17 +106,20 @@ class StreamedTask:
         self,
         streamed: StreamedModel,
         experts: Mapping[int, Sequence[MergedExpert]],
-        work: Path,
+        work: WorkDirectory,
+        name: str,
     ) -> None:
         """Take a checkpoint and what to do to it.
 
         Args:
             streamed: The checkpoint.
             experts: By decoder layer, in the order of the graph.
-            work: An existing directory for what layers returned.
+            work: For what layers returned.
+            name: The task.
         """
         self._streamed = streamed
         self._work = work
+        self._name = name
         self._changes = {
             layer.index: (layer, experts[layer.index])
             for layer in streamed.moe.layers
@@ -162,9 +168,11 @@ class StreamedTask:
                 batches,
                 asked.take,
                 self._work,
+                name=f"eager {self._name}",
                 description="run the checkpoint",
                 inside=self._changed,
                 on_batch=set_current,
+                state=asked,
             )
         return asked.runs()
 

@@ -8,17 +8,19 @@ where all of it belongs in one file, which is the usual case, and by a copy othe
 
 from __future__ import annotations
 
-import hashlib
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from edgemoe.errors import OutputError
 from edgemoe.staging import require_space
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from types import TracebackType
 
     from edgemoe_exporters.sharing import StackLayout
+    from edgemoe_exporters.weight_journal import Contents, WeightJournal
 
 ALIGNMENT_BYTES = 64  # one cache line; onnxruntime maps files and uses the address as it is
 SHARED_FILE = "shared.onnx.data"
@@ -70,16 +72,22 @@ class WeightSpool:
 
     Args:
         directory: Where the files are written.
+        journal: What an earlier process wrote there, and what this one writes.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, journal: WeightJournal) -> None:
         self._directory = directory
         self._path = directory / "weights.spool"
+        self._journal = journal
         self._segments: list[_Segment] = []
         self._by_content: dict[tuple[int, bytes], int] = {}
         self._stacks: dict[tuple[str, int], int] = {}
         self._end = 0
-        self._file: BinaryIO = self._path.open("w+b")
+        # An earlier process that wrote everything left no spool.
+        self._is_finished = journal.has_earlier and not self._path.exists()
+        path = Path(os.devnull) if self._is_finished else self._path
+        # Closed with this object.
+        self._file: BinaryIO = path.open("r+b" if journal.has_earlier else "w+b")
 
     def __enter__(self) -> WeightSpool:
         return self
@@ -91,36 +99,41 @@ class WeightSpool:
         traceback: TracebackType | None,
     ) -> None:
         self._file.close()
-        self._path.unlink(missing_ok=True)
+        if not self._journal.is_kept:
+            self._path.unlink(missing_ok=True)
 
-    def put(self, task: str, data: memoryview) -> Extent:
+    def put(self, task: str, name: str, contents: Contents, data: memoryview | None) -> Extent:
         """Store a tensor of ``task``, unless the same bytes are stored already.
 
         Args:
             task: Whose tensor it is.
-            data: Its bytes, uint8 ``[length]``, at least one.
+            name: Its name.
+            contents: What its bytes are.
+            data: The bytes, uint8 ``[length]``, at least one; None where an earlier process
+                wrote them.
 
         Returns:
             Where it is in the spool.
         """
-        content = (len(data), hashlib.sha256(data).digest())
-        index = self._by_content.get(content)
-        if index is None:
-            index = self._reserve(len(data))
-            self._by_content[content] = index
-            self._write(self._segments[index].spool_offset, data)
-        self._segments[index].use(task, 0, len(data))
-        return Extent(index, 0, len(data))
+        extent = self._put(task, contents, data)
+        self._note(task, name, contents, data)
+        return extent
 
     def put_stack(
-        self, task: str, name: str, data: memoryview, layout: StackLayout
+        self,
+        task: str,
+        name: str,
+        contents: Contents,
+        data: memoryview | None,
+        layout: StackLayout,
     ) -> tuple[Extent, bool]:
         """Store a tensor whose first axis are the experts of ``task``, in the layout's order.
 
         Args:
             task: Whose tensor it is.
             name: What makes it the same tensor in another task's graph.
-            data: Its bytes, uint8 ``[length]``; the length is a multiple of the expert count.
+            contents: What its bytes are, in a part for each expert.
+            data: The bytes, uint8 ``[length]``; None where an earlier process wrote them.
             layout: How the experts of this layer are stored.
 
         Returns:
@@ -128,33 +141,44 @@ class WeightSpool:
             another task stored differs in its bytes, and the whole tensor is stored apart.
         """
         window = layout.windows[task]
-        size = len(data) // window.count
-        parts = [data[i * size : (i + 1) * size] for i in range(window.count)]
-        digests = [hashlib.sha256(part).digest() for part in parts]
+        size = contents.length // window.count
         index = self._stacks.get((name, size))
         if index is None:
-            index = self._reserve(size * len(layout.slots))
+            index = self._reserve(size * len(layout.slots), data)
             self._stacks[name, size] = index
             self._segments[index].slot_digests = [None] * len(layout.slots)
         segment = self._segments[index]
-        stored = segment.slot_digests[window.start : window.stop]
-        if any(old not in (None, new) for old, new in zip(stored, digests, strict=True)):
-            return self.put(task, data), False
-        for i, (old, part) in enumerate(zip(stored, parts, strict=True)):
-            if old is None:
+        slots = segment.slot_digests[window.start : window.stop]
+        pairs = list(zip(slots, contents.digests, strict=True))
+        if any(old not in (None, new) for old, new in pairs):
+            return self.put(task, name, contents, data), False
+        for i, (old, _) in enumerate(pairs):
+            if old is None and data is not None:
+                part = data[i * size : (i + 1) * size]
                 self._write(segment.spool_offset + (window.start + i) * size, part)
-        segment.slot_digests[window.start : window.stop] = digests
-        segment.use(task, window.start * size, len(data))
-        return Extent(index, window.start * size, len(data)), True
+        segment.slot_digests[window.start : window.stop] = contents.digests
+        segment.use(task, window.start * size, contents.length)
+        self._note(task, name, contents, data)
+        return Extent(index, window.start * size, contents.length), True
+
+    def sync(self) -> None:
+        """Let all that was stored reach the disk, where an interrupted export can go on."""
+        self._journal.sync(self._file)
 
     def finish(self) -> Places:
         """Write the final files.
 
         Returns:
             Where each extent is.
+
+        Raises:
+            OutputError: An earlier process wrote them, and they are not what it wrote.
         """
-        self._file.flush()
         places = Places(self._pieces(), [segment.spool_offset for segment in self._segments])
+        if self._is_finished:
+            self._check(places)
+            return places
+        self._file.flush()
         if places.unmoved and places.sizes:
             (name,) = places.sizes
             self._file.truncate(places.sizes[name])
@@ -168,8 +192,32 @@ class WeightSpool:
             self._path.unlink()
         return places
 
-    def _reserve(self, length: int) -> int:
-        require_space(self._directory, length)
+    def _put(self, task: str, contents: Contents, data: memoryview | None) -> Extent:
+        index = self._by_content.get(contents.key)
+        if index is None:
+            index = self._reserve(contents.length, data)
+            self._by_content[contents.key] = index
+            if data is not None:
+                self._write(self._segments[index].spool_offset, data)
+        self._segments[index].use(task, 0, contents.length)
+        return Extent(index, 0, contents.length)
+
+    def _note(self, task: str, name: str, contents: Contents, data: memoryview | None) -> None:
+        if data is not None:
+            self._journal.note(task, name, contents, self._file)
+
+    def _check(self, places: Places) -> None:
+        for name, size in places.sizes.items():
+            path = self._directory / name
+            if not path.exists() or path.stat().st_size != size:
+                raise OutputError(
+                    f"{path} must have the {size} bytes that an interrupted export wrote, got "
+                    "others. Pass --force to begin anew."
+                )
+
+    def _reserve(self, length: int, data: memoryview | None) -> int:
+        if data is not None:
+            require_space(self._directory, length)
         offset = _aligned(self._end)
         self._end = offset + length
         self._segments.append(_Segment(spool_offset=offset, length=length))
@@ -208,6 +256,8 @@ class WeightSpool:
                 left = piece.stop - piece.start
                 while left:
                     left -= target.write(self._file.read(min(left, _COPY_BYTES)))
+            target.flush()
+            os.fsync(target.fileno())
 
 
 class Places:

@@ -1,11 +1,12 @@
 """Run edgemoe again and again, killed at some file operation, until it may finish.
 
-    python killed_runs.py SEED KILLS WORK ARGUMENT...
+    python killed_runs.py SEED KILLS MOST WORK ARGUMENT...
 
 Each run is a fork of this process, which has imported everything and computed nothing yet. It
 kills itself with SIGKILL at an operation on the folder WORK or something in it, drawn at
-random; after KILLS runs it may finish, and WORK is the output with `.partial`. Prints one JSON
-list: for each run, whether it found a finished step of an earlier one.
+random from the first MOST; after KILLS runs it may finish, and WORK is the output with
+`.partial`. Prints one JSON list: for each run, whether it found a finished step of an earlier
+one.
 """
 
 from __future__ import annotations
@@ -20,11 +21,8 @@ from pathlib import Path
 
 import torch
 
-import edgemoe.calibrate.streamed
-import edgemoe.prune.apply_streamed  # noqa: F401  imported before the forks, not in each
+import edgemoe_exporters.export  # noqa: F401  imported before the forks, not in each
 from edgemoe.cli import main
-
-_MOST_OPERATIONS = 30
 
 
 def run(arguments: list[str], kill_at: int | None, work: str) -> None:
@@ -43,13 +41,13 @@ def run(arguments: list[str], kill_at: int | None, work: str) -> None:
     main(arguments)
 
 
-def repeat(seed: int, kills: int, work: Path, arguments: list[str]) -> list[bool]:
+def repeat(seed: int, kills: int, most: int, work: Path, arguments: list[str]) -> list[bool]:
     """Run until the command has finished, and tell of each run whether it went on."""
     draw = random.Random(seed)
     resumed: list[bool] = []
     while True:
-        kill_at = draw.randint(1, _MOST_OPERATIONS) if len(resumed) < kills else None
-        resumed.append(any(work.rglob("progress.json")))
+        kill_at = draw.randint(1, most) if len(resumed) < kills else None
+        resumed.append(any(work.rglob("*progress.json")) or any(work.glob("steps/*.*")))
         child = os.fork()
         if child == 0:
             run(arguments, kill_at, str(work))
@@ -73,5 +71,6 @@ def _remove(path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    told = repeat(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    given = sys.argv[1:]
+    told = repeat(int(given[0]), int(given[1]), int(given[2]), Path(given[3]), given[4:])
     sys.stdout.write(json.dumps(told) + "\n")

@@ -65,7 +65,7 @@ def test_refusals_come_before_the_checkpoint_is_opened(
     message: str,
 ) -> None:
     monkeypatch.setattr(
-        export, "open_source", lambda _: pytest.fail("the checkpoint was opened")
+        export, "load_model", lambda _: pytest.fail("the checkpoint was opened")
     )
     inputs = tmp_path / "inputs"
     inputs.mkdir()

@@ -129,6 +129,7 @@ def test_ten_kills_of_the_command_change_nothing(
                 str(KILLED_RUNS),
                 "3",
                 kills,
+                "30",
                 f"{arguments[0]}.partial",
                 *command,
                 *arguments,

@@ -87,7 +87,15 @@ def test_ten_kills_change_nothing(
     command = ["calibrate", str(path), *given, "-o", str(tmp_path / "statistics")]
 
     done = subprocess.run(
-        [sys.executable, str(KILLED_RUNS), str(seed), "10", f"{command[-1]}.partial", *command],
+        [
+            sys.executable,
+            str(KILLED_RUNS),
+            str(seed),
+            "10",
+            "30",
+            f"{command[-1]}.partial",
+            *command,
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -101,7 +109,7 @@ def test_ten_kills_change_nothing(
     again = tmp_path / "again"
     command[-1] = str(again)
     subprocess.run(
-        [sys.executable, str(KILLED_RUNS), "0", "0", f"{again}.partial", *command],
+        [sys.executable, str(KILLED_RUNS), "0", "0", "1", f"{again}.partial", *command],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,

@@ -13,6 +13,7 @@ from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models.checkpoint import load_model
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.tiny import write_tiny_checkpoint
+from edgemoe.resume import WorkDirectory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +27,7 @@ def test_scores_are_those_of_the_whole_model(family: str, tmp_path: Path) -> Non
     write_tiny_checkpoint(family, tmp_path / "tiny")
     (tmp_path / "work").mkdir()
     streamed = open_streamed(tmp_path / "tiny")
-    scorer = StreamedScorer(streamed, tmp_path / "work")
+    scorer = StreamedScorer(streamed, WorkDirectory(tmp_path / "work"))
     whole = TorchScorer(load_model(tmp_path / "tiny"))
     assert scorer.max_length == whole.max_length
     for (one,), (other,) in zip(scorer.score(TEXTS), whole.score(TEXTS), strict=True):

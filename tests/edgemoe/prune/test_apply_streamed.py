@@ -134,6 +134,7 @@ def test_ten_kills_change_nothing(
             str(KILLED_RUNS),
             str(seed),
             "10",
+            "40",
             f"{tmp_path}/killed.partial",
             *command,
         ],
