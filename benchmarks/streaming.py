@@ -8,8 +8,8 @@ bytes stands beside them. Run it from the repository's root::
 
     python benchmarks/streaming.py WORK_DIRECTORY --layers 24 --memory-gib 6
 
-The directory must have room for the checkpoint, one shard more, the pruned checkpoint and a
-bundle; it is emptied of them afterwards unless --keep-files is given. The limit is a memory
+The directory must have room for the checkpoint, one shard more and the pruned checkpoint; all
+are removed when they are no longer needed, unless --keep-files is given. The limit is a memory
 control group (version 1, where the process may make one: it counts page cache too, which the
 kernel gives back under pressure), or else RLIMIT_DATA, which counts what the process allocates.
 """
@@ -55,12 +55,14 @@ class Step:
         arguments: Arguments of ``edgemoe``.
         model: Checkpoint that it reads.
         copied: Checkpoint whose ``cp`` stands beside it.
+        dropped: What is removed before the next command, for room.
     """
 
     name: str
     arguments: list[str]
     model: Path
     copied: Path
+    dropped: Path | None = None
 
 
 @dataclass
@@ -206,7 +208,7 @@ def make_steps(work: Path, keep: float, exports: Sequence[str]) -> list[Step]:
     Args:
         work: Directory of all files.
         keep: Fraction of the experts that the plan keeps.
-        exports: What the whole checkpoint is exported for, each ``TARGET:PRECISION``.
+        exports: What it is exported for with the plan, each ``TARGET:PRECISION``.
 
     Returns:
         The commands.
@@ -216,17 +218,18 @@ def make_steps(work: Path, keep: float, exports: Sequence[str]) -> list[Step]:
     stats, plan = str(work / "statistics"), str(work / "plan.json")
     task = f"--task=random={work / 'random.jsonl'}"
     method = ["--task=random", "--method=reap", f"--keep={keep}"]
-    bundle = ["-o", str(work / "bundle"), "--force"]
+    bundle = ["-o", str(work / "bundle"), "--plan", f"random={plan}"]
     return [
         Step("calibrate", ["calibrate", model, task, "-o", stats], source, source),
         Step("prune", ["prune", model, "--stats", stats, *method, "-o", plan], source, source),
-        Step("apply", ["apply", model, "--plan", plan, "-o", pruned], source, result),
+        Step("apply", ["apply", model, "--plan", plan, "-o", pruned], source, result, result),
         *(
             Step(
                 f"export {target} {precision}",
                 ["export", model, "--target", target, "--precision", precision, *bundle],
                 source,
                 source,
+                work / "bundle",
             )
             for target, _, precision in (each.partition(":") for each in exports)
         ),
@@ -382,6 +385,8 @@ def main(
             row.cp_seconds = time_copy(step.copied, work / "copy")
             rows.append(row)
             click.echo(str(row), err=True)
+            if step.dropped is not None and not keep_files:
+                shutil.rmtree(step.dropped)
         click.echo(to_table(rows))
         if csv_path is not None:
             with csv_path.open("w", newline="", encoding="utf-8") as stream:

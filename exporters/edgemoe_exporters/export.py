@@ -45,6 +45,7 @@ from edgemoe_exporters.source_streamed import StreamedSource
 from edgemoe_exporters.steps import key_of, open_steps
 from edgemoe_exporters.task_experts import (
     KEEP_ALL,
+    count_least_parameters,
     count_parameters,
     keep_all,
     lay_out_plans,
@@ -136,7 +137,14 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         parameters = sum(parameter.numel() for parameter in source.moe.model.parameters())
         bytes_per_parameter = _BYTES_PER_PARAMETER[precision]
         written = steps.written_bytes()
-        require_space(steps.staged, int(parameters * bytes_per_parameter) - written)
+        kept = [
+            data.plans[name].experts_per_layer
+            if name in data.plans
+            else counts or shape.experts_per_layer
+            for name in request.names
+        ]
+        least = count_least_parameters(source.moe, kept) * bytes_per_parameter
+        require_space(steps.staged, int(least) - written)
         road = _Road(
             request, target, precision, steps, source, tokenizer, data, on_stage, limit
         )

@@ -96,6 +96,23 @@ def count_parameters(
     return total
 
 
+def count_least_parameters(model: MoeModel, kept: Sequence[Sequence[int]]) -> int:
+    """Count the parameters that a bundle stores at least, before experts are chosen.
+
+    Args:
+        model: The whole model, possibly on the meta device.
+        kept: Experts of each MoE layer that each task keeps.
+
+    Returns:
+        Those of the backbone, and in each layer those of the task that keeps most experts.
+    """
+    total = sum(int(parameter.numel()) for parameter in model.model.parameters())
+    for layer, counts in zip(model.layers, zip(*kept, strict=True), strict=True):
+        of_experts = sum(int(tensor.numel()) for tensor in layer.tensors().values())
+        total += of_experts * max(counts) // layer.num_experts - of_experts
+    return total
+
+
 @contextlib.contextmanager
 def compressed(
     model: MoeModel, plan: Plan, layouts: Mapping[int, StackLayout], task: str
