@@ -15,16 +15,17 @@ RAY := $(if $(filter x86_64 aarch64,$(shell uname -m)),$(shell echo ,)ray)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint bench wheel clean venv
+.PHONY: help demo test lint bench families wheel clean venv
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    carve, prune, export and run a Mixture-of-Experts model; results in demo/"
-	@echo "make test    run the tests"
-	@echo "make lint    ruff, mypy, pyright, import-linter"
-	@echo "make bench   speed of the demo's bundle beside transformers"
-	@echo "make wheel   build dist/*.whl"
-	@echo "make clean   remove demo/, dist/ and $(VENV)/"
+	@echo "make demo      carve, prune, export and run a Mixture-of-Experts model; results in demo/"
+	@echo "make test      run the tests"
+	@echo "make lint      ruff, mypy, pyright, import-linter"
+	@echo "make bench     speed of the demo's bundle beside transformers"
+	@echo "make families  try all model families, and write docs/families.md"
+	@echo "make wheel     build dist/*.whl"
+	@echo "make clean     remove demo/, dist/ and $(VENV)/"
 
 # Checked each time: another PYTHON= than that of $(VENV) is refused, not ignored.
 venv:
@@ -57,6 +58,9 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.demo
 	@$(BIN)/python examples/demo/run.py --prepare
 	@$(BIN)/python examples/demo/speed.py
+
+families: $(VENV)/.dev
+	@$(BIN)/edgemoe families --check --markdown docs/families.md
 
 wheel: $(VENV)/.dev
 	@$(BIN)/python -m build --outdir dist .

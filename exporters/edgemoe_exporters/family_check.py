@@ -37,7 +37,7 @@ _CAPABILITY = 86
 _LINES, _WORDS = 12, 20
 _RANK = 12
 
-# What is tried, in order; the last three are graphs.
+# What is tried, in order; the last four are graphs.
 STEPS: dict[str, str] = {
     "identity": "all experts kept give the same logits, bit by bit",
     "uniform": "as many experts in each layer, opened by plain transformers: same weights",
@@ -45,7 +45,8 @@ STEPS: dict[str, str] = {
     "factored": "the first of these factored by SVD, saved and opened again: same bits",
     "ort": "that checkpoint exported for onnxruntime in fp32: largest logit difference to "
     "eager transformers, over prefill and decode with the cache",
-    "tensorrt": "the same for TensorRT, run in onnxruntime",
+    "streamed": "the same as if it were larger than memory, one layer at a time: same bytes",
+    "tensorrt": "as *ort* for TensorRT, run in onnxruntime",
     "engine": "its TensorRT graph in fp16 built by TensorRT for RTX (SM 8.6)",
 }
 
@@ -123,6 +124,7 @@ class _Trial:
         yield "factored", self.factor
         if graphs:
             yield "ort", lambda: self.export("cpu", "fp32")
+            yield "streamed", self.stream
             yield "tensorrt", lambda: self.export("tensorrt-rtx", "fp32")
         if engine:
             yield "engine", self.build
@@ -174,6 +176,23 @@ class _Trial:
         )
         (task,) = export_bundle(request).tasks.values()
         return f"{task.parity.max_abs_logit_difference:.1e}"
+
+    def stream(self) -> str:
+        report = export_bundle(
+            ExportRequest(
+                model=self.factored,
+                output=self.folder / "streamed",
+                target="cpu",
+                precision="fp32",
+                memory_limit_bytes=0,
+            )
+        )
+        for file in sorted(report.output.iterdir()):
+            # The manifest says how the graph was compared.
+            other = self.folder / "cpu-fp32" / file.name
+            if file.name != "manifest.json" and file.read_bytes() != other.read_bytes():
+                raise EdgemoeError(f"{file.name} must have the same bytes, got others.")
+        return "yes" if report.streamed else "loaded whole"
 
     def build(self) -> str:
         self.export("tensorrt-rtx", "fp16")

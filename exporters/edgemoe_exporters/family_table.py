@@ -36,6 +36,7 @@ _VERBS = {
     "ragged": "with different numbers of experts in each layer",
     "factored": "with factored experts",
     "ort": "exported for onnxruntime",
+    "streamed": "layer by layer",
     "tensorrt": "for TensorRT",
     "engine": "built as engines",
 }
@@ -87,7 +88,8 @@ def _cell(result: str, reasons: dict[str, int]) -> str:
 
 
 def _holds(report: FamilyReport, step: str) -> bool:
-    return not _is_refused(report.results.get(step, "no"))
+    result = report.results.get(step, "no")
+    return not _is_refused(result) and result != "loaded whole"
 
 
 def _is_refused(result: str) -> bool:

@@ -2,11 +2,11 @@
 
     python killed_runs.py SEED KILLS MOST WORK ARGUMENT...
 
-Each run is a fork of this process, which has imported everything and computed nothing yet. It
-kills itself with SIGKILL at an operation on the folder WORK or something in it, drawn at
-random from the first MOST; after KILLS runs it may finish, and WORK is the output with
-`.partial`. Prints one JSON list: for each run, whether it found a finished step of an earlier
-one.
+Each run is a fork of this process, which has imported most and computed nothing yet (not
+onnxruntime, which starts a thread: locks of threads do not survive a fork). It kills itself
+with SIGKILL at an operation on the folder WORK or something in it, drawn at random from the
+first MOST; after KILLS runs it may finish, and WORK is the output with `.partial`. Prints one
+JSON list: for each run, whether it found a finished step of an earlier one.
 """
 
 from __future__ import annotations
