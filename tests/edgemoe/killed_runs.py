@@ -21,7 +21,11 @@ from pathlib import Path
 
 import torch
 
-import edgemoe_exporters.export  # noqa: F401  imported before the forks, not in each
+# Imported before the forks, not in each.
+import edgemoe.calibrate.streamed
+import edgemoe.prune.apply_streamed
+import edgemoe_exporters.lower_ort
+import edgemoe_exporters.trace  # noqa: F401
 from edgemoe.cli import main
 
 
