@@ -11,6 +11,7 @@ JSON list: for each run, whether it found a finished step of an earlier one.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -21,12 +22,13 @@ from pathlib import Path
 
 import torch
 
-# Imported before the forks, not in each.
-import edgemoe.calibrate.streamed
-import edgemoe.prune.apply_streamed
-import edgemoe_exporters.lower_ort
-import edgemoe_exporters.trace  # noqa: F401
 from edgemoe.cli import main
+
+# Imported before the forks, not in each.
+for module in ("calibrate.streamed", "prune.apply_streamed"):
+    importlib.import_module(f"edgemoe.{module}")
+for module in ("lower_ort", "trace"):
+    importlib.import_module(f"edgemoe_exporters.{module}")
 
 
 def run(arguments: list[str], kill_at: int | None, work: str) -> None:
