@@ -8,6 +8,7 @@ smallest squared error, because the range that its extremes span is seldom the b
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,11 +64,15 @@ def quantize_blocks(
         )
     leading, columns = weight.shape[:-1], weight.shape[-1]
     count = columns // block
-    with _one_thread():
-        parts = [
-            _search(torch.tensor(chunk), bits, symmetric)
-            for chunk in _chunks(weight.reshape(-1, block))
-        ]
+    with _pool() as pool:
+        parts = list(
+            pool.map(
+                lambda chunk: _search(
+                    torch.tensor(chunk, dtype=torch.float32), bits, symmetric
+                ),
+                _chunks(weight.reshape(-1, block)),
+            )
+        )
     levels, scales, zeros = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
     packed = _pack(levels.reshape(*leading, columns), bits)
     zero_points = None if symmetric else _pack(zeros.reshape(*leading, count), bits)
@@ -75,20 +80,20 @@ def quantize_blocks(
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch from dividing pieces so small: waiting for its threads costs more."""
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    """Make threads that take a piece each: torch's own would share one, and wait for it."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+        try:
+            yield pool
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _chunks(blocks: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
     """Cut into pieces that stay in a core's cache: several times as fast."""
     for start in range(0, blocks.shape[0], _CHUNK):
-        yield blocks[start : start + _CHUNK].astype(np.float32, copy=False)
+        yield blocks[start : start + _CHUNK]
 
 
 def dequantize_blocks(quantized: Quantized, bits: int) -> np.ndarray[Any, Any]:

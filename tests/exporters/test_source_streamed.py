@@ -184,7 +184,7 @@ def test_a_streamed_pass_says_what_the_model_says(
         assert np.array_equal(one.decided, other.decided)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 def test_the_trace_does_not_depend_on_weights(family: str, tmp_path: Path) -> None:
     write_tiny_checkpoint(family, tmp_path / "tiny")
     graphs = [
