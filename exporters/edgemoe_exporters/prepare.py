@@ -12,7 +12,6 @@ from edgemoe.errors import EdgemoeError, ExportError
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.checkpoint import read_config
 from edgemoe.models.discovery import build_skeleton
-from edgemoe.models.factored import FACTOR_NAMES
 from edgemoe.models.ragged import read_ragged_note
 from edgemoe.models.registry import FAMILIES
 from edgemoe_exporters import ops
@@ -24,6 +23,7 @@ from edgemoe_exporters.prepare_attention import (
     TraceCache,
     register,
 )
+from edgemoe_exporters.prepare_moe import replace_moe
 from edgemoe_exporters.prepare_norms import replace_norms
 from edgemoe_exporters.prepare_rotary import replace_rotary
 
@@ -131,7 +131,16 @@ class TraceModule(nn.Module):
     def route(
         self, layer: MoeLayer, position: int, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Answer for a router module: logits (which nobody reads), weights, ids."""
+        """Answer for a router module.
+
+        Args:
+            layer: Whose router it is.
+            position: Of the layer among MoE layers.
+            hidden: float ``[..., hidden]``.
+
+        Returns:
+            Logits (which nobody reads), weights and ids.
+        """
         assert self._k_cap is not None
         rule, roles = layer.rule, layer.facts.routing.tensors
         assert rule is not None
@@ -186,7 +195,7 @@ def prepared(model: MoeModel) -> Iterator[TraceModule]:
         lm.config._attn_implementation = ATTENTION
         stack.callback(setattr, lm.config, "_attn_implementation", attention_before)
         for position, layer in enumerate(model.layers):
-            _replace_moe(stack, module, layer, position)
+            replace_moe(stack, module, layer, position)
         replace_norms(stack, lm)
         if not _rehearse_usual(stack, module):
             replace_rotary(stack, lm, usual=False)
@@ -256,109 +265,3 @@ def check_layer(layer: MoeLayer, family: str) -> None:
             f"the {unknown} of {family} must be of a kind that graphs know, got another in "
             f"layer {layer.index}. {_NOT_YET}"
         )
-
-
-def _replace_moe(
-    stack: contextlib.ExitStack, module: TraceModule, layer: MoeLayer, position: int
-) -> None:
-    roles = layer.facts.routing.tensors
-    assert roles is not None
-    router: Any = layer.router
-    if roles.projection:
-        _route_after(stack, module, layer, position, roles.projection)
-    else:
-
-        def route(
-            hidden: torch.Tensor, *_: Any
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            return module.route(layer, position, hidden)
-
-        _replace_forward(stack, router, route)
-    _replace_forward(stack, layer.experts, _experts_op(layer))
-
-
-def _route_after(
-    stack: contextlib.ExitStack,
-    module: TraceModule,
-    layer: MoeLayer,
-    position: int,
-    projection: str,
-) -> None:
-    """Let the router transform its input, and take over where its rows come in."""
-    router: Any = layer.router
-    inputs: list[torch.Tensor] = []
-
-    def keep(hidden: torch.Tensor) -> torch.Tensor:
-        inputs[:] = [hidden]
-        return hidden.new_zeros((*hidden.shape[:-1], layer.num_experts))
-
-    def route(
-        hidden: torch.Tensor, *rest: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # What it makes of the zeros is not used, and leaves the graph.
-        type(router).forward(router, hidden, *rest)
-        return module.route(layer, position, inputs.pop())
-
-    _replace_forward(stack, router.get_submodule(projection), keep)
-    _replace_forward(stack, router, route)
-
-
-def _experts_op(layer: MoeLayer) -> Any:
-    activation, layout = layer.activation, layer.layout
-    assert activation is not None
-    prefix = layer.facts.experts
-
-    def factored(
-        hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        biases = (f"{layout.gate_up_name}_bias", "down_proj_bias") if layout.has_bias else ()
-        parts = [layer.tensor(f"{prefix}.{name}") for name in (*FACTOR_NAMES, *biases)]
-        output: torch.Tensor = ops.factored_experts(
-            hidden,
-            indices,
-            weights,
-            *parts,
-            *([None] * (len(FACTOR_NAMES) + 2 - len(parts))),
-            layout.is_concatenated,
-            activation.kind,
-            activation.gated,
-            activation.alpha,
-            activation.beta,
-            activation.limit,
-        )
-        return output
-
-    def experts(
-        hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        name = layout.gate_up_name
-        parts = [
-            layer.tensor(f"{prefix}.{part}")
-            for part in (name, "down_proj", f"{name}_bias", "down_proj_bias")
-            if part in layout.names
-        ]
-        gate_up, down, *biases = parts
-        output: torch.Tensor = ops.experts(
-            hidden,
-            indices,
-            weights,
-            gate_up,
-            down,
-            biases[0] if biases else None,
-            biases[1] if biases else None,
-            layout.is_transposed,
-            layout.is_concatenated,
-            activation.kind,
-            activation.gated,
-            activation.alpha,
-            activation.beta,
-            activation.limit,
-        )
-        return output
-
-    return factored if layer.is_factored else experts
-
-
-def _replace_forward(stack: contextlib.ExitStack, module: Any, forward: Any) -> None:
-    module.forward = forward
-    stack.callback(delattr, module, "forward")
