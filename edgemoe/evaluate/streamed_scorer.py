@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from edgemoe.evaluate.torch_scorer import BATCH_TOKENS, gather, make_batches, pad
+from edgemoe.models.hooks import check_k_cap, limit_k
 from edgemoe.models.streamed_pass import Batch, run_batches
 
 if TYPE_CHECKING:
@@ -25,13 +27,26 @@ class StreamedScorer:
     by the rounding of float32.
     """
 
-    def __init__(self, streamed: StreamedModel, work: WorkDirectory) -> None:
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        work: WorkDirectory,
+        *,
+        k_cap: int | Sequence[int] | None = None,
+    ) -> None:
         """Wrap a checkpoint.
 
         Args:
             streamed: The checkpoint.
             work: For what layers returned.
+            k_cap: Most experts per token, one for all MoE layers or one for each.
+
+        Raises:
+            EdgemoeError: ``k_cap`` is out of range.
         """
+        if k_cap is not None:
+            check_k_cap(k_cap, len(streamed.moe.layers))
+        self._k_cap = k_cap
         self._streamed = streamed
         self._work = work
 
@@ -83,7 +98,9 @@ class StreamedScorer:
                 targets = requests[one].continuations[choice]
                 results[one].append(gather(row[start : start + len(targets)], targets))
 
-        run_batches(
-            self._streamed, batches, take, self._work, name="score", description="evaluate"
-        )
+        moe, k_cap = self._streamed.moe, self._k_cap
+        with contextlib.nullcontext() if k_cap is None else limit_k(moe, k_cap):
+            run_batches(
+                self._streamed, batches, take, self._work, name="score", description="evaluate"
+            )
         return results

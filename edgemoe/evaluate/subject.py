@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from edgemoe.evaluate.exact_match import Generate
     from edgemoe.evaluate.scorer import Scorer
+    from edgemoe.models.opening import StreamedModel
 
 _LOADING_FAILURES = (RuntimeError, ValueError, TypeError, KeyError, OSError)
 
@@ -40,6 +42,8 @@ def open_subject(
 ) -> Iterator[Subject]:
     """Open a checkpoint or a bundle to be judged.
 
+    A Mixture-of-Experts checkpoint that is larger than memory is read layer by layer.
+
     Args:
         path: A Hugging Face directory, Mixture-of-Experts or dense, or a bundle.
         task: The task; of a bundle its graph is judged, or the only graph that there is.
@@ -61,10 +65,16 @@ def open_subject(
         return
     from edgemoe.evaluate.torch_scorer import TorchScorer
     from edgemoe.models.checkpoint import has_experts, load_model, load_tokenizer
+    from edgemoe.models.opening import open_larger
     from edgemoe.models.safety import check_directory
 
     check_directory(path)
     tokenizer = load_tokenizer(path)
+    larger = open_larger(path) if has_experts(path) else None
+    if larger is not None:
+        with _open_larger(larger, tokenizer, k_cap) as opened:
+            yield opened
+        return
     model = load_model(path) if has_experts(path) else load_dense(path)
     scorer = TorchScorer(model, k_cap=k_cap)
 
@@ -73,6 +83,27 @@ def open_subject(
         return str(tokenizer.decode(made))
 
     yield Subject(scorer, tokenizer, generate)
+
+
+@contextlib.contextmanager
+def _open_larger(
+    streamed: StreamedModel, tokenizer: Tokenizer, k_cap: int | Sequence[int] | None
+) -> Iterator[Subject]:
+    """Let a checkpoint that is larger than memory be judged one decoder layer at a time."""
+    from edgemoe.evaluate.streamed_scorer import StreamedScorer
+    from edgemoe.resume import WorkDirectory
+
+    def generate(prompt: str, max_new_tokens: int) -> str:
+        del prompt, max_new_tokens
+        raise CheckpointError(
+            "a checkpoint must fit into memory to generate, got one that is larger: each token "
+            "would read all of it. Judge completions by perplexity, or export it and judge the "
+            "bundle."
+        )
+
+    with tempfile.TemporaryDirectory(prefix="edgemoe-evaluate-") as folder:
+        scorer = StreamedScorer(streamed, WorkDirectory(Path(folder)), k_cap=k_cap)
+        yield Subject(scorer, tokenizer, generate)
 
 
 def load_dense(path: Path) -> PreTrainedModel:

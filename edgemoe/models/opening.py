@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edgemoe.errors import StreamingError
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.checkpoint import quiet_transformers, read_config, refusing_misfits
 from edgemoe.models.discovery import discover
+from edgemoe.models.memory import default_limit
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note
 from edgemoe.models.safety import check_weights
 from edgemoe.models.streaming import Skeleton
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.models.contract import MoeModel
+
+_BYTES_PER_PARAMETER = 4  # float32
 
 
 @dataclass(frozen=True)
@@ -66,3 +70,28 @@ def open_streamed(
     if not isinstance(stored_dtype, torch.dtype) or not stored_dtype.is_floating_point:
         stored_dtype = skeleton.stored_dtype
     return StreamedModel(adapt_model(skeleton.model, path, stored_dtype, facts), skeleton)
+
+
+def open_larger(path: Path, limit_bytes: int | None = None) -> StreamedModel | None:
+    """Open a checkpoint to be streamed, if it is too large to be loaded.
+
+    Args:
+        path: Checkpoint directory.
+        limit_bytes: Size of the largest model that is loaded whole, in float32; half of the
+            memory that this process may use without.
+
+    Returns:
+        The checkpoint; None where it is to be loaded.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, unsafe or inconsistent.
+        FamilyError: The family is not supported.
+    """
+    try:
+        streamed = open_streamed(path)
+    except StreamingError:
+        # Its layers cannot be told apart: it has to fit.
+        return None
+    limit_bytes = default_limit() if limit_bytes is None else limit_bytes
+    parameters = sum(parameter.numel() for parameter in streamed.moe.model.parameters())
+    return streamed if parameters * _BYTES_PER_PARAMETER > limit_bytes else None

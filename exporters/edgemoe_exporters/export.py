@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
 from edgemoe.models.fingerprint import FileHashes
+from edgemoe.models.memory import default_limit
+from edgemoe.models.opening import open_larger
 from edgemoe.prune.keep import count_kept
 from edgemoe.prune.plan import Plan
 from edgemoe.prune.registry import make_plan
@@ -32,14 +34,12 @@ from edgemoe_exporters.manifest_writer import (
     describe_model,
     describe_plan,
 )
-from edgemoe_exporters.memory import default_limit
 from edgemoe_exporters.ort.precision import check_block_sizes
 from edgemoe_exporters.parity import check_parity, measure_parity
 from edgemoe_exporters.prepare import check_exportable
 from edgemoe_exporters.quality import judge_quality, split_task
 from edgemoe_exporters.quantize_once import remembering
 from edgemoe_exporters.request import ExportReport, ExportRequest, TaskReport
-from edgemoe_exporters.source import open_larger
 from edgemoe_exporters.source_in_memory import SourceInMemory
 from edgemoe_exporters.source_streamed import StreamedSource
 from edgemoe_exporters.steps import key_of, open_steps

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from edgemoe.errors import StreamingError
-from edgemoe.models.opening import open_streamed
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
     import onnx_ir as ir
     from tokenizers import Tokenizer
@@ -23,13 +19,10 @@ if TYPE_CHECKING:
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.evaluate.scorer import Scorer
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.opening import StreamedModel
     from edgemoe.prune.plan import Plan
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.eager_run import EagerRun
     from edgemoe_exporters.sharing import StackLayout
-
-_BYTES_PER_PARAMETER = 4  # float32
 
 
 class TaskSource(Protocol):
@@ -86,26 +79,3 @@ class ModelSource(Protocol):
             A context; the task's model serves inside it.
         """
         ...
-
-
-def open_larger(path: Path, limit_bytes: int) -> StreamedModel | None:
-    """Open a checkpoint to be streamed, if it is too large to be loaded.
-
-    Args:
-        path: Checkpoint directory.
-        limit_bytes: Size of the largest model that is loaded whole, in float32.
-
-    Returns:
-        The checkpoint; None where it is to be loaded.
-
-    Raises:
-        CheckpointError: The checkpoint is missing, unsafe or inconsistent.
-        FamilyError: The family is not supported.
-    """
-    try:
-        streamed = open_streamed(path)
-    except StreamingError:
-        # Its layers cannot be told apart: it has to fit.
-        return None
-    parameters = sum(parameter.numel() for parameter in streamed.moe.model.parameters())
-    return streamed if parameters * _BYTES_PER_PARAMETER > limit_bytes else None

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from edgemoe.errors import ExportError
+from edgemoe.models.memory import default_limit
 from edgemoe_exporters.deferred import Deferred, Latest
-from edgemoe_exporters.memory import default_limit
 from edgemoe_exporters.quantize import Quantized, quantize_blocks
 from edgemoe_exporters.quantize_once import quantize_later
 

@@ -12,13 +12,12 @@ import pytest
 import edgemoe.models.replay
 from edgemoe.models.checkpoint import load_model
 from edgemoe.models.fingerprint import FileHashes
-from edgemoe.models.opening import open_streamed
+from edgemoe.models.opening import open_larger, open_streamed
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
 from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
-from edgemoe_exporters.source import open_larger
 from edgemoe_exporters.source_in_memory import SourceInMemory
 from edgemoe_exporters.source_streamed import StreamedSource
 from edgemoe_exporters.task_experts import keep_all, lay_out_plans

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from edgemoe.errors import CheckpointError
 from edgemoe.evaluate.scorer import Request
 from edgemoe.evaluate.streamed_scorer import StreamedScorer
+from edgemoe.evaluate.subject import open_subject
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models.checkpoint import load_model
 from edgemoe.models.opening import open_streamed
@@ -38,3 +40,23 @@ def test_scores_are_those_of_the_whole_model(family: str, tmp_path: Path) -> Non
     assert list((tmp_path / "work").iterdir()) == []
     # What was read is given back.
     assert all(parameter.is_meta for parameter in streamed.moe.model.parameters())
+
+
+def test_a_checkpoint_that_is_larger_than_memory_is_judged_as_one_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_checkpoint("mixtral", tmp_path)
+    scores = {}
+    for limit in (1 << 40, 0):
+        monkeypatch.setattr("edgemoe.models.opening.default_limit", lambda limit=limit: limit)
+        for k_cap in (None, 1):
+            with open_subject(tmp_path, k_cap=k_cap) as subject:
+                scores[limit, k_cap] = np.concatenate(
+                    [logprobs for (logprobs,) in subject.scorer.score(TEXTS)]
+                )
+                if limit == 0:
+                    with pytest.raises(CheckpointError, match="must fit into memory"):
+                        subject.generate("w3 w4", 3)
+    assert np.array_equal(scores[0, None], scores[1 << 40, None])
+    assert np.array_equal(scores[0, 1], scores[1 << 40, 1])
+    assert not np.array_equal(scores[0, 1], scores[0, None])

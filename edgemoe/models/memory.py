@@ -1,4 +1,4 @@
-"""How much memory an export may use at once."""
+"""How much memory a model may take as a whole."""
 
 from __future__ import annotations
 
