@@ -17,6 +17,7 @@ kernel gives back under pressure), or else RLIMIT_DATA, which counts what the pr
 from __future__ import annotations
 
 import csv
+import filecmp
 import json
 import os
 import resource
@@ -313,6 +314,72 @@ def time_copy(source: Path, scratch: Path) -> float:
     return seconds
 
 
+def check_sameness(work: Path) -> None:
+    """Compare two shards with one run, and one plan applied and exported twice.
+
+    Args:
+        work: Directory with the checkpoint, the statistics and the plan.
+
+    Raises:
+        click.ClickException: Bytes differ.
+    """
+    model, plan = str(work / "model"), str(work / "plan.json")
+    folder = work / "again"
+    folder.mkdir()
+    try:
+        parts = [str(folder / f"part{index}") for index in range(2)]
+        for index, part in enumerate(parts):
+            task = f"--task=random={work / 'random.jsonl'}"
+            run(["calibrate", model, task, "--shard", f"{index}/2", "-o", part])
+        run(["merge-stats", *parts, "-o", str(folder / "statistics")])
+        refuse_difference(work / "statistics", folder / "statistics")
+        for first, second, arguments in (
+            ("applied", "applied-again", ["apply", model, "--plan", plan]),
+            ("bundle", "bundle-again", ["export", model, "--plan", f"random={plan}"]),
+        ):
+            if first == "bundle":
+                arguments = [*arguments, "--target", "cpu", "--precision", "int4"]
+            for output in (first, second):
+                run([*arguments, "-o", str(folder / output)])
+            for file in (folder / first).iterdir():
+                refuse_difference(file, folder / second / file.name)
+            shutil.rmtree(folder / first)
+            shutil.rmtree(folder / second)
+    finally:
+        shutil.rmtree(folder)
+    click.echo(
+        "two shards: the bytes of one run; one plan applied and exported twice: same bytes"
+    )
+
+
+def run(arguments: list[str]) -> None:
+    """Run one command.
+
+    Args:
+        arguments: Of ``edgemoe``.
+
+    Raises:
+        click.ClickException: It failed.
+    """
+    command = [sys.executable, "-m", "edgemoe.cli", *arguments]
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+        raise click.ClickException(f"{arguments[0]} failed.")
+
+
+def refuse_difference(one: Path, other: Path) -> None:
+    """Compare two files.
+
+    Args:
+        one: A file.
+        other: Another.
+
+    Raises:
+        click.ClickException: Their bytes differ.
+    """
+    if not filecmp.cmp(one, other, shallow=False):
+        raise click.ClickException(f"{one} and {other} must have the same bytes.")
+
+
 def to_table(measurements: list[Measurement]) -> str:
     """Write a Markdown table.
 
@@ -351,6 +418,7 @@ def to_table(measurements: list[Measurement]) -> str:
     show_default=True,
     help="TARGET:PRECISION; may be given several times.",
 )
+@click.option("--same", is_flag=True, help="Compare shards and repeated commands, too.")
 @click.option("--keep-files", is_flag=True)
 def main(
     work: Path,
@@ -361,6 +429,7 @@ def main(
     csv_path: Path | None,
     only: str | None,
     exports: tuple[str, ...],
+    same: bool,
     keep_files: bool,
 ) -> None:
     """Measure the streaming commands on a large random checkpoint in WORK."""
@@ -387,6 +456,8 @@ def main(
             click.echo(str(row), err=True)
             if step.dropped is not None and not keep_files:
                 shutil.rmtree(step.dropped)
+        if same:
+            check_sameness(work)
         click.echo(to_table(rows))
         if csv_path is not None:
             with csv_path.open("w", newline="", encoding="utf-8") as stream:
