@@ -76,6 +76,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
             "form": manifest.kv_cache.form,
             "dtype": manifest.kv_cache.dtype,
             "layers": len(manifest.kv_cache.layers),
+            "states": len(manifest.kv_cache.states),
         },
         "k_ladder": document["k_ladder"],
         "inputs": document["inputs"],

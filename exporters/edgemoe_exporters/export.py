@@ -74,7 +74,8 @@ if TYPE_CHECKING:
     from edgemoe_exporters.source import ModelSource
     from edgemoe_exporters.steps import Steps
     from edgemoe_exporters.targets import Target
-    from edgemoe_runtime.manifest_parts import ExpertGroup, KvCache, SizeReport, TensorSpec
+    from edgemoe_runtime.manifest_cache import KvCache
+    from edgemoe_runtime.manifest_parts import ExpertGroup, SizeReport, TensorSpec
 
 Lowering: TypeAlias = "Callable[[ir.Model, str], ir.Model]"
 Say: TypeAlias = "Callable[[str], None]"
@@ -295,7 +296,8 @@ class _Road:
                         set_default_input(lowered, "k_cap", self.full_k)
                     inputs = tensor_specs(lowered.graph.inputs)
                     outputs = tensor_specs(lowered.graph.outputs)
-                    cache = describe_cache(lowered.graph, inputs)
+                    depth = int(self.model.config.num_hidden_layers)
+                    cache = describe_cache(lowered.graph, inputs, depth)
                     writer.add_graph(name, lowered)
             self.say("write the bundle")
             size = writer.finish()

@@ -78,3 +78,21 @@ def last_uses(calls: Sequence[Call]) -> dict[int, int]:
         By the number of a call that is continued the number of the last that does.
     """
     return {call.after: number for number, call in enumerate(calls) if call.after is not None}
+
+
+def cache_shape(dimensions: Sequence[object], batch: int, length: int) -> tuple[int, ...]:
+    """Return the shape of one input of a graph's cache.
+
+    Args:
+        dimensions: As the graph says them: the batch, then sizes, anything but a positive
+            number being cached positions.
+        batch: Rows.
+        length: Cached positions.
+
+    Returns:
+        The shape.
+    """
+    sizes = (
+        size if isinstance(size, int) and size > 0 else length for size in dimensions[1:]
+    )
+    return batch, *sizes

@@ -9,7 +9,7 @@ import onnxruntime
 
 from edgemoe.errors import ExportError
 from edgemoe.progress import track
-from edgemoe_exporters.graph_calls import last_uses
+from edgemoe_exporters.graph_calls import cache_shape, last_uses
 from edgemoe_runtime.backends.onnxruntime import MINIMUM_VERSION
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class GraphRunner:
         """
         self._k_cap = np.asarray(k_cap, dtype=np.int64)
         past = {
-            spec.name: np.zeros((batch, spec.shape[1], 0, spec.shape[3]), _NUMPY[spec.type])
+            spec.name: np.zeros(cache_shape(spec.shape, batch, 0), _NUMPY[spec.type])
             for spec in self._session.get_inputs()
             if spec.name.startswith("past_key_values.")
         }

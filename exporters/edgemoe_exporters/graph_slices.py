@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from edgemoe.errors import ExportError
 from edgemoe.progress import counting
-from edgemoe_exporters.graph_calls import count_tokens, last_uses
+from edgemoe_exporters.graph_calls import cache_shape, count_tokens, last_uses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -168,9 +168,8 @@ class SlicedRunner:
                 shape = [dim.dim_value for dim in empty.shape.dim]
                 dtype = onnx.helper.tensor_dtype_to_np_dtype(empty.elem_type)
                 # A slice may ask for the length of a cache that belongs to another one.
-                feeds[name] = past.get(
-                    name, np.zeros((batch, shape[1], length, shape[3]), dtype=dtype)
-                )
+                zeros = np.zeros(cache_shape(shape, batch, length), dtype=dtype)
+                feeds[name] = past.get(name, zeros)
             else:
                 feeds[name] = given[name]
         try:
@@ -339,6 +338,7 @@ def _reads(node: onnx.NodeProto) -> Iterator[str]:
         for graph in (attribute.g, *attribute.graphs):
             made = {name for inner in graph.node for name in inner.output}
             made.update(tensor.name for tensor in graph.initializer)
+            made.update(value.name for value in graph.input)
             for inner in graph.node:
                 yield from (name for name in _reads(inner) if name not in made)
             # A branch may give an outer value as it is.

@@ -39,6 +39,28 @@ def set_weight(value: ir.Value, content: Deferred, dtype: ir.DataType | None = N
     value.shape = ir.Shape(tensor.shape.numpy())
 
 
+# Where a traced node has the state that it reads.
+_STATES = {"CausalConv": 1, "LinearAttention": 5}
+
+
+def state_values(graph: ir.Graph) -> set[ir.Value]:
+    """Return inputs and outputs that are states of a fixed size: float32 in every precision.
+
+    Args:
+        graph: A traced graph.
+
+    Returns:
+        The values.
+    """
+    found: set[ir.Value] = set()
+    for node in graph:
+        if node.op_type in _STATES:
+            past = node.inputs[_STATES[node.op_type]]
+            assert past is not None
+            found.update((past, node.outputs[1]))
+    return found
+
+
 def narrow_attributes(node: ir.Node, dtype: ir.DataType) -> None:
     """Make a traced node that gives float32 by its attributes give another floating type."""
     wide = ir.DataType.FLOAT

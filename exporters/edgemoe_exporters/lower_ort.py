@@ -18,6 +18,7 @@ from edgemoe_exporters.ort.linear import lower_embedding, lower_linears
 from edgemoe_exporters.ort.moe import lower_moe
 from edgemoe_exporters.ort.norms import lower_activations, lower_norms
 from edgemoe_exporters.ort.precision import find_precision
+from edgemoe_exporters.ort.recurrence import lower_recurrence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +33,7 @@ _STEPS: dict[str, Callable[[Editor, Precision], None]] = {
     "linears": lower_linears,
     "embedding": lower_embedding,
     "attention": lower_attention,
+    "recurrence": lower_recurrence,
     "moe": lower_moe,
     "norms": lower_norms,
     "activations": lower_activations,

@@ -13,7 +13,7 @@ from onnx_ir.passes import common as passes
 
 from edgemoe.errors import ExportError
 from edgemoe_exporters.deferred import Deferred
-from edgemoe_exporters.initializers import narrow_attributes, set_weight
+from edgemoe_exporters.initializers import narrow_attributes, set_weight, state_values
 from edgemoe_exporters.lower_factored import lower_factored_experts
 from edgemoe_exporters.lower_tensorrt_attention import (
     Shared,
@@ -25,6 +25,12 @@ from edgemoe_exporters.lower_tensorrt_attention import (
 )
 from edgemoe_exporters.lower_tensorrt_emit import FLOAT32, Emitter
 from edgemoe_exporters.lower_tensorrt_moe import lower_experts, mark_experts
+from edgemoe_exporters.lower_tensorrt_recurrence import (
+    lower_causal_conv,
+    lower_linear_attention,
+    lower_new_mask,
+    lower_softplus,
+)
 from edgemoe_exporters.lower_tensorrt_route import lower_route
 from edgemoe_exporters.nodes import ExpertsNode, RouteNode
 
@@ -91,17 +97,17 @@ def _narrow(graph: ir.Graph, compute: ir.DataType) -> None:
         if node.domain == DOMAIN
         for index in _WIDE_INPUTS.get(node.op_type, ())
         if index < len(node.inputs)
-    }
+    } | state_values(graph)
     for value in graph.initializers.values():
         if value.dtype == FLOAT32 and value not in kept:
             set_weight(value, Deferred.of(value), compute)
     for value in graph.inputs:
-        if value.dtype == FLOAT32:
+        if value.dtype == FLOAT32 and value not in kept:
             value.dtype = compute
     for node in graph:
         narrow_attributes(node, compute)
         for value in node.outputs:
-            if value.dtype == FLOAT32:
+            if value.dtype == FLOAT32 and value not in kept:
                 value.dtype = compute
 
 
@@ -127,6 +133,14 @@ def _lower_nodes(graph: ir.Graph, compute: ir.DataType, form: ExpertsForm) -> No
             outputs = lower_attention(emit, node, shared)
         elif node.op_type == "AttendAll":
             outputs = lower_attend_all(emit, node, shared)
+        elif node.op_type == "NewMask":
+            outputs = lower_new_mask(emit, node)
+        elif node.op_type == "CausalConv":
+            outputs = lower_causal_conv(emit, node)
+        elif node.op_type == "Softplus":
+            outputs = lower_softplus(emit, node)
+        elif node.op_type == "LinearAttention":
+            outputs = lower_linear_attention(emit, node)
         elif node.op_type == "Angles":
             outputs = lower_angles(emit, node, shared)
         elif node.op_type == "RotaryEmbedding":

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe import __version__
 from edgemoe.errors import ExportError
-from edgemoe_runtime.manifest_parts import KvCache, KvLayer, ModelInfo
+from edgemoe_runtime.manifest_cache import CacheState, KvCache, KvLayer
+from edgemoe_runtime.manifest_parts import ModelInfo
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from edgemoe_runtime.json_fields import Json
     from edgemoe_runtime.manifest_parts import TensorSpec
 
+_PAST = "past_key_values."
 CREATED_BY = f"edgemoe {__version__}"
 
 
@@ -51,34 +53,56 @@ def describe_model(model: MoeModel, name: str) -> ModelInfo:
     )
 
 
-def describe_cache(graph: ir.Graph, inputs: tuple[TensorSpec, ...]) -> KvCache:
-    """Describe the key-value cache of a lowered graph.
+def describe_cache(
+    graph: ir.Graph, inputs: tuple[TensorSpec, ...], num_layers: int
+) -> KvCache:
+    """Describe the cache of a lowered graph.
 
     Args:
         graph: The graph.
         inputs: Its inputs.
+        num_layers: Decoder layers of the model.
 
     Returns:
         What the manifest says of it.
 
     Raises:
-        ExportError: The cache inputs are not pairs of key and value of one type.
+        ExportError: Keys and values are no pairs of one type.
     """
-    keys = [spec for spec in inputs if spec.name.endswith(".key")]
-    values = [spec for spec in inputs if spec.name.endswith(".value")]
-    dtypes = {spec.dtype for spec in keys + values}
-    if len(keys) != len(values) or len(dtypes) != 1:
+    cached = {
+        spec.name.removeprefix(_PAST): spec for spec in inputs if spec.name.startswith(_PAST)
+    }
+    keys = {name.partition(".")[0] for name in cached if name.endswith(".key")}
+    values = {name.partition(".")[0] for name in cached if name.endswith(".value")}
+    pairs = {name for name in cached if name.endswith((".key", ".value"))}
+    dtypes = {cached[name].dtype for name in pairs}
+    if keys != values or len(dtypes) > 1:
         raise ExportError(
             f"a graph's cache must be pairs of key and value of one type, got {len(keys)} "
             f"keys, {len(values)} values, types {sorted(dtypes)}: a defect of the lowering."
         )
+    layers: list[KvLayer | None] = []
+    for index in map(str, range(num_layers)):
+        if index not in keys:
+            layers.append(None)
+            continue
+        key, value = cached[f"{index}.key"], cached[f"{index}.value"]
+        layers.append(
+            KvLayer(heads=_size(key, 1), key_dim=_size(key, 3), value_dim=_size(value, 3))
+        )
     shared = any(node.op_type == "GroupQueryAttention" for node in graph)
     return KvCache(
         form="shared_buffer" if shared else "concat",
-        dtype=dtypes.pop(),
-        layers=tuple(
-            KvLayer(heads=_size(key, 1), key_dim=_size(key, 3), value_dim=_size(value, 3))
-            for key, value in zip(keys, values, strict=True)
+        dtype=dtypes.pop() if dtypes else "float32",
+        layers=tuple(layers),
+        states=tuple(
+            CacheState(
+                name=name,
+                dtype=spec.dtype,
+                shape=tuple(size if isinstance(size, int) else None for size in spec.shape[1:]),
+            )
+            for name, spec in cached.items()
+            if name not in pairs
         ),
     )
 

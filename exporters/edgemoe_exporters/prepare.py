@@ -15,17 +15,12 @@ from edgemoe.models.discovery import build_skeleton
 from edgemoe.models.ragged import read_ragged_note
 from edgemoe.models.registry import FAMILIES
 from edgemoe_exporters import ops
-from edgemoe_exporters.prepare_attention import (
-    ACTIVE,
-    ATTENTION,
-    Attender,
-    CachedLayer,
-    TraceCache,
-    register,
-)
+from edgemoe_exporters.prepare_attention import ACTIVE, ATTENTION, Attender, register
 from edgemoe_exporters.prepare_moe import replace_moe
 from edgemoe_exporters.prepare_norms import replace_norms
+from edgemoe_exporters.prepare_recurrence import replace_recurrence
 from edgemoe_exporters.prepare_rotary import replace_rotary
+from edgemoe_exporters.trace_cache import CacheTensor, TraceCache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,10 +34,8 @@ if TYPE_CHECKING:
 # router or activation is of a kind of its own.
 WITHOUT_GRAPH = frozenset(
     {
-        "axk2", "bailing_hybrid", "deepseek_v32", "deepseek_v4", "dots3_note_text",
-        "glm_moe_dsa", "granitemoehybrid", "hy_v4", "inkling2_text", "inkling_text", "jamba",
-        "kimi_linear", "lfm2_moe", "minimax", "nemotron_h", "qwen3_5_moe_text", "qwen3_next",
-        "qwen4_exp_text", "zaya",
+        "axk2", "deepseek_v32", "deepseek_v4", "dots3_note_text", "glm_moe_dsa", "hy_v4",
+        "inkling2_text", "inkling_text", "minimax", "qwen4_exp_text", "zaya",
     }
 )  # fmt: skip
 _WITH_GRAPH = ", ".join(name for name in FAMILIES if name not in WITHOUT_GRAPH)
@@ -57,13 +50,13 @@ class TraceModule(nn.Module):
 
     Attributes:
         lm: The transformers model.
-        cached: What each decoder layer caches.
+        cached: What the decoder layers keep, in the order of the graph's inputs.
     """
 
     def __init__(self, model: MoeModel) -> None:
         super().__init__()
         self.lm = model.model
-        self.cached: tuple[CachedLayer, ...] = ()
+        self.cached: tuple[CacheTensor, ...] = ()
         self.attender = Attender()
         self._moe_layers = len(model.layers)
         self._k_cap: torch.Tensor | None = None
@@ -73,22 +66,23 @@ class TraceModule(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
-        past: list[tuple[torch.Tensor, torch.Tensor]],
+        past: list[torch.Tensor],
         k_cap: torch.Tensor,
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the model.
 
         Args:
             input_ids: int64 ``[B, S]``.
             attention_mask: int64 ``[B, P + S]``.
             position_ids: int64 ``[B, S]``.
-            past: Keys and values of each decoder layer, float ``[B, M, P, D]``.
+            past: What is cached, in the order of :attr:`cached`.
             k_cap: Most experts per token for each MoE layer, int64 ``[L]``.
 
         Returns:
-            Logits, float ``[B, S, vocabulary]``, and keys and values of past and new tokens.
+            Logits, float ``[B, S, vocabulary]``, and what is to be cached then.
         """
-        cache = TraceCache(past, self.cached)
+        given = {tensor.name: part for tensor, part in zip(self.cached, past, strict=True)}
+        cache = TraceCache(given, self.attender.joined if self.cached else frozenset())
         self.attender.cache, self.attender.attention_mask = cache, attention_mask
         self._k_cap = k_cap
         output = self.lm(
@@ -98,7 +92,7 @@ class TraceModule(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        present = [pair for _, pair in sorted(cache.present.items())]
+        present = cache.present(self.cached)
         self.attender.attention_mask = self._k_cap = None
         return output.logits, present
 
@@ -125,7 +119,8 @@ class TraceModule(nn.Module):
                 f"else, to be put into a graph, got code that asks for another state (layers: "
                 f"{kinds or 'of one kind'}). {_NOT_YET}"
             ) from error
-        self.cached = self.attender.layers(len(self.lm.get_decoder().layers))
+        assert self.attender.cache is not None
+        self.cached = self.attender.cache.tensors()
         self.attender.cache = None
 
     def route(
@@ -197,6 +192,7 @@ def prepared(model: MoeModel) -> Iterator[TraceModule]:
         for position, layer in enumerate(model.layers):
             replace_moe(stack, module, layer, position)
         replace_norms(stack, lm)
+        replace_recurrence(stack, lm, module.attender)
         if not _rehearse_usual(stack, module):
             replace_rotary(stack, lm, usual=False)
             module.rehearse()

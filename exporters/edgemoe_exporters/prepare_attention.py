@@ -1,4 +1,4 @@
-"""Attention and its cache in a trace.
+"""Attention in a trace.
 
 Every family calls ``cache.update(key, value, layer)`` and then transformers' attention
 interface. Where what the cache returned goes to the interface as it is, the op Attention joins
@@ -14,76 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface
 
 from edgemoe.errors import ExportError
 from edgemoe_exporters import ops
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import nn
 
+    from edgemoe_exporters.trace_cache import TraceCache
+
 ATTENTION = "edgemoe_trace"
-
-
-@dataclass(frozen=True)
-class CachedLayer:
-    """What one decoder layer keeps.
-
-    Attributes:
-        heads: Of keys and of values.
-        key_size: Size of a key.
-        value_size: Size of a value.
-        joined: Whether the model computes keys and values from what is cached.
-    """
-
-    heads: int
-    key_size: int
-    value_size: int
-    joined: bool
-
-
-class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
-    """A cache whose content is the graph's inputs and outputs.
-
-    Args:
-        past: Keys and values of each decoder layer, float ``[B, M, P, D]``.
-        layers: What is known of them; empty in a rehearsal, when nothing is joined.
-    """
-
-    def __init__(
-        self,
-        past: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        layers: Sequence[CachedLayer] = (),
-    ) -> None:
-        super().__init__(layers=[])
-        self.past = past
-        self.cached = layers
-        self.present: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *_: Any,
-        **__: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take new positions, and return what the layer attends to."""
-        if self.cached and self.cached[layer_idx].joined:
-            past_key, past_value = self.past[layer_idx]
-            key_states = torch.cat([past_key, key_states], dim=2)
-            value_states = torch.cat([past_value, value_states], dim=2)
-            self.present[layer_idx] = key_states, value_states
-        self.given[layer_idx] = key_states, value_states
-        return key_states, value_states
-
-    def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Say nothing is cached: positions and masks are inputs of the graph."""
-        return 0
 
 
 @dataclass
@@ -132,12 +73,12 @@ class Attender:
                 "attends to another's. This way of attending is not supported."
             )
         self.rehearsed[index] = given[0] is key and given[1] is value
-        if self.cache.cached and self.cache.cached[index].joined:
+        if index in self.cache.joined:
             output = ops.attend_all(
                 query, key, value, self.attention_mask, s_aux, scale, int(window)
             )
             return output, None
-        past_key, past_value = self._past(index, key, value)
+        past_key, past_value = self.cache.past_pair(index, key, value)
         output, present_key, present_value = ops.attention(
             query,
             key,
@@ -149,45 +90,13 @@ class Attender:
             scale,
             int(window),
         )
-        self.cache.present[index] = present_key, present_value
+        self.cache.keep_pair(index, present_key, present_value)
         return output, None
 
-    def _past(
-        self, index: int, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self.cache is not None
-        if self.cache.past:
-            return self.cache.past[index]
-        return key[:, :, :0], value[:, :, :0]
-
-    def layers(self, count: int) -> tuple[CachedLayer, ...]:
-        """Describe the cache, after a rehearsal.
-
-        Args:
-            count: Decoder layers of the model.
-
-        Returns:
-            One entry per decoder layer.
-
-        Raises:
-            ExportError: A layer keeps something else than keys and values.
-        """
-        assert self.cache is not None
-        if sorted(self.cache.given) != list(range(count)):
-            missing = sorted(set(range(count)) - set(self.cache.given))
-            raise ExportError(
-                f"every decoder layer must cache keys and values, got none in {missing}: "
-                "layers that keep another state have no graph yet."
-            )
-        return tuple(
-            CachedLayer(
-                heads=key.shape[1],
-                key_size=key.shape[3],
-                value_size=value.shape[3],
-                joined=not self.rehearsed[index],
-            )
-            for index, (key, value) in sorted(self.cache.given.items())
-        )
+    @property
+    def joined(self) -> frozenset[int]:
+        """Layers that, in a rehearsal, computed keys and values from what is cached."""
+        return frozenset(index for index, same in self.rehearsed.items() if not same)
 
 
 def mark_mask(*_: Any, local_size: int | None = None, **__: Any) -> torch.Tensor:

@@ -183,7 +183,7 @@ def _replace_usual(
     def forward(
         _: torch.Tensor, position_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return position_ids, embedding.inv_freq
+        return _of_text(position_ids), embedding.inv_freq
 
     def apply(
         query: torch.Tensor,
@@ -205,6 +205,11 @@ def _replace_usual(
     stack.callback(setattr, modeling, _APPLY, before)
 
 
+def _of_text(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return ``[B, S]``: models of images too have positions of three kinds, equal for text."""
+    return position_ids[0] if position_ids.dim() == 3 else position_ids
+
+
 def _replace_angles(stack: contextlib.ExitStack, module: Any) -> None:
     known: dict[tuple[str, ...], _Angles] = {}
 
@@ -216,7 +221,8 @@ def _replace_angles(stack: contextlib.ExitStack, module: Any) -> None:
             known[kind] = _identify(module, *kind)
         how = known[kind]
         inv_freq = getattr(module, how.frequencies)
-        cos, sin = ops.angles(position_ids, inv_freq, how.scaling, how.layout)
+        positions = _of_text(position_ids)
+        cos, sin = ops.angles(positions, inv_freq, how.scaling, how.layout)
         if how.layout == "once" and is_complex:
             # Real and imaginary parts side by side, for the function replaced below.
             return torch.stack([cos, sin], dim=-1)

@@ -9,6 +9,7 @@ import onnx.defs
 import torch
 from onnxscript.values import Opset
 
+from edgemoe.errors import ExportError
 from edgemoe_exporters import ops
 
 if TYPE_CHECKING:
@@ -128,6 +129,29 @@ _OPS: dict[
         [("output", "T")],
         [("scale", _FLOAT), ("sliding_window", _INT)],
     ),
+    "NewMask": (
+        [("attention_mask", "tensor(int64)"), ("states", "T")],
+        [("mask", "T")],
+        [],
+    ),
+    "Softplus": ([("states", "T")], [("output", "T")], []),
+    "CausalConv": (
+        [("states", "T"), ("past", "S"), ("weight", "T"), ("bias?", "T")],
+        [("output", "T"), ("present", "S")],
+        [("activation", _STRING)],
+    ),
+    "LinearAttention": (
+        [
+            ("query", "T"),
+            ("key", "T"),
+            ("value", "T"),
+            ("decay", "T"),
+            ("beta?", "T"),
+            ("past", "S"),
+        ],
+        [("output", "T"), ("present", "S")],
+        [("scale", _FLOAT)],
+    ),
     "RotaryEmbedding": (
         [("states", "T"), ("position_ids", "tensor(int64)"), ("inv_freq", "tensor(float)")],
         [("output", "T")],
@@ -152,6 +176,9 @@ _TORCH_NAMES = {
     "FactoredExperts": "factored_experts",
     "Attention": "attention",
     "AttendAll": "attend_all",
+    "NewMask": "new_mask",
+    "CausalConv": "causal_conv",
+    "LinearAttention": "linear_attention",
     "RotaryEmbedding": "rotary",
     "Angles": "angles",
     "RMSNorm": "rms_norm",
@@ -171,7 +198,10 @@ def register() -> None:
                 doc=f"Opaque {name} of a traced model; see edgemoe_exporters.ops.",
                 inputs=[_formal(*parameter) for parameter in inputs],
                 outputs=[_formal(*parameter) for parameter in outputs],
-                type_constraints=[("T", _FLOATS, "Activations and weights.")],
+                type_constraints=[
+                    ("T", _FLOATS, "Activations and weights."),
+                    *([("S", _FLOATS, "State.")] if any(k == "S" for _, k in inputs) else []),
+                ],
                 attributes=[_Attribute(key, kind, required=True) for key, kind in attributes],
             )
         )
@@ -190,9 +220,19 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """
     register()
     opset: Any = Opset(ops.DOMAIN, VERSION)
+
+    # The exporter's own form has a threshold and a scale, and is float16 where the graph is.
+    def softplus(states: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+        if beta != 1.0:
+            raise ExportError(f"softplus must have a beta of 1 in a graph, got {beta}.")
+        return opset.Softplus(states)
+
     return {
-        getattr(torch.ops.edgemoe, torch_name).default: _translation(opset, name)
-        for name, torch_name in _TORCH_NAMES.items()
+        torch.ops.aten.softplus.default: softplus,
+        **{
+            getattr(torch.ops.edgemoe, torch_name).default: _translation(opset, name)
+            for name, torch_name in _TORCH_NAMES.items()
+        },
     }
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe_exporters.prepare_attention import CachedLayer
+    from edgemoe_exporters.trace_cache import CacheTensor
 
 OPSET = 20
 
@@ -52,7 +52,7 @@ def trace(model: MoeModel) -> ir.Model:
     with _on_one_device(model.model), prepared(model) as module, torch.no_grad():
         arguments = _example(model, module.cached)
         try:
-            program = _export(module, arguments, len(module.cached))
+            program = _export(module, arguments, module.cached)
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(
                 f"the {model.family} model cannot be traced: {error}. Run with --debug for the "
@@ -87,7 +87,7 @@ def _on_one_device(model: torch.nn.Module) -> Iterator[None]:
             table[name] = tensor
 
 
-def _example(model: MoeModel, cached: tuple[CachedLayer, ...]) -> tuple[Any, ...]:
+def _example(model: MoeModel, cached: tuple[CacheTensor, ...]) -> tuple[Any, ...]:
     """Return arguments with sizes that differ, so that no two dimensions look related."""
     batch, new, past = 2, 3, 4
     first = next(model.model.parameters())
@@ -96,24 +96,18 @@ def _example(model: MoeModel, cached: tuple[CachedLayer, ...]) -> tuple[Any, ...
             torch.ones(batch, new, dtype=torch.int64),
             torch.ones(batch, past + new, dtype=torch.int64),
             torch.arange(past, past + new).repeat(batch, 1),
-            [
-                (
-                    torch.zeros(batch, layer.heads, past, layer.key_size, dtype=first.dtype),
-                    torch.zeros(batch, layer.heads, past, layer.value_size, dtype=first.dtype),
-                )
-                for layer in cached
-            ],
+            [tensor.zeros(batch, past, first.dtype) for tensor in cached],
             torch.tensor([layer.top_k for layer in model.layers], dtype=torch.int64),
         )
 
 
-def _export(module: torch.nn.Module, arguments: tuple[Any, ...], layers: int) -> Any:
+def _export(
+    module: torch.nn.Module, arguments: tuple[Any, ...], cached: tuple[CacheTensor, ...]
+) -> Any:
     batch = torch.export.Dim("batch")
     new = torch.export.Dim("sequence")
     past = torch.export.Dim("past")
     total = torch.export.Dim("total")
-    cached = {0: batch, 2: past}
-    names = ("key", "value")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -129,18 +123,18 @@ def _export(module: torch.nn.Module, arguments: tuple[Any, ...], layers: int) ->
                 "input_ids",
                 "attention_mask",
                 "position_ids",
-                *(f"past_key_values.{i}.{name}" for i in range(layers) for name in names),
+                *(f"past_key_values.{tensor.name}" for tensor in cached),
                 "k_cap",
             ],
             output_names=[
                 "logits",
-                *(f"present.{i}.{name}" for i in range(layers) for name in names),
+                *(f"present.{tensor.name}" for tensor in cached),
             ],
             dynamic_shapes=(
                 {0: batch, 1: new},
                 {0: batch, 1: total},
                 {0: batch, 1: new},
-                [(dict(cached), dict(cached)) for _ in range(layers)],
+                [{0: batch, 2: past} if None in tensor.shape else {0: batch} for tensor in cached],
                 None,
             ),
         )

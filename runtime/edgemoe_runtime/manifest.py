@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from edgemoe_runtime.errors import ManifestError, RequestError
 from edgemoe_runtime.json_fields import Json, Value, parse_json, read_plain_text
+from edgemoe_runtime.manifest_cache import KvCache
 from edgemoe_runtime.manifest_parts import (
     FileEntry,
     KRung,
-    KvCache,
     ModelInfo,
     SizeReport,
     TaskEntry,

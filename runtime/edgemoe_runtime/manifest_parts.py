@@ -87,64 +87,6 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KvLayer:
-    """Key-value cache of one decoder layer: [batch, heads, length, key_dim | value_dim]."""
-
-    heads: int
-    key_dim: int
-    value_dim: int
-
-    @classmethod
-    def read(cls, value: Value) -> KvLayer:
-        """Read from JSON."""
-        fields = value.fields("heads", "key_dim", "value_dim")
-        return cls(
-            heads=fields["heads"].integer(1),
-            key_dim=fields["key_dim"].integer(1),
-            value_dim=fields["value_dim"].integer(1),
-        )
-
-    def to_json(self) -> dict[str, Json]:
-        """Return the JSON object."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class KvCache:
-    """The key-value cache.
-
-    Attributes:
-        form: `shared_buffer`: past and present may be one preallocated buffer, and
-            attention_mask [batch, total] tells the true length; `concat`: present is past
-            with the new positions appended.
-        dtype: of keys and values.
-        layers: one entry per decoder layer.
-    """
-
-    form: str
-    dtype: str
-    layers: tuple[KvLayer, ...]
-
-    @classmethod
-    def read(cls, value: Value) -> KvCache:
-        """Read from JSON."""
-        fields = value.fields("form", "dtype", "layers")
-        return cls(
-            form=fields["form"].text(),
-            dtype=fields["dtype"].text(),
-            layers=tuple(KvLayer.read(item) for item in fields["layers"].items()),
-        )
-
-    def to_json(self) -> dict[str, Json]:
-        """Return the JSON object."""
-        return {
-            "form": self.form,
-            "dtype": self.dtype,
-            "layers": [layer.to_json() for layer in self.layers],
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
 class TensorSpec:
     """A graph input or output; a dimension is a size, or the name of a dynamic one."""
 

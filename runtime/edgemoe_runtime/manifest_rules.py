@@ -16,6 +16,7 @@ TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "jetson-orin", "jetson-tho
 FLAVOURS = ("ort", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 KV_FORMS = ("shared_buffer", "concat")
+CACHE_DTYPES = ("float32", "float16", "bfloat16")
 DTYPES = ("int64", "int32", "float32", "float16", "bfloat16")
 ENGINES_FOLDER = "engines"
 
@@ -71,7 +72,8 @@ def _check_names(manifest: Manifest) -> None:
         ("flavour", manifest.flavour, FLAVOURS),
         ("precision", manifest.precision, PRECISIONS),
         ("kv_cache.form", manifest.kv_cache.form, KV_FORMS),
-        ("kv_cache.dtype", manifest.kv_cache.dtype, ("float32", "float16", "bfloat16")),
+        ("kv_cache.dtype", manifest.kv_cache.dtype, CACHE_DTYPES),
+        *(("kv_cache.states.dtype", s.dtype, CACHE_DTYPES) for s in manifest.kv_cache.states),
     ):
         _require(value in names, f"{key} must be one of {', '.join(names)}", value)
 
@@ -130,13 +132,13 @@ def _check_task(manifest: Manifest, name: str, task: TaskEntry) -> None:
 
 
 def _check_tensors(manifest: Manifest) -> None:
-    layers = range(manifest.model.num_layers)
-    kinds = ("key", "value")
+    cache = manifest.kv_cache
+    cached = [*cache.pairs(0), *cache.others(0)]
     inputs = ["input_ids", "attention_mask", "position_ids"]
-    inputs += [f"past_key_values.{i}.{kind}" for i in layers for kind in kinds]
+    inputs += [tensor.past for tensor in cached]
     if manifest.model.moe_layers:
         inputs.append("k_cap")
-    outputs = ["logits", *(f"present.{i}.{kind}" for i in layers for kind in kinds)]
+    outputs = ["logits", *(tensor.present for tensor in cached)]
     for label, specs, expected in (
         ("inputs", manifest.inputs, inputs),
         ("outputs", manifest.outputs, outputs),
@@ -174,18 +176,27 @@ def _check_sizes(manifest: Manifest) -> None:
         f"logits must be floating and as wide as vocab_size {vocabulary}",
         [logits.dtype, *logits.shape],
     )
-    for index, layer in enumerate(manifest.kv_cache.layers):
-        for kind, width in (("key", layer.key_dim), ("value", layer.value_dim)):
-            for name in (f"past_key_values.{index}.{kind}", f"present.{index}.{kind}"):
-                spec = specs[name]
-                _require(
-                    spec.dtype == manifest.kv_cache.dtype
-                    and len(spec.shape) == 4
-                    and (spec.shape[1], spec.shape[3]) == (layer.heads, width),
-                    f"{name} must be as kv_cache says, {manifest.kv_cache.dtype}, heads"
-                    f" {layer.heads}, width {width}",
-                    [spec.dtype, *spec.shape],
-                )
+    cache = manifest.kv_cache
+    # A size that depends on the length is none of the graph's own.
+    short, long = ([*cache.pairs(length), *cache.others(length)] for length in (0, 1))
+    for tensor, other in zip(short, long, strict=True):
+        fixed = [
+            size if size == with_one else None
+            for size, with_one in zip(tensor.shape, other.shape, strict=True)
+        ]
+        for name in (tensor.past, tensor.present):
+            spec = specs[name]
+            _require(
+                spec.dtype == tensor.dtype
+                and len(spec.shape) == len(fixed)
+                and all(
+                    size is None or size == given
+                    for size, given in zip(fixed[1:], spec.shape[1:], strict=True)
+                ),
+                f"{name} must be as kv_cache says, {tensor.dtype} [batch, "
+                f"{', '.join('length' if size is None else str(size) for size in fixed[1:])}]",
+                [spec.dtype, *spec.shape],
+            )
     if manifest.model.moe_layers:
         cap, layers = specs["k_cap"], len(manifest.model.moe_layers)
         _require(

@@ -16,11 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.manifest_cache import KvCache, KvLayer
 from edgemoe_runtime.manifest_parts import (
     FileEntry,
     KRung,
-    KvCache,
-    KvLayer,
     ModelInfo,
     SizeReport,
     TaskEntry,

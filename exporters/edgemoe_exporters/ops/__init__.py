@@ -2,12 +2,13 @@
 
 What differs between engines the trace keeps whole, as nodes of the ONNX domain ``edgemoe``:
 Route, Experts (or FactoredExperts), Attention (AttendAll where the model joins past and present
-itself), RotaryEmbedding (Angles where it rotates in a way of its own) and RMSNorm. Each is a
-torch custom op, so that a model prepared for tracing still runs eagerly.
+itself), LinearAttention and CausalConv (with NewMask, which hides padding from them),
+RotaryEmbedding (Angles where it rotates in a way of its own) and RMSNorm. Each is a torch custom
+op, so that a model prepared for tracing still runs eagerly.
 
 Letters in shapes: T tokens, B batch, S new tokens of a row, P cached tokens, E experts,
 k chosen experts, H hidden size, I intermediate size of an expert, N query heads, M key and
-value heads, D head size, V head size of values, R rotated part of a head, L MoE layers.
+value heads, D head size, V head size of values, R rotated part of a head, C channels and W width of a convolution, L MoE layers.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from __future__ import annotations
 from edgemoe_exporters.ops.attention import angles, attend_all, attention, rms_norm, rotary
 from edgemoe_exporters.ops.factored import factored_experts
 from edgemoe_exporters.ops.moe import experts, route
+from edgemoe_exporters.ops.recurrence import causal_conv, linear_attention, new_mask
 
 DOMAIN = "edgemoe"
 
 __all__ = [
-    "DOMAIN", "angles", "attend_all", "attention", "experts", "factored_experts", "rms_norm",
-    "rotary", "route",
+    "DOMAIN", "angles", "attend_all", "attention", "causal_conv", "experts", "factored_experts",
+    "linear_attention", "new_mask", "rms_norm", "rotary", "route",
 ]  # fmt: skip

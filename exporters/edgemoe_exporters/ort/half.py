@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from edgemoe_exporters.deferred import Deferred
-from edgemoe_exporters.initializers import narrow_attributes, set_weight
+from edgemoe_exporters.initializers import narrow_attributes, set_weight, state_values
 from edgemoe_exporters.ort.editor import TRACED, Editor
 
 if TYPE_CHECKING:
@@ -32,13 +32,14 @@ def convert_to_half(editor: Editor, precision: Precision) -> None:
         readers = {node.op_type for node in value.consumers() if node.domain == TRACED}
         if value.dtype == _FLOAT and not readers & _EXACT:
             set_weight(value, Deferred.of(value), _HALF)
+    kept = state_values(editor.graph)
     for node in editor.graph:
         narrow_attributes(node, _HALF)
         for output in node.outputs:
-            if output.type is not None and output.dtype == _FLOAT:
+            if output.type is not None and output.dtype == _FLOAT and output not in kept:
                 output.type = ir.TensorType(_HALF)
     for value in editor.graph.inputs:
-        if value.dtype == _FLOAT:
+        if value.dtype == _FLOAT and value not in kept:
             value.type = ir.TensorType(_HALF)
     _widen_logits(editor)
 

@@ -114,7 +114,8 @@ def make_profile(manifest: Manifest, limits: ShapeLimits) -> Profile:
         if all(isinstance(size, int) for size in spec.shape):
             continue
         cached = spec.name.startswith("past_key_values.")
-        named = (batch, None, past, None) if cached else extents.get(spec.name, ())
+        # Of the cache, what follows the batch and is not fixed is its length.
+        named = (batch, past, past) if cached else extents.get(spec.name, ())
         profile[spec.name] = _shape_range(spec, named)
     return profile
 

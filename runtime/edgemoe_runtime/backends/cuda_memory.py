@@ -63,6 +63,16 @@ class CudaRuntime:
         self._call("cudaMemset", address, 0, ctypes.c_size_t(size_bytes))
         return address.value or 0
 
+    def clear(self, address: int, size_bytes: int, stream: int) -> None:
+        """Set device memory to zero."""
+        self._call(
+            "cudaMemsetAsync",
+            ctypes.c_void_p(address),
+            0,
+            ctypes.c_size_t(size_bytes),
+            ctypes.c_void_p(stream),
+        )
+
     def free(self, address: int) -> None:
         """Free device memory."""
         self._call("cudaFree", ctypes.c_void_p(address))

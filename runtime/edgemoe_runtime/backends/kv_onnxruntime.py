@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from edgemoe_runtime.manifest_parts import KvCache
+    from collections.abc import Sequence
+
+    from edgemoe_runtime.manifest_cache import CacheTensor, KvCache
 
 _NUMPY_TYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16}
 _ONNX_BFLOAT16 = 16
@@ -50,18 +52,21 @@ def make_kv_cache(ort: Any, cache: KvCache, max_length: int, device: str) -> KvB
         max_length: tokens to hold.
         device: `cpu` or `cuda`.
     """
-    if cache.form == "shared_buffer":
-        return SharedKvBinding(ort, cache, max_length, device)
-    return ConcatKvBinding(ort, cache, device)
+    if cache.form != "shared_buffer":
+        return ConcatKvBinding(ort, [*cache.pairs(0), *cache.others(0)], device)
+    shared = SharedKvBinding(ort, cache.pairs(max_length), device)
+    if not cache.states:
+        return shared
+    first = 1 + len(cache.pairs(0))
+    return MixedKvBinding(shared, ConcatKvBinding(ort, cache.others(0), device, first))
 
 
 class SharedKvBinding:
     """One buffer per layer, bound once as both past and present."""
 
-    def __init__(self, ort: Any, cache: KvCache, max_length: int, device: str) -> None:
+    def __init__(self, ort: Any, tensors: Sequence[CacheTensor], device: str) -> None:
         self._values = [
-            (past, present, _allocate(ort, shape, cache.dtype, device))
-            for past, present, shape in _names_and_shapes(cache, max_length)
+            (tensor.past, tensor.present, _allocate(ort, tensor, device)) for tensor in tensors
         ]
 
     def attach(self, binding: Any) -> None:
@@ -95,14 +100,14 @@ class _PresentValues:
 class ConcatKvBinding:
     """Each run's present values become the next run's past values, wherever they lie."""
 
-    def __init__(self, ort: Any, cache: KvCache, device: str) -> None:
+    def __init__(
+        self, ort: Any, tensors: Sequence[CacheTensor], device: str, first_output: int = 1
+    ) -> None:
         self._binding: Any = None
         self._device = device
-        self._names: list[tuple[str, str]] = []
-        self._empty: list[Any] = []
-        for past, present, shape in _names_and_shapes(cache, 0):
-            self._names.append((past, present))
-            self._empty.append(_allocate(ort, shape, cache.dtype, device))
+        self._first_output = first_output
+        self._names = [(tensor.past, tensor.present) for tensor in tensors]
+        self._empty = [_allocate(ort, tensor, device) for tensor in tensors]
         self._past = self._empty
 
     def attach(self, binding: Any) -> None:
@@ -116,8 +121,8 @@ class ConcatKvBinding:
             self._binding.bind_output(present, self._device)
 
     def after_run(self) -> None:
-        """Keep the present values; the first output is the logits."""
-        self._past = self._binding.get_outputs()[1:]
+        """Keep the present values; what is bound before them are the logits and others."""
+        self._past = self._binding.get_outputs()[self._first_output :]
 
     def mark(self) -> object:
         """Return the present values together with what keeps them as they are.
@@ -132,24 +137,41 @@ class ConcatKvBinding:
         self._past = mark.values if isinstance(mark, _PresentValues) else self._empty
 
 
-def _names_and_shapes(
-    cache: KvCache, length: int
-) -> list[tuple[str, str, tuple[int, int, int, int]]]:
-    return [
-        (
-            f"past_key_values.{index}.{kind}",
-            f"present.{index}.{kind}",
-            (1, layer.heads, length, layer.key_dim if kind == "key" else layer.value_dim),
+class MixedKvBinding:
+    """Keys and values in shared buffers, and states that each run replaces."""
+
+    def __init__(self, shared: SharedKvBinding, replaced: ConcatKvBinding) -> None:
+        self._shared = shared
+        self._replaced = replaced
+
+    def attach(self, binding: Any) -> None:
+        """Bind the buffers; the states' outputs are to come after theirs."""
+        self._shared.attach(binding)
+        self._replaced.attach(binding)
+
+    def before_run(self) -> None:
+        """Bind the last states, and let onnxruntime allocate new ones."""
+        self._replaced.before_run()
+
+    def after_run(self) -> None:
+        """Keep the new states."""
+        self._replaced.after_run()
+
+    def mark(self) -> object:
+        """Return the states: the length alone says what is valid of the buffers."""
+        return self._replaced.mark()
+
+    def rewind(self, mark: object) -> None:
+        """Go back to the marked states; None means those at the start."""
+        self._replaced.rewind(mark)
+
+
+def _allocate(ort: Any, tensor: CacheTensor, device: str) -> Any:
+    if tensor.dtype == "bfloat16":  # numpy has no such type
+        return ort.OrtValue.ortvalue_from_shape_and_type(
+            tensor.shape, _ONNX_BFLOAT16, device, 0
         )
-        for index, layer in enumerate(cache.layers)
-        for kind in ("key", "value")
-    ]
-
-
-def _allocate(ort: Any, shape: tuple[int, ...], dtype: str, device: str) -> Any:
-    if dtype == "bfloat16":  # numpy has no such type
-        return ort.OrtValue.ortvalue_from_shape_and_type(shape, _ONNX_BFLOAT16, device, 0)
     # zeros, not garbage: a NaN in an unused position would survive a multiplication by 0.
     # On the CPU the value shares numpy's pages, which cost nothing until they are written.
-    zeros = np.zeros(shape, dtype=_NUMPY_TYPES[dtype])
+    zeros = np.zeros(tensor.shape, dtype=_NUMPY_TYPES[tensor.dtype])
     return ort.OrtValue.ortvalue_from_numpy(zeros, device, 0)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from edgemoe_runtime.backends.base import LogitArray, LogitRows, OpenRequest, TokenArray
     from edgemoe_runtime.engine_cache import EngineKey
+    from edgemoe_runtime.manifest_cache import CacheTensor
 
 _TYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -190,9 +191,9 @@ class TensorRtBackend:
             self._bind(name, self._inputs[name], array.shape)
         present = self._spare_set()
         self._bind("logits", self._logits, None)
-        for name, shape in self._cache_shapes(self._length):
-            self._bind(f"past_key_values.{name}", self._past[name], shape)
-            self._bind(f"present.{name}", present[name], None)
+        for tensor in self._cache_tensors(self._length):
+            self._bind(tensor.past, self._past[tensor.name], tensor.shape)
+            self._bind(tensor.present, present[tensor.name], None)
         if not self._context.execute_async_v3(self._stream):
             raise BackendError(
                 f"{self.name} failed on {count} tokens after {self._length}. Build the engine"
@@ -223,6 +224,10 @@ class TensorRtBackend:
         """Forget all tokens."""
         self._length = 0
         self._pinned = None
+        # Keys and values of no length are none, but a state is read from the first token on.
+        for tensor in self._cache.others(0):
+            size_bytes = _TYPE_BYTES[tensor.dtype] * math.prod(tensor.shape)
+            self._cuda.clear(self._past[tensor.name], size_bytes, self._stream)
 
     def close(self) -> None:
         """Free the engine and device memory, also where the device has failed."""
@@ -258,15 +263,8 @@ class TensorRtBackend:
                 " other shapes. Build it again with `edgemoe compile`."
             )
 
-    def _cache_shapes(self, length: int) -> list[tuple[str, tuple[int, int, int, int]]]:
-        return [
-            (
-                f"{index}.{kind}",
-                (1, layer.heads, length, layer.key_dim if kind == "key" else layer.value_dim),
-            )
-            for index, layer in enumerate(self._cache.layers)
-            for kind in ("key", "value")
-        ]
+    def _cache_tensors(self, length: int) -> list[CacheTensor]:
+        return [*self._cache.pairs(length), *self._cache.others(length)]
 
     def _spare_set(self) -> dict[str, int]:
         """Return buffers that hold neither the past nor a marked state."""
@@ -277,10 +275,9 @@ class TensorRtBackend:
         return self._sets[-1]
 
     def _allocate_cache(self) -> dict[str, int]:
-        width = _TYPE_BYTES[self._cache.dtype]
         return {
-            name: self._allocate(width * math.prod(shape))
-            for name, shape in self._cache_shapes(self.max_length)
+            tensor.name: self._allocate(_TYPE_BYTES[tensor.dtype] * math.prod(tensor.shape))
+            for tensor in self._cache_tensors(self.max_length)
         }
 
     def _allocate(self, size_bytes: int) -> int:
