@@ -67,7 +67,8 @@ _SIZES: dict[str, Any] = {
     "v_head_dim": 16,
     "index_topk": 8,
     "index_head_dim": 16,
-    "index_n_heads": 2,
+    # With few heads all of them often score 0, and the highest scores are no clear choice.
+    "index_n_heads": 32,
     # Layers with state.
     "linear_head_dim": 16,
     "linear_num_heads": 4,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from onnx_ir.passes.common import TopologicalSortPass
+
 from edgemoe.errors import ExportError
 from edgemoe_exporters.ops import DOMAIN
 from edgemoe_exporters.ort.attention import lower_attention
@@ -66,6 +68,8 @@ def lower(model: ir.Model, precision: str) -> ir.Model:
             f"every traced op must have a lowering for onnxruntime, got {', '.join(left)}. "
             "Choose another target."
         )
+    # What all layers share is computed first, from what may be computed itself.
+    TopologicalSortPass()(lowered)
     lowered.opset_imports.pop(DOMAIN, None)
     lowered.opset_imports[MICROSOFT] = 1
     return lowered

@@ -22,6 +22,7 @@ from edgemoe_exporters.lower_tensorrt_attention import (
     lower_attention,
     lower_norm,
     lower_rotary,
+    lower_select_keys,
 )
 from edgemoe_exporters.lower_tensorrt_emit import FLOAT32, Emitter
 from edgemoe_exporters.lower_tensorrt_moe import lower_experts, mark_experts
@@ -133,6 +134,8 @@ def _lower_nodes(graph: ir.Graph, compute: ir.DataType, form: ExpertsForm) -> No
             outputs = lower_attention(emit, node, shared)
         elif node.op_type == "AttendAll":
             outputs = lower_attend_all(emit, node, shared)
+        elif node.op_type == "SelectKeys":
+            outputs = lower_select_keys(emit, node, shared)
         elif node.op_type == "NewMask":
             outputs = lower_new_mask(emit, node)
         elif node.op_type == "CausalConv":

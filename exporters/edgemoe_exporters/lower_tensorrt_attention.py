@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Far below any score and within float16, should a kernel hold scores in it. A row of padding
 # sees nothing; it then averages instead of dividing by zero.
 _HIDDEN = -6e4
+_LOWEST = -3e38
 
 
 @dataclass
@@ -69,7 +70,8 @@ def _attend(
     emit: Emitter, node: ir.Node, inputs: Sequence[ir.Value | None], shared: Shared
 ) -> ir.Value:
     """Attend with float32 softmax; query heads of one key head are rows of one product."""
-    query, present_key, present_value, attention_mask, *sinks = inputs
+    query, present_key, present_value, attention_mask, *rest = inputs
+    sinks, selected = [*rest, None, None][:2]
     assert query is not None
     assert present_key is not None
     assert present_value is not None
@@ -87,13 +89,53 @@ def _attend(
     columns = emit.call("Transpose", present_key, perm=[0, 1, 3, 2])
     scores = emit.wide(emit.call("MatMul", rows, columns))
     scores = emit.call("Add", scores, shared.masks[mask_key])
-    if sinks and sinks[0] is not None:
-        weights = _softmax_with_sinks(emit, scores, query, sinks[0], groups, repeats)
+    if selected is not None:
+        chosen = emit.call("Unsqueeze", emit.wide(selected), emit.integers(1))
+        several = emit.call("Concat", *[chosen] * repeats, axis=2) if repeats > 1 else chosen
+        scores = emit.call("Add", scores, several)
+    if sinks is not None:
+        weights = _softmax_with_sinks(emit, scores, query, sinks, groups, repeats)
     else:
         weights = emit.call("Softmax", scores, axis=-1)
     mixed = emit.call("MatMul", emit.narrow(weights), present_value)
     mixed = emit.call("Reshape", mixed, emit.integers(0, heads, -1, value_size))
     return emit.call("Transpose", mixed, perm=[0, 2, 1, 3])
+
+
+def lower_select_keys(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Value]:
+    """Hide keys whose score is below that of the last one chosen.
+
+    Args:
+        emit: Takes the nodes.
+        node: A SelectKeys node.
+        shared: Masks made so far.
+
+    Returns:
+        What is added to the scores of attention, ``[B, S, P + S]``.
+    """
+    scores, attention_mask = node.inputs
+    assert scores is not None
+    assert attention_mask is not None
+    count = node.attributes["count"].as_int()
+    rows = emit.call("Unsqueeze", emit.wide(scores), emit.integers(1))
+    mask_key = (attention_mask, 1, 0)
+    if mask_key not in shared.masks:
+        shared.masks[mask_key] = _mask(emit, rows, attention_mask, 1, 0)
+    # The mask is of attention's scores, and these may be further from 0.
+    hidden = emit.call("Less", shared.masks[mask_key], emit.number(0.0))
+    rows = emit.call("Where", hidden, emit.number(_LOWEST), rows)
+    # There may be fewer keys than are to be chosen.
+    batch_and_rows = emit.call("Shape", scores, start=0, end=2)
+    one, few = emit.integers(1), emit.integers(count)
+    shape = emit.call("Concat", batch_and_rows, few, axis=0)
+    filler = emit.call("Expand", emit.number(_LOWEST), shape)
+    flat = emit.call("Squeeze", rows, one)
+    enough = emit.call("Concat", flat, filler, axis=2)
+    best, _ = emit.call_many("TopK", 2, enough, few, axis=-1, largest=1, sorted=1)
+    least = emit.call("Slice", best, emit.integers(count - 1), few, emit.integers(2))
+    refused = emit.call("Or", emit.call("Less", flat, least), emit.call("Squeeze", hidden, one))
+    chosen = emit.call("Where", refused, emit.number(_HIDDEN), emit.number(0.0))
+    return [emit.narrow(chosen)]
 
 
 def _softmax_with_sinks(

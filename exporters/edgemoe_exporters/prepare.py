@@ -15,7 +15,13 @@ from edgemoe.models.discovery import build_skeleton
 from edgemoe.models.ragged import read_ragged_note
 from edgemoe.models.registry import FAMILIES
 from edgemoe_exporters import ops
-from edgemoe_exporters.prepare_attention import ACTIVE, ATTENTION, Attender, register
+from edgemoe_exporters.prepare_attention import (
+    ACTIVE,
+    ATTENTION,
+    Attender,
+    register,
+    replace_indexers,
+)
 from edgemoe_exporters.prepare_moe import replace_moe
 from edgemoe_exporters.prepare_norms import replace_norms
 from edgemoe_exporters.prepare_recurrence import replace_recurrence
@@ -33,11 +39,8 @@ if TYPE_CHECKING:
 # Families whose layers keep another state than keys and values, or index positions, or whose
 # router or activation is of a kind of its own.
 WITHOUT_GRAPH = frozenset(
-    {
-        "axk2", "deepseek_v32", "deepseek_v4", "dots3_note_text", "glm_moe_dsa", "hy_v4",
-        "inkling2_text", "inkling_text", "minimax", "qwen4_exp_text", "zaya",
-    }
-)  # fmt: skip
+    {"deepseek_v4", "inkling2_text", "inkling_text", "minimax", "qwen4_exp_text", "zaya"}
+)
 _WITH_GRAPH = ", ".join(name for name in FAMILIES if name not in WITHOUT_GRAPH)
 _NOT_YET = (
     "Calibration, pruning and evaluation work for this family, graphs do not yet; families "
@@ -193,6 +196,7 @@ def prepared(model: MoeModel) -> Iterator[TraceModule]:
             replace_moe(stack, module, layer, position)
         replace_norms(stack, lm)
         replace_recurrence(stack, lm, module.attender)
+        replace_indexers(stack, lm, module.attender)
         if not _rehearse_usual(stack, module):
             replace_rotary(stack, lm, usual=False)
             module.rehearse()

@@ -125,9 +125,15 @@ _OPS: dict[
             ("value", "T"),
             ("attention_mask", "tensor(int64)"),
             ("sinks?", "T"),
+            ("selected?", "T"),
         ],
         [("output", "T")],
         [("scale", _FLOAT), ("sliding_window", _INT)],
+    ),
+    "SelectKeys": (
+        [("scores", "T"), ("attention_mask", "tensor(int64)")],
+        [("selected", "T")],
+        [("count", _INT)],
     ),
     "NewMask": (
         [("attention_mask", "tensor(int64)"), ("states", "T")],
@@ -176,6 +182,7 @@ _TORCH_NAMES = {
     "FactoredExperts": "factored_experts",
     "Attention": "attention",
     "AttendAll": "attend_all",
+    "SelectKeys": "select_keys",
     "NewMask": "new_mask",
     "CausalConv": "causal_conv",
     "LinearAttention": "linear_attention",

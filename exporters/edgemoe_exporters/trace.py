@@ -134,7 +134,10 @@ def _export(
                 {0: batch, 1: new},
                 {0: batch, 1: total},
                 {0: batch, 1: new},
-                [{0: batch, 2: past} if None in tensor.shape else {0: batch} for tensor in cached],
+                [
+                    {0: batch, **{1 + axis: past for axis, n in enumerate(t.shape) if n is None}}
+                    for t in cached
+                ],
                 None,
             ),
         )

@@ -1,8 +1,8 @@
 """The cache of a trace: what transformers' layers keep becomes inputs and outputs of the graph.
 
-Layers keep keys and values, whose length grows, or states of a fixed size: the latest positions
-of a convolution, and what linear attention knows. A layer may keep several of one kind, or
-nothing.
+Layers keep keys and values, and keys by which they find those, whose length grows, or states of
+a fixed size: the latest positions of a convolution, and what linear attention knows. A layer may
+keep several of one kind, or nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from edgemoe.errors import ExportError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-KEY, VALUE, CONV, RECURRENT = "key", "value", "conv_state", "recurrent_state"
-_ORDER = (KEY, VALUE, CONV, RECURRENT)
+KEY, VALUE, INDEXER = "key", "value", "indexer_key"
+CONV, RECURRENT = "conv_state", "recurrent_state"
+_ORDER = (KEY, VALUE, INDEXER, CONV, RECURRENT)
+# Which axis of these is as long as the cache, without the batch.
+_LENGTH_AXIS = {KEY: 1, VALUE: 1, INDEXER: 0}
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class CacheTensor:
 
     Attributes:
         layer: Index of the decoder layer.
-        kind: ``key``, ``value``, ``conv_state`` or ``recurrent_state``; with a number behind it
-            where it is not the layer's first of its kind.
+        kind: ``key``, ``value``, ``indexer_key``, ``conv_state`` or ``recurrent_state``; with a
+            number behind it where it is not the layer's first of its kind.
         shape: Without the batch; None is the number of cached positions.
     """
 
@@ -108,6 +111,13 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def keep_pair(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Take keys and values of all positions."""
         self._present[layer, KEY], self._present[layer, VALUE] = key, value
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Return the index keys of all positions."""
+        past = self.past.get(f"{layer_idx}.{INDEXER}", indexer_key_states[:, :0])
+        joined = torch.cat([past, indexer_key_states], dim=1)
+        self._present[layer_idx, INDEXER] = joined
+        return joined
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """Say nothing is cached: positions and masks are inputs of the graph."""
@@ -231,6 +241,6 @@ def _place(place: tuple[int, str]) -> tuple[int, int, str]:
 
 def _shape_of(kind: str, tensor: torch.Tensor) -> tuple[int | None, ...]:
     sizes: list[int | None] = [int(size) for size in tensor.shape[1:]]
-    if kind in (KEY, VALUE):
-        sizes[1] = None
+    if kind in _LENGTH_AXIS:
+        sizes[_LENGTH_AXIS[kind]] = None
     return tuple(sizes)

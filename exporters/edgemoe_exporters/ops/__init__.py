@@ -2,7 +2,7 @@
 
 What differs between engines the trace keeps whole, as nodes of the ONNX domain ``edgemoe``:
 Route, Experts (or FactoredExperts), Attention (AttendAll where the model joins past and present
-itself), LinearAttention and CausalConv (with NewMask, which hides padding from them),
+itself, with SelectKeys where it attends to some), LinearAttention and CausalConv (with NewMask, which hides padding from them),
 RotaryEmbedding (Angles where it rotates in a way of its own) and RMSNorm. Each is a torch custom
 op, so that a model prepared for tracing still runs eagerly.
 
@@ -13,7 +13,14 @@ value heads, D head size, V head size of values, R rotated part of a head, C cha
 
 from __future__ import annotations
 
-from edgemoe_exporters.ops.attention import angles, attend_all, attention, rms_norm, rotary
+from edgemoe_exporters.ops.attention import (
+    angles,
+    attend_all,
+    attention,
+    rms_norm,
+    rotary,
+    select_keys,
+)
 from edgemoe_exporters.ops.factored import factored_experts
 from edgemoe_exporters.ops.moe import experts, route
 from edgemoe_exporters.ops.recurrence import causal_conv, linear_attention, new_mask
@@ -22,5 +29,5 @@ DOMAIN = "edgemoe"
 
 __all__ = [
     "DOMAIN", "angles", "attend_all", "attention", "causal_conv", "experts", "factored_experts",
-    "linear_attention", "new_mask", "rms_norm", "rotary", "route",
+    "linear_attention", "new_mask", "rms_norm", "rotary", "route", "select_keys",
 ]  # fmt: skip

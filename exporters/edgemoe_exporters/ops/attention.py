@@ -74,6 +74,7 @@ def attend_all(
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     sinks: torch.Tensor | None,
+    selected: torch.Tensor | None,
     scale: float,
     sliding_window: int,
 ) -> torch.Tensor:
@@ -85,13 +86,14 @@ def attend_all(
         value: Of all positions, float ``[B, M, P + S, V]``.
         attention_mask: int64 ``[B, P + S]``, 0 where a slot is padding.
         sinks: As of :func:`attention`.
+        selected: What :func:`select_keys` returned, float ``[B, S, P + S]``; None for all keys.
         scale: Multiplies the scores.
         sliding_window: A token sees only this many latest slots; 0 for all.
 
     Returns:
         float ``[B, S, N, V]``.
     """
-    return _attend(query, key, value, attention_mask, sinks, scale, sliding_window)
+    return _attend(query, key, value, attention_mask, sinks, scale, sliding_window, selected)
 
 
 @attend_all.register_fake
@@ -101,11 +103,44 @@ def _(
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     sinks: torch.Tensor | None,
+    selected: torch.Tensor | None,
     scale: float,
     sliding_window: int,
 ) -> torch.Tensor:
     batch, heads, new, _ = query.shape
     return query.new_empty((batch, new, heads, value.shape[3]))
+
+
+@torch.library.custom_op("edgemoe::select_keys", mutates_args=())
+def select_keys(scores: torch.Tensor, attention_mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Choose the keys that a token attends to, by the highest scores.
+
+    DeepSeek Sparse Attention (DeepSeek-V3.2-Exp, 2025). Keys that tie with the last one are
+    chosen too.
+
+    Args:
+        scores: Of all positions, float ``[B, S, P + S]``.
+        attention_mask: int64 ``[B, P + S]``, 0 where a slot is padding.
+        count: Most keys.
+
+    Returns:
+        0 where a key is chosen, float ``[B, S, P + S]``; a token never chooses later ones.
+    """
+    visible = _visible(scores.shape[2], scores.shape[1]) & (attention_mask[:, None] != 0)
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~visible, lowest)
+    least = scores.topk(min(count, scores.shape[2]), dim=-1).values[..., -1:]
+    return torch.zeros_like(scores).masked_fill((scores < least) | ~visible, lowest)
+
+
+@select_keys.register_fake
+def _(scores: torch.Tensor, attention_mask: torch.Tensor, count: int) -> torch.Tensor:
+    return scores.new_empty(scores.shape)
+
+
+def _visible(total: int, new: int) -> torch.Tensor:
+    """Return which slots each new token may see, bool ``[S, P + S]``."""
+    return torch.arange(total) <= torch.arange(total - new, total)[:, None]
 
 
 def _attend(
@@ -116,14 +151,16 @@ def _attend(
     sinks: torch.Tensor | None,
     scale: float,
     sliding_window: int,
+    selected: torch.Tensor | None = None,
 ) -> torch.Tensor:
     total, new = key.shape[2], query.shape[2]
-    column = torch.arange(total)
-    row = torch.arange(total - new, total)[:, None]
-    visible = column <= row
+    visible = _visible(total, new)
     if sliding_window:
-        visible &= column > row - sliding_window
+        row = torch.arange(total - new, total)[:, None]
+        visible &= torch.arange(total) > row - sliding_window
     allowed = visible & (attention_mask[:, None, None, :] != 0)
+    if selected is not None:
+        allowed = allowed & (selected[:, None] == 0)
     repeats = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
     # A finite number: a padding row that sees nothing must not become NaN.

@@ -20,6 +20,7 @@ from edgemoe_exporters.lower_tensorrt_attention import (
     lower_angles,
     lower_attend_all,
     lower_rotary,
+    lower_select_keys,
 )
 from edgemoe_exporters.lower_tensorrt_attention import (
     lower_attention as lower_concat_attention,
@@ -64,7 +65,7 @@ class _Rotation:
 
 
 def lower_attention(editor: Editor, precision: Precision) -> None:
-    """Replace every Attention, AttendAll and Angles, and the RotaryEmbedding before them.
+    """Replace every Attention, AttendAll, SelectKeys and Angles, and the RotaryEmbedding before them.
 
     Args:
         editor: The graph.
@@ -74,9 +75,8 @@ def lower_attention(editor: Editor, precision: Precision) -> None:
         ExportError: Two layers rotate by different frequencies.
     """
     nodes = list(editor.nodes("Attention", TRACED))
-    _spell_out(
-        editor, [*editor.nodes("AttendAll", TRACED), *editor.nodes("Angles", TRACED)], precision
-    )
+    apart = ("AttendAll", "SelectKeys", "Angles")
+    _spell_out(editor, [n for name in apart for n in editor.nodes(name, TRACED)], precision)
     # One cache has one form: either all layers share buffers, or none does.
     if any(_sizes_differ(node) for node in nodes):
         rotations = list(editor.nodes("RotaryEmbedding", TRACED))
@@ -131,6 +131,7 @@ def _spell_out(editor: Editor, nodes: list[ir.Node], precision: Precision) -> No
     lowerings = {
         "Attention": lower_concat_attention,
         "AttendAll": lower_attend_all,
+        "SelectKeys": lower_select_keys,
         "Angles": lower_angles,
         "RotaryEmbedding": lower_rotary,
     }
