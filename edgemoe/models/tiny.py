@@ -66,7 +66,7 @@ _SIZES: dict[str, Any] = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
     "index_topk": 8,
-    "index_head_dim": 16,
+    "index_head_dim": 24,
     # With few heads all of them often score 0, and the highest scores are no clear choice.
     "index_n_heads": 32,
     # Layers with state.
@@ -229,7 +229,9 @@ def tiny_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
             for name, buffer in module.named_buffers(recurse=False):
                 persistent = name not in module._non_persistent_buffers_set
                 if persistent and buffer.is_floating_point() and buffer.numel() > 1:
-                    buffer.add_(0.1 * torch.randn_like(buffer))
+                    # Others are what the family has computed, such as rates of decay.
+                    if buffer.std(correction=0) == 0:
+                        buffer.add_(0.1 * torch.randn_like(buffer))
                 elif persistent and buffer.ndim == 2:
                     # The experts of each token, without repetition.
                     order = torch.rand(len(buffer), config.num_local_experts).argsort(dim=1)

@@ -92,7 +92,5 @@ def cache_shape(dimensions: Sequence[object], batch: int, length: int) -> tuple[
     Returns:
         The shape.
     """
-    sizes = (
-        size if isinstance(size, int) and size > 0 else length for size in dimensions[1:]
-    )
+    sizes = (size if isinstance(size, int) and size > 0 else length for size in dimensions[1:])
     return batch, *sizes

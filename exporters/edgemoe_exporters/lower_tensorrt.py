@@ -36,7 +36,7 @@ from edgemoe_exporters.lower_tensorrt_route import lower_route
 from edgemoe_exporters.nodes import ExpertsNode, RouteNode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from edgemoe_exporters.lower_tensorrt_moe import ExpertsForm
 
@@ -52,6 +52,23 @@ _WIDE_INPUTS = {
     "RMSNorm": (1,),
 }
 _LOGITS = "logits"
+
+_LOWERINGS: dict[str, Callable[[Emitter, ir.Node], list[ir.Value]]] = {
+    "FactoredExperts": lower_factored_experts,
+    "RMSNorm": lower_norm,
+    "NewMask": lower_new_mask,
+    "Softplus": lower_softplus,
+    "CausalConv": lower_causal_conv,
+    "LinearAttention": lower_linear_attention,
+}
+# Those that need masks or angles, which several layers have in common.
+_SHARING: dict[str, Callable[[Emitter, ir.Node, Shared], list[ir.Value]]] = {
+    "Attention": lower_attention,
+    "AttendAll": lower_attend_all,
+    "SelectKeys": lower_select_keys,
+    "Angles": lower_angles,
+    "RotaryEmbedding": lower_rotary,
+}
 
 
 def lower(model: ir.Model, precision: str, *, experts_form: ExpertsForm = "auto") -> ir.Model:
@@ -128,28 +145,10 @@ def _lower_nodes(graph: ir.Graph, compute: ir.DataType, form: ExpertsForm) -> No
             if node.inputs[2] not in gates:
                 raise ExportError(f"{node.name} must get its weights from a Route node.")
             outputs = lower_experts(emit, ExpertsNode.of(node), form)
-        elif node.op_type == "FactoredExperts":
-            outputs = lower_factored_experts(emit, node)
-        elif node.op_type == "Attention":
-            outputs = lower_attention(emit, node, shared)
-        elif node.op_type == "AttendAll":
-            outputs = lower_attend_all(emit, node, shared)
-        elif node.op_type == "SelectKeys":
-            outputs = lower_select_keys(emit, node, shared)
-        elif node.op_type == "NewMask":
-            outputs = lower_new_mask(emit, node)
-        elif node.op_type == "CausalConv":
-            outputs = lower_causal_conv(emit, node)
-        elif node.op_type == "Softplus":
-            outputs = lower_softplus(emit, node)
-        elif node.op_type == "LinearAttention":
-            outputs = lower_linear_attention(emit, node)
-        elif node.op_type == "Angles":
-            outputs = lower_angles(emit, node, shared)
-        elif node.op_type == "RotaryEmbedding":
-            outputs = lower_rotary(emit, node, shared)
-        elif node.op_type == "RMSNorm":
-            outputs = lower_norm(emit, node)
+        elif node.op_type in _LOWERINGS:
+            outputs = _LOWERINGS[node.op_type](emit, node)
+        elif node.op_type in _SHARING:
+            outputs = _SHARING[node.op_type](emit, node, shared)
         else:
             raise ExportError(f"op {node.op_type} must have a TensorRT form, and has none.")
         _replace(graph, node, emit.nodes, outputs)

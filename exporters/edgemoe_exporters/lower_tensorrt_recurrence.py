@@ -171,4 +171,3 @@ def _body(emit: Emitter, steps: dict[str, tuple[int, int, int]], width: int) -> 
     return ir.Graph(
         list(value_of.values()), [state, output], nodes=inner.nodes, name=inner.prefix
     )
-

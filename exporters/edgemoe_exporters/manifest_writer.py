@@ -53,9 +53,7 @@ def describe_model(model: MoeModel, name: str) -> ModelInfo:
     )
 
 
-def describe_cache(
-    graph: ir.Graph, inputs: tuple[TensorSpec, ...], num_layers: int
-) -> KvCache:
+def describe_cache(graph: ir.Graph, inputs: tuple[TensorSpec, ...], num_layers: int) -> KvCache:
     """Describe the cache of a lowered graph.
 
     Args:

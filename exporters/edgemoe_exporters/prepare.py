@@ -15,13 +15,8 @@ from edgemoe.models.discovery import build_skeleton
 from edgemoe.models.ragged import read_ragged_note
 from edgemoe.models.registry import FAMILIES
 from edgemoe_exporters import ops
-from edgemoe_exporters.prepare_attention import (
-    ACTIVE,
-    ATTENTION,
-    Attender,
-    register,
-    replace_indexers,
-)
+from edgemoe_exporters.prepare_attention import ACTIVE, ATTENTION, Attender, register
+from edgemoe_exporters.prepare_indexers import replace_indexers
 from edgemoe_exporters.prepare_moe import replace_moe
 from edgemoe_exporters.prepare_norms import replace_norms
 from edgemoe_exporters.prepare_recurrence import replace_recurrence
@@ -39,7 +34,7 @@ if TYPE_CHECKING:
 # Families whose layers keep another state than keys and values, or index positions, or whose
 # router or activation is of a kind of its own.
 WITHOUT_GRAPH = frozenset(
-    {"deepseek_v4", "inkling2_text", "inkling_text", "minimax", "qwen4_exp_text", "zaya"}
+    {"deepseek_v4", "inkling2_text", "inkling_text", "qwen4_exp_text", "zaya"}
 )
 _WITH_GRAPH = ", ".join(name for name in FAMILIES if name not in WITHOUT_GRAPH)
 _NOT_YET = (

@@ -1,8 +1,8 @@
 """Convolutions and linear attention in a trace.
 
-transformers calls both by functions of a family's module that kernels of other packages can take
-the place of, under a handful of names and with the arguments that those kernels have. Here ops
-take that place.
+transformers calls both by functions of a family's module that kernels of other packages can
+take the place of, under a handful of names and with the arguments that those kernels have. Here
+ops take that place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from edgemoe.errors import ExportError
 from edgemoe_exporters import ops
-from edgemoe_exporters.trace_cache import CONV, RECURRENT
+from edgemoe_exporters.trace_cache import CONV, RECURRENT, TraceCache
 
 if TYPE_CHECKING:
     import contextlib
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _ACTIVATIONS = {None: "none", "silu": "silu", "swish": "silu"}
 _NORM_EPSILON = 1e-6
+_LIGHTNING = "MiniMaxLightningAttention"
 
 
 def replace_recurrence(
@@ -39,10 +40,20 @@ def replace_recurrence(
         attender: Knows the cache and the mask of the pass under way.
     """
     for home in {sys.modules[type(module).__module__] for module in model.modules()}:
-        for name, function in _REPLACEMENTS.items():
+        replacements: dict[str, Any] = {
+            name: functools.partial(function, attender)
+            for name, function in _REPLACEMENTS.items()
+        }
+        # A class of a family's own that it insists on; its layers are replaced below.
+        replacements["MiniMaxCache"] = TraceCache
+        for name, replacement in replacements.items():
             if hasattr(home, name):
                 stack.callback(setattr, home, name, getattr(home, name))
-                setattr(home, name, functools.partial(function, attender))
+                setattr(home, name, replacement)
+    for module in model.modules():
+        if type(module).__name__ == _LIGHTNING:
+            module.forward = functools.partial(_attend_lightning, attender, module)
+            stack.callback(delattr, module, "forward")
 
 
 def _mask(
@@ -50,7 +61,8 @@ def _mask(
 ) -> torch.Tensor:
     del config
     assert attender.attention_mask is not None
-    return ops.new_mask(attender.attention_mask, inputs_embeds)
+    mask: torch.Tensor = ops.new_mask(attender.attention_mask, inputs_embeds)
+    return mask
 
 
 def _convolve(
@@ -72,6 +84,7 @@ def _convolve(
         hidden_states.shape[0], hidden_states.shape[1], weight.shape[1] - 1
     )
     place, past = attender.cache.take_turn(CONV, empty)
+    output: torch.Tensor
     output, present = ops.causal_conv(
         hidden_states, past, weight, bias, _ACTIVATIONS[activation]
     )
@@ -95,8 +108,9 @@ def _attend_by_delta_rule(
     scale = size**-0.5
     if use_qk_l2norm_in_kernel:
         # x / |x| is RMSNorm(x) / sqrt(size); the query's root goes into the scale.
-        query, key = (ops.rms_norm(part, None, _NORM_EPSILON / size, 0.0) for part in (query, key))
-        key = key * size**-0.5
+        epsilon = _NORM_EPSILON / size
+        query = ops.rms_norm(query, None, epsilon, 0.0)
+        key = ops.rms_norm(key, None, epsilon, 0.0) * size**-0.5
         scale /= size**0.5
     decay = g if g.dim() == query.dim() else g[..., None]
     return _attend(attender, query, key, value, decay, beta, scale)
@@ -176,6 +190,30 @@ def _scan_mamba(
     if z is not None:
         output = output * functional.silu(z)
     return (output, state) if return_last_state else output
+
+
+def _attend_lightning(
+    attender: Attender,
+    module: Any,
+    hidden_states: torch.Tensor,
+    *_: Any,
+    attention_mask: torch.Tensor | None = None,
+    **__: Any,
+) -> tuple[torch.Tensor, None]:
+    """Answer for lightning attention (arXiv 2501.08313): a head decays at a fixed rate."""
+    assert attender.cache is not None
+    batch, new = hidden_states.shape[:2]
+    heads, size = module.num_attention_heads, module.head_dim
+    states = module.act_fn(module.qkv_proj(hidden_states))
+    if attention_mask is not None:
+        states = states * attention_mask[:, :, None]
+    query, key, value = states.reshape(batch, new, heads, 3 * size).split(size, dim=3)
+    decay = -module.slope_rate.reshape(1, 1, heads, 1).expand(batch, new, heads, 1)
+    attender.cache.get_recurrent_state(module.layer_idx)
+    output = _attend(attender, query, key, value, decay, None, 1.0)[0]
+    output = module.norm(output.reshape(batch, new, heads * size))
+    output = functional.sigmoid(module.output_gate(hidden_states)) * output
+    return module.out_proj(output), None
 
 
 def _step(

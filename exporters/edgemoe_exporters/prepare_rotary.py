@@ -190,13 +190,22 @@ def _replace_usual(
         key: torch.Tensor,
         position_ids: torch.Tensor,
         inv_freq: torch.Tensor,
-        **_: Any,
+        *_: Any,
+        unsqueeze_dim: int = 1,
+        **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         use.calls += 1
-        return (
-            ops.rotary(query, position_ids, inv_freq, scaling),
-            ops.rotary(key, position_ids, inv_freq, scaling),
-        )
+        if unsqueeze_dim == 1:
+            return (
+                ops.rotary(query, position_ids, inv_freq, scaling),
+                ops.rotary(key, position_ids, inv_freq, scaling),
+            )
+        # Heads come after the tokens here; the op has them before.
+        turned = [
+            ops.rotary(states.transpose(1, 2), position_ids, inv_freq, scaling).transpose(1, 2)
+            for states in (query, key)
+        ]
+        return turned[0], turned[1]
 
     embedding.forward = forward
     stack.callback(delattr, embedding, "forward")

@@ -134,13 +134,15 @@ def _export(
                 {0: batch, 1: new},
                 {0: batch, 1: total},
                 {0: batch, 1: new},
-                [
-                    {0: batch, **{1 + axis: past for axis, n in enumerate(t.shape) if n is None}}
-                    for t in cached
-                ],
+                [_dynamic_axes(tensor, batch, past) for tensor in cached],
                 None,
             ),
         )
+
+
+def _dynamic_axes(tensor: CacheTensor, batch: Any, past: Any) -> dict[int, Any]:
+    lengths = (axis for axis, size in enumerate(tensor.shape, start=1) if size is None)
+    return {0: batch, **dict.fromkeys(lengths, past)}
 
 
 def _rename_initializers(traced: ir.Model, model: MoeModel) -> None:

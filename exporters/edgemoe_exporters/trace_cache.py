@@ -1,8 +1,8 @@
 """The cache of a trace: what transformers' layers keep becomes inputs and outputs of the graph.
 
-Layers keep keys and values, and keys by which they find those, whose length grows, or states of
-a fixed size: the latest positions of a convolution, and what linear attention knows. A layer may
-keep several of one kind, or nothing.
+Layers keep what grows with the text, keys and values and the keys by which those are found, or
+states of a fixed size: the latest positions of a convolution, and what linear attention knows.
+A layer may keep several of one kind, or nothing.
 """
 
 from __future__ import annotations

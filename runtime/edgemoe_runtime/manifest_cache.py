@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from edgemoe_runtime.json_fields import Json, Value
+if TYPE_CHECKING:
+    from edgemoe_runtime.json_fields import Json, Value
 
 
 @dataclass(frozen=True, kw_only=True)

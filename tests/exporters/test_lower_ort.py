@@ -73,7 +73,7 @@ def _worst_difference(
     ids = rng.integers(0, model.config.vocab_size, mask.shape)
     slots = SLOTS if shared_buffer else 0
     cache = [np.zeros((rows, HEADS, slots, SIZE), dtype) for _ in range(2 * layers)]
-    past = [(torch.zeros(rows, HEADS, 0, SIZE),) * 2 for _ in range(layers)]
+    past = [torch.zeros(rows, HEADS, 0, SIZE)] * (2 * layers)
     names = [value.name for value in session.get_inputs()]
     assert names[-1] == "k_cap"
     worst = 0.0

@@ -95,7 +95,7 @@ def test_attention_is_the_models_whatever_the_padding(window: Any) -> None:
     actual, keys, values = ops.attention(
         query, key[:, :, 4:], value[:, :, 4:], *past, mask, None, 0.3, window
     )
-    whole = ops.attend_all(query, key, value, mask, None, 0.3, window)
+    whole = ops.attend_all(query, key, value, mask, None, None, 0.3, window)
     torch.testing.assert_close(whole, expected)
     torch.testing.assert_close(actual, expected)
     assert torch.equal(keys, key)
@@ -127,7 +127,17 @@ def test_ops_keep_torchs_contract() -> None:
             *(True, False, "swish", True, 1.702, 1.0, 7.0),
         ),
         "attention": (states, states, states, past, past, mask, torch.randn(2), 0.25, 0),
-        "attend_all": (states, past, past, mask[:, :2], None, 0.25, 2),
+        "attend_all": (states, past, past, mask[:, :2], None, None, 0.25, 2),
+        "select_keys": (torch.randn(2, 3, 5), mask, 2),
+        "new_mask": (mask, torch.randn(2, 3, 8)),
+        "causal_conv": (
+            *(torch.randn(2, 6, 3), torch.randn(2, 6, 3), torch.randn(6, 4)),
+            *(torch.randn(6), "silu"),
+        ),
+        "linear_attention": (
+            *(torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2, 8), torch.randn(2, 3, 4, 5)),
+            *(-torch.rand(2, 3, 4, 1), torch.rand(2, 3, 4), torch.zeros(2, 4, 8, 5), 0.5),
+        ),
     }
     for name, arguments in calls.items():
         operator = getattr(torch.ops.edgemoe, name).default

@@ -42,13 +42,7 @@ def test_a_prepared_model_says_what_the_model_says(family: str, cap: int) -> Non
     parts, seen = [], 0
     with prepared(model) as module, torch.no_grad():
         assert module.cached == cached
-        past = [
-            (
-                torch.zeros(2, layer.heads, 0, layer.key_size),
-                torch.zeros(2, layer.heads, 0, layer.value_size),
-            )
-            for layer in cached
-        ]
+        past = [tensor.zeros(2, 0, torch.float32) for tensor in cached]
         for step in STEPS:
             positions = torch.arange(seen, seen + step).repeat(2, 1)
             mask = torch.ones(2, seen + step, dtype=torch.int64)

@@ -67,16 +67,15 @@ def test_graph_says_nothing_of_the_machine_that_traced_it(traced_models: Any) ->
 
 def test_the_prepared_model_computes_the_same_and_is_restored(traced_models: Any) -> None:
     model = traced_models("glm4_moe").model
-    layers, heads, size = 3, 2, 16
     ids = torch.randint(0, 199, (2, 5))
     before = model.model(ids).logits
-    past = [(torch.zeros(2, heads, 0, size),) * 2 for _ in range(layers)]
     with prepared(model) as module:
+        past = [tensor.zeros(2, 0, torch.float32) for tensor in module.cached]
         caps = torch.full((len(model.layers),), 99)
         positions = torch.arange(5).repeat(2, 1)
         logits, present = module(ids, torch.ones_like(ids), positions, past, caps)
     torch.testing.assert_close(logits, before, atol=1e-4, rtol=1e-4)
-    assert present[0][0].shape == (2, heads, 5, size)
+    assert [part.shape for part in present] == [(2, 2, 5, 16)] * 6
     assert torch.equal(model.model(ids).logits, before)
 
 

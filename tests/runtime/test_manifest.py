@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from edgemoe_runtime.errors import ManifestError
 from edgemoe_runtime.manifest import Manifest
-from edgemoe_runtime.manifest_parts import DataInfo, ParityReport, QualityReport
+from edgemoe_runtime.manifest_cache import CacheState
+from edgemoe_runtime.manifest_parts import DataInfo, ParityReport, QualityReport, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +51,40 @@ def test_round_trip_with_every_part(manifest: Manifest, tmp_path: Path) -> None:
     full.save(tmp_path)
     assert Manifest.load(tmp_path) == full
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_states_are_read_back_and_must_be_those_of_the_graph(manifest: Manifest) -> None:
+    states = (
+        CacheState(name="0.conv_state", dtype="float32", shape=(8, 3)),
+        CacheState(name="0.indexer_key", dtype="float32", shape=(None, 4)),
+    )
+    cache = replace(
+        manifest.kv_cache, layers=(None, manifest.kv_cache.layers[1]), states=states
+    )
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "0.conv_state": ("batch", 8, 3),
+        "0.indexer_key": ("batch", "past", 4),
+    }
+
+    def specs(prefix: str, old: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        kept = [spec for spec in old if not spec.name.startswith(f"{prefix}.0.")]
+        kept += [
+            TensorSpec(name=f"{prefix}.{name}", dtype="float32", shape=shape)
+            for name, shape in shapes.items()
+        ]
+        return tuple(kept)
+
+    inputs = specs("past_key_values", manifest.inputs)
+    outputs = specs("present", manifest.outputs)
+    changed = replace(manifest, kv_cache=cache, inputs=inputs, outputs=outputs)
+    assert Manifest.from_json(changed.to_json()) == changed
+    assert "states" not in manifest.to_json()["kv_cache"]  # type: ignore[operator]
+
+    wider = replace(cache, states=(replace(states[0], shape=(8, 4)), states[1]))
+    with pytest.raises(ManifestError, match=r"0\.conv_state must be as kv_cache says.*8, 4"):
+        replace(changed, kv_cache=wider)
+    with pytest.raises(ManifestError, match=r"differs.*0\.indexer_key"):
+        replace(changed, kv_cache=replace(cache, states=states[:1]))
 
 
 def test_a_newer_schema_is_refused_with_a_remedy(manifest: Manifest) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-ACTIVATIONS = ("none", "silu")
-
 
 @torch.library.custom_op("edgemoe::new_mask", mutates_args=())
 def new_mask(attention_mask: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -45,7 +43,7 @@ def causal_conv(
         past: The latest positions before them, float ``[B, C, W - 1]``; zeros at the start.
         weight: float ``[C, W]``.
         bias: float ``[C]``, or None.
-        activation: One of :data:`ACTIVATIONS`.
+        activation: Of the output, ``none`` or ``silu``.
 
     Returns:
         float ``[B, C, S]``, and the latest positions now, float ``[B, C, W - 1]``.
@@ -96,8 +94,7 @@ def linear_attention(
         scale: Multiplies the output.
 
     Returns:
-        float ``[B, S, N, V]``, and the state, float32 ``[B, N, D, V]``; the state is computed in
-        float32.
+        float ``[B, S, N, V]``, and the state, float32 ``[B, N, D, V]``; computed in float32.
     """
     state = past.float()
     repeats = value.shape[2] // query.shape[2]

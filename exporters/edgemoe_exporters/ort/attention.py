@@ -65,7 +65,7 @@ class _Rotation:
 
 
 def lower_attention(editor: Editor, precision: Precision) -> None:
-    """Replace every Attention, AttendAll, SelectKeys and Angles, and the RotaryEmbedding before them.
+    """Replace every op of attention, and the RotaryEmbedding before it.
 
     Args:
         editor: The graph.

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 
 from edgemoe_exporters.lower_tensorrt_emit import Emitter
 from edgemoe_exporters.lower_tensorrt_recurrence import (
@@ -27,6 +26,8 @@ from edgemoe_exporters.ort.editor import (
 )
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from edgemoe_exporters.ort.precision import Precision
 
 
@@ -61,9 +62,7 @@ def _lower_conv(editor: Editor, node: ir.Node, precision: Precision) -> None:
         (kernel,) = editor.add(node, "Unsqueeze", [weight, middle])
     inputs = [states, kernel, bias, past]
     wide = [
-        value
-        if value is None or value is past
-        else precision.to_float32(editor, node, value)
+        value if value is None or value is past else precision.to_float32(editor, node, value)
         for value in inputs
     ]
     output, present = editor.add(
@@ -112,4 +111,3 @@ def _lower_attention(editor: Editor, node: ir.Node, precision: Precision) -> Non
     (apart,) = editor.add(node, "Reshape", [precision.cast(editor, node, output), split])
     editor.replace(node.outputs[0], apart)
     editor.replace(node.outputs[1], present)
-

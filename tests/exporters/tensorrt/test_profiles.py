@@ -21,6 +21,12 @@ def manifest(*extra: TensorSpec, positions: int = 4096) -> Any:
         TensorSpec(
             name="past_key_values.0.key", dtype="float16", shape=("batch", 3, "past", 64)
         ),
+        TensorSpec(
+            name="past_key_values.0.indexer_key", dtype="float16", shape=("batch", "past", 16)
+        ),
+        TensorSpec(
+            name="past_key_values.1.conv_state", dtype="float32", shape=("batch", 64, 3)
+        ),
         TensorSpec(name="k_cap", dtype="int64", shape=(2,)),
         *extra,
     )
@@ -32,12 +38,16 @@ def manifest(*extra: TensorSpec, positions: int = 4096) -> Any:
 def test_ranges_are_ordered_and_fit_together(batch: int, length: int, sequence: int) -> None:
     limits = ShapeLimits(max_batch=batch, max_sequence=min(sequence, length), max_length=length)
     profile = make_profile(manifest(), limits)
-    assert set(profile) == {"input_ids", "attention_mask", "past_key_values.0.key"}
+    cached = ["0.key", "0.indexer_key", "1.conv_state"]
+    names = [f"past_key_values.{name}" for name in cached]
+    assert set(profile) == {"input_ids", "attention_mask", *names}
+    assert profile[names[2]] == ((1, 64, 3), (1, 64, 3), (batch, 64, 3))
     for shapes in profile.values():
         for low, best, high in zip(*shapes, strict=True):
             assert low <= best <= high
     for which in range(3):
-        past = profile["past_key_values.0.key"][which][2]
+        past = profile[names[0]][which][2]
+        assert profile[names[1]][which][1:] == (past, 16)
         total = profile["attention_mask"][which][1]
         new = profile["input_ids"][which][1]
         assert total == min(past + new, length)

@@ -17,6 +17,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from edgemoe.models.tiny import write_tiny_checkpoint
+from edgemoe_exporters.export import export_bundle
+from edgemoe_exporters.request import ExportRequest
 from edgemoe_runtime import BackendError, RequestError, Session
 from edgemoe_runtime.engine_cache import EngineKey, graph_fingerprint, hash_file
 from edgemoe_runtime.manifest import Manifest
@@ -51,6 +54,9 @@ class HostCuda:
         address = ctypes.addressof(memory)
         self.alive[address] = memory
         return address
+
+    def clear(self, address: int, size_bytes: int, stream: int) -> None:
+        ctypes.memset(address, 0, size_bytes)
 
     def free(self, address: int) -> None:
         del self.alive[address]
@@ -167,6 +173,27 @@ def test_answers_equal_those_of_onnxruntime(folder: Path) -> None:
                 session.token_logprobs(ids, 2), other.token_logprobs(ids, 2), atol=1e-4
             )
     assert HostCuda.last.alive == {}  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_states_begin_anew_with_each_text(tmp_path: Path) -> None:
+    write_tiny_checkpoint("qwen3_next", tmp_path / "model")
+    folder = tmp_path / "bundle"
+    export_bundle(
+        ExportRequest(
+            model=tmp_path / "model", output=folder, target="tensorrt-rtx", precision="fp32"
+        )
+    )
+    add_engine(folder)
+    assert Manifest.load(folder).kv_cache.states
+    with Session.open(folder) as session, Session.open(folder, providers=["cpu"]) as other:
+        assert session.explain().backend == "tensorrt_rtx:sm89"
+        for prompt in ("w5 w9 w7 w11 w4 w8 w30 w31 w40 w41", "w8 w3"):
+            answer, expected = (s.generate(prompt, max_new_tokens=6) for s in (session, other))
+            assert answer.tokens == expected.tokens
+            choices = ["w12 w13", "w14"]
+            found, expected_choice = (s.classify(prompt, choices) for s in (session, other))
+            assert found.values == pytest.approx(expected_choice.values, abs=1e-4)
 
 
 @pytest.mark.usefixtures("stand_in")
