@@ -147,7 +147,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {
         "rotary_dim": 8,
         "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
-        "index_block_size": 8,
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "index_n_heads": 2,
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
     },
     "mistral4": {
         **_ALL_HEADS,

@@ -22,7 +22,6 @@ from edgemoe_exporters.lower_tensorrt_attention import (
     lower_attention,
     lower_norm,
     lower_rotary,
-    lower_select_keys,
 )
 from edgemoe_exporters.lower_tensorrt_emit import FLOAT32, Emitter
 from edgemoe_exporters.lower_tensorrt_moe import lower_experts, mark_experts
@@ -33,6 +32,7 @@ from edgemoe_exporters.lower_tensorrt_recurrence import (
     lower_softplus,
 )
 from edgemoe_exporters.lower_tensorrt_route import lower_route
+from edgemoe_exporters.lower_tensorrt_selection import lower_select_blocks, lower_select_keys
 from edgemoe_exporters.nodes import ExpertsNode, RouteNode
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ _SHARING: dict[str, Callable[[Emitter, ir.Node, Shared], list[ir.Value]]] = {
     "Attention": lower_attention,
     "AttendAll": lower_attend_all,
     "SelectKeys": lower_select_keys,
+    "SelectBlocks": lower_select_blocks,
     "Angles": lower_angles,
     "RotaryEmbedding": lower_rotary,
 }

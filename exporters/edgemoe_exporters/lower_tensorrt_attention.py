@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 # Far below any score and within float16, should a kernel hold scores in it. A row of padding
 # sees nothing; it then averages instead of dividing by zero.
-_HIDDEN = -6e4
-_LOWEST = -3e38
+HIDDEN = -6e4
 
 
 @dataclass
@@ -80,17 +79,15 @@ def _attend(
     size, value_size = size_of(query, 3), size_of(present_value, 3)
     repeats = heads // groups
     window = node.attributes["sliding_window"].as_int()
-    mask_key = (attention_mask, repeats, window)
-    if mask_key not in shared.masks:
-        shared.masks[mask_key] = _mask(emit, query, attention_mask, repeats, window)
+    mask = shared_mask(emit, shared, query, attention_mask, repeats, window)
     scale = emit.number(node.attributes["scale"].as_float(), emit.compute)
     scaled = emit.call("Mul", query, scale)
     rows = emit.call("Reshape", scaled, emit.integers(0, groups, -1, size))
     columns = emit.call("Transpose", present_key, perm=[0, 1, 3, 2])
     scores = emit.wide(emit.call("MatMul", rows, columns))
-    scores = emit.call("Add", scores, shared.masks[mask_key])
+    scores = emit.call("Add", scores, mask)
     if selected is not None:
-        chosen = emit.call("Unsqueeze", emit.wide(selected), emit.integers(1))
+        chosen = emit.wide(selected)
         several = emit.call("Concat", *[chosen] * repeats, axis=2) if repeats > 1 else chosen
         scores = emit.call("Add", scores, several)
     if sinks is not None:
@@ -100,42 +97,6 @@ def _attend(
     mixed = emit.call("MatMul", emit.narrow(weights), present_value)
     mixed = emit.call("Reshape", mixed, emit.integers(0, heads, -1, value_size))
     return emit.call("Transpose", mixed, perm=[0, 2, 1, 3])
-
-
-def lower_select_keys(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Value]:
-    """Hide keys whose score is below that of the last one chosen.
-
-    Args:
-        emit: Takes the nodes.
-        node: A SelectKeys node.
-        shared: Masks made so far.
-
-    Returns:
-        What is added to the scores of attention, ``[B, S, P + S]``.
-    """
-    scores, attention_mask = node.inputs
-    assert scores is not None
-    assert attention_mask is not None
-    count = node.attributes["count"].as_int()
-    rows = emit.call("Unsqueeze", emit.wide(scores), emit.integers(1))
-    mask_key = (attention_mask, 1, 0)
-    if mask_key not in shared.masks:
-        shared.masks[mask_key] = _mask(emit, rows, attention_mask, 1, 0)
-    # The mask is of attention's scores, and these may be further from 0.
-    hidden = emit.call("Less", shared.masks[mask_key], emit.number(0.0))
-    rows = emit.call("Where", hidden, emit.number(_LOWEST), rows)
-    # There may be fewer keys than are to be chosen.
-    batch_and_rows = emit.call("Shape", scores, start=0, end=2)
-    one, few = emit.integers(1), emit.integers(count)
-    shape = emit.call("Concat", batch_and_rows, few, axis=0)
-    filler = emit.call("Expand", emit.number(_LOWEST), shape)
-    flat = emit.call("Squeeze", rows, one)
-    enough = emit.call("Concat", flat, filler, axis=2)
-    best, _ = emit.call_many("TopK", 2, enough, few, axis=-1, largest=1, sorted=1)
-    least = emit.call("Slice", best, emit.integers(count - 1), few, emit.integers(2))
-    refused = emit.call("Or", emit.call("Less", flat, least), emit.call("Squeeze", hidden, one))
-    chosen = emit.call("Where", refused, emit.number(_HIDDEN), emit.number(0.0))
-    return [emit.narrow(chosen)]
 
 
 def _softmax_with_sinks(
@@ -250,6 +211,33 @@ def lower_norm(emit: Emitter, node: ir.Node) -> list[ir.Value]:
     return [emit.narrow(unit)]
 
 
+def shared_mask(
+    emit: Emitter,
+    shared: Shared,
+    query: ir.Value,
+    attention_mask: ir.Value,
+    repeats: int = 1,
+    window: int = 0,
+) -> ir.Value:
+    """Return what is added to scores, from other layers where they have it.
+
+    Args:
+        emit: Takes the nodes.
+        shared: Masks made so far.
+        query: Has the new tokens along axis 2.
+        attention_mask: ``[B, P + S]``.
+        repeats: Query heads of a key head.
+        window: Latest slots that a token sees; 0 for all.
+
+    Returns:
+        float32 ``[B, 1, repeats * S, P + S]``, 0 where a slot is visible.
+    """
+    mask_key = (attention_mask, repeats, window)
+    if mask_key not in shared.masks:
+        shared.masks[mask_key] = _mask(emit, query, attention_mask, repeats, window)
+    return shared.masks[mask_key]
+
+
 def _mask(
     emit: Emitter, query: ir.Value, attention_mask: ir.Value, repeats: int, window: int
 ) -> ir.Value:
@@ -268,7 +256,7 @@ def _mask(
     real = emit.call("Cast", attention_mask, to=ir.DataType.BOOL)
     real = emit.call("Unsqueeze", real, emit.integers(1, 2))
     allowed = emit.call("And", visible, real)
-    mask = emit.call("Where", allowed, emit.number(0.0), emit.number(_HIDDEN))
+    mask = emit.call("Where", allowed, emit.number(0.0), emit.number(HIDDEN))
     return mask if repeats == 1 else emit.call("Concat", *[mask] * repeats, axis=2)
 
 

@@ -13,7 +13,6 @@ from edgemoe.models.adapter import adapt_model
 from edgemoe.models.checkpoint import read_config
 from edgemoe.models.discovery import build_skeleton
 from edgemoe.models.ragged import read_ragged_note
-from edgemoe.models.registry import FAMILIES
 from edgemoe_exporters import ops
 from edgemoe_exporters.prepare_attention import ACTIVE, ATTENTION, Attender, register
 from edgemoe_exporters.prepare_indexers import replace_indexers
@@ -31,15 +30,14 @@ if TYPE_CHECKING:
     from edgemoe.models.layer import MoeLayer
 
 
-# Families whose layers keep another state than keys and values, or index positions, or whose
-# router or activation is of a kind of its own.
+# Families whose layers keep what no op of a graph takes, or whose router or activation is of a
+# kind of its own.
 WITHOUT_GRAPH = frozenset(
     {"deepseek_v4", "inkling2_text", "inkling_text", "qwen4_exp_text", "zaya"}
 )
-_WITH_GRAPH = ", ".join(name for name in FAMILIES if name not in WITHOUT_GRAPH)
 _NOT_YET = (
-    "Calibration, pruning and evaluation work for this family, graphs do not yet; families "
-    f"with graphs: {_WITH_GRAPH}."
+    "Calibration, pruning and evaluation work for this family, graphs do not yet; nor for "
+    f"{', '.join(sorted(WITHOUT_GRAPH))}."
 )
 
 
@@ -113,8 +111,9 @@ class TraceModule(nn.Module):
         except Exception as error:  # whatever the family's code raises where it wants a state
             kinds = ", ".join(sorted(set(getattr(config, "layer_types", None) or ())))
             raise ExportError(
-                f"every layer of {config.model_type} must keep keys and values, and nothing "
-                f"else, to be put into a graph, got code that asks for another state (layers: "
+                f"layers of {config.model_type} must keep keys and values, states of "
+                "convolutions or of linear attention, or keys of an indexer, to be put into a "
+                f"graph, got code that asks for something else (layers: "
                 f"{kinds or 'of one kind'}). {_NOT_YET}"
             ) from error
         assert self.attender.cache is not None

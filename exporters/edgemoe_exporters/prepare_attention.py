@@ -53,6 +53,7 @@ class Attender:
         s_aux: torch.Tensor | None = None,
         softcap: float | None = None,
         indices: torch.Tensor | None = None,
+        block_indices: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attend; the mask is the marker that :func:`mark_mask` made."""
@@ -73,17 +74,14 @@ class Attender:
                 f"every layer must have a cache of its own, got none in layer {index}, which "
                 "attends to another's. This way of attending is not supported."
             )
-        self.rehearsed[index] = given[0] is key and given[1] is value
+        # What indexers give is a mask here, see edgemoe_exporters.prepare_indexers.
+        selected = block_indices if indices is None else indices[:, None]
+        self.rehearsed[index] = given[0] is key and given[1] is value and selected is None
         if index in self.cache.joined:
             output = ops.attend_all(
-                query, key, value, self.attention_mask, s_aux, indices, scale, int(window)
+                query, key, value, self.attention_mask, s_aux, selected, scale, int(window)
             )
             return output, None
-        if indices is not None and self.cache.past:
-            raise ExportError(
-                "a layer that attends to some keys must compute them from what is cached, got "
-                f"layer {index}, which does not. This way of attending is not supported."
-            )
         past_key, past_value = self.cache.past_pair(index, key, value)
         output, present_key, present_value = ops.attention(
             query,
@@ -101,7 +99,7 @@ class Attender:
 
     @property
     def joined(self) -> frozenset[int]:
-        """Layers that, in a rehearsal, computed keys and values from what is cached."""
+        """Layers that, in a rehearsal, made something of what is cached, or chose from it."""
         return frozenset(index for index, same in self.rehearsed.items() if not same)
 
 

@@ -1,4 +1,8 @@
-"""Sparse attention in a trace: which keys a token attends to is chosen by an op."""
+"""Sparse attention in a trace: which keys a token attends to is chosen by an op.
+
+An indexer gives places of keys or of blocks, which the attention interface gets; here it gives
+what is to be added to the scores of attention, and the interface gets that.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,19 @@ from edgemoe_exporters import ops
 
 if TYPE_CHECKING:
     import contextlib
+    from collections.abc import Callable
 
     from torch import nn
 
     from edgemoe_exporters.prepare_attention import Attender
 
 
-def replace_indexers(stack: contextlib.ExitStack, model: nn.Module, attender: Attender) -> None:
-    """Let indexers choose keys by the op SelectKeys.
+_OF_BLOCKS = "MiniMaxM3VLIndexer"
+_MASK = "attention_mask"
 
-    All of them mask their scores, take the places of the highest, and leave it to the attention
-    interface to attend to those alone; here it gets what SelectKeys makes of the scores.
+
+def replace_indexers(stack: contextlib.ExitStack, model: nn.Module, attender: Attender) -> None:
+    """Let indexers choose keys by the ops SelectKeys and SelectBlocks.
 
     Args:
         stack: Undoes it.
@@ -31,19 +37,53 @@ def replace_indexers(stack: contextlib.ExitStack, model: nn.Module, attender: At
         attender: Knows the mask of the pass under way.
     """
     for module in model.modules():
-        if not type(module).__name__.endswith("Indexer"):
+        if type(module).__name__ == _OF_BLOCKS:
+            module.forward = functools.partial(_choose_blocks, attender, module)
+        elif type(module).__name__.endswith("Indexer") and _takes_mask(module):
+            module.forward = functools.partial(_choose_keys, attender, module.forward)
+        else:
             continue
-        before = module.forward
-
-        @functools.wraps(before)
-        def forward(*arguments: Any, _before: Any = before, **options: Any) -> torch.Tensor:
-            given = inspect.signature(_before).bind(*arguments, **options)
-            given.arguments["attention_mask"] = _IndexerMask(attender)
-            found: torch.Tensor = _before(*given.args, **given.kwargs)
-            return found
-
-        module.forward = forward
         stack.callback(delattr, module, "forward")
+
+
+def _takes_mask(module: nn.Module) -> bool:
+    return _MASK in inspect.signature(module.forward).parameters
+
+
+def _choose_keys(
+    attender: Attender, forward: Callable[..., torch.Tensor], *arguments: Any, **options: Any
+) -> torch.Tensor:
+    """Answer for an indexer that masks its scores and takes the places of the highest."""
+    given = inspect.signature(forward).bind(*arguments, **options)
+    given.arguments[_MASK] = _IndexerMask(attender)
+    return forward(*given.args, **given.kwargs)
+
+
+def _choose_blocks(
+    attender: Attender,
+    module: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    *_: object,
+) -> torch.Tensor:
+    """Answer for MiniMax-M3's indexer."""
+    assert attender.cache is not None
+    assert attender.attention_mask is not None
+    shape = (*hidden_states.shape[:2], -1, module.head_dim)
+    query = module.q_norm(module.q_proj(hidden_states).view(shape)).transpose(1, 2)
+    key = module.k_norm(module.k_proj(hidden_states).view(shape)).transpose(1, 2)
+    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    query, key = rotate(query, key, *position_embeddings)
+    key = attender.cache.update_indexer(key, module.layer_idx)
+    scores = query.float() @ key.float().transpose(-1, -2)
+    chosen: torch.Tensor = ops.select_blocks(
+        scores,
+        attender.attention_mask,
+        module.block_size,
+        module.topk_blocks,
+        module.local_blocks,
+    )
+    return chosen
 
 
 class _IndexerMask:

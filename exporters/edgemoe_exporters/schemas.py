@@ -135,6 +135,11 @@ _OPS: dict[
         [("selected", "T")],
         [("count", _INT)],
     ),
+    "SelectBlocks": (
+        [("scores", "T"), ("attention_mask", "tensor(int64)")],
+        [("selected", "T")],
+        [("block_size", _INT), ("count", _INT), ("local", _INT)],
+    ),
     "NewMask": (
         [("attention_mask", "tensor(int64)"), ("states", "T")],
         [("mask", "T")],
@@ -183,6 +188,7 @@ _TORCH_NAMES = {
     "Attention": "attention",
     "AttendAll": "attend_all",
     "SelectKeys": "select_keys",
+    "SelectBlocks": "select_blocks",
     "NewMask": "new_mask",
     "CausalConv": "causal_conv",
     "LinearAttention": "linear_attention",

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 KEY, VALUE, INDEXER = "key", "value", "indexer_key"
 CONV, RECURRENT = "conv_state", "recurrent_state"
 _ORDER = (KEY, VALUE, INDEXER, CONV, RECURRENT)
-# Which axis of these is as long as the cache, without the batch.
-_LENGTH_AXIS = {KEY: 1, VALUE: 1, INDEXER: 0}
+# What grows with the text, along the axis before its last.
+_GROWING = frozenset({KEY, VALUE, INDEXER})
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self._present[layer, KEY], self._present[layer, VALUE] = key, value
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """Return the index keys of all positions."""
-        past = self.past.get(f"{layer_idx}.{INDEXER}", indexer_key_states[:, :0])
-        joined = torch.cat([past, indexer_key_states], dim=1)
+        """Return the index keys of all positions, ``[B, ..., P + S, D]``."""
+        past = self.past.get(f"{layer_idx}.{INDEXER}", indexer_key_states[..., :0, :])
+        joined = torch.cat([past, indexer_key_states], dim=-2)
         self._present[layer_idx, INDEXER] = joined
         return joined
 
@@ -241,6 +241,6 @@ def _place(place: tuple[int, str]) -> tuple[int, int, str]:
 
 def _shape_of(kind: str, tensor: torch.Tensor) -> tuple[int | None, ...]:
     sizes: list[int | None] = [int(size) for size in tensor.shape[1:]]
-    if kind in _LENGTH_AXIS:
-        sizes[_LENGTH_AXIS[kind]] = None
+    if kind in _GROWING:
+        sizes[-2] = None
     return tuple(sizes)

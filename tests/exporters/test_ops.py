@@ -129,6 +129,7 @@ def test_ops_keep_torchs_contract() -> None:
         "attention": (states, states, states, past, past, mask, torch.randn(2), 0.25, 0),
         "attend_all": (states, past, past, mask[:, :2], None, None, 0.25, 2),
         "select_keys": (torch.randn(2, 3, 5), mask, 2),
+        "select_blocks": (torch.randn(2, 2, 3, 5), mask, 2, 1, 1),
         "new_mask": (mask, torch.randn(2, 3, 8)),
         "causal_conv": (
             *(torch.randn(2, 6, 3), torch.randn(2, 6, 3), torch.randn(6, 4)),

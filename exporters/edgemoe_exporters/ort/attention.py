@@ -20,12 +20,12 @@ from edgemoe_exporters.lower_tensorrt_attention import (
     lower_angles,
     lower_attend_all,
     lower_rotary,
-    lower_select_keys,
 )
 from edgemoe_exporters.lower_tensorrt_attention import (
     lower_attention as lower_concat_attention,
 )
 from edgemoe_exporters.lower_tensorrt_emit import Emitter
+from edgemoe_exporters.lower_tensorrt_selection import lower_select_blocks, lower_select_keys
 from edgemoe_exporters.ort.editor import (
     MICROSOFT,
     TRACED,
@@ -75,10 +75,12 @@ def lower_attention(editor: Editor, precision: Precision) -> None:
         ExportError: Two layers rotate by different frequencies.
     """
     nodes = list(editor.nodes("Attention", TRACED))
-    apart = ("AttendAll", "SelectKeys", "Angles")
-    _spell_out(editor, [n for name in apart for n in editor.nodes(name, TRACED)], precision)
+    names = ("AttendAll", "SelectKeys", "SelectBlocks", "Angles")
+    apart = [node for name in names for node in editor.nodes(name, TRACED)]
+    some_join = any(node.op_type == "AttendAll" for node in apart)
+    _spell_out(editor, apart, precision)
     # One cache has one form: either all layers share buffers, or none does.
-    if any(_sizes_differ(node) for node in nodes):
+    if some_join or any(_sizes_differ(node) for node in nodes):
         rotations = list(editor.nodes("RotaryEmbedding", TRACED))
         _spell_out(editor, [*rotations, *nodes], precision)
         return
@@ -132,6 +134,7 @@ def _spell_out(editor: Editor, nodes: list[ir.Node], precision: Precision) -> No
         "Attention": lower_concat_attention,
         "AttendAll": lower_attend_all,
         "SelectKeys": lower_select_keys,
+        "SelectBlocks": lower_select_blocks,
         "Angles": lower_angles,
         "RotaryEmbedding": lower_rotary,
     }
