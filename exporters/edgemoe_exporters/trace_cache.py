@@ -205,7 +205,8 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
             layer, kind = unanswered[0]
             raise ExportError(
                 f"what a layer keeps must go into an op of the graph, got the {kind} of layer "
-                f"{layer}, which the family's code uses itself."
+                f"{layer}, which the family's code uses itself. This kind of layer is not "
+                "supported."
             )
         found = dict(self._present)
         for layer, pair in self.given.items():

@@ -22,13 +22,13 @@ def test_a_family_is_tried_from_checkpoint_to_graphs() -> None:
 
 
 def test_a_family_without_graphs_says_so_in_its_row() -> None:
-    report = check_family("jamba", graphs=True, engine=False)
+    report = check_family("zaya", graphs=True, engine=False)
 
     assert not report.failed
     assert list(report.results) == list(STEPS)[:5]
     table = render_table([report])
-    assert "| `jamba` | yes | yes | yes | yes | no [1] |" in table
-    assert "[1] every layer of jamba must keep keys and values" in table
+    assert "| `zaya` | yes | yes | yes | yes | no [1] |" in table
+    assert "[1] the router of zaya must be of a kind that graphs know" in table
 
 
 def test_what_fails_is_told_and_does_not_end_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
