@@ -13,6 +13,7 @@ from edgemoe.models.adapter import adapt_model
 from edgemoe.models.checkpoint import read_config
 from edgemoe.models.discovery import build_skeleton
 from edgemoe.models.ragged import read_ragged_note
+from edgemoe.models.registry import FAMILIES
 from edgemoe_exporters import ops
 from edgemoe_exporters.prepare_attention import ACTIVE, ATTENTION, Attender, register
 from edgemoe_exporters.prepare_indexers import replace_indexers
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
 WITHOUT_GRAPH = frozenset(
     {"deepseek_v4", "inkling2_text", "inkling_text", "qwen4_exp_text", "zaya"}
 )
+_WITH_GRAPH = ", ".join(name for name in FAMILIES if name not in WITHOUT_GRAPH)
 _NOT_YET = (
-    "Calibration, pruning and evaluation work for this family, graphs do not yet; nor for "
-    f"{', '.join(sorted(WITHOUT_GRAPH))}."
+    "Calibration, pruning and evaluation work for this family, graphs do not yet; families "
+    f"with graphs: {_WITH_GRAPH}."
 )
 
 

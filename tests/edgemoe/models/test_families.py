@@ -67,6 +67,16 @@ def ragged_plan(model: MoeModel) -> Plan:
     return Plan(method="by-hand", layers=tuple(layers), checkpoint_sha256=model.sha256)
 
 
+def assert_same_model(found: MoeModel, expected: MoeModel) -> None:
+    """Compare weights bit by bit; products round differently on memory mapped from a file."""
+    weights = expected.model.state_dict()
+    loaded = found.model.state_dict()
+    assert loaded.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(loaded[name], tensor), name
+    torch.testing.assert_close(logits_of(found), logits_of(expected), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_rule_explains_what_the_router_does(family: str) -> None:
     model = adapt_model(tiny_model(tiny_config(family), seed=1))
@@ -131,7 +141,7 @@ def test_pruned_layers_of_different_sizes_reload_bit_by_bit(
     assert again.experts_per_layer == plan.experts_per_layer
     assert torch.isfinite(after).all()
     assert not torch.equal(after, before)
-    assert torch.equal(logits_of(again), after)
+    assert_same_model(again, small)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,7 +158,7 @@ def test_factored_experts_of_full_rank_say_the_same_and_reload(
     save_model(model, tmp_path / "full")
 
     torch.testing.assert_close(logits_of(model), before, rtol=1e-3, atol=1e-3)
-    assert torch.equal(logits_of(load_model(tmp_path / "full")), logits_of(model))
+    assert_same_model(load_model(tmp_path / "full"), model)
     model = load_model(tmp_path / "whole")
     for position, layer in enumerate(model.layers[1:], start=2):
         factor_layer(layer, split_by_svd(layer, position))
@@ -158,7 +168,7 @@ def test_factored_experts_of_full_rank_say_the_same_and_reload(
     (tmp_path / "small").mkdir()
     save_model(model, tmp_path / "small")
     again = load_model(tmp_path / "small")
-    assert torch.equal(logits_of(again), logits_of(model))
+    assert_same_model(again, model)
     assert read_shape(tmp_path / "small") == model.shape
     stored = json.loads((tmp_path / "small" / "config.json").read_text())["edgemoe"]
     assert stored["ranks_per_layer"][:2] == [None, [2, 2]]
