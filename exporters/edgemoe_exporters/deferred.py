@@ -93,7 +93,8 @@ class Deferred:
 
         def make() -> ir.TensorProtocol:
             array = in_range(self.compute(), wanted.numpy(), name)
-            return ir.tensor(np.ascontiguousarray(array), name=name)
+            # Not ascontiguousarray, which gives a scalar an axis.
+            return ir.tensor(np.asarray(array, order="C"), name=name)
 
         return ir.LazyTensor(make, wanted, ir.Shape(self.shape), name=name)
 

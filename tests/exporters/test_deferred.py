@@ -81,3 +81,8 @@ def test_a_limit_on_the_process_limits_what_is_opened_whole() -> None:
         assert default_limit() <= low // 2
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def test_a_scalar_stays_one() -> None:
+    tensor = Deferred((), ir.DataType.FLOAT, lambda: np.array(8.0, np.float32)).tensor("scale")
+    assert tensor.numpy().shape == ()
