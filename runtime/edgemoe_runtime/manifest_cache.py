@@ -133,6 +133,14 @@ class KvCache:
             document["states"] = [state.to_json() for state in self.states]
         return document
 
+    def tensors(self, length: int) -> list[CacheTensor]:
+        """Return everything that is kept.
+
+        Args:
+            length: cached positions.
+        """
+        return [*self.pairs(length), *self.others(length)]
+
     def pairs(self, length: int) -> list[CacheTensor]:
         """Return keys and values.
 

@@ -132,8 +132,7 @@ def _check_task(manifest: Manifest, name: str, task: TaskEntry) -> None:
 
 
 def _check_tensors(manifest: Manifest) -> None:
-    cache = manifest.kv_cache
-    cached = [*cache.pairs(0), *cache.others(0)]
+    cached = manifest.kv_cache.tensors(0)
     inputs = ["input_ids", "attention_mask", "position_ids"]
     inputs += [tensor.past for tensor in cached]
     if manifest.model.moe_layers:
@@ -176,14 +175,9 @@ def _check_sizes(manifest: Manifest) -> None:
         f"logits must be floating and as wide as vocab_size {vocabulary}",
         [logits.dtype, *logits.shape],
     )
-    cache = manifest.kv_cache
-    # A size that depends on the length is none of the graph's own.
-    short, long = ([*cache.pairs(length), *cache.others(length)] for length in (0, 1))
-    for tensor, other in zip(short, long, strict=True):
-        fixed = [
-            size if size == with_one else None
-            for size, with_one in zip(tensor.shape, other.shape, strict=True)
-        ]
+    for tensor in manifest.kv_cache.tensors(0):
+        # At length 0 only that which is the length is 0.
+        fixed = [size or None for size in tensor.shape]
         for name in (tensor.past, tensor.present):
             spec = specs[name]
             _require(

@@ -53,7 +53,7 @@ def make_kv_cache(ort: Any, cache: KvCache, max_length: int, device: str) -> KvB
         device: `cpu` or `cuda`.
     """
     if cache.form != "shared_buffer":
-        return ConcatKvBinding(ort, [*cache.pairs(0), *cache.others(0)], device)
+        return ConcatKvBinding(ort, cache.tensors(0), device)
     shared = SharedKvBinding(ort, cache.pairs(max_length), device)
     if not cache.states:
         return shared

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from edgemoe_runtime.backends.base import LogitArray, LogitRows, OpenRequest, TokenArray
     from edgemoe_runtime.engine_cache import EngineKey
-    from edgemoe_runtime.manifest_cache import CacheTensor
 
 _TYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -191,7 +190,7 @@ class TensorRtBackend:
             self._bind(name, self._inputs[name], array.shape)
         present = self._spare_set()
         self._bind("logits", self._logits, None)
-        for tensor in self._cache_tensors(self._length):
+        for tensor in self._cache.tensors(self._length):
             self._bind(tensor.past, self._past[tensor.name], tensor.shape)
             self._bind(tensor.present, present[tensor.name], None)
         if not self._context.execute_async_v3(self._stream):
@@ -263,9 +262,6 @@ class TensorRtBackend:
                 " other shapes. Build it again with `edgemoe compile`."
             )
 
-    def _cache_tensors(self, length: int) -> list[CacheTensor]:
-        return [*self._cache.pairs(length), *self._cache.others(length)]
-
     def _spare_set(self) -> dict[str, int]:
         """Return buffers that hold neither the past nor a marked state."""
         for buffers in self._sets:
@@ -277,7 +273,7 @@ class TensorRtBackend:
     def _allocate_cache(self) -> dict[str, int]:
         return {
             tensor.name: self._allocate(_TYPE_BYTES[tensor.dtype] * math.prod(tensor.shape))
-            for tensor in self._cache_tensors(self.max_length)
+            for tensor in self._cache.tensors(self.max_length)
         }
 
     def _allocate(self, size_bytes: int) -> int:
