@@ -61,8 +61,9 @@ _LOWERINGS: dict[str, Callable[[Emitter, ir.Node], list[ir.Value]]] = {
     "CausalConv": lower_causal_conv,
     "LinearAttention": lower_linear_attention,
 }
-# Those that need masks or angles, which several layers have in common.
-_SHARING: dict[str, Callable[[Emitter, ir.Node, Shared], list[ir.Value]]] = {
+# Those that need masks or angles, which several layers have in common; basic ops that
+# onnxruntime runs as well.
+SHARING: dict[str, Callable[[Emitter, ir.Node, Shared], list[ir.Value]]] = {
     "Attention": lower_attention,
     "AttendAll": lower_attend_all,
     "SelectKeys": lower_select_keys,
@@ -148,8 +149,8 @@ def _lower_nodes(graph: ir.Graph, compute: ir.DataType, form: ExpertsForm) -> No
             outputs = lower_experts(emit, ExpertsNode.of(node), form)
         elif node.op_type in _LOWERINGS:
             outputs = _LOWERINGS[node.op_type](emit, node)
-        elif node.op_type in _SHARING:
-            outputs = _SHARING[node.op_type](emit, node, shared)
+        elif node.op_type in SHARING:
+            outputs = SHARING[node.op_type](emit, node, shared)
         else:
             raise ExportError(f"op {node.op_type} must have a TensorRT form, and has none.")
         _replace(graph, node, emit.nodes, outputs)

@@ -15,17 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemoe.errors import ExportError
-from edgemoe_exporters.lower_tensorrt_attention import (
-    Shared,
-    lower_angles,
-    lower_attend_all,
-    lower_rotary,
-)
-from edgemoe_exporters.lower_tensorrt_attention import (
-    lower_attention as lower_concat_attention,
-)
+from edgemoe_exporters.lower_tensorrt import SHARING
+from edgemoe_exporters.lower_tensorrt_attention import Shared
 from edgemoe_exporters.lower_tensorrt_emit import Emitter
-from edgemoe_exporters.lower_tensorrt_selection import lower_select_blocks, lower_select_keys
 from edgemoe_exporters.ort.editor import (
     MICROSOFT,
     TRACED,
@@ -130,19 +122,11 @@ def _sizes_differ(node: ir.Node) -> bool:
 
 def _spell_out(editor: Editor, nodes: list[ir.Node], precision: Precision) -> None:
     """Replace nodes by basic ops."""
-    lowerings = {
-        "Attention": lower_concat_attention,
-        "AttendAll": lower_attend_all,
-        "SelectKeys": lower_select_keys,
-        "SelectBlocks": lower_select_blocks,
-        "Angles": lower_angles,
-        "RotaryEmbedding": lower_rotary,
-    }
     order = {id(node): position for position, node in enumerate(editor.graph)}
     shared = Shared()
     for node in sorted(nodes, key=lambda node: order[id(node)]):
         emit = Emitter(editor.graph, precision.dtype, str(node.name or node.op_type))
-        outputs = lowerings[node.op_type](emit, node, shared)
+        outputs = SHARING[node.op_type](emit, node, shared)
         editor.graph.insert_before(node, emit.nodes)
         for old, new in zip(node.outputs, outputs, strict=True):
             new.shape = old.shape
