@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from edgemoe.calibrate.exact import Float64
-    from edgemoe.calibrate.windows import Window
+    from edgemoe.calibrate.sample import Window
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.hooks import ExpertsFunction
     from edgemoe.models.layer import MoeLayer

@@ -2,10 +2,11 @@
 
 One float64 tensor per sum, named ``{task}/{layer}/{sum}`` (:mod:`edgemoe.calibrate.sums`
 defines the sums), beside it for the sums that are no counts an int64 tensor
-``{task}/{layer}/{sum}_remainder`` (what makes addition exact: nobody else needs it), and one
-JSON header under the metadata key ``edgemoe``::
+``{task}/{layer}/{sum}_remainder`` (what makes addition exact: nobody else needs it), for each
+pass over a task file ``{task}/source-{n}/ids`` and ``/windows``, the tokens that it read
+(:mod:`edgemoe.calibrate.sample`), and one JSON header under the metadata key ``edgemoe``::
 
-    {"format": "edgemoe.statistics", "version": 2, "created_by": "edgemoe 0.1.0",
+    {"format": "edgemoe.statistics", "version": 3, "created_by": "edgemoe 0.1.0",
      "checkpoint_sha256": "...",
      "shape": {"family": "glm4_moe", "hidden_size": 576, "intermediate_size": 64,
                "layers": [{"layer": 0, "num_experts": 16, "top_k": 6, ...}, ...]},
@@ -22,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemoe import __version__
+from edgemoe.calibrate.sample import TokenSample
 from edgemoe.calibrate.sums import LayerSums, array_types
 from edgemoe.errors import StatisticsError
 from edgemoe.models.contract import LayerShape, ModelShape
@@ -40,8 +42,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgemoe.calibrate.sample import Window
+
 FORMAT = "edgemoe.statistics"
-VERSION = 2
+VERSION = 3
 _METADATA_KEY = "edgemoe"
 
 
@@ -57,6 +61,7 @@ class Source:
         sequence_length: Longest window of tokens that the model saw at once.
         max_tokens: How many tokens of the file the pass and its fellow shards were to read;
             None where all.
+        sample: What was read.
     """
 
     sha256: str
@@ -65,6 +70,12 @@ class Source:
     shard: tuple[int, int] = (0, 1)
     sequence_length: int
     max_tokens: int | None = None
+    sample: TokenSample = field(compare=False)
+
+    def header(self) -> dict[str, Any]:
+        """Return all but the sample, as JSON values."""
+        names = (entry.name for entry in fields(self))
+        return {name: getattr(self, name) for name in names if name != "sample"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,6 +94,11 @@ class TaskStatistics:
     def tokens(self) -> int:
         """Tokens that the sums cover."""
         return sum(source.tokens for source in self.sources)
+
+    @property
+    def windows(self) -> list[Window]:
+        """The windows of tokens that the sums cover."""
+        return [window for source in self.sources for window in source.sample.windows]
 
     def __add__(self, other: TaskStatistics) -> TaskStatistics:
         return TaskStatistics(
@@ -182,7 +198,7 @@ class Statistics:
             "checkpoint_sha256": self.checkpoint_sha256,
             "shape": asdict(self.shape),
             "tasks": {
-                name: [asdict(source) for source in task.sources]
+                name: [source.header() for source in task.sources]
                 for name, task in sorted(self.tasks.items())
             },
         }
@@ -192,6 +208,10 @@ class Statistics:
             for layer, sums in task.layers.items()
             for key, value in sums.to_arrays().items()
         }
+        for name, task in self.tasks.items():
+            for number, source in enumerate(task.sources):
+                for key, array in source.sample.to_arrays().items():
+                    tensors[f"{name}/source-{number}/{key}"] = array
         return save(tensors, metadata={_METADATA_KEY: json.dumps(header)})
 
 
@@ -243,6 +263,7 @@ def _unite(sources: tuple[Source, ...]) -> tuple[Source, ...]:
                 shard=(0, 1),
                 lines=sum(source.lines for source in group),
                 tokens=sum(source.tokens for source in group),
+                sample=TokenSample.union(source.sample for source in group),
             )
             united.append(whole)
         else:
@@ -294,12 +315,16 @@ def _assemble(
         shape = ModelShape(**{**header["shape"], "layers": layers})
         sources = {
             name: tuple(
-                Source(**{**entry, "shard": tuple(entry["shard"])}) for entry in entries
+                Source(
+                    **{**entry, "shard": tuple(entry["shard"])},
+                    sample=_read_sample(f"{name}/source-{number}", tensors),
+                )
+                for number, entry in enumerate(entries)
             )
             for name, entries in header["tasks"].items()
         }
         checkpoint_sha256 = str(header["checkpoint_sha256"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise StatisticsError(
             f"{path}: the header must list layers and tasks, got a malformed one ({error}). "
             "Calibrate again."
@@ -317,6 +342,11 @@ def _assemble(
         for name, entries in sources.items()
     }
     return Statistics(checkpoint_sha256=checkpoint_sha256, shape=shape, tasks=tasks)
+
+
+def _read_sample(prefix: str, tensors: Mapping[str, NDArray[Any]]) -> TokenSample:
+    names = ("ids", "windows")
+    return TokenSample.from_arrays({name: tensors[f"{prefix}/{name}"] for name in names})
 
 
 def _layer_sums(

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
-    from edgemoe.calibrate.windows import Window, Windows
+    from edgemoe.calibrate.sample import Window
+    from edgemoe.calibrate.windows import Windows
     from edgemoe.models.hooks import ExpertsFunction
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel

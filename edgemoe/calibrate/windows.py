@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgemoe.calibrate.sample import TokenSample, Window, digest_line
 from edgemoe.calibrate.statistics import Source
 from edgemoe.errors import TaskFileError
 
@@ -21,19 +22,6 @@ if TYPE_CHECKING:
     from edgemoe.tasks import TaskFile
 
 SEQUENCE_LENGTH = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """Tokens of one forward pass.
-
-    Attributes:
-        line: Number of the line that they are from.
-        ids: Token ids.
-    """
-
-    line: int
-    ids: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +57,7 @@ class Windows:
             shard=self.shard,
             sequence_length=self.sequence_length,
             max_tokens=self.max_tokens,
+            sample=TokenSample.of(windows),
         )
 
 
@@ -135,8 +124,14 @@ def _cut_task(
     left = max_tokens
     for record in task.records:
         ids = tokenizer.encode(record.calibration_text).ids[:left]
+        digest = digest_line(record)
         windows.extend(
-            Window(line=record.line, ids=ids[start : start + sequence_length])
+            Window(
+                line=record.line,
+                start=start,
+                ids=ids[start : start + sequence_length],
+                digest=digest,
+            )
             for start in range(0, len(ids), sequence_length)
         )
         if left is not None:

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 @click.argument("model", type=PATH)
 @click.option("--stats", type=PATH, required=True, metavar="STATS")
 @click.option("--task", required=True, metavar="NAME", help="A task of the statistics.")
-@click.option("--method", required=True, metavar="M", help="frequency, random, reap or uncurl.")
+@click.option(
+    "--method",
+    required=True,
+    metavar="M",
+    help="frequency, man, moe-i2, msan, naee, random, reap, ream, seer or uncurl.",
+)
 @click.option(
     "--keep", type=float, metavar="F", help="Fraction of each layer's experts to keep, (0, 1]."
 )
@@ -28,6 +33,14 @@ if TYPE_CHECKING:
     "them, or the file of a JSON list.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--set",
+    "options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="An option of the method, such as population=50 for moe-i2; repeatable. A wrong name "
+    "lists them.",
+)
 @output_option("Plan")
 @force_option
 @reporting
@@ -39,11 +52,16 @@ def prune(
     keep: float | None,
     keep_experts: str | None,
     seed: int,
+    options: tuple[str, ...],
     output: Path,
     force: bool,
     as_json: bool,
 ) -> None:
-    """Decide which experts of MODEL a task keeps. No weight is moved."""
+    """Decide which experts of MODEL a task keeps. No weight is moved.
+
+    Most methods read the statistics only; moe-i2, naee and ream also run MODEL's layers on the
+    tokens that are kept there.
+    """
     if (keep is None) == (keep_experts is None):
         raise click.UsageError("give exactly one of --keep and --keep-experts.")
     needs("export")
@@ -51,8 +69,10 @@ def prune(
     from edgemoe.errors import PlanError, StatisticsError
     from edgemoe.models import read_shape
     from edgemoe.models.fingerprint import fingerprint_checkpoint
+    from edgemoe.oracle.homes import open_home
+    from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.prune.keep import count_kept, parse_keep_experts
-    from edgemoe.prune.registry import make_plan
+    from edgemoe.prune.registry import make_plan, read_options
     from edgemoe.staging import refuse_existing
 
     refuse_existing(output, force=force, directory=False)
@@ -60,6 +80,7 @@ def prune(
         asked = None if keep_experts is None else parse_keep_experts(keep_experts)
     except PlanError as error:
         raise click.BadParameter(str(error), param_hint="--keep-experts") from error
+    chosen = read_options(method, options)
     shape = read_shape(model)
     counts = count_kept(shape, keep=keep, keep_experts=asked)
     statistics = Statistics.load(stats)
@@ -68,7 +89,15 @@ def prune(
             f"statistics must be of the checkpoint that is pruned, got {stats} of checkpoint "
             f"{statistics.checkpoint_sha256[:12]} for {model}. Calibrate {model}."
         )
-    plan = make_plan(statistics, task, method, counts, seed=seed)
+    plan = make_plan(
+        statistics,
+        task,
+        method,
+        counts,
+        seed=seed,
+        options=chosen,
+        open_oracle=lambda windows: LayerOracle(open_home(model), windows),
+    )
     plan.save(output, force=force)
     kept = plan.experts_per_layer
     report(

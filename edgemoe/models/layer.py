@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -15,7 +16,7 @@ from edgemoe.models.experts import reassign_ids
 from edgemoe.models.factored import is_factored, run_factored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from edgemoe.models.activation import Activation
     from edgemoe.models.discovery import LayerFacts
@@ -290,6 +291,23 @@ class MoeLayer:
             if "config" in vars(module):
                 own = config_copy(module.config, self.count_entries, experts)
                 setattr(module, "config", own)  # noqa: B010  declared by no base class
+
+    @contextlib.contextmanager
+    def changed(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Put other experts in place for a while.
+
+        Args:
+            tensors: What :meth:`replace` takes.
+
+        Yields:
+            Nothing. When the block ends the layer is as it was.
+        """
+        before = self.tensors()
+        self.replace(tensors)
+        try:
+            yield
+        finally:
+            self.replace(before)
 
     @property
     def _counting(self) -> str:

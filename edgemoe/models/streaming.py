@@ -67,7 +67,7 @@ class Skeleton:
             StreamingError: The family's layers cannot be loaded one by one.
         """
         self.model: PreTrainedModel = _build(model_class, config, dtype)
-        self.decoder, self.layers, self._prefix = _find_layers(self.model)
+        self.decoder, self.layers, self._prefix = find_layers(self.model)
         self._types = _wanted_types(self.model, dtype)
         self._device = device
         self._refuse_shared_layers()
@@ -355,7 +355,18 @@ def _build(model_class: type[Any], config: PreTrainedConfig, dtype: torch.dtype)
     return model
 
 
-def _find_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList, str]:
+def find_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList, str]:
+    """Find a model's decoder layers.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Its decoder, the decoder's layers, and the name of their list in the model.
+
+    Raises:
+        StreamingError: The decoder keeps its layers otherwise.
+    """
     decoder = cast("Any", model).get_decoder()
     layers = getattr(decoder, "layers", None)
     names = {id(module): name for name, module in model.named_modules()}

@@ -15,17 +15,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from edgemoe.prune.saliency import mean_gated_norm
 from edgemoe.prune.selection import keep_highest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
     from edgemoe.calibrate.statistics import TaskStatistics
-    from edgemoe.calibrate.sums import LayerSums
     from edgemoe.models.contract import ModelShape
     from edgemoe.prune.plan import LayerPlan
 
@@ -46,19 +42,6 @@ def reap(
     """
     del seed
     return tuple(
-        keep_highest(layer, saliency(statistics.layers[layer.layer]), count)
+        keep_highest(layer, mean_gated_norm(statistics.layers[layer.layer]), count)
         for layer, count in zip(shape.layers, counts, strict=True)
     )
-
-
-def saliency(sums: LayerSums) -> NDArray[np.float64]:
-    """Compute S_j of every expert.
-
-    Args:
-        sums: The layer's sums, whose ``gate_norm`` has the gates renormalised.
-
-    Returns:
-        float64 [experts].
-    """
-    reached = sums.count > 0
-    return np.divide(sums.gate_norm, sums.count, out=np.zeros_like(sums.count), where=reached)

@@ -1,36 +1,68 @@
-"""The pruning methods by name, and the one call that makes a plan of statistics."""
+"""The pruning methods by name, and the one call that makes a plan."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgemoe import __version__
 from edgemoe.errors import PlanError, StatisticsError
 from edgemoe.prune.frequency import frequency
 from edgemoe.prune.keep import check_counts
+from edgemoe.prune.moe_i2 import moe_i2
+from edgemoe.prune.msan import man, msan
+from edgemoe.prune.naee import naee
 from edgemoe.prune.plan import LayerPlan, Plan
 from edgemoe.prune.random import random
+from edgemoe.prune.ream import ream
 from edgemoe.prune.reap import reap
+from edgemoe.prune.seer import seer
 from edgemoe.prune.uncurl import uncurl
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from edgemoe.calibrate.statistics import Statistics, TaskStatistics
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.calibrate.sample import Window
+    from edgemoe.calibrate.statistics import Statistics
+    from edgemoe.oracle.oracle import LayerOracle
 
-    Method: TypeAlias = Callable[
-        [TaskStatistics, ModelShape, Sequence[int], int], tuple[LayerPlan, ...]
-    ]
+    # Opens the model for methods that run its layers.
+    OpenOracle: TypeAlias = Callable[[Sequence[Window]], LayerOracle]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method.
+
+    Attributes:
+        decide: From statistics, shape, counts and seed to layers' plans; a method that runs
+            layers has the oracle before them. Options are keyword arguments.
+        runs_layers: Whether it needs the model besides the statistics.
+    """
+
+    decide: Callable[..., tuple[LayerPlan, ...]]
+    runs_layers: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options by name, with their defaults."""
+        parameters = inspect.signature(self.decide).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
 
 METHODS: dict[str, Method] = {
-    "frequency": frequency,
-    "random": random,
-    "reap": reap,
-    "uncurl": uncurl,
+    "frequency": Method(frequency),
+    "man": Method(man),
+    "moe-i2": Method(moe_i2, runs_layers=True),
+    "msan": Method(msan),
+    "naee": Method(naee, runs_layers=True),
+    "random": Method(random),
+    "reap": Method(reap),
+    "ream": Method(ream, runs_layers=True),
+    "seer": Method(seer),
+    "uncurl": Method(uncurl),
 }
-# Named by the interface, and not there yet.
-_LATER = ("moe-i2", "naee", "ream", "seer")
 
 
 def find_method(name: str) -> Method:
@@ -43,23 +75,59 @@ def find_method(name: str) -> Method:
         The method.
 
     Raises:
-        PlanError: There is no such method in this version.
+        PlanError: There is no such method.
     """
-    if name in METHODS:
-        return METHODS[name]
-    available = ", ".join(sorted(METHODS))
-    if name in _LATER:
-        raise PlanError(
-            f"the method must be available in edgemoe {__version__}, got {name!r}, which a "
-            f"later version brings. Available: {available}."
-        )
-    raise PlanError(f"the method must be one of {available}, got {name!r}.")
+    if name not in METHODS:
+        raise PlanError(f"the method must be one of {', '.join(METHODS)}, got {name!r}.")
+    return METHODS[name]
+
+
+def read_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Read a method's options as a command line gives them.
+
+    Args:
+        method: The method's name.
+        texts: ``NAME=VALUE`` each.
+
+    Returns:
+        The options by name, in the types of their defaults.
+
+    Raises:
+        PlanError: The method has no such option, or the value is of another type.
+    """
+    known = find_method(method).options
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.replace("-", "_")
+        if name not in known or not equals:
+            listed = ", ".join(f"{key}={default}" for key, default in known.items()) or "none"
+            raise PlanError(
+                f"an option of {method} must be NAME=VALUE, got {text!r}. Options with their "
+                f"defaults: {listed}."
+            )
+        if isinstance(known[name], str):
+            options[name] = value
+        elif not value.isdecimal():
+            raise PlanError(
+                f"option {name} of {method} must be an integer in [0, inf), got {value!r}."
+            )
+        else:
+            options[name] = int(value)
+    return options
 
 
 def make_plan(
-    statistics: Statistics, task: str, method: str, counts: Sequence[int], *, seed: int = 0
+    statistics: Statistics,
+    task: str,
+    method: str,
+    counts: Sequence[int],
+    *,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    open_oracle: OpenOracle | None = None,
 ) -> Plan:
-    """Decide which experts a task keeps: a pure function of its arguments.
+    """Decide which experts a task keeps: the same arguments give the same plan.
 
     Args:
         statistics: Sums of the checkpoint.
@@ -67,31 +135,46 @@ def make_plan(
         method: One of :data:`METHODS`.
         counts: Experts to keep per MoE layer, as :func:`edgemoe.prune.keep.count_kept` gives.
         seed: Seed of the methods that draw, in [0, inf).
+        options: The method's options by name.
+        open_oracle: Opens the model that was measured, for methods that run its layers.
 
     Returns:
         The plan, checked against the shape that the statistics were measured on.
 
     Raises:
-        PlanError: The method, a count or the seed is out of range.
+        PlanError: The method, a count, an option or the seed is out of range.
         StatisticsError: The task was not calibrated, or on no token.
+        StreamingError: The method cannot run this model's layers.
     """
-    decide = find_method(method)
+    found = find_method(method)
+    given = dict(options or {})
     if seed < 0:
         raise PlanError(f"the seed must be in [0, inf), got {seed}.")
+    unknown = sorted(set(given) - set(found.options))
+    if unknown:
+        raise PlanError(f"{method} must be given its own options, got {unknown}.")
     counts = check_counts(statistics.shape, counts)
-    if statistics.task(task).tokens == 0:
+    measured = statistics.task(task)
+    if measured.tokens == 0:
         raise StatisticsError(
             f"statistics must cover a token of the task, got none of {task!r}. Merge the "
             "other shards in first."
         )
+    if found.runs_layers:
+        if open_oracle is None:
+            raise PlanError(f"{method} must have the model to run its layers, got statistics.")
+        oracle = open_oracle(measured.windows)
+        layers = found.decide(oracle, measured, statistics.shape, counts, seed, **given)
+    else:
+        layers = found.decide(measured, statistics.shape, counts, seed, **given)
     plan = Plan(
         method=method,
-        layers=decide(statistics.task(task), statistics.shape, counts, seed),
+        layers=layers,
         checkpoint_sha256=statistics.checkpoint_sha256,
         statistics_sha256=statistics.sha256,
         task=task,
         seed=seed,
-        options={"keep_experts": list(counts)},
+        options={"keep_experts": list(counts), **(found.options | given)},
         edgemoe_version=__version__,
     )
     plan.validate(statistics.shape)

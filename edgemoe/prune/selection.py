@@ -9,6 +9,8 @@ import numpy as np
 from edgemoe.prune.plan import LayerPlan, MergedExpert
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from edgemoe.models.contract import LayerShape
@@ -29,9 +31,21 @@ def keep_highest(layer: LayerShape, scores: NDArray[np.float64], count: int) -> 
     for group in router_groups(layer):
         order = np.argsort(-scores[group], kind="stable")
         kept += group[order[: count // layer.n_group]].tolist()
-    return LayerPlan(
-        layer=layer.layer, experts=tuple(MergedExpert(members=(expert,)) for expert in kept)
-    )
+    return keep_set(layer, kept)
+
+
+def keep_set(layer: LayerShape, kept: Sequence[int]) -> LayerPlan:
+    """Plan to keep some experts.
+
+    Args:
+        layer: The layer.
+        kept: Their ids.
+
+    Returns:
+        The plan.
+    """
+    experts = tuple(MergedExpert(members=(expert,)) for expert in kept)
+    return LayerPlan(layer=layer.layer, experts=experts)
 
 
 def router_groups(layer: LayerShape) -> list[NDArray[np.int64]]:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgemoe.calibrate.sample import Window
 from edgemoe.calibrate.shards import (
     ShardJob,
     calibrate_in_shards,
@@ -26,7 +27,7 @@ from edgemoe.calibrate.shards import (
 )
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.calibrate.streamed import calibrate_streamed, layers_done
-from edgemoe.calibrate.windows import Window, Windows
+from edgemoe.calibrate.windows import Windows
 from edgemoe.errors import CheckpointError, OutputError, SpreadError
 from edgemoe.resume import partial_path
 from edgemoe.spread.workers import Here, Processes, RayCluster
@@ -200,7 +201,7 @@ def test_other_work_beside_the_output_is_refused(
 )
 def test_no_shard_is_empty(lines: list[int], workers: int, count: int) -> None:
     windows = Windows(
-        by_task={"t": [Window(line=line, ids=[1]) for line in lines]},
+        by_task={"t": [Window(line=line, start=0, ids=[1]) for line in lines]},
         sequence_length=8,
         shard=(0, 1),
         max_tokens=None,

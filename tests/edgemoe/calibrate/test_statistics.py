@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from edgemoe.calibrate.sample import TokenSample, Window
 from edgemoe.calibrate.statistics import Source, Statistics, TaskStatistics, merge
 from edgemoe.calibrate.sums import LayerSums
 from edgemoe.errors import OutputError, StatisticsError
@@ -25,6 +26,16 @@ SHAPE = ModelShape(
     hidden_size=8,
     intermediate_size=4,
 )
+
+
+def make_sample(line: int = 1) -> TokenSample:
+    lengths = (5, 2, 2)
+    return TokenSample.of(
+        [
+            Window(line=line, start=5 * place, ids=[line, *range(length - 1)], digest=-line)
+            for place, length in enumerate(lengths)
+        ]
+    )
 
 
 def make_statistics(seed: int, *tasks: str, checkpoint: str = "c") -> Statistics:
@@ -42,7 +53,15 @@ def make_statistics(seed: int, *tasks: str, checkpoint: str = "c") -> Statistics
         shape=SHAPE,
         tasks={
             task: TaskStatistics(
-                sources=(Source(sha256=f"{task}{seed}", lines=3, tokens=9, sequence_length=5),),
+                sources=(
+                    Source(
+                        sha256=f"{task}{seed}",
+                        lines=3,
+                        tokens=9,
+                        sequence_length=5,
+                        sample=make_sample(seed + 1),
+                    ),
+                ),
                 layers={layer.layer: sums(layer.num_experts) for layer in SHAPE.layers},
             )
             for task in tasks
@@ -62,6 +81,7 @@ def test_round_trip_is_exact_and_the_hash_is_the_files(tmp_path: Path) -> None:
     assert_equal(loaded, statistics)
     assert loaded.shape == SHAPE
     assert loaded.task("a").sources == statistics.task("a").sources
+    assert loaded.task("a").windows == make_sample().windows
     assert hashlib.sha256(path.read_bytes()).hexdigest() == statistics.sha256 == loaded.sha256
     with pytest.raises(OutputError, match="--force"):
         statistics.save(path)
@@ -105,7 +125,7 @@ def test_lines_are_counted_once(n: int, m: int, data: st.DataObject) -> None:
 def test_all_shards_make_one_pass_and_some_stay_visible(
     of: int, capped: bool, data: st.DataObject
 ) -> None:
-    source = Source(sha256="file", lines=2, tokens=9, sequence_length=5)
+    source = Source(sha256="file", lines=2, tokens=9, sequence_length=5, sample=make_sample())
     limits = [100 if capped and index == 0 else None for index in range(of)]
     shards = [
         replace(
@@ -113,7 +133,14 @@ def test_all_shards_make_one_pass_and_some_stay_visible(
             tasks={
                 "a": replace(
                     statistics.task("a"),
-                    sources=(replace(source, shard=(index, of), max_tokens=limits[index]),),
+                    sources=(
+                        replace(
+                            source,
+                            shard=(index, of),
+                            max_tokens=limits[index],
+                            sample=make_sample(index + 1),
+                        ),
+                    ),
                 )
             },
         )
@@ -127,6 +154,8 @@ def test_all_shards_make_one_pass_and_some_stay_visible(
         assert merged.task("a").sources == (
             replace(source, lines=2 * of, tokens=9 * of, max_tokens=limits[0]),
         )
+        read = [(w.line, w.start, w.ids[0], w.digest) for w in merged.task("a").windows]
+        assert read == [(i, s, i, -i) for i in range(1, of + 1) for s in (0, 5, 10)]
     else:
         assert len(merged.task("a").sources) == of
     with pytest.raises(StatisticsError, match="counted once"):

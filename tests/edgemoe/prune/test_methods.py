@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgemoe.calibrate.sample import TokenSample
 from edgemoe.calibrate.statistics import Source, Statistics, TaskStatistics
 from edgemoe.calibrate.sums import LayerSums
 from edgemoe.errors import PlanError, StatisticsError
 from edgemoe.models.contract import LayerShape, ModelShape
 from edgemoe.prune.plan import Plan
-from edgemoe.prune.registry import METHODS, find_method, make_plan
+from edgemoe.prune.registry import METHODS, find_method, make_plan, read_options
 from edgemoe.prune.uncurl import similarity
 
 TOKENS = 60
@@ -48,7 +49,15 @@ def make_statistics(
         ),
         tasks={
             "t": TaskStatistics(
-                sources=(Source(sha256="f", lines=1, tokens=TOKENS, sequence_length=512),),
+                sources=(
+                    Source(
+                        sha256="f",
+                        lines=1,
+                        tokens=TOKENS,
+                        sequence_length=512,
+                        sample=TokenSample.of([]),
+                    ),
+                ),
                 layers={i: LayerSums.of_tokens(**tokens) for i, tokens in enumerate(layers)},
             )
         },
@@ -164,7 +173,7 @@ def test_random_draws_every_expert_equally_often() -> None:
     assert np.abs(counts - 100).max() < 40
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].runs_layers])
 def test_every_method_obeys_counts_and_is_pure(method: str, tmp_path: Path) -> None:
     statistics = make_statistics([draw(0), draw(1), draw(2)])
     plan = make_plan(statistics, "t", method, [8, 5, 2], seed=3)
@@ -185,13 +194,29 @@ def test_every_method_obeys_counts_and_is_pure(method: str, tmp_path: Path) -> N
     assert sorted(map(list, sides)) == [[0], [0], [1], [1]]
 
 
-def test_unknown_and_later_methods_bad_counts_and_tasks_are_refused() -> None:
-    assert set(METHODS) == {"frequency", "random", "reap", "uncurl"}
-    available = "frequency, random, reap, uncurl"
-    for name in ("moe-i2", "ream", "naee", "seer"):
-        with pytest.raises(PlanError, match=f"later version.*{available}"):
-            find_method(name)
-    with pytest.raises(PlanError, match=f"one of {available}, got 'magic'"):
+def test_scores_are_those_of_the_papers() -> None:
+    tokens = draw(4)
+    statistics = make_statistics([tokens])
+    scores = {"seer": np.zeros(8), "man": np.zeros(8), "msan": np.zeros(8)}
+    counts = np.zeros(8)
+    for weights, indices, norms in zip(
+        tokens["weights"], tokens["indices"], tokens["norms"], strict=True
+    ):
+        for weight, expert, norm in zip(weights, indices, norms, strict=True):
+            if expert < 8:
+                counts[expert] += 1
+                scores["seer"][expert] += weight / weights[indices < 8].sum()
+                scores["man"][expert] += norm
+                scores["msan"][expert] += norm**2
+    for name in ("man", "msan"):
+        scores[name] /= np.maximum(counts, 1)
+    for name, values in scores.items():
+        best = sorted(np.argsort(-values, kind="stable")[:5].tolist())
+        assert kept(make_plan(statistics, "t", name, [5]))[0] == best
+
+
+def test_unknown_methods_bad_counts_options_and_tasks_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"one of frequency, man, moe-i2, .*got 'magic'"):
         find_method("magic")
     statistics = make_statistics([draw(0)])
     with pytest.raises(PlanError, match="top_k=2, got 1"):
@@ -200,5 +225,15 @@ def test_unknown_and_later_methods_bad_counts_and_tasks_are_refused() -> None:
         make_plan(statistics, "t", "reap", [4, 4])
     with pytest.raises(PlanError, match="seed"):
         make_plan(statistics, "t", "random", [4], seed=-1)
+    with pytest.raises(PlanError, match="must have the model to run its layers"):
+        make_plan(statistics, "t", "naee", [4])
+    with pytest.raises(PlanError, match=r"its own options, got \['population'\]"):
+        make_plan(statistics, "t", "reap", [4], options={"population": 3})
+    with pytest.raises(PlanError, match=r"NAME=VALUE, got 'size=3'.*population=100"):
+        read_options("moe-i2", ["size=3"])
+    with pytest.raises(PlanError, match="population of moe-i2 must be an integer"):
+        read_options("moe-i2", ["population=many"])
+    given = read_options("moe-i2", ["population=30", "ratios=given", "importance-tokens=64"])
+    assert given == {"population": 30, "ratios": "given", "importance_tokens": 64}
     with pytest.raises(StatisticsError, match="'u'"):
         make_plan(statistics, "u", "reap", [4])

@@ -1,0 +1,126 @@
+"""How far a block of decoder layers moves when several of its MoE layers lose experts.
+
+Errors of layers that follow one another do not add: what one layer loses, the next may mend or
+make worse. A block is run as the model runs it, with attention, norms and residual
+connections, dense layers in between included.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from edgemoe.progress import counting
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.replay import Outputs
+    from edgemoe.oracle.oracle import LayerOracle
+
+    # Sets of experts, by MoE layer: each a tuple of kept ids.
+    Candidates = Mapping[int, Sequence[tuple[int, ...]]]
+
+
+def choose_in_blocks(
+    oracle: LayerOracle, candidates: Candidates, block: int
+) -> dict[int, tuple[int, ...]]:
+    """Choose one candidate per MoE layer, jointly within blocks.
+
+    All combinations of a block are run, those that begin alike together; the one whose output
+    is nearest, in Frobenius norm, to what the whole model's block returns is chosen. Every
+    block starts from what the whole model gives it.
+
+    Args:
+        oracle: The model and the tokens.
+        candidates: Sets of experts of every MoE layer.
+        block: MoE layers in a block, in [1, inf).
+
+    Returns:
+        The chosen set of every MoE layer.
+
+    Raises:
+        StreamingError: The family cannot be run layer by layer.
+    """
+    moe = list(oracle.moe.layers)
+    chosen: dict[int, tuple[int, ...]] = {}
+    states: list[Outputs] = [None] * len(oracle.windows)
+    begin = 0
+    with counting(len(moe), "choose within blocks") as done:
+        for start in range(0, len(moe), block):
+            members = {layer.index: layer for layer in moe[start : start + block]}
+            end = max(members) + 1
+            with oracle.holding(range(begin, end)):
+                target = states
+                for index in range(begin, end):
+                    target = oracle.run_layer(index, target)
+                search = _Search(oracle, members, candidates, end, target)
+                search.descend(begin, states, {})
+                chosen |= search.best
+            states, begin = target, end
+            for _ in members:
+                done()
+    return chosen
+
+
+class _Search:
+    """All combinations of one block."""
+
+    def __init__(
+        self,
+        oracle: LayerOracle,
+        members: Mapping[int, MoeLayer],
+        candidates: Candidates,
+        end: int,
+        target: Sequence[Outputs],
+    ) -> None:
+        self._oracle = oracle
+        self._members = members
+        self._candidates = candidates
+        self._end = end
+        self._target = target
+        self.best: dict[int, tuple[int, ...]] = {}
+        self.least = float("inf")
+
+    def descend(
+        self, index: int, states: Sequence[Outputs], taken: dict[int, tuple[int, ...]]
+    ) -> None:
+        """Try every candidate of a layer and of those after it."""
+        if index == self._end:
+            error = squared_distance(states, self._target)
+            if error < self.least:
+                self.best, self.least = taken, error
+            return
+        layer = self._members.get(index)
+        if layer is None:
+            self.descend(index + 1, self._oracle.run_layer(index, states), taken)
+            return
+        for kept in dict.fromkeys(self._candidates[index]):
+            with layer.changed(layer.select(kept)):
+                after = self._oracle.run_layer(index, states)
+            self.descend(index + 1, after, {**taken, index: kept})
+
+
+def squared_distance(one: Sequence[Outputs], other: Sequence[Outputs]) -> float:
+    """Compare what decoder layers returned.
+
+    Args:
+        one: Outputs of every window.
+        other: Those of the same windows.
+
+    Returns:
+        Sum of the squared differences of the hidden states, in float64.
+    """
+    return sum(
+        float((_hidden(a) - _hidden(b)).double().square().sum())
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _hidden(outputs: Outputs) -> torch.Tensor:
+    while not isinstance(outputs, torch.Tensor):
+        assert outputs
+        outputs = outputs[0]
+    return outputs

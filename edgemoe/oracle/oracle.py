@@ -1,0 +1,221 @@
+"""Run a model's decoder layers, one after the other, on the tokens that calibration read."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from edgemoe.calibrate.sample import Window
+from edgemoe.errors import StatisticsError
+from edgemoe.models.checkpoint import quiet_transformers
+from edgemoe.models.hooks import observe
+from edgemoe.models.replay import only_layer
+from edgemoe.models.routers import Routing
+from edgemoe.progress import counting
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.replay import Outputs
+    from edgemoe.oracle.homes import Home
+
+DEFAULT_TOKENS = 1024
+
+
+@dataclass(eq=False)
+class LayerView:
+    """One MoE layer on all tokens, its weights in memory.
+
+    Attributes:
+        layer: The layer.
+        hidden: What reaches its router and its experts, float32 [tokens, hidden].
+        routing: What its router decides.
+    """
+
+    layer: MoeLayer
+    hidden: torch.Tensor
+    routing: Routing
+    _tensors: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
+
+    def go_on_with(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Let the layers after this one see what it gives with other experts.
+
+        Args:
+            tensors: What :meth:`edgemoe.models.layer.MoeLayer.replace` takes.
+        """
+        self._tensors = tensors
+
+
+class LayerOracle:
+    """A model, and tokens to ask it about.
+
+    Attributes:
+        home: Where its layers are.
+        windows: The tokens, one forward pass each.
+    """
+
+    def __init__(self, home: Home, windows: Sequence[Window]) -> None:
+        """Ask about windows.
+
+        Args:
+            home: The model; it is as before whenever nothing runs.
+            windows: The tokens.
+
+        Raises:
+            StatisticsError: There are none.
+        """
+        if not windows:
+            raise StatisticsError(
+                "statistics must hold tokens for a method that runs layers, got none. "
+                "Calibrate again."
+            )
+        self.home = home
+        self.windows = tuple(windows)
+
+    @property
+    def moe(self) -> MoeModel:
+        """The model."""
+        return self.home.moe
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are."""
+        return sum(len(window.ids) for window in self.windows)
+
+    def fewer(self, tokens: int) -> LayerOracle:
+        """Ask about fewer tokens.
+
+        Args:
+            tokens: How many, in [1, inf).
+
+        Returns:
+            An oracle over the same model and :func:`spread_windows` of the same tokens.
+        """
+        return LayerOracle(self.home, spread_windows(self.windows, tokens))
+
+    def walk(self, description: str) -> Iterator[LayerView]:
+        """Visit the MoE layers in order.
+
+        Args:
+            description: What the progress bar says.
+
+        Yields:
+            Each layer, while its weights are in memory.
+
+        Raises:
+            StreamingError: The family cannot be run layer by layer.
+        """
+        by_index = {layer.index: layer for layer in self.moe.layers}
+        last = max(by_index)
+        states: list[Outputs] = [None] * len(self.windows)
+        with quiet_transformers(), self.home.outer(), counting(last + 1, description) as done:
+            for index in range(last + 1):
+                layer = by_index.get(index)
+                with self.home.layer(index):
+                    if layer is None:
+                        states = self.run_layer(index, states)
+                    else:
+                        returned, view = self._observe(layer, states)
+                        yield view
+                        if view._tensors is not None:
+                            with layer.changed(view._tensors):
+                                returned = self.run_layer(index, states)
+                        states = returned
+                done()
+
+    def run_layer(self, index: int, before: Sequence[Outputs]) -> list[Outputs]:
+        """Run one decoder layer, whose weights are in memory, on all windows.
+
+        Args:
+            index: Which.
+            before: What the layer before it returned for each window; None for the first.
+
+        Returns:
+            What it returns for each window.
+        """
+        with only_layer(self.home.decoder, self.home.layers, index) as run:
+            return [
+                run(inputs_of(window), given)
+                for window, given in zip(self.windows, before, strict=True)
+            ]
+
+    def _observe(
+        self, layer: MoeLayer, before: Sequence[Outputs]
+    ) -> tuple[list[Outputs], LayerView]:
+        calls: list[tuple[torch.Tensor, Routing]] = []
+
+        def keep(_: MoeLayer, hidden: torch.Tensor, routing: Routing, __: Any) -> None:
+            calls.append((hidden.detach().clone(), routing))
+
+        with observe(self.moe, keep):
+            returned = self.run_layer(layer.index, before)
+        routing = Routing(
+            torch.cat([found.logits for _, found in calls]),
+            torch.cat([found.weights.float() for _, found in calls]),
+            torch.cat([found.indices for _, found in calls]),
+        )
+        hidden = torch.cat([hidden for hidden, _ in calls])
+        return returned, LayerView(layer, hidden, routing)
+
+    @contextlib.contextmanager
+    def holding(self, indices: Sequence[int]) -> Iterator[None]:
+        """Hold several decoder layers in memory, and what belongs to none.
+
+        Args:
+            indices: Which.
+
+        Yields:
+            Nothing.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(quiet_transformers())
+            stack.enter_context(self.home.outer())
+            for index in indices:
+                stack.enter_context(self.home.layer(index))
+            yield
+
+
+def inputs_of(window: Window) -> dict[str, Any]:
+    """Return the decoder's arguments for a window.
+
+    Args:
+        window: The tokens.
+
+    Returns:
+        The arguments.
+    """
+    return {"input_ids": torch.tensor([window.ids]), "use_cache": False}
+
+
+def spread_windows(windows: Sequence[Window], tokens: int) -> list[Window]:
+    """Choose windows from all over a sample.
+
+    Args:
+        windows: The sample.
+        tokens: How many tokens to choose, in [1, inf).
+
+    Returns:
+        Windows in their order, the last chosen one cut short; all where there are not more.
+    """
+    if sum(len(window.ids) for window in windows) <= tokens:
+        return list(windows)
+    # Bit-reversed order visits a range from all over: 0, 1/2, 1/4, 3/4, ...
+    bits = max(1, (len(windows) - 1).bit_length())
+    order = sorted(range(len(windows)), key=lambda n: int(f"{n:0{bits}b}"[::-1], 2))
+    chosen: dict[int, Window] = {}
+    left = tokens
+    for position in order:
+        window = windows[position]
+        ids = window.ids[:left]
+        chosen[position] = Window(
+            line=window.line, start=window.start, ids=ids, digest=window.digest
+        )
+        left -= len(ids)
+        if left == 0:
+            break
+    return [chosen[position] for position in sorted(chosen)]

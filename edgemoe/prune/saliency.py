@@ -1,0 +1,26 @@
+"""REAP's score of an expert, which several methods build on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edgemoe.calibrate.sums import LayerSums
+
+
+def mean_gated_norm(sums: LayerSums) -> NDArray[np.float64]:
+    """Compute S_j of every expert (https://arxiv.org/abs/2510.13999).
+
+    Args:
+        sums: The layer's sums, whose ``gate_norm`` has the gates renormalised.
+
+    Returns:
+        Mean over the expert's tokens of gate times output norm, float64 [experts]; 0 for an
+        expert that no token reached.
+    """
+    reached = sums.count > 0
+    return np.divide(sums.gate_norm, sums.count, out=np.zeros_like(sums.count), where=reached)
