@@ -19,10 +19,14 @@ from edgemoe.progress import counting
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from torch import nn
+
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.replay import Outputs
     from edgemoe.oracle.homes import Home
+
+    RouterCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 DEFAULT_TOKENS = 1024
 
@@ -35,11 +39,14 @@ class LayerView:
         layer: The layer.
         hidden: What reaches its router and its experts, float32 [tokens, hidden].
         routing: What its router decides.
+        router_calls: Arguments of the router, one call per window, where it follows none of
+            the known rules and must be asked itself.
     """
 
     layer: MoeLayer
     hidden: torch.Tensor
     routing: Routing
+    router_calls: Sequence[RouterCall] = ()
     _tensors: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
 
     def go_on_with(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -148,11 +155,21 @@ class LayerOracle:
         self, layer: MoeLayer, before: Sequence[Outputs]
     ) -> tuple[list[Outputs], LayerView]:
         calls: list[tuple[torch.Tensor, Routing]] = []
+        asked: list[RouterCall] = []
 
         def keep(_: MoeLayer, hidden: torch.Tensor, routing: Routing, __: Any) -> None:
             calls.append((hidden.detach().clone(), routing))
 
-        with observe(self.moe, keep):
+        def keep_call(
+            _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+        ) -> None:
+            asked.append((arguments, options))
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(observe(self.moe, keep))
+            if layer.rule is None:
+                hook = layer.router.register_forward_pre_hook(keep_call, with_kwargs=True)
+                stack.callback(hook.remove)
             returned = self.run_layer(layer.index, before)
         routing = Routing(
             torch.cat([found.logits for _, found in calls]),
@@ -160,7 +177,7 @@ class LayerOracle:
             torch.cat([found.indices for _, found in calls]),
         )
         hidden = torch.cat([hidden for hidden, _ in calls])
-        return returned, LayerView(layer, hidden, routing)
+        return returned, LayerView(layer, hidden, routing, tuple(asked))
 
     @contextlib.contextmanager
     def holding(self, indices: Sequence[int]) -> Iterator[None]:

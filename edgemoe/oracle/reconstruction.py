@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edgemoe.models.routers import select
+from edgemoe.models.routers import Routing, select
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.routers import Routing
     from edgemoe.oracle.oracle import LayerView
 
 _CHUNK_TOKENS = 64
@@ -47,7 +46,7 @@ class Reconstruction:
                 family's router follows none of the known rules.
         """
         self._layer = view.layer
-        self._hidden = view.hidden if view.layer.rule is None else None
+        self._router_calls = view.router_calls
         self._logits = view.routing.logits
         self._bias = _copied(view.layer.correction_bias)
         self._scale = _copied(view.layer.expert_scale)
@@ -104,10 +103,12 @@ class Reconstruction:
                 layer.top_k,
                 expert_scale=None if self._scale is None else self._scale[ids],
             )
-        assert self._hidden is not None
         with torch.no_grad(), layer.changed(layer.select(ids.tolist())):
-            logits, weights, indices, *_ = layer.router(self._hidden)
-        return type_routing(logits, weights, indices)
+            answers = [
+                type_routing(*layer.router(*arguments, **options)[:3])
+                for arguments, options in self._router_calls
+            ]
+        return Routing(*(torch.cat(parts) for parts in zip(*answers, strict=True)))
 
     def _quadratic(self, gates: torch.Tensor) -> float:
         # A token's gates differ in few experts, but a product over all is one call.
@@ -161,8 +162,6 @@ def type_routing(logits: torch.Tensor, weights: torch.Tensor, indices: torch.Ten
     Returns:
         The same, one row per token, logits in float32.
     """
-    from edgemoe.models.routers import Routing
-
     rows = (value.reshape(-1, value.shape[-1]) for value in (logits, weights, indices))
     flat_logits, flat_weights, flat_indices = rows
     return Routing(flat_logits.float(), flat_weights, flat_indices)
