@@ -125,8 +125,9 @@ def share_out(
         needs; as near to ``kept`` together as groups allow.
     """
     values = np.asarray(importance, np.float64)
-    mean = values.mean()
-    weights = np.ones(len(values)) if mean <= 0 else 1 / (values + _FLOOR * mean)
+    # Only ratios count: scaled first, so that no sum or inverse overflows.
+    values = values / values.max() if values.max() > 0 else np.ones(len(values))
+    weights = 1 / (values + _FLOOR * values.mean())
     # In steps of one expert per router group.
     room = [(layer.num_experts - _least(layer)) // layer.n_group for layer in layers]
     lost = [0] * len(layers)

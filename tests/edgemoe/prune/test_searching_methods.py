@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edgemoe.calibrate.collect import collect
@@ -149,6 +149,8 @@ def test_moe_i2_spends_the_whole_budget_by_importance(
         plan_with(measured, "moe-i2", 5, ratios="equal")
 
 
+@example([5e-324, 0.0], (16, 2, 1), 0.0)
+@example([0.0, 0.0, 0.0], (16, 4, 4), 0.5)
 @given(
     st.lists(st.floats(0, 1e3), min_size=1, max_size=8),
     st.sampled_from([(16, 2, 1), (16, 4, 4), (9, 3, 3)]),
