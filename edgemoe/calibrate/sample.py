@@ -9,7 +9,6 @@ score is of lines that calibration read.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
-
-    from edgemoe.tasks import TaskRecord
 
 _COLUMNS = 4
 
@@ -33,7 +30,7 @@ class Window:
         line: Number of the line that they are from, from 1 on.
         start: Place of the first of them in the line's tokens.
         ids: Token ids.
-        digest: :func:`digest_line` of the line.
+        digest: :func:`edgemoe.lines.digest_line` of the line.
     """
 
     line: int
@@ -138,16 +135,3 @@ class TokenSample:
                 f"windows must have {len(ids)} tokens between them, got {lengths.sum()}"
             )
         return cls(ids=ids.astype(np.int32), table=table.astype(np.int64))
-
-
-def digest_line(record: TaskRecord) -> int:
-    """Name a line of a task file by its content.
-
-    Args:
-        record: The line.
-
-    Returns:
-        The first 8 bytes of the SHA-256 of what calibration reads of it, as a signed integer.
-    """
-    found = hashlib.sha256(record.calibration_text.encode()).digest()
-    return int.from_bytes(found[:8], "big", signed=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgemoe.calibrate.sample import TokenSample, Window, digest_line
+from edgemoe.calibrate.sample import TokenSample, Window
 from edgemoe.calibrate.statistics import Source
 from edgemoe.errors import TaskFileError
+from edgemoe.lines import digest_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

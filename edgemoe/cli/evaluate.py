@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 @click.option("--k-cap", type=click.IntRange(1), help="At most so many experts per token.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Read the first lines only.")
 @click.option("--generate", is_flag=True, help="Judge completions by exact match.")
+@click.option(
+    "--calibration-lines",
+    type=click.Choice(["refuse", "skip", "warn"]),
+    default="warn",
+    show_default=True,
+    help="What to do with lines that MODEL was pruned or trained on.",
+)
 @reporting
 def evaluate(
     model: Path,
@@ -26,6 +33,7 @@ def evaluate(
     k_cap: int | None,
     max_tokens: int | None,
     generate: bool,
+    calibration_lines: str,
     as_json: bool,
 ) -> None:
     """Judge a model, dense or MoE, or a bundle on a task.
@@ -34,6 +42,7 @@ def evaluate(
     completions by whether greedy generation gives them back; with a 95% interval.
     """
     from edgemoe.evaluate.evaluation import evaluate as judge
+    from edgemoe.evaluate.held_out import keep_held_out, lines_behind
     from edgemoe.evaluate.subject import open_subject
     from edgemoe.tasks import TaskFile
     from edgemoe_runtime.manifest import MANIFEST_FILE
@@ -41,6 +50,10 @@ def evaluate(
     task_file = TaskFile.parse(task)
     if not (model / MANIFEST_FILE).is_file():
         needs("export")
+    lines = lines_behind(model, task_file.name)
+    task_file, remark = keep_held_out(task_file, lines, calibration_lines, str(model))
+    if remark is not None:
+        click.echo(f"Warning: {remark}", err=True)
     with open_subject(model, task=task_file.name, k_cap=k_cap) as subject:
         evaluation = judge(
             subject.scorer,

@@ -13,10 +13,36 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def parse_weights(texts: tuple[str, ...]) -> dict[str, float]:
+    """Turn ``NAME`` and ``NAME=WEIGHT`` into weights by name."""
+    weights: dict[str, float] = {}
+    for text in texts:
+        name, equals, number = text.partition("=")
+        try:
+            weight = float(number) if equals else 1.0
+        except ValueError as error:
+            raise click.BadParameter(
+                f"a weight must be a number, got {text!r}.", param_hint="--task"
+            ) from error
+        if name in weights:
+            raise click.BadParameter(
+                f"a task must come once, got {name!r}.", param_hint="--task"
+            )
+        weights[name] = weight
+    return weights
+
+
 @click.command()
 @click.argument("model", type=PATH)
 @click.option("--stats", type=PATH, required=True, metavar="STATS")
-@click.option("--task", required=True, metavar="NAME", help="A task of the statistics.")
+@click.option(
+    "--task",
+    "tasks",
+    required=True,
+    multiple=True,
+    metavar="NAME[=WEIGHT]",
+    help="A task of the statistics; several, each with its weight (1 by default), are mixed.",
+)
 @click.option(
     "--method",
     required=True,
@@ -47,7 +73,7 @@ if TYPE_CHECKING:
 def prune(
     model: Path,
     stats: Path,
-    task: str,
+    tasks: tuple[str, ...],
     method: str,
     keep: float | None,
     keep_experts: str | None,
@@ -81,6 +107,7 @@ def prune(
     except PlanError as error:
         raise click.BadParameter(str(error), param_hint="--keep-experts") from error
     chosen = read_options(method, options)
+    weights = parse_weights(tasks)
     shape = read_shape(model)
     counts = count_kept(shape, keep=keep, keep_experts=asked)
     statistics = Statistics.load(stats)
@@ -91,7 +118,7 @@ def prune(
         )
     plan = make_plan(
         statistics,
-        task,
+        weights,
         method,
         counts,
         seed=seed,
@@ -105,11 +132,11 @@ def prune(
             "output": output,
             "sha256": plan.sha256,
             "method": method,
-            "task": task,
+            "task": plan.task,
             "experts_per_layer": list(kept),
             "experts_before": list(shape.experts_per_layer),
         },
-        f"{output}: {method} for {task} keeps {sum(kept)} of {sum(shape.experts_per_layer)} "
-        f"experts in {len(kept)} layers",
+        f"{output}: {method} for {plan.task} keeps {sum(kept)} of "
+        f"{sum(shape.experts_per_layer)} experts in {len(kept)} layers",
         as_json=as_json,
     )

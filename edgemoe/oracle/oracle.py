@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.calibrate.sample import Window
+from edgemoe.calibrate.mixture import spread_windows
 from edgemoe.errors import StatisticsError
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.hooks import observe
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from edgemoe.calibrate.sample import Window
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.replay import Outputs
@@ -101,7 +102,8 @@ class LayerOracle:
             tokens: How many, in [1, inf).
 
         Returns:
-            An oracle over the same model and :func:`spread_windows` of the same tokens.
+            An oracle over the same model and
+            :func:`edgemoe.calibrate.mixture.spread_windows` of the same tokens.
         """
         return LayerOracle(self.home, spread_windows(self.windows, tokens))
 
@@ -207,32 +209,3 @@ def inputs_of(window: Window) -> dict[str, Any]:
         The arguments.
     """
     return {"input_ids": torch.tensor([window.ids]), "use_cache": False}
-
-
-def spread_windows(windows: Sequence[Window], tokens: int) -> list[Window]:
-    """Choose windows from all over a sample.
-
-    Args:
-        windows: The sample.
-        tokens: How many tokens to choose, in [1, inf).
-
-    Returns:
-        Windows in their order, the last chosen one cut short; all where there are not more.
-    """
-    if sum(len(window.ids) for window in windows) <= tokens:
-        return list(windows)
-    # Bit-reversed order visits a range from all over: 0, 1/2, 1/4, 3/4, ...
-    bits = max(1, (len(windows) - 1).bit_length())
-    order = sorted(range(len(windows)), key=lambda n: int(f"{n:0{bits}b}"[::-1], 2))
-    chosen: dict[int, Window] = {}
-    left = tokens
-    for position in order:
-        window = windows[position]
-        ids = window.ids[:left]
-        chosen[position] = Window(
-            line=window.line, start=window.start, ids=ids, digest=window.digest
-        )
-        left -= len(ids)
-        if left == 0:
-            break
-    return [chosen[position] for position in sorted(chosen)]

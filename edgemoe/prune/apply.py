@@ -70,6 +70,7 @@ def describe_plan(plan: Plan, model: MoeModel, checkpoint_sha256: str) -> dict[s
         "checkpoint_sha256": checkpoint_sha256,
         "statistics_sha256": plan.statistics_sha256,
         "edgemoe_version": plan.edgemoe_version,
+        "calibration_lines": plan.calibration_lines,
         # What was done before, where the checkpoint had been compressed already.
         "before": None if model.provenance is None else dict(model.provenance),
     }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import PlanError
+from edgemoe.lines import read_digests
 from edgemoe.prune.plan_json import PlanReader
 from edgemoe.staging import staged_file
 
@@ -189,6 +190,8 @@ class Plan:
         seed: Seed of the method.
         options: Options of the method; JSON values.
         edgemoe_version: Version of edgemoe that decided.
+        calibration_lines: Digests of the lines that the statistics cover, as
+            :func:`edgemoe.lines.write_digests` writes them: no score may be of these.
     """
 
     method: str
@@ -199,8 +202,13 @@ class Plan:
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     edgemoe_version: str | None = None
+    calibration_lines: str | None = None
 
     def __post_init__(self) -> None:
+        try:
+            read_digests(self.calibration_lines or "")
+        except ValueError as error:
+            raise PlanError(f"calibration_lines: {error}. {_EDIT}") from error
         indices = [layer.layer for layer in self.layers]
         if len(set(indices)) != len(indices) or not indices:
             raise PlanError(f"layers must be one or more, each once, got {indices}. {_EDIT}")
@@ -266,6 +274,8 @@ class Plan:
             "statistics_sha256": self.statistics_sha256,
             "edgemoe_version": self.edgemoe_version,
         }
+        if self.calibration_lines is not None:
+            head["calibration_lines"] = self.calibration_lines
         lines = [f"  {json.dumps(key)}: {_dump(value)}," for key, value in head.items()]
         layers = ",\n".join(_layer_json(layer) for layer in self.layers)
         return "{\n" + "\n".join(lines) + '\n  "layers": [\n' + layers + "\n  ]\n}\n"
@@ -297,6 +307,7 @@ class Plan:
             checkpoint_sha256=reader.optional_string("checkpoint_sha256"),
             statistics_sha256=reader.optional_string("statistics_sha256"),
             edgemoe_version=reader.optional_string("edgemoe_version"),
+            calibration_lines=reader.optional_string("calibration_lines"),
             layers=layers,
         )
         reader.finish()

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgemoe import __version__
-from edgemoe.errors import PlanError, StatisticsError
+from edgemoe.calibrate.mixture import mix
+from edgemoe.errors import PlanError
+from edgemoe.lines import write_digests
 from edgemoe.prune.frequency import frequency
 from edgemoe.prune.keep import check_counts
 from edgemoe.prune.moe_i2 import moe_i2
@@ -119,7 +121,7 @@ def read_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
 
 def make_plan(
     statistics: Statistics,
-    task: str,
+    task: str | Mapping[str, float],
     method: str,
     counts: Sequence[int],
     *,
@@ -131,7 +133,7 @@ def make_plan(
 
     Args:
         statistics: Sums of the checkpoint.
-        task: The task to decide for.
+        task: The task to decide for, or several with their weights.
         method: One of :data:`METHODS`.
         counts: Experts to keep per MoE layer, as :func:`edgemoe.prune.keep.count_kept` gives.
         seed: Seed of the methods that draw, in [0, inf).
@@ -154,28 +156,29 @@ def make_plan(
     if unknown:
         raise PlanError(f"{method} must be given its own options, got {unknown}.")
     counts = check_counts(statistics.shape, counts)
-    measured = statistics.task(task)
-    if measured.tokens == 0:
-        raise StatisticsError(
-            f"statistics must cover a token of the task, got none of {task!r}. Merge the "
-            "other shards in first."
-        )
+    weights = {task: 1.0} if isinstance(task, str) else dict(task)
+    mixture = mix(statistics, weights)
+    measured = mixture.measured
     if found.runs_layers:
         if open_oracle is None:
             raise PlanError(f"{method} must have the model to run its layers, got statistics.")
-        oracle = open_oracle(measured.windows)
+        oracle = open_oracle(mixture.windows)
         layers = found.decide(oracle, measured, statistics.shape, counts, seed, **given)
     else:
         layers = found.decide(measured, statistics.shape, counts, seed, **given)
+    chosen: dict[str, Any] = {"keep_experts": list(counts), **(found.options | given)}
+    if len(weights) > 1:
+        chosen["task_weights"] = weights
     plan = Plan(
         method=method,
         layers=layers,
         checkpoint_sha256=statistics.checkpoint_sha256,
         statistics_sha256=statistics.sha256,
-        task=task,
+        task="+".join(weights),
         seed=seed,
-        options={"keep_experts": list(counts), **(found.options | given)},
+        options=chosen,
         edgemoe_version=__version__,
+        calibration_lines=write_digests(mixture.digests),
     )
     plan.validate(statistics.shape)
     return plan

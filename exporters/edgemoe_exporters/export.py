@@ -8,10 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgemoe.evaluate.evaluation import evaluate
+from edgemoe.evaluate.held_out import keep_held_out, lines_behind
+from edgemoe.lines import read_digests
 from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.memory import default_limit
 from edgemoe.models.opening import open_larger
+from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.prune.keep import count_kept
 from edgemoe.prune.plan import Plan
 from edgemoe.prune.registry import make_plan
@@ -44,7 +47,6 @@ from edgemoe_exporters.source_in_memory import SourceInMemory
 from edgemoe_exporters.source_streamed import StreamedSource
 from edgemoe_exporters.steps import key_of, open_steps
 from edgemoe_exporters.task_experts import (
-    KEEP_ALL,
     count_least_parameters,
     count_parameters,
     keep_all,
@@ -174,6 +176,7 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         size=graphs.size,
         tasks=reports,
         separate_stacks=graphs.separate_stacks,
+        remarks=data.remarks,
     )
 
 
@@ -194,19 +197,31 @@ class _TaskData:
     calibration: Mapping[str, TaskFile]
     held_out: Mapping[str, TaskFile]
     plans: Mapping[str, Plan]
+    remarks: tuple[str, ...]
 
     @classmethod
     def load(cls, request: ExportRequest) -> _TaskData:
         files = {name: TaskFile.load(name, path) for name, path in request.tasks.items()}
         splits = {name: split_task(files[name]) for name in request.pruned_here}
+        plans = {name: Plan.load(path) for name, path in request.plans.items()}
+        judged = {
+            name: splits[name][1] if name in splits else file for name, file in files.items()
+        }
+        # What earlier compression of the checkpoint read must not judge it either.
+        before = lines_behind(request.model, "")
+        remarks = []
+        for name, file in judged.items():
+            chosen_on = plans[name].calibration_lines if name in plans else None
+            made_from = read_digests(chosen_on or "")
+            lines = made_from | before
+            _, remark = keep_held_out(file, lines, "warn", f"the graph of {name}")
+            remarks += [] if remark is None else [remark]
         return cls(
             files=files,
             calibration={name: split[0] for name, split in splits.items()},
-            held_out={
-                name: splits[name][1] if name in splits else file
-                for name, file in files.items()
-            },
-            plans={name: Plan.load(path) for name, path in request.plans.items()},
+            held_out=judged,
+            plans=plans,
+            remarks=tuple(remarks),
         )
 
 
@@ -254,7 +269,12 @@ class _Road:
                 self.say(f"choose the experts for {name}")
                 statistics = self.steps.statistics(name, partial(self._collect, name))
                 plans[name] = make_plan(
-                    statistics, name, self.request.method, counts, seed=self.request.seed
+                    statistics,
+                    name,
+                    self.request.method,
+                    counts,
+                    seed=self.request.seed,
+                    open_oracle=lambda windows: LayerOracle(self.source.home(), windows),
                 )
             else:
                 plans[name] = keep_all(self.model.shape)
@@ -358,7 +378,7 @@ class _Road:
                     top_k=max(self.full_k),
                     experts_per_layer=plan.experts_per_layer,
                     experts=self._experts(name, plan, layouts),
-                    plan=None if plan.method == KEEP_ALL else describe_plan(plan),
+                    plan=describe_plan(plan, self.model),
                     parity=reports[name].parity.to_report(),
                     quality=reports[name].quality,
                 )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe import __version__
 from edgemoe.errors import ExportError
+from edgemoe_exporters.task_experts import KEEP_ALL
 from edgemoe_runtime.manifest_cache import CacheState, KvCache, KvLayer
 from edgemoe_runtime.manifest_parts import ModelInfo
 
@@ -105,15 +106,20 @@ def describe_cache(graph: ir.Graph, inputs: tuple[TensorSpec, ...], num_layers: 
     )
 
 
-def describe_plan(plan: Plan) -> dict[str, Json]:
+def describe_plan(plan: Plan, model: MoeModel) -> dict[str, Json] | None:
     """Say where a task's experts come from.
 
     Args:
         plan: The task's plan.
+        model: The whole model.
 
     Returns:
-        Its provenance as JSON values.
+        Its provenance as JSON values, that of a checkpoint which was compressed before under
+        ``before``; of a plan that keeps all the checkpoint's only, or None.
     """
+    before: Any = None if model.provenance is None else dict(model.provenance)
+    if plan.method == KEEP_ALL:
+        return None if before is None else {"method": KEEP_ALL, "before": before}
     return {
         "method": plan.method,
         "options": dict(sorted(plan.options.items())),
@@ -123,6 +129,8 @@ def describe_plan(plan: Plan) -> dict[str, Json]:
         "checkpoint_sha256": plan.checkpoint_sha256,
         "statistics_sha256": plan.statistics_sha256,
         "edgemoe_version": plan.edgemoe_version,
+        "calibration_lines": plan.calibration_lines,
+        "before": before,
     }
 
 

@@ -155,6 +155,7 @@ class ExportReport:
         separate_stacks: Tensors of experts that were stored apart although tasks share them.
         streamed: Whether the checkpoint was read one decoder layer at a time, because it is
             larger than memory.
+        remarks: What to warn of, each in a sentence.
     """
 
     output: Path
@@ -167,11 +168,12 @@ class ExportReport:
     tasks: Mapping[str, TaskReport]
     separate_stacks: tuple[str, ...] = ()
     streamed: bool = False
+    remarks: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What whoever exported should know, each in a sentence."""
-        notes = []
+        notes = list(self.remarks)
         if self.streamed:
             notes.append(
                 "the checkpoint is larger than memory: it was read and run one decoder layer "

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.evaluate.scorer import Scorer
     from edgemoe.models.contract import MoeModel
+    from edgemoe.oracle.homes import Home
     from edgemoe.prune.plan import Plan
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.eager_run import EagerRun
@@ -55,6 +56,10 @@ class ModelSource(Protocol):
     @property
     def is_streamed(self) -> bool:
         """Whether its decoder layers are in memory one at a time."""
+        ...
+
+    def home(self) -> Home:
+        """Return where its layers are, for methods that run them."""
         ...
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:

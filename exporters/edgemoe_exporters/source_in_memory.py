@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.calibrate.collect import collect
 from edgemoe.evaluate.torch_scorer import TorchScorer
+from edgemoe.oracle.homes import MemoryHome
 from edgemoe_exporters.eager_run import run_eager
 from edgemoe_exporters.task_experts import bind_experts, compressed
 
@@ -36,6 +37,10 @@ class SourceInMemory:
             moe: The model, in float32.
         """
         self.moe = moe
+
+    def home(self) -> MemoryHome:
+        """Return where its layers are."""
+        return MemoryHome(self.moe)
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
         """Measure a task."""

@@ -16,6 +16,7 @@ from edgemoe.errors import ExportError
 from edgemoe.evaluate.streamed_scorer import StreamedScorer
 from edgemoe.models.hooks import observe
 from edgemoe.models.streamed_pass import Batch, run_batches
+from edgemoe.oracle.homes import StreamedHome
 from edgemoe.prune.apply import expert_tensors
 from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.deferred import Deferred, Latest
@@ -65,6 +66,10 @@ class StreamedSource:
         if (path / _GENERATION).exists():
             # A skeleton knows the configuration of the model only.
             self.moe.model.generation_config = GenerationConfig.from_pretrained(str(path))
+
+    def home(self) -> StreamedHome:
+        """Return where its layers are."""
+        return StreamedHome(self._streamed)
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
         """Measure a task."""

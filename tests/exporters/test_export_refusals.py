@@ -41,7 +41,7 @@ REFUSALS: list[tuple[dict[str, Any], type[EdgemoeError], str]] = [
     ({"plans": {"low": "missing"}}, PlanError, "does not exist"),
     ({"plans": {"low": "few"}}, PlanError, "top_k=2"),
     ({"plans": {"low": "other"}}, PlanError, "checkpoint"),
-    ({"method": "naee", "tasks": {"low": None}}, PlanError, "naee"),
+    ({"method": "best", "tasks": {"low": None}}, PlanError, "best"),
     ({"seed": -1, "tasks": {"low": None}}, ExportError, "seed must be in"),
     ({"output": "exists"}, OutputError, "must not exist"),
     (

@@ -143,6 +143,23 @@ def test_evaluate_answers_the_contract(road: Path, pruned: Path, answer: Answer)
     assert told["n"] == 12
 
 
+def test_lines_that_chose_experts_are_told_refused_or_skipped(
+    road: Path, pruned: Path, invoke: Callable[..., Any], tmp_path: Path
+) -> None:
+    read = f"--task=code={road}/code.jsonl"
+    assert "12 of 12 lines" in invoke("evaluate", pruned, read).stderr
+    refused = invoke("evaluate", pruned, read, "--calibration-lines", "refuse")
+    assert refused.exit_code == 1
+    assert "12 of 12 lines" in refused.stderr
+    lines = (road / "code.jsonl").read_text().splitlines(keepends=True)
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text('{"text": "while value:"}\n' + lines[0])
+    task = f"--task=code={mixed}"
+    skipped = invoke("evaluate", pruned, task, "--calibration-lines", "skip", "--json")
+    assert json.loads(skipped.stdout)["n"] == 1
+    assert "lines" not in skipped.stderr
+
+
 @pytest.mark.fused
 def test_a_bundle_scores_as_its_checkpoint_does(
     road: Path, pruned: Path, answer: Answer, tmp_path: Path

@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from edgemoe.calibrate.sample import Window
 from edgemoe.errors import StatisticsError, StreamingError
@@ -13,7 +11,7 @@ from edgemoe.models import load_model
 from edgemoe.models.hooks import observe
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.oracle.homes import MemoryHome, StreamedHome, open_home, whole_model
-from edgemoe.oracle.oracle import LayerOracle, spread_windows
+from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.prune.apply import plan_tensors
 from edgemoe.prune.plan import LayerPlan, MergedExpert
 
@@ -97,21 +95,3 @@ def test_statistics_without_tokens_are_refused(tmp_path: Path) -> None:
     home = MemoryHome(load_model(write_tiny_checkpoint("mixtral", tmp_path / "model")))
     with pytest.raises(StatisticsError, match="must hold tokens"):
         LayerOracle(home, [])
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 300))
-def test_tokens_are_taken_from_all_over(lengths: list[int], tokens: int) -> None:
-    windows = [
-        Window(line=line, start=0, ids=[line] * length, digest=line)
-        for line, length in enumerate(lengths, start=1)
-    ]
-    chosen = spread_windows(windows, tokens)
-    assert sum(len(window.ids) for window in chosen) == min(tokens, sum(lengths))
-    lines = [window.line for window in chosen]
-    assert lines == sorted(set(lines))
-    assert all(set(window.ids) == {window.line} for window in chosen)
-    # All but one are whole, and no stretch of lines is left out that could hold two windows.
-    assert sum(len(w.ids) < lengths[w.line - 1] for w in chosen) <= 1
-    if len(chosen) > 1:
-        gaps = [b - a for a, b in zip([0, *lines], [*lines, len(lengths) + 1], strict=True)]
-        assert max(gaps) <= 4 * len(lengths) / len(chosen) + 2
