@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import onnxruntime
 import pytest
 
@@ -7,12 +9,19 @@ from edgemoe_runtime.backends.onnxruntime import MINIMUM_VERSION
 
 # Fixtures of the command line's tests that export for the CPU.
 _EXPORTED = {"bundle", "copied_bundle"}
+# The first transformers whose layers ask one cache for their states.
+_STATES = (5, 23)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs fused experts where Python 3.10 gets no onnxruntime that has them."""
-    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-    if version >= MINIMUM_VERSION:
+    """Skip what needs packages of which Python 3.10 gets older versions only."""
+    transformers = version("transformers")
+    if _numbers(transformers) < _STATES:
+        without = pytest.mark.skip(reason=f"transformers {transformers} keeps no states")
+        for item in items:
+            if item.get_closest_marker("states"):
+                item.add_marker(without)
+    if _numbers(onnxruntime.__version__) >= MINIMUM_VERSION:
         return
     skip = pytest.mark.skip(
         reason=f"onnxruntime {onnxruntime.__version__} has no fused experts"
@@ -23,3 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         )
         if exports or item.get_closest_marker("fused"):
             item.add_marker(skip)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])

@@ -8,6 +8,7 @@ A layer may keep several of one kind, or nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -167,8 +168,9 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """
         if kind not in self._turns:
             raise ExportError(
-                f"a layer must ask its cache for its {kind} before it uses it, got none. This "
-                "kind of layer is not supported."
+                f"a layer must ask its cache for its {kind} before it uses it, got none: "
+                f"transformers does so from 5.23 on, this is {version('transformers')}. Update "
+                "it (Python 3.10 gets 5.20 at most); in 5.23 the layer is not supported."
             )
         place = self._turns[kind]
         return place, self.past.get(f"{place[0]}.{place[1]}", empty)

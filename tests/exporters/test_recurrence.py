@@ -36,6 +36,7 @@ FAMILIES = [
     "deepseek_v32",
     "minimax_m3_vl_text",
 ]
+FLAVOURS = [pytest.param(lower_ort, marks=pytest.mark.fused), lower_tensorrt]
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -188,7 +189,8 @@ def run(graph: Any, ids: Any, mask: Any, steps: list[int], layers: int) -> Any:
     return np.concatenate(logits, axis=1), past
 
 
-@pytest.mark.parametrize("flavour", [lower_ort, lower_tensorrt])
+@pytest.mark.states
+@pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graphs_agree_with_eager_over_padding_prefill_and_decode(
     traced: Any, family: str, flavour: Any
@@ -212,7 +214,8 @@ def test_graphs_agree_with_eager_over_padding_prefill_and_decode(
     assert all(array.dtype == np.float32 for array in past.values())
 
 
-@pytest.mark.parametrize("flavour", [lower_ort, lower_tensorrt])
+@pytest.mark.states
+@pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_keeps_states_in_float32(traced: Any, family: str, flavour: Any) -> None:
     model, graph = traced(family)
@@ -229,6 +232,8 @@ def test_half_precision_keeps_states_in_float32(traced: Any, family: str, flavou
     assert divergence.quantile(0.25) < 0.01
 
 
+@pytest.mark.states
+@pytest.mark.fused
 @pytest.mark.parametrize(
     ("family", "target", "form"),
     [

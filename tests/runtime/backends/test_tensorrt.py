@@ -175,6 +175,7 @@ def test_answers_equal_those_of_onnxruntime(folder: Path) -> None:
     assert HostCuda.last.alive == {}  # type: ignore[attr-defined]
 
 
+@pytest.mark.states
 @pytest.mark.usefixtures("stand_in")
 def test_states_begin_anew_with_each_text(tmp_path: Path) -> None:
     write_tiny_checkpoint("qwen3_next", tmp_path / "model")
