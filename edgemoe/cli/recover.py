@@ -12,7 +12,7 @@ from edgemoe.cli.options import PATH, force_option, output_option, report, repor
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgemoe.recover.recovery import Recovered
+    from edgemoe.recover.result import Recovered
 
 
 @click.command()

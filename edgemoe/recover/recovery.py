@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +16,7 @@ from edgemoe.recover.held_out import Quality, measure
 from edgemoe.recover.memory import free_bytes, require_memory, training_bytes, weight_bytes
 from edgemoe.recover.options import RecoverOptions
 from edgemoe.recover.registry import find_method
+from edgemoe.recover.result import Recovered, describe
 from edgemoe.recover.samples import split_task
 from edgemoe.recover.state import PROGRESS, TrainingState
 from edgemoe.recover.teacher import check_teacher, load_teacher
@@ -30,74 +30,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from tokenizers import Tokenizer
+
     from edgemoe.models.contract import MoeModel
-    from edgemoe.recover.method import Method
     from edgemoe.recover.samples import TaskSamples
     from edgemoe.resume import WorkDirectory
     from edgemoe.tasks import TaskFile
 
 _CHECKPOINT = "checkpoint"
 _HASHES = "hashes.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recovered:
-    """What a recovery came to.
-
-    Attributes:
-        method: The method.
-        family: Transformers model type.
-        experts_per_layer: Experts of each MoE layer.
-        before: The model as it was given, on the held-out lines.
-        after: What was written, on the same lines.
-        best_step: The step that was kept; 0 where none was better than the start, which was
-            then written as it was.
-        steps: Steps that were taken.
-        ended: Why the training ended.
-        trained_parameters: Parameters that trained.
-        tasks: What it was trained on.
-        seconds_per_step: Mean of this run's steps, measurements included; None without one.
-    """
-
-    method: str
-    family: str
-    experts_per_layer: tuple[int, ...]
-    before: Quality
-    after: Quality
-    best_step: int
-    steps: int
-    ended: str
-    trained_parameters: int
-    tasks: tuple[TaskSamples, ...]
-    seconds_per_step: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what ``edgemoe recover --json`` answers, but for the output."""
-        tasks = {}
-        for task in self.tasks:
-            before, after = self.before.tasks[task.name], self.after.tasks[task.name]
-            tasks[task.name] = {
-                "training_tokens": task.training_tokens,
-                "held_out_lines": task.held_out_lines,
-                "perplexity_before": before.perplexity,
-                "perplexity_after": after.perplexity,
-                "divergence_before": before.divergence,
-                "divergence_after": after.divergence,
-            }
-        return {
-            "method": self.method,
-            "family": self.family,
-            "experts_per_layer": list(self.experts_per_layer),
-            "improved": self.best_step > 0,
-            "best_step": self.best_step,
-            "steps": self.steps,
-            "ended": self.ended,
-            "loss_before": self.before.loss,
-            "loss_after": self.after.loss,
-            "trained_parameters": self.trained_parameters,
-            "seconds_per_step": self.seconds_per_step,
-            "tasks": tasks,
-        }
 
 
 def recover_checkpoint(
@@ -145,21 +86,10 @@ def recover_checkpoint(
     refuse_inputs_inside(output, *checkpoints, *(task.path for task in tasks))
     chosen = find_method(method)
     settled = (options or RecoverOptions()).settle(chosen, has_teacher=teacher is not None)
-    _, config = read_config(path)
     tokenizer = load_tokenizer(path)
+    samples = _cut(path, tasks, tokenizer, settled)
     if teacher is not None:
         check_teacher(teacher, path, tokenizer)
-    longest = int(getattr(config, "max_position_embeddings", None) or 2**31)
-    samples = tuple(
-        split_task(
-            task,
-            tokenizer,
-            held_out_fraction=settled.held_out_fraction,
-            max_length=min(settled.sequence_length, longest),
-            max_tokens=settled.max_tokens,
-        )
-        for task in tasks
-    )
     weights, free = weight_bytes(*checkpoints), free_bytes(device)
     require_memory(weights, free, " and ".join(map(str, checkpoints)))
     hashes = [FileHashes(checkpoint) for checkpoint in checkpoints]
@@ -178,14 +108,12 @@ def recover_checkpoint(
         sha256 = _fingerprint(hashes, work)
         student = load_model(path)
         student.model.to(device)
-        master = None
-        if teacher is not None:
-            master = load_teacher(teacher).to(device)
-        state = TrainingState(work)
+        master = None if teacher is None else load_teacher(teacher).to(device)
         training = chosen.prepare(student, settled)
-        rest = training_bytes(training, student.config.vocab_size)
-        require_memory(weights + rest, free, f"training with {method}")
-        if state.progress is None:
+        needed = weights + training_bytes(training, student.config.vocab_size)
+        require_memory(needed, free, f"training with {method}")
+        state = TrainingState(work)
+        if "step" not in state.progress:
             found = measure(student.model, master, samples, settled, show=True)
             state.save({"step": 0, "stale": 0, "before": found.to_dict()})
         training.begin()
@@ -196,72 +124,50 @@ def recover_checkpoint(
             teacher=master,
             tasks=samples,
             training=training,
-            before=Quality.from_dict((state.progress or {})["before"]),
+            before=Quality.from_dict(state.progress["before"]),
         )
-        first, begun = int((state.progress or {})["step"]), time.monotonic()
+        first, begun = int(state.progress["step"]), time.monotonic()
         train(lesson, state, checkpoint_seconds=checkpoint_seconds)
-        taken = int((state.progress or {})["step"]) - first
-        seconds = (time.monotonic() - begun) / taken if taken else None
-        student, after, best = _take_best(student, lesson, state, path)
+        seconds = time.monotonic() - begun
+        written, after, best = _take_best(student, lesson, state, path)
+        steps = int(state.progress["step"])
         told = Recovered(
             method=method,
-            family=student.family,
-            experts_per_layer=student.experts_per_layer,
+            family=written.family,
+            experts_per_layer=written.experts_per_layer,
             before=lesson.before,
             after=after,
             best_step=best,
-            steps=int((state.progress or {})["step"]),
-            ended=str((state.progress or {})["ended"]),
-            trained_parameters=sum(p.numel() for p in lesson.training.parameters.values()),
+            steps=steps,
+            ended=str(state.progress["ended"]),
+            trained_parameters=sum(p.numel() for p in training.parameters.values()),
             tasks=samples,
-            seconds_per_step=seconds,
+            seconds_per_step=seconds / (steps - first) if steps > first else None,
         )
-        student.model.to("cpu")
         directory = work.empty_directory(_CHECKPOINT)
-        provenance = describe(told, settled, tasks, sha256, student, chosen)
-        save_model(student, directory, source=path, provenance=provenance)
+        written.model.to("cpu")
+        provenance = describe(told, settled, tasks, sha256, student.provenance)
+        save_model(written, directory, source=path, provenance=provenance)
         publish(directory, output, force=force)
     return told
 
 
-def describe(
-    recovered: Recovered,
-    options: RecoverOptions,
-    tasks: Sequence[TaskFile],
-    sha256: Sequence[str],
-    model: MoeModel,
-    method: Method,
-) -> dict[str, Any]:
-    """Say how a recovered checkpoint was made.
-
-    Args:
-        recovered: What the recovery came to.
-        options: Settled options.
-        tasks: What it was trained on.
-        sha256: Fingerprints of the checkpoint that was given, and of the teacher, if any.
-        model: What is written.
-        method: The method.
-
-    Returns:
-        JSON values, for the checkpoint's note.
-    """
-    earlier = dict(model.provenance or {})
-    return {
-        # The plan that says which experts these are.
-        **({"plan_sha256": earlier["plan_sha256"]} if "plan_sha256" in earlier else {}),
-        "method": method.name,
-        "options": options.to_dict(),
-        "seed": options.seed,
-        "tasks": {task.name: task.sha256 for task in tasks},
-        "checkpoint_sha256": sha256[0],
-        "teacher_sha256": sha256[1] if len(sha256) > 1 else None,
-        "steps": recovered.steps,
-        "best_step": recovered.best_step,
-        "before_training": recovered.before.to_dict(),
-        "after_training": recovered.after.to_dict(),
-        "edgemoe_version": library_versions()["edgemoe"],
-        "before": earlier or None,
-    }
+def _cut(
+    path: Path, tasks: Sequence[TaskFile], tokenizer: Tokenizer, options: RecoverOptions
+) -> tuple[TaskSamples, ...]:
+    """Cut the tasks into sequences that the model takes."""
+    _, config = read_config(path)
+    longest = int(getattr(config, "max_position_embeddings", None) or 2**31)
+    return tuple(
+        split_task(
+            task,
+            tokenizer,
+            held_out_fraction=options.held_out_fraction,
+            max_length=min(options.sequence_length, longest),
+            max_tokens=options.max_tokens,
+        )
+        for task in tasks
+    )
 
 
 def _fingerprint(hashes: Sequence[FileHashes], work: WorkDirectory) -> list[str]:
@@ -280,7 +186,7 @@ def _take_best(
     student: MoeModel, lesson: Lesson, state: TrainingState, path: Path
 ) -> tuple[MoeModel, Quality, int]:
     """Return what is to be written, how good it is, and the step that it is from."""
-    best = int((state.progress or {}).get("best_step", 0))
+    best = int(state.progress.get("best_step", 0))
     if best:
         state.load_best(lesson.training.parameters)
         lesson.training.finish()

@@ -29,7 +29,7 @@ class TrainingState:
     """What a training has reached, in its work directory.
 
     Attributes:
-        progress: JSON values: where the training is; None before it has begun.
+        progress: JSON values: where the training is; empty before it has begun.
     """
 
     def __init__(self, work: WorkDirectory) -> None:
@@ -39,7 +39,7 @@ class TrainingState:
             work: The directory.
         """
         self._work = work
-        self.progress: dict[str, Any] | None = work.read(PROGRESS)
+        self.progress: dict[str, Any] = work.read(PROGRESS) or {}
 
     def save(
         self,
@@ -86,7 +86,7 @@ class TrainingState:
             parameters: What trains.
             optimizer: The optimizer of these parameters, without a step yet.
         """
-        name = (self.progress or {}).get("state_file")
+        name = self.progress.get("state_file")
         if name is None:
             return
         tensors = load_file(str(self._work.path / name))
@@ -106,7 +106,7 @@ class TrainingState:
         Args:
             parameters: What trains.
         """
-        tensors = load_file(str(self._work.path / (self.progress or {})["best_file"]))
+        tensors = load_file(str(self._work.path / self.progress["best_file"]))
         for key, parameter in parameters.items():
             parameter.data.copy_(tensors[key])
 

@@ -116,7 +116,7 @@ class _Run:
 
     def finish(self) -> None:
         """Take all steps that are left."""
-        progress = dict(self._state.progress or {})
+        progress = dict(self._state.progress)
         if "ended" in progress:
             return
         options, first = self._lesson.options, int(progress["step"])
