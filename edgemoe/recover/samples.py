@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from edgemoe.tasks import TaskFile
 
-HELD_OUT_TOKENS = 4096
+HELD_OUT_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)

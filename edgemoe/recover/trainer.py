@@ -128,16 +128,17 @@ class _Run:
             for step in range(first, self._steps):
                 loss = self._take_step(step, batches.draw())
                 progress["step"] = step + 1
+                is_measured = (step + 1) % self._every == 0 or step + 1 == self._steps
                 if not math.isfinite(loss):
                     progress["ended"] = f"the loss of step {step + 1} was no number"
-                elif (step + 1) % self._every == 0 or step + 1 == self._steps:
+                elif is_measured:
                     self._judge(progress)
-                elif time.monotonic() - saved < self._seconds:
-                    advance(f"loss {loss:.4f}")
-                    continue
-                self._state.save(progress, self._lesson.training.parameters, self._optimizer)
-                saved = time.monotonic()
-                advance(f"loss {loss:.4f}, held-out {progress['low']:.4f}")
+                is_due = is_measured or time.monotonic() - saved >= self._seconds
+                if is_due or "ended" in progress:
+                    parameters = self._lesson.training.parameters
+                    self._state.save(progress, parameters, self._optimizer)
+                    saved = time.monotonic()
+                advance(f"loss {loss:.4f}")
                 if "ended" in progress:
                     return
 

@@ -83,7 +83,9 @@ def test_tokens_are_limited(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 
 @given(
-    lengths=st.lists(st.lists(st.integers(2, 60), min_size=1, max_size=6), min_size=1, max_size=4),
+    lengths=st.lists(
+        st.lists(st.integers(2, 60), min_size=1, max_size=6), min_size=1, max_size=4
+    ),
     batch_tokens=st.integers(2, 300),
     seed=st.integers(0, 5),
 )
@@ -95,7 +97,8 @@ def test_tasks_have_equal_shares_and_steps_come_again(
             name=str(number),
             # The first token tells the task, the second the line.
             training=tuple(
-                Request((number, line), ((0,) * (length - 1),)) for line, length in enumerate(row)
+                Request((number, line), ((0,) * (length - 1),))
+                for line, length in enumerate(row)
             ),
             held_out=(),
             held_out_lines=0,
