@@ -29,7 +29,7 @@ def one_thread(two_threads: None) -> None:
 def write_task() -> Callable[..., TaskFile]:
     """A function that writes a task of random words and loads it."""
 
-    def write(path: Path, *, lines: int = 24, seed: int = 0, name: str = "t") -> TaskFile:
+    def write(path: Path, *, lines: int = 48, seed: int = 0, name: str = "t") -> TaskFile:
         draw = random.Random(seed)
         with path.open("w") as stream:
             for _ in range(lines):
@@ -43,7 +43,7 @@ def write_task() -> Callable[..., TaskFile]:
 
 @pytest.fixture
 def task(tmp_path: Path, write_task: Callable[..., TaskFile]) -> TaskFile:
-    """A text task of 24 lines."""
+    """A text task of 48 lines."""
     return write_task(tmp_path / "task.jsonl")
 
 

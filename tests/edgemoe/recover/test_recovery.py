@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from edgemoe.tasks import TaskFile
 
 KILLED_RUNS = Path(__file__).parents[1] / "killed_runs.py"
-QUICK = RecoverOptions(steps=10, batch_tokens=128, held_out_fraction=0.25, learning_rate=3e-3)
+QUICK = RecoverOptions(steps=10, batch_tokens=192, held_out_fraction=0.25, learning_rate=3e-3)
 
 
 def read_bytes(folder: Path) -> dict[str, bytes]:
@@ -93,7 +93,7 @@ def test_what_is_told_is_what_evaluate_tells_of_the_same_lines(
         assert model.stored_dtype == torch.bfloat16
         judged = evaluate(TorchScorer(model), held_out, load_tokenizer(path))
         assert quality.tasks["t"].perplexity == pytest.approx(judged.perplexity, rel=1e-4)
-        assert told.to_dict()["tasks"]["t"]["held_out_lines"] == judged.n == 6
+        assert told.to_dict()["tasks"]["t"]["held_out_lines"] == judged.n == 12
     found = told.after.tasks["t"]
     assert found.divergence is not None
     assert told.after.loss == 0.5 * found.divergence + 0.5 * found.cross_entropy
