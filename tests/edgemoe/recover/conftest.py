@@ -34,7 +34,7 @@ def write_task() -> Callable[..., TaskFile]:
         with path.open("w") as stream:
             for _ in range(lines):
                 length = draw.randint(4, 24)
-                words = (f"w{min(95, int(draw.expovariate(0.1)))}" for _ in range(length))
+                words = (f"w{min(95, int(draw.expovariate(0.4)))}" for _ in range(length))
                 stream.write(json.dumps({"text": " ".join(words)}) + "\n")
         return TaskFile.load(name, path)
 

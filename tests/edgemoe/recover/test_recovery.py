@@ -48,7 +48,7 @@ def test_router_kd_changes_routers_only_and_comes_nearer_to_the_teacher(
     family: str, compressed: Any, task: TaskFile, tmp_path: Path
 ) -> None:
     whole, small = compressed(family)
-    options = replace(QUICK, learning_rate=1e-3)
+    options = replace(QUICK, learning_rate=3e-4)
 
     told = recover_checkpoint(
         small, [task], tmp_path / "out", method="router-kd", teacher=whole, options=options
