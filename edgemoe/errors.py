@@ -11,6 +11,7 @@ Every message says the rule, the value it got and the remedy. The tree::
     ├── StatisticsError (ValueError)     statistics are malformed or do not fit together
     ├── PlanError (ValueError)           a plan cannot be carried out on this checkpoint
     ├── CarveError (ValueError)          a dense checkpoint cannot be carved as asked
+    ├── RecoveryError (ValueError)       a checkpoint cannot be trained as asked
     ├── ExportError (RuntimeError)       a graph or bundle could not be made
     │   ├── ParityError                  the exported graph disagrees with the eager model
     │   └── QualityGateError             the exported task lost more than --max-drop allows
@@ -56,6 +57,10 @@ class PlanError(EdgemoeError, ValueError):
 
 class CarveError(EdgemoeError, ValueError):
     """A dense checkpoint cannot be carved as asked."""
+
+
+class RecoveryError(EdgemoeError, ValueError):
+    """A compressed checkpoint cannot be trained as asked."""
 
 
 class ExportError(EdgemoeError, RuntimeError):

@@ -54,6 +54,28 @@ def counting(total: int, description: str) -> Iterator[Callable[[], None]]:
         yield lambda: progress.advance(task)
 
 
+@contextlib.contextmanager
+def telling(total: int, description: str) -> Iterator[Callable[[str], None]]:
+    """Show how far steps are along, the time that is left, and a word on the last step.
+
+    Args:
+        total: Number of steps.
+        description: What the bar says.
+
+    Yields:
+        A function to call with that word after each step. Nothing is drawn when stderr is not
+        a terminal.
+    """
+    if not _is_watched():
+        yield lambda _: None
+        return
+    with _bar() as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda word: progress.update(
+            task, advance=1, description=f"{description}, {word}"
+        )
+
+
 def _is_watched() -> bool:
     # A device has no rich: what it runs is done in silence.
     return sys.stderr.isatty() and importlib.util.find_spec("rich") is not None

@@ -15,6 +15,7 @@ COMMANDS = {
     "merge-stats": "first others --output",
     "prune": "model --stats --task --method --keep --keep-experts --seed --output",
     "apply": "model --plan --output",
+    "recover": "model --teacher --task --method --output",
     "evaluate": "model --task --k-cap",
     "export": "model --output --target --precision --task --plan --keep --max-drop",
     "compile": "bundle --target --task",

@@ -23,6 +23,7 @@ from edgemoe.cli.inspect import inspect
 from edgemoe.cli.merge_stats import merge_stats
 from edgemoe.cli.options import debug_option
 from edgemoe.cli.prune import prune
+from edgemoe.cli.recover import recover
 from edgemoe.cli.run import run
 from edgemoe.cli.verify import verify
 
@@ -43,6 +44,7 @@ for command in (
     merge_stats,
     prune,
     apply,
+    recover,
     evaluate,
     export,
     compile_,

@@ -16,6 +16,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "onnx",
         "onnx_ir",
         "onnxscript",
+        "peft",
     ),
     "ort": ("onnxruntime",),
     "ray": ("ray",),

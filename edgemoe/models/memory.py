@@ -17,10 +17,18 @@ def default_limit() -> int:
     """Return how large a model or graph may be to be opened as a whole, in bytes.
 
     Returns:
-        Half of what is available to this process: to the machine, to its control group, and by
-        its resource limits. The other half is for what computing takes.
+        Half of what is available to this process. The other half is for what computing takes.
     """
-    return min([_available(), *_group_limits(), *_resource_limits()]) // 2
+    return available_memory() // 2
+
+
+def available_memory() -> int:
+    """Return what is available to this process, in bytes.
+
+    Returns:
+        The least of what the machine, the control group and resource limits leave.
+    """
+    return min([_available(), *_group_limits(), *_resource_limits()])
 
 
 def _available() -> int:

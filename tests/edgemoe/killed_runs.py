@@ -78,5 +78,8 @@ def _remove(path: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     given = sys.argv[1:]
+    if given[4] == "recover":
+        importlib.import_module("edgemoe.recover.recovery")
+        importlib.import_module("peft")
     told = repeat(int(given[0]), int(given[1]), int(given[2]), Path(given[3]), given[4:])
     sys.stdout.write(json.dumps(told) + "\n")
