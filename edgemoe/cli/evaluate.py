@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 @click.option("--task", required=True, metavar="NAME=FILE", help="Held-out data.")
 @click.option("--k-cap", type=click.IntRange(1), help="At most so many experts per token.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Read the first lines only.")
+@click.option(
+    "--window", type=click.IntRange(2), help="Tokens of a window of text.  [default: 512]"
+)
 @click.option("--generate", is_flag=True, help="Judge completions by exact match.")
 @reporting
 def evaluate(
@@ -25,15 +28,18 @@ def evaluate(
     task: str,
     k_cap: int | None,
     max_tokens: int | None,
+    window: int | None,
     generate: bool,
     as_json: bool,
 ) -> None:
     """Judge a model, dense or MoE, or a bundle on a task.
 
     Text and completions are judged by perplexity, choices by accuracy, and with --generate
-    completions by whether greedy generation gives them back; with a 95% interval.
+    completions by whether greedy generation gives them back; with a 95% interval. --json
+    adds lm-eval's byte and word perplexity of text.
     """
     from edgemoe.evaluate.evaluation import evaluate as judge
+    from edgemoe.evaluate.rolling import find_prefix_token
     from edgemoe.evaluate.subject import open_subject
     from edgemoe.tasks import TaskFile
     from edgemoe_runtime.manifest import MANIFEST_FILE
@@ -48,6 +54,8 @@ def evaluate(
             subject.tokenizer,
             max_tokens=max_tokens,
             generate=subject.generate if generate else None,
+            window=window,
+            prefix_token=find_prefix_token(model, subject.tokenizer),
         )
     low, high = evaluation.ci95
     metric = evaluation.metric.replace("_", " ")
