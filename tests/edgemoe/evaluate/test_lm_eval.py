@@ -53,7 +53,8 @@ CHOICES: list[dict[str, Any]] = [
     {"prompt": "Check it first.\nAnswer:\n", "choices": ["bearing", "no limit"]},
     {"prompt": "def add(first, second):\n    ", "choices": ["return first", "pass", "..."]},
     {"prompt": "return first +  \t", "choices": ["second", "first", "add"]},
-    # Characters of two and four bytes.
+    # Characters of two to four bytes; the first of these is likelier per byte only.
+    {"prompt": "Welle:", "choices": [" €", " ;;!"]},
     {"prompt": "Welle:", "choices": [" prüfen", " läuft über", " 🔧", " stop"]},
     # One token each, and one that begins as another does.
     {"prompt": "limit", "choices": [",", ".", "\n", ".\n"]},
@@ -336,6 +337,7 @@ def test_accuracies_are_lm_evals(
     jobs: dict[str, Job], field: dict[str, Any], name: str
 ) -> None:
     theirs = field[name]["choice"]
+    assert theirs["acc_norm"] != theirs["acc_bytes"], "the lines must tell them apart"
     ours = jobs[name].evaluate("choice")
     assert ours["value"] == theirs["acc"]
     assert ours["details"]["accuracy_per_character"] == theirs["acc_norm"]
