@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 @click.option("--task", required=True, metavar="NAME=FILE", help="Held-out data.")
 @click.option("--k-cap", type=click.IntRange(1), help="At most so many experts per token.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Read the first lines only.")
+@click.option(
+    "--window", type=click.IntRange(2), help="Tokens of a window of text.  [default: 512]"
+)
+@click.option(
+    "--rolling",
+    is_flag=True,
+    help="Score texts as a whole too: --json adds lm-eval's byte and word perplexity.",
+)
 @click.option("--generate", is_flag=True, help="Judge completions by exact match.")
 @click.option(
     "--calibration-lines",
@@ -32,6 +40,8 @@ def evaluate(
     task: str,
     k_cap: int | None,
     max_tokens: int | None,
+    window: int | None,
+    rolling: bool,
     generate: bool,
     calibration_lines: str,
     as_json: bool,
@@ -43,6 +53,7 @@ def evaluate(
     """
     from edgemoe.evaluate.evaluation import evaluate as judge
     from edgemoe.evaluate.held_out import keep_held_out, lines_behind
+    from edgemoe.evaluate.rolling import find_prefix_token
     from edgemoe.evaluate.subject import open_subject
     from edgemoe.tasks import TaskFile
     from edgemoe_runtime.manifest import MANIFEST_FILE
@@ -61,6 +72,8 @@ def evaluate(
             subject.tokenizer,
             max_tokens=max_tokens,
             generate=subject.generate if generate else None,
+            window=window,
+            prefix_token=find_prefix_token(model, subject.tokenizer) if rolling else None,
         )
     low, high = evaluation.ci95
     metric = evaluation.metric.replace("_", " ")

@@ -10,13 +10,14 @@ import numpy as np
 from edgemoe.errors import CheckpointError
 from edgemoe.evaluate.exact_match import check_generates, count_exact_matches
 from edgemoe.evaluate.intervals import RESAMPLES, bootstrap_perplexity, wilson_interval
-from edgemoe.evaluate.requests import Question, build_questions
+from edgemoe.evaluate.requests import Question, build_questions, resolve_window
+from edgemoe.evaluate.rolling import exp_or_none, summarise_rolling
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from edgemoe.evaluate.exact_match import Generate
-    from edgemoe.evaluate.scorer import Logprobs, Scorer
+    from edgemoe.evaluate.scorer import Logprobs, Request, Scorer
     from edgemoe.tasks import TaskFile
 
 
@@ -78,8 +79,12 @@ def evaluate(
     *,
     max_tokens: int | None = None,
     generate: Generate | None = None,
+    window: int | None = None,
+    prefix_token: int | None = None,
 ) -> Evaluation:
     """Judge a model on a task.
+
+    What the numbers are, and which of lm-eval's they equal, is in docs/evaluation.md.
 
     Args:
         scorer: The model.
@@ -89,29 +94,47 @@ def evaluate(
             completions and choices stop before the line that would exceed it.
         generate: Judge completions by exact match of what this generates, besides their
             perplexity.
+        window: Most tokens of a window of text, in [2, longest sequence of the model]; None
+            takes 512, or what the model takes.
+        prefix_token: Score texts as a whole too, their first token after this one: the details
+            then have lm-eval's word and byte perplexity.
 
     Returns:
         The evaluation.
 
     Raises:
         TaskFileError: No token can be scored, a completion is longer than the model's
-            longest sequence, or ``generate`` is given for a task without completions.
+            longest sequence, ``generate`` is given for a task without completions, or
+            ``max_tokens`` or ``window`` is out of range.
         CheckpointError: The model answers NaN or infinity.
     """
     if generate is not None:
         check_generates(task)
-    questions = build_questions(
-        task, tokenizer, max_length=scorer.max_length, max_tokens=max_tokens
+    asked = build_questions(
+        task,
+        tokenizer,
+        max_length=scorer.max_length,
+        max_tokens=max_tokens,
+        window=window,
+        prefix_token=prefix_token,
     )
-    answers = scorer.score([request for q in questions for request in q.requests])
-    rows: list[list[list[Logprobs]]] = []
-    taken = 0
-    for question in questions:
-        rows.append(answers[taken : taken + len(question.requests)])
-        taken += len(question.requests)
-    losses = [-_answer_loglikelihood(q, row) for q, row in zip(questions, rows, strict=True)]
-    tokens = [_answer_tokens(question) for question in questions]
-    if not all(np.isfinite(part).all() for row in rows for parts in row for part in parts):
+    scores = _score(scorer, asked)
+    questions = [question for question in asked if question.requests]
+    # By question the log-probabilities of each continuation.
+    rows = [
+        [logprobs for request in question.requests for logprobs in scores[request]]
+        for question in questions
+    ]
+    judged = [_judged(question) for question in questions]
+    losses = [
+        -float(sum(row[index].sum() for index in indices))
+        for row, indices in zip(rows, judged, strict=True)
+    ]
+    tokens = [
+        sum(len(question.continuations[index]) for index in indices)
+        for question, indices in zip(questions, judged, strict=True)
+    ]
+    if not all(np.isfinite(part).all() for parts in scores.values() for part in parts):
         raise CheckpointError(
             f"log-probabilities must be finite, got NaN or infinity on task {task.name!r}. The "
             "model overflows; use fp32."
@@ -128,6 +151,30 @@ def evaluate(
     perplexity_ci95 = bootstrap_perplexity(np.asarray(losses), np.asarray(tokens, np.float64))
     data = {"file_sha256": task.sha256, "lines": len(task.records), "max_tokens": max_tokens}
     n = len(questions)
+    if task.kind == "choice":
+        total, per_character, per_byte = _count_hits(questions, rows)
+        return Evaluation(
+            metric="accuracy",
+            value=total / n,
+            ci95=wilson_interval(total, n),
+            details={
+                "interval": "Wilson score",
+                "accuracy_per_character": per_character / n,
+                "accuracy_per_character_ci95": list(wilson_interval(per_character, n)),
+                "accuracy_per_byte": per_byte / n,
+                "accuracy_per_byte_ci95": list(wilson_interval(per_byte, n)),
+                "accuracy_of_most_frequent_answer": _majority(questions),
+                "accuracy_of_chance": float(np.mean([1 / len(q.choices) for q in questions])),
+                "perplexity_ci95": list(perplexity_ci95),
+                **data,
+            },
+            **common,
+        )
+    more: dict[str, Any] = (
+        _summarise_texts(asked, scores, resolve_window(window, scorer.max_length), prefix_token)
+        if task.kind == "text"
+        else {"perplexity_per_line": exp_or_none(sum(losses) / n)}
+    )
     if generate is not None:
         matches = count_exact_matches(
             generate, task, questions, tokenizer, max_length=scorer.max_length
@@ -139,58 +186,76 @@ def evaluate(
             details={
                 "interval": "Wilson score",
                 "perplexity_ci95": list(perplexity_ci95),
+                **more,
                 **data,
             },
             **common,
         )
-    if task.kind != "choice":
-        return Evaluation(
-            metric="perplexity",
-            value=perplexity,
-            ci95=perplexity_ci95,
-            details={
-                "interval": f"bootstrap over lines, {RESAMPLES} resamples, seed 0",
-                **data,
-            },
-            **common,
-        )
-    hits, hits_per_character = _count_hits(questions, rows)
     return Evaluation(
-        metric="accuracy",
-        value=hits / n,
-        ci95=wilson_interval(hits, n),
+        metric="perplexity",
+        value=perplexity,
+        ci95=perplexity_ci95,
         details={
-            "interval": "Wilson score",
-            "accuracy_per_character": hits_per_character / n,
-            "accuracy_per_character_ci95": list(wilson_interval(hits_per_character, n)),
-            "accuracy_of_most_frequent_answer": _majority(questions),
-            "accuracy_of_chance": float(np.mean([1 / len(q.characters) for q in questions])),
-            "perplexity_ci95": list(perplexity_ci95),
+            "interval": f"bootstrap over lines, {RESAMPLES} resamples, seed 0",
+            **more,
             **data,
         },
         **common,
     )
 
 
-def _answer_loglikelihood(question: Question, row: list[list[Logprobs]]) -> float:
-    return float(sum(answers[question.answer].sum() for answers in row))
+def _score(scorer: Scorer, questions: list[Question]) -> dict[Request, list[Logprobs]]:
+    """Score what is asked for, twice or more often too, once."""
+    requests = list(
+        dict.fromkeys(
+            request
+            for question in questions
+            for request in (
+                *question.requests,
+                *(question.rolling.requests if question.rolling else ()),
+            )
+        )
+    )
+    return dict(zip(requests, scorer.score(requests), strict=True))
 
 
-def _answer_tokens(question: Question) -> int:
-    return sum(len(request.continuations[question.answer]) for request in question.requests)
+def _judged(question: Question) -> list[int]:
+    """Return which continuations the perplexity covers: the right one, or all of a text."""
+    return [question.answer] if question.choices else list(range(len(question.requests)))
 
 
-def _count_hits(questions: list[Question], rows: list[list[list[Logprobs]]]) -> tuple[int, int]:
-    """Count questions whose right choice is likeliest in total, and per character."""
-    total = per_character = 0
-    for question, (choices,) in zip(questions, rows, strict=True):
-        scores = np.array([logprobs.sum() for logprobs in choices])
-        total += int(np.argmax(scores) == question.answer)
-        per_character += int(np.argmax(scores / question.characters) == question.answer)
-    return total, per_character
+def _count_hits(questions: list[Question], rows: list[list[Logprobs]]) -> tuple[int, int, int]:
+    """Count questions whose right choice is likeliest in total, per character and per byte."""
+    hits = np.zeros(3, dtype=np.int64)
+    for question, row in zip(questions, rows, strict=True):
+        scores = np.array([logprobs.sum() for logprobs in row])
+        characters = np.array([len(choice) for choice in question.choices])
+        utf8_bytes = np.array([len(choice.encode()) for choice in question.choices])
+        chosen = [scores, scores / characters, scores / utf8_bytes]
+        hits += np.argmax(chosen, axis=1) == question.answer
+    total, per_character, per_byte = hits.tolist()
+    return total, per_character, per_byte
 
 
 def _majority(questions: list[Question]) -> float:
     """Return the accuracy of always giving the most frequent right answer's text."""
-    texts = [question.answer_text for question in questions]
+    texts = [question.choices[question.answer] for question in questions]
     return max(texts.count(text) for text in set(texts)) / len(texts)
+
+
+def _summarise_texts(
+    questions: list[Question],
+    scores: dict[Request, list[Logprobs]],
+    window: int,
+    prefix_token: int | None,
+) -> dict[str, Any]:
+    """Return the windows, and with a prefix token the likelihood of the texts as a whole."""
+    if prefix_token is None:
+        return {"window_tokens": window}
+    texts = [question.rolling for question in questions if question.rolling is not None]
+    sums = [float(sum(scores[request][0].sum() for request in text.requests)) for text in texts]
+    return {
+        "window_tokens": window,
+        "prefix_token": prefix_token,
+        **summarise_rolling(texts, sums),
+    }

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgemoe.errors import TaskFileError
-from edgemoe.evaluate.requests import PROMPT_TOKENS
+from edgemoe.evaluate.requests import PROMPT_TOKENS, count_shared
 from edgemoe.progress import track
 from edgemoe.tasks import CompletionRecord
+from edgemoe_runtime.tokenizer import encode_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,8 +48,8 @@ def count_exact_matches(
 ) -> int:
     """Count the completions that generation gives back.
 
-    What was scored is generated: from the same context, as many tokens as the completion has,
-    or until the end token. White space around the two is no difference.
+    The prompt is continued by as many tokens as the completion has, or until the end token.
+    White space around the two is no difference.
 
     Args:
         generate: The model.
@@ -63,25 +64,27 @@ def count_exact_matches(
     longest = min(PROMPT_TOKENS, max_length) - tokenizer.num_special_tokens_to_add(False)
     matches = 0
     pairs = zip(questions, task.records, strict=False)
-    for question, record in track(pairs, "generate", total=len(questions)):
+    for _, record in track(pairs, "generate", total=len(questions)):
         assert isinstance(record, CompletionRecord)
-        new_tokens = len(question.requests[0].continuations[0])
-        context, completion = _split(record, tokenizer, new_tokens, longest - new_tokens)
+        context, completion, new_tokens = _split(record, tokenizer, longest)
         matches += generate(context, new_tokens).strip() == completion.strip()
     return matches
 
 
 def _split(
-    record: CompletionRecord, tokenizer: Tokenizer, new_tokens: int, most_context: int
-) -> tuple[str, str]:
-    """Cut a line before its last ``new_tokens`` tokens, and a long context's beginning off.
+    record: CompletionRecord, tokenizer: Tokenizer, longest: int
+) -> tuple[str, str, int]:
+    """Return the text to continue, the one to find behind it, and that one's tokens.
 
     A tokenizer that joins a space to the word behind it joins a prompt's last space to the
-    completion: the cut is then before the space, where the scored tokens begin.
+    completion: the cut is then before the space. A long prompt loses its beginning.
     """
     text = record.prompt + record.completion
-    offsets = tokenizer.encode(text).offsets
-    seam = len(offsets) - new_tokens
-    end = offsets[seam - 1][1]
-    start = offsets[seam - most_context][0] if seam > most_context else 0
-    return text[start:end], text[end:]
+    encoding = encode_once(tokenizer, text)
+    shared = count_shared([encode_once(tokenizer, record.prompt).ids, encoding.ids])
+    seam = max(1, min(shared, len(encoding.ids) - 1))
+    new_tokens = len(encoding.ids) - seam
+    most_context = max(1, longest - new_tokens)
+    end = encoding.offsets[seam - 1][1]
+    start = encoding.offsets[seam - most_context][0] if seam > most_context else 0
+    return text[start:end], text[end:], new_tokens

@@ -41,7 +41,11 @@ class Scorer(Protocol):
 
     @property
     def max_length(self) -> int:
-        """Most tokens that a context and a continuation may have together."""
+        """Most tokens that the model reads at once.
+
+        A continuation's last token is scored but never read, so a context and a continuation
+        may have one more together.
+        """
         ...
 
     def score(self, requests: Sequence[Request]) -> list[list[Logprobs]]:

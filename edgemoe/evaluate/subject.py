@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgemoe.errors import CheckpointError
+from edgemoe_runtime.tokenizer import encode_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -79,7 +80,7 @@ def open_subject(
     scorer = TorchScorer(model, k_cap=k_cap)
 
     def generate(prompt: str, max_new_tokens: int) -> str:
-        made = scorer.generate(tokenizer.encode(prompt).ids, max_new_tokens)
+        made = scorer.generate(encode_once(tokenizer, prompt).ids, max_new_tokens)
         return str(tokenizer.decode(made))
 
     yield Subject(scorer, tokenizer, generate)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
+    from edgemoe.evaluate.requests import Question
     from edgemoe.tasks import TaskFile
 
 HELD_OUT_TOKENS = 2048
@@ -92,9 +93,7 @@ def split_task(
             max_tokens=limits[held_out],
         )
         requests[held_out] = tuple(
-            Request(request.context, (request.continuations[question.answer],))
-            for question in questions
-            for request in question.requests
+            request for question in questions for request in _right_ones(question)
         )
         lines = len(questions)
     return TaskSamples(
@@ -103,6 +102,17 @@ def split_task(
         held_out=requests[True],
         held_out_lines=lines,
     )
+
+
+def _right_ones(question: Question) -> Iterator[Request]:
+    """List what is right of a line: a text's windows, a completion, or the right choice."""
+    if not question.choices:
+        yield from question.requests
+        return
+    # Choices have a request each where their prompt was cut, or else one together.
+    pairs = [(r.context, one) for r in question.requests for one in r.continuations]
+    context, continuation = pairs[question.answer]
+    yield Request(context, (continuation,))
 
 
 class Batches:

@@ -31,7 +31,7 @@ class GraphScorer:
 
     @property
     def max_length(self) -> int:
-        """Most tokens that a context and a continuation may have together."""
+        """Most tokens that the graph reads at once."""
         return self._max_length
 
     def score(self, requests: Sequence[Request]) -> list[list[Logprobs]]:

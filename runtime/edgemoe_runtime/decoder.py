@@ -96,7 +96,8 @@ class Decoder:
             RequestError: when start is outside [1, len(ids)], the ids are too many, or an
                 id is unknown.
         """
-        self.check(ids)
+        # the last token is scored but never run
+        self.check(ids, -1)
         if not 1 <= start <= len(ids):
             raise RequestError(
                 f"start must be in [1, {len(ids)}] (the number of ids), got {start}: the first"

@@ -22,8 +22,8 @@ def score_completions(
     """Return the log-likelihood of each completion after the prompt.
 
     Each completion is tokenised together with the prompt, as `edgemoe evaluate` and lm-eval
-    do it; the tokens that all begin with run once. A token that crosses the border counts
-    to the completion.
+    do it; the tokens that all begin with run once. White space at the prompt's end counts to
+    the completions, and so does a token that crosses the border.
 
     Args:
         decoder: runs the tokens; what its cache held is lost.
@@ -39,7 +39,8 @@ def score_completions(
         if not text:
             raise RequestError(f"A completion must be at least one token, got {text!r}.")
     wholes = [tokenizer.encode(prompt + text) for text in completions]
-    shared = _count_shared([tokenizer.encode(prompt), *wholes])
+    before = tokenizer.encode(prompt.rstrip()) or tokenizer.encode(prompt)
+    shared = _count_shared([before, *wholes])
     if shared == 0 and len({tuple(whole[:1]) for whole in wholes}) > 1:
         # One completion's first token would be the context of the others.
         raise RequestError(

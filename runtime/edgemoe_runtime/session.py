@@ -284,7 +284,8 @@ class Session:
     def score(self, prompt: str, completion: str) -> Score:
         """Return how likely a completion is after a prompt.
 
-        Prompt and completion are tokenised together, as `edgemoe evaluate` does it.
+        Prompt and completion are tokenised together, as `edgemoe evaluate` does it: white
+        space at the prompt's end counts to the completion.
 
         Raises:
             RequestError: when the completion is empty or both are too long.
@@ -300,7 +301,7 @@ class Session:
         """Return log p(ids[t] | ids[:t]) for t = start .. len(ids) - 1.
 
         Args:
-            ids: token ids, at most max_length.
+            ids: token ids, at most max_length + 1: the last one is scored but never run.
             start: first token to score, in [1, len(ids)].
 
         Returns:

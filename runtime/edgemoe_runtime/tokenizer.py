@@ -45,13 +45,39 @@ class Tokenizer:
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Return token ids; special tokens are those the tokenizer adds around a text."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        encoding = (
+            encode_once(self._tokenizer, text)
+            if special_tokens
+            else self._tokenizer.encode(text, add_special_tokens=False)
+        )
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without special tokens."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+
+def encode_once(tokenizer: Any, text: str) -> Any:
+    """Encode a text with the special tokens that a tokenizer adds, but no first one twice.
+
+    A prompt that a chat template wrote begins with the token that the tokenizer would put in
+    front. Nothing is added to it then, as in lm-eval.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`.
+        text: the text.
+
+    Returns:
+        A `tokenizers.Encoding`.
+    """
+    encoding = tokenizer.encode(text)
+    if encoding.special_tokens_mask[:1] == [1]:
+        plain = tokenizer.encode(text, add_special_tokens=False)
+        if plain.ids[:1] == encoding.ids[:1]:
+            return plain
+    return encoding
 
 
 class Detokenizer:

@@ -167,6 +167,10 @@ def test_the_cache_limits_the_answer_and_refuses_the_prompt(bundle: Path) -> Non
         assert answer.new_tokens == 7
         with pytest.raises(RequestError, match="max_length 16 tokens, got 17"):
             session.generate("0123456789abcdefg")
+        # and a last token that is only scored needs none either
+        assert session.token_logprobs(range(17), 1).shape == (16,)
+        with pytest.raises(RequestError, match="max_length 16 tokens"):
+            session.token_logprobs(range(18), 1)
     with pytest.raises(RequestError, match=r"max_length must be in \[1, 96\]"):
         Session.open(bundle, max_length=97)
 
@@ -183,13 +187,9 @@ def test_classify_and_score_equal_a_full_forward(bundle: Path, tiny_model: Any) 
         log_likelihoods(tiny_model.logits(sequence), sequence)[len(prompt) - 1 :].sum()
         for sequence in ids
     ]
-    # One token per character here: the space before a choice is shared, so it is context.
-    after_space = [
-        log_likelihoods(tiny_model.logits(sequence), sequence)[len(prompt) :].sum()
-        for sequence in ids
-    ]
+    # One token per character here; the space counts to the choice on both sides of the seam.
     assert [score.log_likelihood for score in answer.scores] == pytest.approx(
-        after_space, abs=1e-3
+        expected, abs=1e-3
     )
     assert [float(score) for score in single] == pytest.approx(expected, abs=1e-3)
     assert answer == choices[int(np.argmax(expected))]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from edgemoe_runtime.errors import BundleError
 from edgemoe_runtime.tokenizer import Detokenizer, Tokenizer
@@ -73,6 +73,23 @@ def test_byte_fallback_survives_a_cut_in_the_middle_of_a_character(
     stream = Detokenizer(fallback_tokenizer, fallback_tokenizer.encode(prompt))
     pieces = [stream.push(token) for token in fallback_tokenizer.encode(text)]
     assert "".join(pieces) + stream.flush() == text
+
+
+def test_a_prompt_that_begins_with_the_first_special_token_gets_no_second(
+    tmp_path: Path,
+) -> None:
+    raw = RawTokenizer(models.BPE({"a": 0, "b": 1}, []))
+    raw.add_special_tokens(["<s>", "</s>"])
+    raw.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    raw.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.encode("ab") == [2, 0, 1, 3]
+    assert tokenizer.encode("<s>ab") == [2, 0, 1]
+    assert tokenizer.encode("</s>ab") == [2, 3, 0, 1, 3]
+    assert tokenizer.encode("") == [2, 3]
+    assert tokenizer.encode("<s>ab", special_tokens=False) == [2, 0, 1]
 
 
 def test_special_tokens_are_not_shown(byte_tokenizer: Tokenizer) -> None:

@@ -105,6 +105,7 @@ def save_tokenizer(folder: Path) -> None:
     )
     tokenizer.train_from_iterator([*CODE, *PROSE], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
 
 
 @pytest.fixture(scope="session")

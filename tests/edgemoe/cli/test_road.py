@@ -171,6 +171,12 @@ def test_a_bundle_scores_as_its_checkpoint_does(
 
     eager = answer("evaluate", pruned, task, "--max-tokens", 400)
     assert exported["value"] == pytest.approx(eager["value"], rel=1e-5)
+    # Texts as a whole, behind the tokenizer's end token, in several windows each.
+    whole = (task, "--rolling", "--window", 50, "--max-tokens", 400)
+    exported, eager = (answer("evaluate", path, *whole) for path in (tmp_path / "b", pruned))
+    assert eager["details"]["prefix_token"] == 0
+    for key in ("bits_per_byte", "byte_perplexity", "word_perplexity"):
+        assert exported["details"][key] == pytest.approx(eager["details"][key], rel=1e-5)
 
 
 def test_a_bundle_is_judged_by_what_it_generates(

@@ -82,6 +82,37 @@ def test_perplexity_of_windows_leaves_their_first_tokens_out(
     assert (cut.n, cut.tokens) == (2, 1200 - 3 + 1)
 
 
+def test_a_prefix_token_adds_the_likelihood_of_whole_texts(
+    tmp_path: Path, words: Tokenizer
+) -> None:
+    lines = [[5, 6, 7, 8, 9], [4], [30, 20]]
+    task = write_task(tmp_path, [text(*line) for line in lines])
+    scorer = TableScorer()
+    found = evaluate(scorer, task, words, window=3, prefix_token=1)
+    # As without it: 5 and 8 begin a window, and a line of one token has no context.
+    assert (found.n, found.line_tokens) == (2, (3, 1))
+    assert found.value == pytest.approx(math.exp((6 + 7 + 9 + 20) / 4 / 10))
+    details = found.details
+    assert (details["window_tokens"], details["prefix_token"]) == (3, 1)
+    size = sum(len(" ".join(f"w{i}" for i in line)) for line in lines)
+    total = sum(map(sum, lines)) / 10
+    assert details["log_likelihood"] == pytest.approx(-total)
+    assert details["byte_perplexity"] == pytest.approx(math.exp(total / size))
+    assert details["word_perplexity"] == pytest.approx(math.exp(total / 8))
+    assert details["bits_per_byte"] == pytest.approx(total / size / math.log(2))
+    # What both ask for is asked once, and so is a line that comes twice.
+    assert len(scorer.requests) == len(set(scorer.requests))
+    twice = write_task(tmp_path, [text(5, 6), text(5, 6)])
+    assert evaluate(scorer, twice, words).line_losses == pytest.approx((0.6, 0.6))
+    assert scorer.requests == [Request((5,), ((6,),))]
+    cut = evaluate(scorer, task, words, prefix_token=1, max_tokens=3)
+    assert (cut.details["words"], cut.details["bytes"]) == (3, len("w5 w6 w7"))
+    assert "byte_perplexity" not in evaluate(scorer, task, words).details
+    for window in (1, 601):
+        with pytest.raises(TaskFileError, match=rf"\[2, 600\] tokens.*got {window}"):
+            evaluate(scorer, task, words, window=window)
+
+
 def test_perplexity_of_completions_counts_only_them(tmp_path: Path, words: Tokenizer) -> None:
     rows: list[dict[str, object]] = [
         {"prompt": "w1 w2", "completion": " w30 w40"},
@@ -93,6 +124,7 @@ def test_perplexity_of_completions_counts_only_them(tmp_path: Path, words: Token
     assert (found.metric, found.n, found.tokens) == ("perplexity", 3, 6)
     assert found.value == pytest.approx(math.exp((3 + 4 + 5 + 18) / 6))
     assert found.line_losses == pytest.approx((7, 5, 18))
+    assert found.details["perplexity_per_line"] == pytest.approx(math.exp((7 + 5 + 18) / 3))
     assert evaluate(TableScorer(), task, words, max_tokens=7).n == 2
     assert evaluate(TableScorer(), task, words, max_tokens=6).n == 2
     assert evaluate(TableScorer(), task, words, max_tokens=5).n == 1
@@ -114,6 +146,11 @@ def test_accuracy_in_total_and_per_character(tmp_path: Path, words: Tokenizer) -
     assert found.details["accuracy_of_most_frequent_answer"] == 0.25
     first = evaluate(TableScorer(), write_task(tmp_path, rows[:1]), words)
     assert (first.value, first.details["accuracy_per_character"]) == (1.0, 0.0)
+    # A wide space is one character of three bytes: -0.9 / 5 beats -1.0 / 4, and -0.9 / 3 not.
+    wide = [{"prompt": "w1", "choices": [" w10", "\u3000w9"], "answer": 0}]
+    found = evaluate(TableScorer(), write_task(tmp_path, wide), words)
+    assert (found.value, found.details["accuracy_per_character"]) == (0.0, 1.0)
+    assert found.details["accuracy_per_byte"] == 0.0
 
 
 def test_a_token_across_the_seam_counts_to_every_choice(tmp_path: Path) -> None:
@@ -132,14 +169,40 @@ def test_a_token_across_the_seam_counts_to_every_choice(tmp_path: Path) -> None:
         )
 
 
+def test_white_space_at_the_prompts_end_counts_to_what_follows(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(BPE({"a": 0, "b": 1, " ": 2, "\n": 3, " b": 4}, [(" ", "b")]))
+    rows: list[dict[str, object]] = [
+        {"prompt": "ab\n", "completion": "a"},
+        {"prompt": "ab ", "completion": "a"},
+        {"prompt": "ab ", "completion": "b"},
+        # Nothing else is there to be context.
+        {"prompt": " \n", "completion": "a"},
+    ]
+    questions = build_questions(
+        write_task(tmp_path, rows), tokenizer, max_length=9, max_tokens=None
+    )
+    assert [question.requests for question in questions] == [
+        (Request((0, 1), ((3, 0),)),),
+        (Request((0, 1), ((2, 0),)),),
+        (Request((0, 1), ((4,),)),),
+        (Request((2, 3), ((0,),)),),
+    ]
+
+
 def test_long_prompts_lose_their_beginning_and_long_completions_are_refused(
     tmp_path: Path, words: Tokenizer
 ) -> None:
     task = write_task(tmp_path, [{"prompt": "w1 w2 w3 w4", "completion": " w5 w6"}])
-    (question,) = build_questions(task, words, max_length=4, max_tokens=None)
+    (question,) = build_questions(task, words, max_length=3, max_tokens=None)
+    # The last token is never read.
     assert question.requests == (Request((3, 4), ((5, 6),)),)
+    rows = [{"prompt": "w1 w2 w3 w4", "choices": [" w5 w6", " w7"], "answer": 1}]
+    (question,) = build_questions(
+        write_task(tmp_path, rows), words, max_length=3, max_tokens=None
+    )
+    assert question.requests == (Request((3, 4), ((5, 6),)), Request((2, 3, 4), ((7,),)))
     with pytest.raises(TaskFileError, match=r"line 1: .* under 2 tokens, got 2"):
-        build_questions(task, words, max_length=2, max_tokens=None)
+        build_questions(task, words, max_length=1, max_tokens=None)
     with pytest.raises(TaskFileError, match="no context"):
         evaluate(TableScorer(), write_task(tmp_path, [text(3)]), words)
     with pytest.raises(TaskFileError, match="max_tokens"):
