@@ -50,7 +50,7 @@ def test_the_sums_are_those_of_the_formulas(temperature: float) -> None:
     assert sums.cross_entropy.item() == pytest.approx(cross_entropy, rel=1e-5)
     assert count_tokens(REQUESTS) == (30 + 4 + 51, 30 + 2 + 50)
     # d/dz of T^2 KL(p || softmax(z / T)) is T (q - p).
-    sums.divergence.backward()
+    torch.autograd.backward(sums.divergence)
     q = torch.softmax(student.detach().double() / temperature, dim=-1)
     p = torch.softmax(teacher.double() / temperature, dim=-1)
     wanted = temperature * (q - p) * batch.valid[..., None]

@@ -73,7 +73,7 @@ def test_right_choices_and_completions_are_what_is_learnt(
 
 
 def test_tokens_are_limited(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    line = {"text": " ".join(["w1"] * 1000)}
+    line: dict[str, object] = {"text": " ".join(["w1"] * 1000)}
     task = write(tmp_path / "t.jsonl", [line] * 20)
 
     samples = split_task(task, tokenizer, held_out_fraction=0.5, max_length=50, max_tokens=120)
