@@ -60,18 +60,19 @@ def weight_bytes(*paths: Path) -> int:
     )
 
 
-def training_bytes(training: Training, vocabulary_size: int) -> int:
+def training_bytes(training: Training, vocabulary_size: int, sequence_length: int) -> int:
     """Return what a training takes besides the weights; activations are not counted.
 
     Args:
         training: What trains.
         vocabulary_size: Logits of a token.
+        sequence_length: Longest sequence in tokens, which is a batch of its own at least.
 
     Returns:
         Bytes.
     """
     trained = sum(parameter.numel() for parameter in training.parameters.values())
-    logits = _LOGITS * BATCH_TOKENS * vocabulary_size
+    logits = _LOGITS * max(BATCH_TOKENS, sequence_length) * vocabulary_size
     return (_PER_TRAINED * trained + logits) * _BYTES + training.extra_bytes
 
 

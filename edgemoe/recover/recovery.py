@@ -115,7 +115,8 @@ def recover_checkpoint(
         student.model.to(device)
         master = None if teacher is None else load_teacher(teacher).to(device)
         training = chosen.prepare(student, settled)
-        needed = weights + training_bytes(training, student.config.vocab_size)
+        width, length = student.config.vocab_size, settled.sequence_length
+        needed = weights + training_bytes(training, width, length)
         require_memory(needed, free, f"training with {method}")
         require_space(work.path, weight_bytes(path) + state_bytes(training))
         state = TrainingState(work)
