@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 @click.option(
     "--held-out",
     type=float,
-    default=0.125,
+    default=0.25,
     show_default=True,
     metavar="F",
     help="Share of each task's lines that judge the training, (0, 0.5].",
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     type=float,
     metavar="F",
     help="Share of the teacher's divergence in the loss, [0, 1]; the rest is the task's "
-    "cross-entropy.  [default: 0.5 for lora and uncurl with a teacher, else 1]",
+    "cross-entropy.  [default: 1 for lora+router-kd, else 0.5 with a teacher]",
 )
 @click.option("--temperature", type=float, metavar="T", help="Of the divergence.  [default: 1]")
 @click.option("--rank", type=int, metavar="R", help="Of adapters.  [default: 16]")

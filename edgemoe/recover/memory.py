@@ -1,4 +1,4 @@
-"""Refuse a training that cannot fit, before it begins."""
+"""How much a training takes, so that one that cannot fit is refused before it begins."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _BYTES = 4  # float32
 # Of each parameter that trains: its gradient and the two moments of AdamW.
 _PER_TRAINED = 3
+# On disk: its value and the moments, twice while one replaces the other, and the best value.
+_PER_KEPT = 2 * 3 + 2
 # Logits of a batch: the student's, their gradient, the teacher's.
 _LOGITS = 3
 
@@ -58,19 +60,33 @@ def weight_bytes(*paths: Path) -> int:
     )
 
 
-def training_bytes(training: Training, vocabulary_size: int) -> int:
+def training_bytes(training: Training, vocabulary_size: int, sequence_length: int) -> int:
     """Return what a training takes besides the weights; activations are not counted.
 
     Args:
         training: What trains.
         vocabulary_size: Logits of a token.
+        sequence_length: Longest sequence in tokens, which is a batch of its own at least.
 
     Returns:
         Bytes.
     """
     trained = sum(parameter.numel() for parameter in training.parameters.values())
-    logits = _LOGITS * BATCH_TOKENS * vocabulary_size
+    logits = _LOGITS * max(BATCH_TOKENS, sequence_length) * vocabulary_size
     return (_PER_TRAINED * trained + logits) * _BYTES + training.extra_bytes
+
+
+def state_bytes(training: Training) -> int:
+    """Return what the state of a training takes on disk at most.
+
+    Args:
+        training: What trains.
+
+    Returns:
+        Bytes.
+    """
+    trained = sum(parameter.numel() for parameter in training.parameters.values())
+    return _PER_KEPT * trained * _BYTES
 
 
 def require_memory(needed: int, free: int, what: str) -> None:

@@ -25,7 +25,8 @@ class RecoverOptions:
         batch_tokens: Tokens of a step, in [2, inf); the line that reaches it is not cut.
         sequence_length: Longest sequence in tokens, in [2, 2048]; texts are cut at 512.
         max_tokens: Tokens of each task to train on at most, in [2, inf).
-        held_out_fraction: Share of each task's lines that training never sees, in (0, 0.5].
+        held_out_fraction: Share of each task's lines that training never sees, in (0, 0.5]. By
+            default they are those that `edgemoe export` judges a task by.
         seed: Of the order of the lines and of what is drawn, in [0, 2^31).
         kd_weight: Share of the teacher's divergence in the loss, in [0, 1]; the rest is the
             task's cross-entropy.
@@ -40,7 +41,7 @@ class RecoverOptions:
     batch_tokens: int = 2048
     sequence_length: int = 512
     max_tokens: int | None = None
-    held_out_fraction: float = 0.125
+    held_out_fraction: float = 0.25
     seed: int = 0
     kd_weight: float | None = None
     temperature: float | None = None

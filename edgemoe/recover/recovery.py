@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,13 @@ from edgemoe.models.fingerprint import FileHashes, hash_file
 from edgemoe.models.saving import float32_names, save_model
 from edgemoe.progress import track
 from edgemoe.recover.held_out import Quality, measure
-from edgemoe.recover.memory import free_bytes, require_memory, training_bytes, weight_bytes
+from edgemoe.recover.memory import (
+    free_bytes,
+    require_memory,
+    state_bytes,
+    training_bytes,
+    weight_bytes,
+)
 from edgemoe.recover.options import RecoverOptions
 from edgemoe.recover.registry import find_method
 from edgemoe.recover.result import Recovered, describe
@@ -23,7 +28,7 @@ from edgemoe.recover.teacher import check_teacher, load_teacher
 from edgemoe.recover.trainer import CHECKPOINT_SECONDS, Lesson, train
 from edgemoe.resume import publish, resumable
 from edgemoe.staging import recover as put_back
-from edgemoe.staging import refuse_existing, refuse_inputs_inside
+from edgemoe.staging import refuse_existing, refuse_inputs_inside, require_space
 from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:
@@ -110,10 +115,12 @@ def recover_checkpoint(
         student.model.to(device)
         master = None if teacher is None else load_teacher(teacher).to(device)
         training = chosen.prepare(student, settled)
-        needed = weights + training_bytes(training, student.config.vocab_size)
+        width, length = student.config.vocab_size, settled.sequence_length
+        needed = weights + training_bytes(training, width, length)
         require_memory(needed, free, f"training with {method}")
+        require_space(work.path, weight_bytes(path) + state_bytes(training))
         state = TrainingState(work)
-        if "step" not in state.progress:
+        if not state.progress:
             found = measure(student.model, master, samples, settled, show=True)
             state.save({"step": 0, "stale": 0, "before": found.to_dict()})
         training.begin()
@@ -126,11 +133,8 @@ def recover_checkpoint(
             training=training,
             before=Quality.from_dict(state.progress["before"]),
         )
-        first, begun = int(state.progress["step"]), time.monotonic()
-        train(lesson, state, checkpoint_seconds=checkpoint_seconds)
-        seconds = time.monotonic() - begun
+        seconds = train(lesson, state, checkpoint_seconds=checkpoint_seconds)
         written, after, best = _take_best(student, lesson, state, path)
-        steps = int(state.progress["step"])
         told = Recovered(
             method=method,
             family=written.family,
@@ -138,11 +142,11 @@ def recover_checkpoint(
             before=lesson.before,
             after=after,
             best_step=best,
-            steps=steps,
+            steps=int(state.progress["step"]),
             ended=str(state.progress["ended"]),
             trained_parameters=sum(p.numel() for p in training.parameters.values()),
             tasks=samples,
-            seconds_per_step=seconds / (steps - first) if steps > first else None,
+            seconds_per_step=seconds,
         )
         directory = work.empty_directory(_CHECKPOINT)
         written.model.to("cpu")

@@ -59,7 +59,7 @@ class Lesson:
 
 def train(
     lesson: Lesson, state: TrainingState, *, checkpoint_seconds: float = CHECKPOINT_SECONDS
-) -> None:
+) -> float | None:
     """Train to the end, from where the state is.
 
     The loss on the held-out lines is measured ten times, the last time after the last step; the
@@ -70,8 +70,14 @@ def train(
         lesson: What to train, how, and on what.
         state: Where the training is; at the end its progress says ``ended``.
         checkpoint_seconds: How long a run may lose when it is killed.
+
+    Returns:
+        Seconds per step, measurements included; None where no step was left.
     """
+    first, begun = state.progress["step"], time.monotonic()
     _Run(lesson, state, checkpoint_seconds).finish()
+    taken = state.progress["step"] - first
+    return (time.monotonic() - begun) / taken if taken else None
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

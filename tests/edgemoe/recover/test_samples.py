@@ -13,8 +13,10 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from edgemoe.errors import TaskFileError
 from edgemoe.evaluate.scorer import Request
+from edgemoe.recover.options import RecoverOptions
 from edgemoe.recover.samples import HELD_OUT_TOKENS, Batches, TaskSamples, split_task
 from edgemoe.tasks import TaskFile
+from edgemoe_exporters.quality import split_task as split_for_export
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,6 +47,18 @@ def test_every_fourth_line_is_held_out(tmp_path: Path, tokenizer: Tokenizer) -> 
     assert first_tokens(samples.training) == [1, 2, 3, 5, 6, 7, 9, 10]
     assert samples.held_out_lines == 2
     assert samples.training_tokens == 24
+
+
+def test_by_default_the_lines_are_those_that_export_judges_by(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    task = write(tmp_path / "t.jsonl", [{"text": f"w{n} w1"} for n in range(1, 23)])
+    default = RecoverOptions().held_out_fraction
+
+    samples = split_task(task, tokenizer, held_out_fraction=default, max_length=64)
+
+    _, judged_by = split_for_export(task)
+    assert first_tokens(samples.held_out) == [record.line for record in judged_by.records]
 
 
 def test_short_files_hold_out_their_last_line(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ from edgemoe.models.tiny import tiny_config, tiny_model
 from edgemoe.recover.held_out import measure
 from edgemoe.recover.options import RecoverOptions
 from edgemoe.recover.registry import METHODS
-from edgemoe.recover.samples import split_task
+from edgemoe.recover.samples import Batches, split_task
 from edgemoe.recover.state import TrainingState
 from edgemoe.recover.trainer import Lesson, learning_rate_factor, train
 from edgemoe.resume import WorkDirectory
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from edgemoe.models import MoeModel
     from edgemoe.tasks import TaskFile
-
-Compressed = "Callable[..., tuple[Path, Path]]"
 
 
 def make_lesson(
@@ -111,8 +109,6 @@ def test_a_step_is_that_of_adamw_on_the_mean_over_its_tokens(
     whole, small = compressed("mixtral")
     lesson, _ = make_lesson(small, task, "router-kd", whole, steps=1, learning_rate=1e-2)
     twin, twin_model = make_lesson(small, task, "router-kd", whole, steps=1)
-    from edgemoe.recover.samples import Batches
-
     requests = Batches(twin.tasks, 64, 0).draw()
     total, tokens = torch.zeros(()), 0
     parameters = twin.training.parameters
