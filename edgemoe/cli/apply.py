@@ -42,9 +42,9 @@ def apply(
     needs("export")
     from edgemoe.errors import StreamingError
     from edgemoe.models import load_model, read_shape, save_model
+    from edgemoe.plans.plan import Plan
     from edgemoe.prune.apply import apply_plan
     from edgemoe.prune.apply_streamed import apply_streamed
-    from edgemoe.prune.plan import Plan
     from edgemoe.staging import refuse_existing, refuse_inputs_inside, staged_directory
 
     refuse_existing(output, force=force, directory=True)

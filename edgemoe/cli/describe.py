@@ -181,7 +181,7 @@ def _describe_json(path: Path) -> dict[str, Any]:
 
 
 def _describe_plan(path: Path) -> dict[str, Any]:
-    from edgemoe.prune.plan import Plan
+    from edgemoe.plans.plan import Plan
 
     plan = Plan.load(path)
     return {

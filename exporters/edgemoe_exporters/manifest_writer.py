@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe.prune.plan import Plan
+    from edgemoe.plans.plan import Plan
     from edgemoe_runtime.json_fields import Json
     from edgemoe_runtime.manifest_parts import TensorSpec
 
