@@ -98,7 +98,7 @@ def add_ranks(
     """Decide the ranks of every expert that a plan keeps.
 
     Args:
-        plan: Experts to keep and merge; it names the checkpoint and has no ranks.
+        plan: Experts to keep and merge, validated for the checkpoint that was measured.
         layers: The checkpoint's MoE layers, possibly on the meta device.
         statistics: Sums of the checkpoint, and the tokens that they are of.
         task: Task to decide for.
@@ -141,7 +141,15 @@ def add_ranks(
         measured,
         lambda: LayerOracle(open_home(), spread_windows(measured.windows, _IMPORTANCE_TOKENS)),
     )
-    budget = _Budget(plan, layers, factors, importance, ratio, chosen["multiple"])
+    budget = _Budget(
+        plan,
+        statistics.checkpoint_sha256,
+        layers,
+        factors,
+        importance,
+        ratio,
+        chosen["multiple"],
+    )
     if chosen["layers"] not in ("equal", "loss"):
         raise PlanError(f"layers must be equal or loss, got {chosen['layers']!r}.")
     found = budget.spend([(1.0, 1.0)] * len(layers))
@@ -192,6 +200,7 @@ class _Budget:
     """All that decides ranks but how layers compare."""
 
     plan: Plan
+    checkpoint_sha256: str
     layers: Sequence[MoeLayer]
     factors: Factors
     importance: Sequence[Sequence[float]]
@@ -228,7 +237,12 @@ class _Budget:
             for number, plan in enumerate(self.plan.layers)
         )
         return RankedPlan(
-            plan=replace(self.plan, layers=layers, factors=self.factors),
+            plan=replace(
+                self.plan,
+                layers=layers,
+                factors=self.factors,
+                checkpoint_sha256=self.checkpoint_sha256,
+            ),
             parameters_before=fixed + sum(product.parameters for product in products),
             parameters_after=fixed
             + sum(

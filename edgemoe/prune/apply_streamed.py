@@ -60,12 +60,10 @@ class AppliedPlan:
     Attributes:
         family: Transformers model type.
         experts_per_layer: Experts of each MoE layer.
-        ranks_per_layer: Ranks of each; None for a layer that the plan does not factor.
     """
 
     family: str
     experts_per_layer: tuple[int, ...]
-    ranks_per_layer: tuple[Ranks | None, ...]
 
 
 @torch.no_grad()
@@ -138,11 +136,7 @@ def apply_streamed(
             ranks=None if plan.factors is None else ranks,
         )
         publish(directory, output, force=force)
-    return AppliedPlan(
-        family=streamed.moe.family,
-        experts_per_layer=plan.experts_per_layer,
-        ranks_per_layer=ranks,
-    )
+    return AppliedPlan(family=streamed.moe.family, experts_per_layer=plan.experts_per_layer)
 
 
 @dataclass(frozen=True, kw_only=True)
