@@ -30,7 +30,7 @@ def first_view(oracle: LayerOracle) -> LayerView:
 
 def error(weight: torch.Tensor, factors: dict[str, torch.Tensor], name: str, expert: int,
           inputs: np.ndarray) -> float:  # fmt: skip
-    new = (factors[f"{name}_out"][expert].double() @ factors[f"{name}_in"][expert].double())
+    new = factors[f"{name}_out"][expert].double() @ factors[f"{name}_in"][expert].double()
     return float(((inputs @ (weight.double() - new).numpy().T) ** 2).sum())
 
 
