@@ -47,7 +47,8 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
 
     Raises:
         PlanError: The plan does not fit the model; then nothing has changed.
-        StreamingError: The plan's method runs layers one by one, which the family's cannot.
+        StreamingError: The plan's method runs layers one by one, which the family's cannot; the
+            model is of no use then.
     """
     plan.validate(model.shape)
     check_ranks(plan, model.layers)

@@ -31,7 +31,7 @@ def draw_windows(lengths: tuple[int, ...] = (70, 50, 80)) -> list[Window]:
 
 @pytest.fixture(autouse=True)
 def two_threads() -> None:
-    """One, in the place of two: many small decompositions spend their time waiting otherwise."""
+    """One, in the place of two, which would wait for each other: matrices are small here."""
     torch.set_num_threads(1)
 
 
