@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from edgemoe.models import MoeModel
-    from edgemoe.prune.plan import Plan
+    from edgemoe.plans.plan import Plan
 
 DRAWN = "random"
 Interval = tuple[float, float, float]

@@ -26,7 +26,7 @@ def test_imports_go_down_the_layers_only() -> None:
     [
         "edgemoe_runtime",
         "edgemoe.cli",
-        "edgemoe.prune.plan",
+        "edgemoe.plans.plan",
         "edgemoe_exporters.tensorrt.compile",
     ],
 )

@@ -14,6 +14,7 @@ COMMANDS = {
     "calibrate": "model --task --output --max-tokens --shard --workers --ray --device",
     "merge-stats": "first others --output",
     "prune": "model --stats --task --method --keep --keep-experts --seed --output",
+    "decompose": "model --stats --task --method --param-ratio --plan --output",
     "apply": "model --plan --output",
     "recover": "model --teacher --task --method --output",
     "evaluate": "model --task --k-cap",

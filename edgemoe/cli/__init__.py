@@ -14,6 +14,7 @@ from edgemoe.cli.bench import bench
 from edgemoe.cli.calibrate import calibrate
 from edgemoe.cli.carve import carve
 from edgemoe.cli.compile import compile_
+from edgemoe.cli.decompose import decompose
 from edgemoe.cli.doctor import doctor
 from edgemoe.cli.evaluate import evaluate
 from edgemoe.cli.export import export
@@ -43,6 +44,7 @@ for command in (
     calibrate,
     merge_stats,
     prune,
+    decompose,
     apply,
     recover,
     evaluate,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -34,17 +34,17 @@ def apply(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Keep and merge the experts of MODEL as a plan says.
+    """Keep, merge and factor the experts of MODEL as a plan says.
 
     One decoder layer is in memory at a time. When it is interrupted, the same command goes on
-    after the last finished weight file.
+    after the last finished layer or weight file.
     """
     needs("export")
     from edgemoe.errors import StreamingError
     from edgemoe.models import load_model, read_shape, save_model
+    from edgemoe.plans.plan import Plan
     from edgemoe.prune.apply import apply_plan
     from edgemoe.prune.apply_streamed import apply_streamed
-    from edgemoe.prune.plan import Plan
     from edgemoe.staging import refuse_existing, refuse_inputs_inside, staged_directory
 
     refuse_existing(output, force=force, directory=True)
@@ -55,15 +55,22 @@ def apply(
         applied = apply_streamed(
             model, plan, output, max_shard_bytes=int(max_shard_gb * 1e9), force=force
         )
-        family, counts = applied.family, applied.experts_per_layer
+        family = applied.family
     except StreamingError as error:
         click.echo(f"{error} The whole model is loaded instead.", err=True)
         pruned = apply_plan(load_model(model), plan)
         with staged_directory(output, force=force) as staged:
             save_model(pruned, staged, source=model)
-        family, counts = pruned.family, pruned.experts_per_layer
-    report(
-        {"output": output, "experts_per_layer": list(counts), "family": family},
-        f"{output}: {family}, experts per layer {', '.join(map(str, counts))}",
-        as_json=as_json,
-    )
+        family = pruned.family
+    counts, ranks = plan.experts_per_layer, plan.ranks_per_layer
+    result: dict[str, Any] = {
+        "output": output,
+        "experts_per_layer": list(counts),
+        "family": family,
+    }
+    text = f"{output}: {family}, experts per layer {', '.join(map(str, counts))}"
+    if plan.factors is not None:
+        result["ranks_per_layer"] = [pair and list(pair) for pair in ranks]
+        shown = ", ".join("whole" if pair is None else f"{pair[0]}+{pair[1]}" for pair in ranks)
+        text += f", ranks {shown}"
+    report(result, text, as_json=as_json)

@@ -12,6 +12,7 @@ from edgemoe.errors import CheckpointError, EdgemoeError
 from edgemoe_runtime.manifest import MANIFEST_FILE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -113,6 +114,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         return facts
     shape = read_shape(path)
     note = read_ragged_note(path)
+    ranks = (None if note is None else note.ranks_per_layer) or ()
     embedded = config.get("edgemoe") or {}
     return {
         **facts,
@@ -121,6 +123,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         "experts_per_layer": list(shape.experts_per_layer),
         "top_k": [layer.top_k for layer in shape.layers],
         "expert_intermediate_size": shape.intermediate_size,
+        **_describe_ranks([None if pair is None else (pair.up, pair.down) for pair in ranks]),
         "provenance": embedded.get("provenance") if note is None else note.provenance,
     }
 
@@ -181,7 +184,7 @@ def _describe_json(path: Path) -> dict[str, Any]:
 
 
 def _describe_plan(path: Path) -> dict[str, Any]:
-    from edgemoe.prune.plan import Plan
+    from edgemoe.plans.plan import Plan
 
     plan = Plan.load(path)
     return {
@@ -197,9 +200,21 @@ def _describe_plan(path: Path) -> dict[str, Any]:
         "merged_experts": sum(
             len(expert.members) > 1 for layer in plan.layers for expert in layer.experts
         ),
+        **_describe_ranks(plan.ranks_per_layer),
+        **({} if plan.factors is None else {"factors": plan.factors.describe()}),
         "checkpoint_sha256": plan.checkpoint_sha256,
         "statistics_sha256": plan.statistics_sha256,
         "edgemoe_version": plan.edgemoe_version,
+    }
+
+
+def _describe_ranks(ranks: Sequence[tuple[int, int] | None]) -> dict[str, Any]:
+    """Name the ranks that layers are stored with, where any is factored."""
+    if all(pair is None for pair in ranks):
+        return {}
+    return {
+        "up_ranks": [None if pair is None else pair[0] for pair in ranks],
+        "down_ranks": [None if pair is None else pair[1] for pair in ranks],
     }
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgemoe.errors import CheckpointError, EdgemoeError, FamilyError
-from edgemoe.models.adapter import adapt_model, view_layers
-from edgemoe.models.contract import ModelShape
+from edgemoe.models.adapter import adapt_model
 from edgemoe.models.discovery import build_skeleton, discover
 from edgemoe.models.experts import is_experts_module
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note, resize_layers
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from edgemoe.models.contract import MoeModel
+    from edgemoe.models.contract import ModelShape, MoeModel
     from edgemoe.models.registry import Family
 
 _ALIGNMENT_BYTES = 64
@@ -157,6 +156,22 @@ def read_shape(path: Path) -> ModelShape:
         FamilyError: The family is not supported.
         CheckpointError: The directory or its configuration is missing or malformed.
     """
+    return read_structure(path).shape
+
+
+def read_structure(path: Path) -> MoeModel:
+    """Read how a checkpoint is built; weights are not loaded.
+
+    Args:
+        path: Checkpoint directory.
+
+    Returns:
+        A view of the model on the meta device.
+
+    Raises:
+        FamilyError: The family is not supported.
+        CheckpointError: The directory or its configuration is missing or malformed.
+    """
     family, config = read_config(path)
     note = read_ragged_note(path)
     with refusing_misfits(path):
@@ -164,13 +179,7 @@ def read_shape(path: Path) -> ModelShape:
         skeleton = build_skeleton(family, config)
         if note is not None:
             resize_layers(skeleton, facts, note)
-        layers = view_layers(skeleton, facts)
-    return ModelShape(
-        family=family.model_type,
-        layers=tuple(layer.shape for layer in layers),
-        hidden_size=layers[0].hidden_size,
-        intermediate_size=layers[0].intermediate_size,
-    )
+        return adapt_model(skeleton, facts=facts)
 
 
 def _configuration(content: Mapping[str, Any]) -> PreTrainedConfig:

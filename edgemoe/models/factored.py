@@ -13,6 +13,7 @@ Biases stay. That is how MoE-I² (https://arxiv.org/abs/2411.01016) stores what 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from edgemoe.errors import CheckpointError
 from edgemoe.models.expert_tensors import ExpertTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from edgemoe.models.discovery import LayerFacts
     from edgemoe.models.experts import ExpertsLayout
@@ -60,6 +61,20 @@ def ranks_of(layer: MoeLayer) -> Ranks | None:
     return Ranks(int(experts.up_in.shape[1]), int(experts.down_in.shape[1]))
 
 
+def product_shapes(layer: MoeLayer) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Tell how large an expert's two matrices are.
+
+    Args:
+        layer: Any layer.
+
+    Returns:
+        Rows (outputs) and columns (inputs) of the first product, whose rows are gate and up
+        together where there is a gate, and of the second.
+    """
+    hidden, units = layer.hidden_size, layer.intermediate_size
+    return (units * (2 if layer.layout.has_gate else 1), hidden), (hidden, units)
+
+
 def factor_layer(layer: MoeLayer, factors: Mapping[str, torch.Tensor]) -> None:
     """Put factors in the place of a layer's weights; the router stays as it is.
 
@@ -71,16 +86,8 @@ def factor_layer(layer: MoeLayer, factors: Mapping[str, torch.Tensor]) -> None:
         CheckpointError: The factors do not fit together or do not fit the layer.
     """
     experts: Any = layer.experts
-    wide = layer.intermediate_size * (2 if layer.layout.has_gate else 1)
-    count, hidden = layer.num_experts, layer.hidden_size
-    up, down = (factors[name].shape[1] for name in ("up_in", "down_in"))
-    shapes = {
-        "up_in": (count, up, hidden),
-        "up_out": (count, wide, up),
-        "down_in": (count, down, layer.intermediate_size),
-        "down_out": (count, hidden, down),
-    }
-    for name, shape in shapes.items():
+    ranks = Ranks(*(factors[name].shape[1] for name in ("up_in", "down_in")))
+    for name, shape in _shapes(layer, ranks).items():
         if tuple(factors[name].shape) != shape:
             raise CheckpointError(
                 f"{layer.name}: {name} must have the shape {shape}, got "
@@ -97,6 +104,52 @@ def factor_layer(layer: MoeLayer, factors: Mapping[str, torch.Tensor]) -> None:
     family_class: Any = type(experts)
     experts.__class__ = _factored_class(family_class)
     layer.facts = factored_facts(layer.facts)
+
+
+@contextlib.contextmanager
+def factored(layer: MoeLayer, factors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Put factors in the place of a layer's weights for a while.
+
+    Args:
+        layer: The layer.
+        factors: What :func:`factor_layer` takes.
+
+    Yields:
+        Nothing. When the block ends the layer is as it was.
+
+    Raises:
+        CheckpointError: As :func:`factor_layer`.
+    """
+    experts, facts = layer.experts, layer.facts
+    family_class, parameters = type(experts), dict(experts._parameters)
+    factor_layer(layer, factors)
+    try:
+        yield
+    finally:
+        experts._parameters.clear()
+        experts._parameters.update(parameters)
+        experts.__class__ = family_class
+        layer.facts = facts
+
+
+def stack_factors(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the factors of one product of all experts together.
+
+    Args:
+        pairs: Of each expert the inner factor [rank, inputs] and the outer one
+            [outputs, rank].
+
+    Returns:
+        All inner factors [experts, R, inputs] and all outer ones [experts, outputs, R], where R
+        is the largest rank; smaller ones are padded with zeros.
+    """
+    largest = max(inner.shape[0] for inner, _ in pairs)
+    pad = nn.functional.pad
+    inner_all = [pad(inner, (0, 0, 0, largest - inner.shape[0])) for inner, _ in pairs]
+    outer_all = [pad(outer, (0, largest - outer.shape[1])) for _, outer in pairs]
+    return torch.stack(inner_all), torch.stack(outer_all)
 
 
 def split_by_svd(layer: MoeLayer, rank: int) -> dict[str, torch.Tensor]:
@@ -134,14 +187,18 @@ def factored_facts(facts: LayerFacts) -> LayerFacts:
 
 def empty_factors(layer: MoeLayer, ranks: Ranks) -> dict[str, torch.Tensor]:
     """Make room for a layer's factors, on the device and in the type of its weights."""
-    wide = layer.intermediate_size * (2 if layer.layout.has_gate else 1)
-    count, hidden, units = layer.num_experts, layer.hidden_size, layer.intermediate_size
     like = layer.tensor(f"{layer.facts.experts}.down_proj")
+    return {name: like.new_empty(shape) for name, shape in _shapes(layer, ranks).items()}
+
+
+def _shapes(layer: MoeLayer, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
+    count = layer.num_experts
+    (up_rows, up_columns), (down_rows, down_columns) = product_shapes(layer)
     return {
-        "up_in": like.new_empty(count, ranks.up, hidden),
-        "up_out": like.new_empty(count, wide, ranks.up),
-        "down_in": like.new_empty(count, ranks.down, units),
-        "down_out": like.new_empty(count, hidden, ranks.down),
+        "up_in": (count, ranks.up, up_columns),
+        "up_out": (count, up_rows, ranks.up),
+        "down_in": (count, ranks.down, down_columns),
+        "down_out": (count, down_rows, ranks.down),
     }
 
 

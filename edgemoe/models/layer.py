@@ -194,13 +194,25 @@ class MoeLayer:
         if layout.is_transposed:
             up, down = up.T, down.T
         up_bias = one.get(f"{layout.gate_up_name}_bias")
-        projected = nn.functional.linear(hidden, up, up_bias)
+        activated = self.activate(nn.functional.linear(hidden, up, up_bias))
+        return nn.functional.linear(activated, down, one.get("down_proj_bias"))
+
+    def activate(self, units: torch.Tensor) -> torch.Tensor:
+        """Run what experts do between their two products.
+
+        Args:
+            units: What the first product gives, bias included [tokens, 2 * intermediate], or
+                [tokens, intermediate] without a gate; in the order of the family.
+
+        Returns:
+            What the second product is given [tokens, intermediate].
+        """
+        experts = self.experts
         act = cast(
             "Callable[[torch.Tensor], torch.Tensor]",
-            experts._apply_gate if layout.has_gate else experts.act_fn,
+            experts._apply_gate if self.layout.has_gate else experts.act_fn,
         )
-        activated = act(projected)
-        return nn.functional.linear(activated, down, one.get("down_proj_bias"))
+        return act(units)
 
     def keep(self, ids: Sequence[int]) -> None:
         """Keep some experts, in the order given, with all that belongs to them.

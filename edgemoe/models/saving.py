@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from edgemoe.models.contract import MoeModel
+    from edgemoe.models.factored import Ranks
 
 # What belongs to a checkpoint besides configuration and weights, where the source has it.
 _COMPANIONS = (
@@ -69,6 +70,7 @@ def save_model(
         model.experts_per_layer,
         dict(provenance if provenance is not None else model.provenance or {}),
         source or model.path,
+        [ranks_of(layer) for layer in model.layers],
     )
 
 
@@ -79,6 +81,7 @@ def save_settings(
     *,
     source: Path,
     provenance: Mapping[str, Any],
+    ranks: Sequence[Ranks | None] | None = None,
 ) -> None:
     """Write what :func:`save_model` writes, but for the weights.
 
@@ -88,6 +91,8 @@ def save_settings(
         counts: Experts that each MoE layer has in the weights.
         source: Checkpoint to copy tokenizer and licence files from.
         provenance: How the model was made.
+        ranks: Ranks of each MoE layer in the weights, None for one of whole experts; those that
+            its layers have by default.
     """
     set_expert_counts(model, counts)
     config: Any = model.config
@@ -96,7 +101,8 @@ def save_settings(
     if model.model.generation_config is not None:
         file = directory / "generation_config.json"
         model.model.generation_config.to_json_file(str(file))
-    _save_notes(model, directory, counts, dict(provenance), source)
+    found = [ranks_of(layer) for layer in model.layers] if ranks is None else ranks
+    _save_notes(model, directory, counts, dict(provenance), source, found)
 
 
 def _save_notes(
@@ -105,8 +111,8 @@ def _save_notes(
     counts: Sequence[int],
     provenance: dict[str, Any],
     source: Path | None,
+    ranks: Sequence[Ranks | None],
 ) -> None:
-    ranks = tuple(ranks_of(layer) for layer in model.layers)
     factored = any(rank is not None for rank in ranks)
     ragged = len(set(counts)) > 1 or factored
     note: dict[str, Any] = {"provenance": provenance} if provenance else {}
@@ -120,7 +126,7 @@ def _save_notes(
             moe_layers=tuple(layer.index for layer in model.layers),
             experts_per_layer=tuple(counts),
             provenance=provenance,
-            ranks_per_layer=ranks if factored else None,
+            ranks_per_layer=tuple(ranks) if factored else None,
         ).save(directory)
     if source is not None:
         copy_companions(source, directory)

@@ -153,6 +153,18 @@ class LayerOracle:
                 for window, given in zip(self.windows, before, strict=True)
             ]
 
+    def view(self, layer: MoeLayer, before: Sequence[Outputs]) -> LayerView:
+        """Look at one MoE layer, whose weights are in memory, on all windows.
+
+        Args:
+            layer: Which.
+            before: As in :meth:`run_layer`.
+
+        Returns:
+            The layer, what reaches its experts, and what its router decides.
+        """
+        return self._observe(layer, before)[1]
+
     def _observe(
         self, layer: MoeLayer, before: Sequence[Outputs]
     ) -> tuple[list[Outputs], LayerView]:

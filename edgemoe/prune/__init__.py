@@ -1,10 +1,10 @@
 """Which experts stay: methods decide from statistics, plans record it, apply carries it out.
 
-Importing this package, or :mod:`edgemoe.prune.plan`, costs no torch.
+Importing this package, or :mod:`edgemoe.plans.plan`, costs no torch.
 """
 
 from __future__ import annotations
 
-from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
+from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
 
 __all__ = ["LayerPlan", "MergedExpert", "Plan"]

@@ -1,4 +1,7 @@
-"""Carry out a plan on a model: router rows, correction bias and experts move in lockstep."""
+"""Carry out a plan on a model: router rows, correction bias and experts move in lockstep.
+
+Experts are kept and merged first; what is left is factored, where the plan has ranks.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edgemoe.decompose.walk import FactoringWalk
 from edgemoe.errors import PlanError
+from edgemoe.models.checkpoint import quiet_transformers
+from edgemoe.models.factored import factor_layer, product_shapes
 from edgemoe.models.saving import set_expert_counts
-from edgemoe.progress import track
+from edgemoe.oracle.homes import MemoryHome
+from edgemoe.progress import counting, track
 from edgemoe.prune.merge import average, merge_experts
 
 if TYPE_CHECKING:
@@ -18,7 +25,8 @@ if TYPE_CHECKING:
 
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
-    from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
+    from edgemoe.models.replay import Outputs
+    from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
 
 
 @torch.no_grad()
@@ -27,7 +35,8 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
 
     A kept expert's tensors are copied bit for bit. A merged expert is the weighted average of
     its aligned members, and its router row is the weighted average of their rows: a start that
-    a router trained afterwards improves on, and that needs no data.
+    a router trained afterwards improves on, and that needs no data. With ranks, each layer is
+    factored on what the factored layers before it return for the plan's tokens.
 
     Args:
         model: The model; it is changed and must not be used as the original any more.
@@ -38,13 +47,18 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
 
     Raises:
         PlanError: The plan does not fit the model; then nothing has changed.
+        StreamingError: The plan's method runs layers one by one, which the family's cannot; the
+            model is of no use then.
     """
     plan.validate(model.shape)
+    check_ranks(plan, model.layers)
     sha256 = model.sha256
     plan.validate(model.shape, sha256)
+    if plan.factors is not None:
+        _factor(model, plan)
     pairs = list(zip(model.layers, plan.layers, strict=True))
     for layer, layer_plan in track(pairs, "Applying the plan"):
-        if not keeps_all(layer_plan, layer.num_experts):
+        if layer_plan.ranks is None and not keeps_all(layer_plan, layer.num_experts):
             apply_layer(layer, layer_plan)
     set_expert_counts(model)
     return replace(model, path=None, provenance=describe_plan(plan, model, sha256))
@@ -61,7 +75,7 @@ def describe_plan(plan: Plan, model: MoeModel, checkpoint_sha256: str) -> dict[s
     Returns:
         JSON values, for the checkpoint's note.
     """
-    return {
+    found = {
         "plan_sha256": plan.sha256,
         "method": plan.method,
         "options": dict(sorted(plan.options.items())),
@@ -74,10 +88,68 @@ def describe_plan(plan: Plan, model: MoeModel, checkpoint_sha256: str) -> dict[s
         # What was done before, where the checkpoint had been compressed already.
         "before": None if model.provenance is None else dict(model.provenance),
     }
+    if plan.factors is not None:
+        found["factors"] = plan.factors.describe()
+    return found
+
+
+def check_ranks(plan: Plan, layers: Sequence[MoeLayer]) -> None:
+    """Refuse ranks that the layers' matrices cannot have.
+
+    Args:
+        plan: The plan, validated for the model's shape.
+        layers: The model's MoE layers, possibly on the meta device.
+
+    Raises:
+        PlanError: A rank is too large, or a layer is factored already.
+    """
+    for layer, layer_plan in zip(layers, plan.layers, strict=True):
+        if layer_plan.stored_ranks is None:
+            continue
+        if layer.is_factored:
+            raise PlanError(
+                f"layer {layer.index} must have whole experts to be factored, got factored "
+                "ones. Start from the checkpoint that they were made from."
+            )
+        for rank, shape in zip(layer_plan.stored_ranks, product_shapes(layer), strict=True):
+            if rank > min(shape):
+                raise PlanError(
+                    f"layer {layer.index}: ranks of a matrix {shape[0]} x {shape[1]} must be "
+                    f"in [1, {min(shape)}], got {rank}. Lower them."
+                )
+
+
+def _factor(model: MoeModel, plan: Plan) -> None:
+    """Carry out the plan on the layers that have ranks."""
+    walk = FactoringWalk(model, plan, planned_tensors, lambda: MemoryHome(model))
+    layers = {layer.index: layer for layer in model.layers}
+    states: list[Outputs] = [None] * walk.windows
+    with quiet_transformers(), counting(len(walk.indices), "factor experts") as done:
+        for index in walk.indices:
+            step = walk.step(index, states)
+            states = step.returned
+            if step.factors is not None:
+                if step.kept is not None:
+                    layers[index].replace(step.kept)
+                factor_layer(layers[index], step.factors.tensors)
+            done()
+
+
+def planned_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor] | None:
+    """Make the tensors of a layer's planned experts, where they are not those that it has.
+
+    Args:
+        layer: The layer; it is not changed.
+        plan: What it shall keep and merge.
+
+    Returns:
+        What :meth:`edgemoe.models.layer.MoeLayer.replace` takes; None where it keeps all.
+    """
+    return None if keeps_all(plan, layer.num_experts) else plan_tensors(layer, plan)
 
 
 def keeps_all(plan: LayerPlan, num_experts: int) -> bool:
-    """Ask whether a plan leaves a layer as it is.
+    """Ask whether a plan leaves a layer's experts as they are, but for their ranks.
 
     Args:
         plan: The layer's plan.

@@ -1,12 +1,14 @@
 """Carry out a plan on a checkpoint that is larger than memory, one decoder layer at a time.
 
 Only the tensors that the plan changes are read as tensors, in the type that they are stored in;
-all others are copied as bytes. The result loads to the same tensors as
+all others are copied as bytes. Where the plan has ranks, all layers are factored first, in
+float32, and their factors kept until they are written. The result loads to the same tensors as
 :func:`edgemoe.prune.apply.apply_plan` gives.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.core_model_loading import dot_natural_key
 
+from edgemoe.models.factored import Ranks, empty_factors, factored
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.saving import float32_names, save_settings
@@ -24,9 +27,10 @@ from edgemoe.models.shards import (
     lay_out,
     write_index,
 )
+from edgemoe.plans.plan import LayerPlan, MergedExpert
 from edgemoe.progress import counting, track
-from edgemoe.prune.apply import apply_layer, describe_plan, keeps_all
-from edgemoe.prune.plan import LayerPlan, MergedExpert
+from edgemoe.prune.apply import apply_layer, check_ranks, describe_plan, keeps_all
+from edgemoe.prune.factor_streamed import factor_streamed, read_factors
 from edgemoe.resume import publish, resumable
 from edgemoe.staging import recover, refuse_existing, require_space
 from edgemoe.versions import library_versions
@@ -39,11 +43,12 @@ if TYPE_CHECKING:
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
     from edgemoe.models.shards import Shard
-    from edgemoe.prune.plan import Plan
+    from edgemoe.plans.plan import Plan
     from edgemoe.resume import WorkDirectory
 
 _CHECKPOINT = "checkpoint"
 _PROGRESS = "progress.json"
+_ANY_PROGRESS = "*progress.json"
 _HASHES = "hashes.json"
 _UNFINISHED = "shard"
 
@@ -72,8 +77,8 @@ def apply_streamed(
 ) -> AppliedPlan:
     """Write the compressed checkpoint.
 
-    Finished shards are kept in ``<output>.partial`` until all are; the same call goes on after
-    them when it was interrupted.
+    Factors of finished layers, then finished shards are kept in ``<output>.partial`` until all
+    are; the same call goes on after them when it was interrupted.
 
     Args:
         path: Checkpoint directory.
@@ -88,13 +93,15 @@ def apply_streamed(
     Raises:
         CheckpointError: The checkpoint is missing, unsafe or inconsistent.
         PlanError: The plan does not fit the checkpoint.
-        StreamingError: The family's layers cannot be loaded one by one.
+        StreamingError: The family's layers cannot be loaded one by one, or not run so where
+            the plan's method runs them.
         OutputError: The output exists, or the disk has not enough space.
     """
     recover(output)
     refuse_existing(output, force=force, directory=True)
     streamed = open_streamed(path)
     plan.validate(streamed.moe.shape)
+    check_ranks(plan, streamed.moe.layers)
     hashes = FileHashes(path)
     key = {
         "command": "apply",
@@ -106,12 +113,16 @@ def apply_streamed(
     changes = [
         _change_shapes(streamed, layer, layer_plan)
         for layer, layer_plan in zip(streamed.moe.layers, plan.layers, strict=True)
-        if not keeps_all(layer_plan, layer.num_experts)
+        if layer_plan.ranks is not None or not keeps_all(layer_plan, layer.num_experts)
     ]
     shards = lay_out(_plan_tensors(streamed, changes), max_shard_bytes)
-    with resumable(output, key, _PROGRESS, force=force) as work:
+    ranks = tuple(pair and Ranks(*pair) for pair in plan.ranks_per_layer)
+    with resumable(output, key, _ANY_PROGRESS, force=force) as work:
         sha256 = _fingerprint(hashes, work)
         plan.validate(streamed.moe.shape, sha256)
+        if plan.factors is not None:
+            kept = {change.layer.index: change.factors for change in changes}
+            factor_streamed(streamed, plan, work, kept)
         directory = work.path / _CHECKPOINT
         directory.mkdir(exist_ok=True)
         _write_shards(streamed, shards, changes, work)
@@ -122,6 +133,7 @@ def apply_streamed(
             plan.experts_per_layer,
             source=path,
             provenance=describe_plan(plan, streamed.moe, sha256),
+            ranks=None if plan.factors is None else ranks,
         )
         publish(directory, output, force=force)
     return AppliedPlan(family=streamed.moe.family, experts_per_layer=plan.experts_per_layer)
@@ -137,6 +149,7 @@ class _Change:
         groups: Groups of stored tensors of which a tensor changes.
         targets: Names in the model of the tensors that are written for them.
         results: What they are called in the checkpoint, with types and shapes.
+        factors: Types and shapes of the layer's factors; empty where it is not factored.
     """
 
     layer: MoeLayer
@@ -144,6 +157,7 @@ class _Change:
     groups: tuple[TensorGroup, ...]
     targets: tuple[str, ...]
     results: dict[str, torch.Tensor]
+    factors: dict[str, torch.Tensor]
 
 
 def _change_shapes(streamed: StreamedModel, layer: MoeLayer, plan: LayerPlan) -> _Change:
@@ -151,9 +165,16 @@ def _change_shapes(streamed: StreamedModel, layer: MoeLayer, plan: LayerPlan) ->
     skeleton, index = streamed.skeleton, layer.index
     # Merging compares values; the shapes are those of keeping one member of each.
     kept = tuple(MergedExpert(members=expert.members[:1]) for expert in plan.experts)
-    with skeleton.layer_on_meta(index, in_float32=float32_names(streamed.moe)):
+    with (
+        skeleton.layer_on_meta(index, in_float32=float32_names(streamed.moe)),
+        contextlib.ExitStack() as stack,
+    ):
         before = skeleton.layer_tensors(index)
         apply_layer(layer, LayerPlan(layer=index, experts=kept))
+        factors = {}
+        if plan.stored_ranks is not None:
+            factors = empty_factors(layer, Ranks(*plan.stored_ranks))
+            stack.enter_context(factored(layer, factors))
         after = skeleton.layer_tensors(index)
         changed = {name for name in before if after.get(name) is not before[name]}
         groups = tuple(
@@ -162,7 +183,14 @@ def _change_shapes(streamed: StreamedModel, layer: MoeLayer, plan: LayerPlan) ->
         old = {target for group in groups for target in group.targets}
         targets = tuple(name for name in after if name in old or name not in before)
         results = skeleton.conversion.revert({name: after[name] for name in targets})
-    return _Change(layer=layer, plan=plan, groups=groups, targets=targets, results=results)
+    return _Change(
+        layer=layer,
+        plan=plan,
+        groups=groups,
+        targets=targets,
+        results=results,
+        factors=factors,
+    )
 
 
 def _plan_tensors(streamed: StreamedModel, changes: Sequence[_Change]) -> list[PlannedTensor]:
@@ -219,7 +247,7 @@ def _write_shards(
             with unfinished.open("wb") as stream:
                 writer = ShardWriter(stream, shard)
                 for index, tensors in itertools.groupby(shard.tensors, lambda t: t.layer):
-                    _write_layer(streamed, writer, list(tensors), by_layer.get(index))
+                    _write_layer(streamed, writer, list(tensors), by_layer.get(index), work)
                     advance()
             work.commit(unfinished, f"{_CHECKPOINT}/{shard.name}")
             work.write(_PROGRESS, {"finished": shard.name})
@@ -230,6 +258,7 @@ def _write_layer(
     writer: ShardWriter,
     tensors: Sequence[PlannedTensor],
     change: _Change | None,
+    work: WorkDirectory,
 ) -> None:
     for tensor in tensors:
         if tensor.source is not None:
@@ -240,8 +269,13 @@ def _write_layer(
     skeleton, index = streamed.skeleton, change.layer.index
     only = {group.first_target for group in change.groups}
     names = float32_names(streamed.moe)
-    with skeleton.layer(index, only=only, as_stored=True, in_float32=names):
+    with (
+        skeleton.layer(index, only=only, as_stored=True, in_float32=names),
+        contextlib.ExitStack() as stack,
+    ):
         apply_layer(change.layer, change.plan)
+        if change.factors:
+            stack.enter_context(factored(change.layer, read_factors(work, index)))
         present: dict[str, Any] = skeleton.layer_tensors(index)
         results = skeleton.conversion.revert({name: present[name] for name in change.targets})
         del present

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.statistics import TaskStatistics
     from edgemoe.models.contract import ModelShape
-    from edgemoe.prune.plan import LayerPlan
+    from edgemoe.plans.plan import LayerPlan
 
 
 def man(

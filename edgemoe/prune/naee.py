@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edgemoe.calibrate.statistics import TaskStatistics
     from edgemoe.models.contract import LayerShape, ModelShape
     from edgemoe.oracle.oracle import LayerOracle
-    from edgemoe.prune.plan import LayerPlan
+    from edgemoe.plans.plan import LayerPlan
 
 
 def naee(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgemoe.prune.saliency import mean_gated_norm
+from edgemoe.calibrate.saliency import mean_gated_norm
 from edgemoe.prune.selection import keep_highest
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.statistics import TaskStatistics
     from edgemoe.models.contract import ModelShape
-    from edgemoe.prune.plan import LayerPlan
+    from edgemoe.plans.plan import LayerPlan
 
 
 def reap(

@@ -10,12 +10,13 @@ from edgemoe import __version__
 from edgemoe.calibrate.mixture import mix
 from edgemoe.errors import PlanError
 from edgemoe.lines import write_digests
+from edgemoe.plans.options import parse_options
+from edgemoe.plans.plan import LayerPlan, Plan
 from edgemoe.prune.frequency import frequency
 from edgemoe.prune.keep import check_counts
 from edgemoe.prune.moe_i2 import moe_i2
 from edgemoe.prune.msan import man, msan
 from edgemoe.prune.naee import naee
-from edgemoe.prune.plan import LayerPlan, Plan
 from edgemoe.prune.random import random
 from edgemoe.prune.ream import ream
 from edgemoe.prune.reap import reap
@@ -97,26 +98,7 @@ def read_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
     Raises:
         PlanError: The method has no such option, or the value is of another type.
     """
-    known = find_method(method).options
-    options: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        name = name.replace("-", "_")
-        if name not in known or not equals:
-            listed = ", ".join(f"{key}={default}" for key, default in known.items()) or "none"
-            raise PlanError(
-                f"an option of {method} must be NAME=VALUE, got {text!r}. Options with their "
-                f"defaults: {listed}."
-            )
-        if isinstance(known[name], str):
-            options[name] = value
-        elif not value.isdecimal():
-            raise PlanError(
-                f"option {name} of {method} must be an integer in [0, inf), got {value!r}."
-            )
-        else:
-            options[name] = int(value)
-    return options
+    return parse_options(method, find_method(method).options, texts)
 
 
 def make_plan(

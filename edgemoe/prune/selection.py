@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemoe.prune.plan import LayerPlan, MergedExpert
+from edgemoe.plans.plan import LayerPlan, MergedExpert
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgemoe.plans.plan import LayerPlan, MergedExpert
 from edgemoe.prune.clustering import cluster_spectrally
-from edgemoe.prune.plan import LayerPlan, MergedExpert
 from edgemoe.prune.selection import router_groups
 
 if TYPE_CHECKING:

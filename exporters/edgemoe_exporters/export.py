@@ -15,8 +15,9 @@ from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.memory import default_limit
 from edgemoe.models.opening import open_larger
 from edgemoe.oracle.oracle import LayerOracle
+from edgemoe.plans.keep_all import keep_all
+from edgemoe.plans.plan import Plan
 from edgemoe.prune.keep import count_kept
-from edgemoe.prune.plan import Plan
 from edgemoe.prune.registry import make_plan
 from edgemoe.staging import require_space
 from edgemoe.tasks import TaskFile
@@ -49,9 +50,9 @@ from edgemoe_exporters.steps import key_of, open_steps
 from edgemoe_exporters.task_experts import (
     count_least_parameters,
     count_parameters,
-    keep_all,
     lay_out_plans,
     list_experts,
+    refuse_factors,
 )
 from edgemoe_exporters.trace import trace
 from edgemoe_runtime.integrity import verify_bundle
@@ -119,8 +120,9 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
     shape = read_shape(request.model)
     check_exportable(request.model, precision)
     # What no later stage could carry out is refused before anything is loaded or calibrated.
-    for plan in data.plans.values():
+    for name, plan in data.plans.items():
         plan.validate(shape)
+        refuse_factors(name, plan)
     if target.flavour == "ort":
         check_block_sizes(shape, precision)
     counts = count_kept(shape, keep=request.keep_or_default) if request.pruned_here else ()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe import __version__
 from edgemoe.errors import ExportError
-from edgemoe_exporters.task_experts import KEEP_ALL
+from edgemoe.plans.keep_all import KEEP_ALL
 from edgemoe_runtime.manifest_cache import CacheState, KvCache, KvLayer
 from edgemoe_runtime.manifest_parts import ModelInfo
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe.prune.plan import Plan
+    from edgemoe.plans.plan import Plan
     from edgemoe_runtime.json_fields import Json
     from edgemoe_runtime.manifest_parts import TensorSpec
 
@@ -118,7 +118,7 @@ def describe_plan(plan: Plan, model: MoeModel) -> dict[str, Json] | None:
         ``before``; of a plan that keeps all the checkpoint's only, or None.
     """
     before: Any = None if model.provenance is None else dict(model.provenance)
-    if plan.method == KEEP_ALL:
+    if plan.method == KEEP_ALL and plan.factors is None:
         return None if before is None else {"method": KEEP_ALL, "before": before}
     return {
         "method": plan.method,
@@ -130,6 +130,7 @@ def describe_plan(plan: Plan, model: MoeModel) -> dict[str, Json] | None:
         "statistics_sha256": plan.statistics_sha256,
         "edgemoe_version": plan.edgemoe_version,
         "calibration_lines": plan.calibration_lines,
+        **({} if plan.factors is None else {"factors": plan.factors.describe()}),
         "before": before,
     }
 

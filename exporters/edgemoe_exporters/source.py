@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgemoe.evaluate.scorer import Scorer
     from edgemoe.models.contract import MoeModel
     from edgemoe.oracle.homes import Home
-    from edgemoe.prune.plan import Plan
+    from edgemoe.plans.plan import Plan
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.eager_run import EagerRun
     from edgemoe_exporters.sharing import StackLayout

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.models.contract import MoeModel
-    from edgemoe.prune.plan import Plan
+    from edgemoe.plans.plan import Plan
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.eager_run import EagerRun
     from edgemoe_exporters.sharing import StackLayout

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from edgemoe.models.fingerprint import FileHashes
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
-    from edgemoe.prune.plan import MergedExpert, Plan
+    from edgemoe.plans.plan import MergedExpert, Plan
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.eager_run import EagerRun
     from edgemoe_exporters.sharing import StackLayout

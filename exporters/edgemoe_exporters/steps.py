@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.models.fingerprint import FileHashes
-    from edgemoe.prune.plan import Plan
+    from edgemoe.plans.plan import Plan
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.eager_run import EagerRun
     from edgemoe_exporters.request import ExportRequest

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 
+from edgemoe.errors import ExportError
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.prune.apply import apply_plan
-from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
 from edgemoe_exporters.sharing import ExpertKey, StackLayout, lay_out
 from edgemoe_exporters.trace import EXPERT_AXIS
 
@@ -19,32 +19,25 @@ if TYPE_CHECKING:
 
     from edgemoe.models.contract import ModelShape, MoeModel
     from edgemoe.models.layer import MoeLayer
+    from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
     from edgemoe_runtime.manifest_parts import ExpertGroup
 
-KEEP_ALL = "none"
 
-
-def keep_all(shape: ModelShape) -> Plan:
-    """Return the plan that changes nothing.
+def refuse_factors(name: str, plan: Plan) -> None:
+    """Refuse a plan that factors experts, which tasks could not share.
 
     Args:
-        shape: The model.
+        name: The task.
+        plan: Its plan.
 
-    Returns:
-        A plan that keeps every expert of every layer.
+    Raises:
+        ExportError: The plan has ranks.
     """
-    return Plan(
-        method=KEEP_ALL,
-        layers=tuple(
-            LayerPlan(
-                layer=layer.layer,
-                experts=tuple(
-                    MergedExpert(members=(expert,)) for expert in range(layer.num_experts)
-                ),
-            )
-            for layer in shape.layers
-        ),
-    )
+    if plan.factors is not None:
+        raise ExportError(
+            f"the plan of {name} must only keep and merge experts, got one that also factors "
+            "them. Carry it out with `edgemoe apply`, and export what that writes."
+        )
 
 
 def lay_out_plans(plans: Mapping[str, Plan], shape: ModelShape) -> dict[int, StackLayout]:

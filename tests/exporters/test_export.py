@@ -13,7 +13,7 @@ from transformers import Glm4MoeForCausalLM
 
 from edgemoe.errors import ParityError, QualityGateError
 from edgemoe.models.checkpoint import load_model
-from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
+from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
 from edgemoe_exporters import export, source_in_memory
 from edgemoe_exporters.eager_run import run_eager
 from edgemoe_exporters.export import export_bundle

@@ -9,7 +9,7 @@ import pytest
 
 from edgemoe.errors import EdgemoeError, ExportError, OutputError, PlanError, TaskFileError
 from edgemoe.models.contract import LayerShape, ModelShape
-from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
+from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
 from edgemoe_exporters import export
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.graph_runner import check_engine

@@ -12,8 +12,8 @@ from edgemoe.models.hooks import observe
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.oracle.homes import MemoryHome, StreamedHome, open_home, whole_model
 from edgemoe.oracle.oracle import LayerOracle
+from edgemoe.plans.plan import LayerPlan, MergedExpert
 from edgemoe.prune.apply import plan_tensors
-from edgemoe.prune.plan import LayerPlan, MergedExpert
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.calibrate.statistics import Statistics
-    from edgemoe.prune.plan import Plan
+    from edgemoe.plans.plan import Plan
 
 QUICK = {"population": 12, "generations": 5}
 

@@ -136,6 +136,24 @@ class PlanReader:
             self._refuse(key, "a list of integers in [0, inf)", found)
         return tuple(found)
 
+    def optional_pairs(self, key: str, count: int) -> tuple[tuple[int, int], ...] | None:
+        """Take a list of pairs of integers in [0, inf), or one pair for all, or null.
+
+        Args:
+            key: Its name.
+            count: How many times one pair counts.
+
+        Returns:
+            The pairs, or None.
+        """
+        if self._is_null(key):
+            return None
+        found = self._take(key)
+        pairs = [found] * count if _is_pair(found) else found
+        if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
+            self._refuse(key, "a pair of integers in [0, inf) or a list of pairs", found)
+        return tuple((pair[0], pair[1]) for pair in pairs)
+
     def optional_numbers(self, key: str) -> tuple[float, ...] | None:
         """Take a list of numbers, or null; absent is null.
 
@@ -167,6 +185,19 @@ class PlanReader:
         if not isinstance(found, dict):
             self._refuse(key, "an object", found)
         return found
+
+    def optional_object(self, key: str) -> PlanReader | None:
+        """Take an object, or null; absent is null.
+
+        Args:
+            key: Its name.
+
+        Returns:
+            A reader of it, or None.
+        """
+        if self._is_null(key):
+            return None
+        return PlanReader(self.mapping(key), f"{self.place}: {key}")
 
     def objects(self, key: str) -> list[PlanReader]:
         """Take a list of objects.
@@ -232,6 +263,10 @@ class PlanReader:
 
 def _is_natural(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_natural, value))
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,127 @@
+"""The decompositions by name, and one of them with its options, ready to factor layers."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.decompose.svd import svd
+from edgemoe.decompose.svd_whitened import svd_whitened
+from edgemoe.errors import PlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edgemoe.calibrate.sample import Window
+    from edgemoe.decompose.layer_factors import LayerFactors
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.plans.factors import Factors
+
+
+@dataclass(frozen=True)
+class Method:
+    """A decomposition.
+
+    Attributes:
+        factor: From a layer, or from a view of it on tokens, and its experts' ranks to factors.
+            Options are keyword arguments.
+        reads_tokens: Whether it looks at tokens.
+    """
+
+    factor: Callable[..., LayerFactors]
+    reads_tokens: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options by name, with their defaults."""
+        parameters = inspect.signature(self.factor).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+METHODS: dict[str, Method] = {
+    "svd": Method(svd),
+    "svd-whitened": Method(svd_whitened, reads_tokens=True),
+}
+
+
+def find_method(name: str) -> Method:
+    """Find a decomposition by name.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        The decomposition.
+
+    Raises:
+        PlanError: There is no such decomposition.
+    """
+    if name not in METHODS:
+        raise PlanError(f"the decomposition must be one of {', '.join(METHODS)}, got {name!r}.")
+    return METHODS[name]
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A decomposition as a plan asks for it.
+
+    Attributes:
+        method: The decomposition.
+        options: Its options.
+        windows: The tokens that it looks at; none where it looks at none.
+    """
+
+    method: Method
+    options: dict[str, Any]
+    windows: tuple[Window, ...]
+
+    @classmethod
+    def of(cls, factors: Factors) -> Decomposition:
+        """Read what a plan says.
+
+        Args:
+            factors: What it says of factors.
+
+        Returns:
+            The decomposition.
+
+        Raises:
+            PlanError: There is no such method, an option is of another type, or tokens are
+                missing.
+        """
+        method = find_method(factors.method)
+        options = {
+            name: factors.options.get(name, default) for name, default in method.options.items()
+        }
+        for name, value in options.items():
+            if type(value) is not int or value < 0:
+                raise PlanError(
+                    f"option {name} of {factors.method} must be an integer in [0, inf), got "
+                    f"{value!r}. Correct the plan."
+                )
+        if not method.reads_tokens:
+            return cls(method, options, ())
+        if factors.sample is None:
+            raise PlanError(
+                f"a plan of {factors.method} must hold the tokens that it looks at, got none. "
+                "Make the plan again with `edgemoe decompose`."
+            )
+        return cls(method, options, tuple(factors.sample.to_windows()))
+
+    def check_vocabulary(self, model: MoeModel) -> None:
+        """Refuse tokens that a model does not know.
+
+        Args:
+            model: The model that will see them.
+
+        Raises:
+            PlanError: There is one.
+        """
+        size = int(model.config.vocab_size)
+        largest = max((max(window.ids) for window in self.windows), default=0)
+        if largest >= size:
+            raise PlanError(
+                f"the plan's tokens must be in [0, {size}), the model's vocabulary, got "
+                f"{largest}. Make the plan again with `edgemoe decompose`."
+            )

@@ -1,0 +1,47 @@
+"""Options of methods, as a command line gives them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.errors import PlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def parse_options(
+    method: str, known: Mapping[str, Any], texts: Sequence[str]
+) -> dict[str, Any]:
+    """Read a method's options.
+
+    Args:
+        method: The method's name, for messages.
+        known: Its options with their defaults, which are integers or strings.
+        texts: ``NAME=VALUE`` each.
+
+    Returns:
+        The options by name, in the types of their defaults.
+
+    Raises:
+        PlanError: The method has no such option, or the value is of another type.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.replace("-", "_")
+        if name not in known or not equals:
+            listed = ", ".join(f"{key}={default}" for key, default in known.items()) or "none"
+            raise PlanError(
+                f"an option of {method} must be NAME=VALUE, got {text!r}. Options with their "
+                f"defaults: {listed}."
+            )
+        if isinstance(known[name], str):
+            options[name] = value
+        elif not value.isdecimal():
+            raise PlanError(
+                f"option {name} of {method} must be an integer in [0, inf), got {value!r}."
+            )
+        else:
+            options[name] = int(value)
+    return options

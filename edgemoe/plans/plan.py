@@ -1,0 +1,233 @@
+"""Plans: which experts of each layer are kept or merged into one, and what their ranks are.
+
+A plan is a pure decision. It is JSON, small and made to be read, compared and edited by hand;
+the same plan always has the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.errors import PlanError
+from edgemoe.lines import read_digests
+from edgemoe.plans.factors import Factors
+from edgemoe.plans.layer_plan import LayerPlan, MergedExpert, read_layer, write_layer
+from edgemoe.plans.plan_json import PlanReader
+from edgemoe.staging import staged_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgemoe.models.contract import ModelShape
+    from edgemoe.plans.layer_plan import RankPair
+
+__all__ = ["LayerPlan", "MergedExpert", "Plan"]
+
+_FORMAT = "edgemoe.plan"
+_VERSION = 1
+_EDIT = "Correct the plan, or make it again with `edgemoe prune`."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A decision for a whole model, and where it comes from.
+
+    Attributes:
+        method: Name of the method that decided.
+        layers: One entry per MoE layer, by rising index.
+        checkpoint_sha256: Fingerprint of the checkpoint that it is about; None, in a plan
+            made by hand, leaves it open.
+        statistics_sha256: Hash of the statistics that the method read.
+        task: Task whose statistics were read.
+        seed: Seed of the method.
+        options: Options of the method; JSON values.
+        edgemoe_version: Version of edgemoe that decided.
+        calibration_lines: Digests of the lines that the statistics cover, as
+            :func:`edgemoe.lines.write_digests` writes them: no score may be of these.
+        factors: How the experts are written as products of thinner matrices, where layers have
+            ranks.
+    """
+
+    method: str
+    layers: tuple[LayerPlan, ...]
+    checkpoint_sha256: str | None = None
+    statistics_sha256: str | None = None
+    task: str | None = None
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    edgemoe_version: str | None = None
+    calibration_lines: str | None = None
+    factors: Factors | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            read_digests(self.calibration_lines or "")
+        except ValueError as error:
+            raise PlanError(f"calibration_lines: {error}. {_EDIT}") from error
+        indices = [layer.layer for layer in self.layers]
+        if len(set(indices)) != len(indices) or not indices:
+            raise PlanError(f"layers must be one or more, each once, got {indices}. {_EDIT}")
+        ordered = tuple(sorted(self.layers, key=lambda layer: layer.layer))
+        object.__setattr__(self, "layers", ordered)
+        ranked = [layer.layer for layer in ordered if layer.ranks is not None]
+        if (self.factors is None) != (not ranked):
+            raise PlanError(
+                "a plan must have both factors and ranks, or none of them, got "
+                f"{'no factors' if self.factors is None else 'factors'} and ranks of layers "
+                f"{ranked}. {_EDIT}"
+            )
+
+    @property
+    def experts_per_layer(self) -> tuple[int, ...]:
+        """Experts of each compressed layer."""
+        return tuple(len(layer.experts) for layer in self.layers)
+
+    @property
+    def ranks_per_layer(self) -> tuple[RankPair | None, ...]:
+        """Ranks that each layer's experts are stored with; None where they stay whole."""
+        return tuple(layer.stored_ranks for layer in self.layers)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the plan's bytes."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def validate(self, shape: ModelShape, checkpoint_sha256: str | None = None) -> None:
+        """Check that the plan can be carried out.
+
+        Args:
+            shape: The model that it would be applied to.
+            checkpoint_sha256: That model's fingerprint; None skips the comparison.
+
+        Raises:
+            PlanError: The plan is about another checkpoint or other layers, keeps fewer
+                experts than top_k, names experts that do not exist, or has ranks that no
+                matrix of that size can have.
+        """
+        if None not in (self.checkpoint_sha256, checkpoint_sha256) and (
+            self.checkpoint_sha256 != checkpoint_sha256
+        ):
+            raise PlanError(
+                "the plan must have been made for this checkpoint, got checkpoint_sha256 "
+                f"{self.checkpoint_sha256} for checkpoint {checkpoint_sha256}. Calibrate and "
+                "prune this checkpoint, or set checkpoint_sha256 to null if you know that it "
+                "fits."
+            )
+        planned = [layer.layer for layer in self.layers]
+        present = [layer.layer for layer in shape.layers]
+        if planned != present:
+            missing = sorted(set(present) - set(planned))
+            extra = sorted(set(planned) - set(present))
+            raise PlanError(
+                f"a plan must name each MoE layer once, got layers {missing} missing and "
+                f"layers {extra} that have no experts. {_EDIT}"
+            )
+        for layer, layer_shape in zip(self.layers, shape.layers, strict=True):
+            layer.check(layer_shape)
+            layer.check_widths(shape)
+
+    def to_json(self) -> str:
+        """Write the plan with one expert a line.
+
+        Returns:
+            JSON; equal plans give equal text.
+        """
+        head: dict[str, Any] = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "method": self.method,
+            "options": dict(sorted(self.options.items())),
+            "seed": self.seed,
+            "task": self.task,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "statistics_sha256": self.statistics_sha256,
+            "edgemoe_version": self.edgemoe_version,
+        }
+        if self.calibration_lines is not None:
+            head["calibration_lines"] = self.calibration_lines
+        if self.factors is not None:
+            head["factors"] = self.factors.to_json()
+        lines = [f"  {json.dumps(key)}: {_dump(value)}," for key, value in head.items()]
+        layers = ",\n".join(write_layer(layer) for layer in self.layers)
+        return "{\n" + "\n".join(lines) + '\n  "layers": [\n' + layers + "\n  ]\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> Plan:
+        """Read a plan.
+
+        Args:
+            text: JSON.
+            source: What messages call it.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PlanError: The text is no JSON, or breaks the format; unknown keys are refused.
+        """
+        reader = PlanReader.parse(text, source)
+        reader.expect("format", _FORMAT)
+        reader.expect("version", _VERSION)
+        layers = tuple(read_layer(layer) for layer in reader.objects("layers"))
+        factors = reader.optional_object("factors")
+        plan = reader.build(
+            cls,
+            method=reader.string("method"),
+            options=reader.mapping("options"),
+            seed=reader.integer("seed"),
+            task=reader.optional_string("task"),
+            checkpoint_sha256=reader.optional_string("checkpoint_sha256"),
+            statistics_sha256=reader.optional_string("statistics_sha256"),
+            edgemoe_version=reader.optional_string("edgemoe_version"),
+            calibration_lines=reader.optional_string("calibration_lines"),
+            layers=layers,
+            factors=None if factors is None else Factors.from_json(factors),
+        )
+        reader.finish()
+        return plan
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan file.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The plan.
+
+        Raises:
+            PlanError: The file is missing, no UTF-8 JSON, or breaks the format.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise PlanError(
+                f"a plan must be a file, got {path}, which does not exist. Make one with "
+                "`edgemoe prune`."
+            ) from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(
+                f"{path} must be a UTF-8 JSON file, got: {error}. {_EDIT}"
+            ) from error
+        return cls.from_json(text, str(path))
+
+    def save(self, path: Path, *, force: bool = False) -> None:
+        """Write the plan, whole or not at all.
+
+        Args:
+            path: The file.
+            force: Whether an existing file may be replaced.
+
+        Raises:
+            OutputError: The file exists and ``force`` is false, or it cannot be written.
+        """
+        with staged_file(path, force=force) as staged:
+            staged.write_text(self.to_json(), encoding="utf-8")
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, allow_nan=False)
