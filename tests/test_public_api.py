@@ -16,6 +16,7 @@ COMMANDS = {
     "prune": "model --stats --task --method --keep --keep-experts --seed --output",
     "apply": "model --plan --output",
     "evaluate": "model --task --k-cap",
+    "sweep": "model --task --method --keep --seeds --max-drop --output --workers --ray",
     "export": "model --output --target --precision --task --plan --keep --max-drop",
     "compile": "bundle --target --task",
     "run": "bundle --task --prompt --max-new-tokens --k-cap --stream",

@@ -24,6 +24,7 @@ from edgemoe.cli.merge_stats import merge_stats
 from edgemoe.cli.options import debug_option
 from edgemoe.cli.prune import prune
 from edgemoe.cli.run import run
+from edgemoe.cli.sweep import sweep
 from edgemoe.cli.verify import verify
 
 
@@ -44,6 +45,7 @@ for command in (
     prune,
     apply,
     evaluate,
+    sweep,
     export,
     compile_,
     run,

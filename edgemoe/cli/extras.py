@@ -19,6 +19,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     "ort": ("onnxruntime",),
     "ray": ("ray",),
+    "sweep": ("matplotlib",),
 }
 
 

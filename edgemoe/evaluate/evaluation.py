@@ -37,6 +37,7 @@ class Evaluation:
         details: What else was measured.
         line_losses: Negative log-likelihood per line in nats, for paired comparisons.
         line_tokens: Scored tokens per line.
+        line_hits: Per line of choices 1 where the right one is likeliest in total, else 0.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Evaluation:
     details: dict[str, Any] = field(default_factory=dict)
     line_losses: tuple[float, ...] = field(default=(), repr=False)
     line_tokens: tuple[int, ...] = field(default=(), repr=False)
+    line_hits: tuple[int, ...] = field(default=(), repr=False)
 
     def to_dict(self, *, details: bool = False) -> dict[str, Any]:
         """Return what ``edgemoe evaluate --json`` answers.
@@ -154,9 +156,11 @@ def evaluate(
             },
             **common,
         )
-    hits, hits_per_character = _count_hits(questions, rows)
+    line_hits, hits_per_character = _find_hits(questions, rows)
+    hits = sum(line_hits)
     return Evaluation(
         metric="accuracy",
+        line_hits=tuple(line_hits),
         value=hits / n,
         ci95=wilson_interval(hits, n),
         details={
@@ -180,12 +184,14 @@ def _answer_tokens(question: Question) -> int:
     return sum(len(request.continuations[question.answer]) for request in question.requests)
 
 
-def _count_hits(questions: list[Question], rows: list[list[list[Logprobs]]]) -> tuple[int, int]:
-    """Count questions whose right choice is likeliest in total, and per character."""
-    total = per_character = 0
+def _find_hits(
+    questions: list[Question], rows: list[list[list[Logprobs]]]
+) -> tuple[list[int], int]:
+    """Tell whose right choice is likeliest in total, and count those per character."""
+    total, per_character = [], 0
     for question, (choices,) in zip(questions, rows, strict=True):
         scores = np.array([logprobs.sum() for logprobs in choices])
-        total += int(np.argmax(scores) == question.answer)
+        total.append(int(np.argmax(scores) == question.answer))
         per_character += int(np.argmax(scores / question.characters) == question.answer)
     return total, per_character
 

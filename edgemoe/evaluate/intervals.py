@@ -35,14 +35,39 @@ def bootstrap_perplexity(
     Returns:
         The 2.5 and 97.5 percentiles. One line alone gives an interval of no width.
     """
+    low, high = np.exp(_resample(losses, tokens, resamples, seed))
+    return float(low), float(high)
+
+
+def bootstrap_mean(
+    values: NDArray[np.float64], *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """Resample lines and take percentiles of their mean.
+
+    Args:
+        values: One value per line, float64 [lines].
+        resamples: Number of resamples.
+        seed: Seed of the draws.
+
+    Returns:
+        The 2.5 and 97.5 percentiles.
+    """
+    low, high = _resample(values, np.ones(len(values)), resamples, seed)
+    return float(low), float(high)
+
+
+def _resample(
+    above: NDArray[np.float64], below: NDArray[np.float64], resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """Return the 2.5 and 97.5 percentiles of sum(above) / sum(below) over drawn lines."""
     random = np.random.Generator(np.random.PCG64(seed))
-    lines, values = len(losses), []
+    lines, values = len(above), []
     rows = max(1, _INDICES_AT_ONCE // lines)
     for start in range(0, resamples, rows):
         drawn = random.integers(lines, size=(min(rows, resamples - start), lines))
-        values.append(losses[drawn].sum(axis=1) / tokens[drawn].sum(axis=1))
-    low, high = np.exp(np.percentile(np.concatenate(values), [2.5, 97.5]))
-    return float(low), float(high)
+        values.append(above[drawn].sum(axis=1) / below[drawn].sum(axis=1))
+    found: NDArray[np.float64] = np.percentile(np.concatenate(values), [2.5, 97.5])
+    return found
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:

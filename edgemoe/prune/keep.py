@@ -8,11 +8,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.errors import PlanError
+from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemoe.models.contract import ModelShape
+
+
+KEEP_ALL = "none"
+
+
+def keep_all(shape: ModelShape) -> Plan:
+    """Return the plan that changes nothing.
+
+    Args:
+        shape: The model.
+
+    Returns:
+        A plan that keeps every expert of every layer.
+    """
+    return Plan(
+        method=KEEP_ALL,
+        layers=tuple(
+            LayerPlan(
+                layer=layer.layer,
+                experts=tuple(
+                    MergedExpert(members=(expert,)) for expert in range(layer.num_experts)
+                ),
+            )
+            for layer in shape.layers
+        ),
+    )
 
 
 def count_kept(

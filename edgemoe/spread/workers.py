@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from edgemoe.errors import SpreadError
 from edgemoe.progress import counting
+from edgemoe.spread.holding import let_go
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -214,6 +215,10 @@ class _Here(Workers):
 
     def _stop(self) -> None:
         self._ended = []
+
+    def close(self) -> None:
+        """Give back what jobs opened: this process goes on without them."""
+        let_go()
 
 
 @contextlib.contextmanager

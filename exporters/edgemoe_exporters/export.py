@@ -12,7 +12,7 @@ from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.memory import default_limit
 from edgemoe.models.opening import open_larger
-from edgemoe.prune.keep import count_kept
+from edgemoe.prune.keep import KEEP_ALL, count_kept, keep_all
 from edgemoe.prune.plan import Plan
 from edgemoe.prune.registry import make_plan
 from edgemoe.staging import require_space
@@ -44,10 +44,8 @@ from edgemoe_exporters.source_in_memory import SourceInMemory
 from edgemoe_exporters.source_streamed import StreamedSource
 from edgemoe_exporters.steps import key_of, open_steps
 from edgemoe_exporters.task_experts import (
-    KEEP_ALL,
     count_least_parameters,
     count_parameters,
-    keep_all,
     lay_out_plans,
     list_experts,
 )

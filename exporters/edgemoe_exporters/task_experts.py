@@ -10,7 +10,6 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.prune.apply import apply_plan
-from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
 from edgemoe_exporters.sharing import ExpertKey, StackLayout, lay_out
 from edgemoe_exporters.trace import EXPERT_AXIS
 
@@ -19,32 +18,8 @@ if TYPE_CHECKING:
 
     from edgemoe.models.contract import ModelShape, MoeModel
     from edgemoe.models.layer import MoeLayer
+    from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
     from edgemoe_runtime.manifest_parts import ExpertGroup
-
-KEEP_ALL = "none"
-
-
-def keep_all(shape: ModelShape) -> Plan:
-    """Return the plan that changes nothing.
-
-    Args:
-        shape: The model.
-
-    Returns:
-        A plan that keeps every expert of every layer.
-    """
-    return Plan(
-        method=KEEP_ALL,
-        layers=tuple(
-            LayerPlan(
-                layer=layer.layer,
-                experts=tuple(
-                    MergedExpert(members=(expert,)) for expert in range(layer.num_experts)
-                ),
-            )
-            for layer in shape.layers
-        ),
-    )
 
 
 def lay_out_plans(plans: Mapping[str, Plan], shape: ModelShape) -> dict[int, StackLayout]:

@@ -14,13 +14,14 @@ from edgemoe.models.checkpoint import load_model
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.opening import open_larger, open_streamed
 from edgemoe.models.tiny import write_tiny_checkpoint
+from edgemoe.prune.keep import keep_all
 from edgemoe.prune.plan import LayerPlan, MergedExpert, Plan
 from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
 from edgemoe_exporters.source_in_memory import SourceInMemory
 from edgemoe_exporters.source_streamed import StreamedSource
-from edgemoe_exporters.task_experts import keep_all, lay_out_plans
+from edgemoe_exporters.task_experts import lay_out_plans
 from edgemoe_exporters.trace import trace
 
 if TYPE_CHECKING:
