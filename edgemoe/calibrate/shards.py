@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemoe.spread.workers import Place
+    from edgemoe.spread.workers import Place, Workers
     from edgemoe.tasks import TaskFile
 
 _KEPT = "shards.json"
@@ -65,7 +65,7 @@ def calibrate_in_shards(
     path: Path,
     tasks: Sequence[TaskFile],
     output: Path,
-    place: Place,
+    place: Place | Workers,
     *,
     max_tokens: int | None = None,
     sequence_length: int = SEQUENCE_LENGTH,
@@ -79,7 +79,7 @@ def calibrate_in_shards(
         path: Checkpoint directory, at the same place for all workers.
         tasks: What to measure it on.
         output: The statistics file; workers must see the directory that it is in.
-        place: Where the workers are.
+        place: Where the workers are, or workers that are open.
         max_tokens: As in :func:`edgemoe.calibrate.collect.collect`.
         sequence_length: As there.
         device: As in :func:`edgemoe.models.device.choose_device`; workers of one machine take
@@ -123,7 +123,7 @@ def calibrate_in_shards(
                     max_tokens=max_tokens,
                     sequence_length=windows.sequence_length,
                     device=device,
-                    threads=threads_of(place, threads),
+                    threads=threads_of(workers.place, threads),
                     versions=library_versions(),
                 )
                 for index, file in enumerate(outputs)

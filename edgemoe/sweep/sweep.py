@@ -117,7 +117,7 @@ def run_sweep(request: SweepRequest, place: Place) -> Outcome:
                 threads=threads,
                 versions=library_versions(),
             )
-            statistics = _measure(request, lines, place, work, threads)
+            statistics = _measure(request, lines, workers, work, threads)
             held_out = _prepare(site, lines)
             findings, unpruned = _judge(site, workers, shape, cuts)
             outcome = Outcome(
@@ -141,7 +141,7 @@ def run_sweep(request: SweepRequest, place: Place) -> Outcome:
 def _measure(
     request: SweepRequest,
     lines: Mapping[str, TaskLines],
-    place: Place,
+    workers: Workers,
     work: WorkDirectory,
     threads: int | None,
 ) -> Statistics:
@@ -155,7 +155,7 @@ def _measure(
             request.model,
             tasks,
             file,
-            place,
+            workers,
             max_tokens=request.calibration_tokens,
             threads=threads,
         )

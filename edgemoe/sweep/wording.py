@@ -50,12 +50,10 @@ def tell_threshold(outcome: Outcome, threshold: Threshold, folder: Path) -> str:
     task = threshold.task
     if threshold.best is not None:
         row = outcome.row_at(task, threshold.best)
-        change = "rises" if row.score.metric == "perplexity" else "falls"
         return (
             f"{task}: the deepest cut under {limit} keeps {row.experts} of "
-            f"{row.experts_before} experts by {row.method} (--keep {row.keep:g}); "
-            f"{row.score.metric} {change} by {show_drop_interval(row.drop, row.score.metric)}: "
-            f"{folder / str(row.plan)}"
+            f"{row.experts_before} experts by {row.method} (--keep {row.keep:g}); its drop is "
+            f"{show_drop_interval(row.drop, row.score.metric)}: {folder / str(row.plan)}"
         )
     if threshold.nearest is None:
         return f"{task}: nothing was cut. Give --keep a smaller fraction."
@@ -63,7 +61,7 @@ def tell_threshold(outcome: Outcome, threshold: Threshold, folder: Path) -> str:
     upper = show_drop(threshold.nearest.upper, row.score.metric)
     return (
         f"{task}: no cut is under {limit} with 95% confidence; the nearest, {row.method} at "
-        f"--keep {row.keep:g}, may cost {upper}."
+        f"--keep {row.keep:g}, may drop by {upper}."
     )
 
 
