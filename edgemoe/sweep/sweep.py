@@ -158,6 +158,8 @@ def _measure(
             workers,
             max_tokens=request.calibration_tokens,
             threads=threads,
+            # An interrupted sweep may go on with another number of workers, and so of shards.
+            force=True,
         )
     except StreamingError:
         # Its layers cannot be told apart, so it is loaded whole.
