@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemoe.evaluate.intervals import bootstrap_mean, bootstrap_perplexity, wilson_interval
+from edgemoe.evaluate.intervals import (
+    bootstrap_mean,
+    bootstrap_perplexity,
+    expanded_percentiles,
+    wilson_interval,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,10 +58,12 @@ def measure_drop(before: Evaluation, after: Evaluation) -> float:
 def paired_drop(before: Evaluation, after: Evaluation) -> Drop:
     """Return how much worse a score is, and within which limits.
 
-    A bootstrap over lines. Of an accuracy with few lines that changed it is too sure of itself
-    (a resample of lines that all stayed right has none that went wrong), so there each end is
-    at least as far from the value as Wilson's interval of the share of lines that changed its
-    way: of lines that went wrong for the upper end, of lines that became right for the lower.
+    A bootstrap over lines, wider where they are few
+    (:func:`edgemoe.evaluate.intervals.expanded_percentiles`). Of an accuracy of which few lines
+    changed it is still too sure (a resample of lines that all stayed right has none that went
+    wrong), so there each end is at least as far from the value as Wilson's interval of the
+    share of lines that changed its way: of lines that went wrong for the upper end, of lines
+    that became right for the lower.
 
     Args:
         before: Perplexity or accuracy of the one model.
@@ -71,12 +78,14 @@ def paired_drop(before: Evaluation, after: Evaluation) -> Drop:
     if (before.metric, before.line_tokens) != (after.metric, after.line_tokens):
         raise ValueError("two scores must be of the same lines to be compared")
     value = measure_drop(before, after)
+    percentiles = expanded_percentiles(after.n)
     if before.metric == "perplexity":
         losses = np.array(after.line_losses) - np.array(before.line_losses)
-        low, high = bootstrap_perplexity(losses, np.array(before.line_tokens, np.float64))
+        tokens = np.array(before.line_tokens, np.float64)
+        low, high = bootstrap_perplexity(losses, tokens, percentiles=percentiles)
         return Drop(value, (low - 1, high - 1))
     lost = np.array(before.line_hits, np.float64) - np.array(after.line_hits)
-    low, high = bootstrap_mean(lost)
+    low, high = bootstrap_mean(lost, percentiles=percentiles)
     return Drop(
         value,
         (min(low, value - _reach(lost < 0)), max(high, value + _reach(lost > 0))),

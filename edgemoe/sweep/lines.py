@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from edgemoe.tasks import TaskRecord
 
-# Below this a bootstrap over lines is too sure of itself, and the report says so.
+# Below this a bootstrap over lines is rough, and the report says so.
 FEW_LINES = 20
 _MINIMUM_JUDGED = 2
 

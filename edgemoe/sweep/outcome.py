@@ -231,9 +231,15 @@ class Outcome:
         ]
         for name, score in self.unpruned.scores.items():
             if score.n < FEW_LINES:
+                more = len(self.lines[name].held_out.records) - score.n
+                remedy = (
+                    f"{more} more are held out: raise --held-out-tokens"
+                    if more
+                    else "add lines"
+                )
                 notes.append(
                     f"{name} is judged by {score.n} lines: with fewer than {FEW_LINES}, 95% "
-                    "intervals are too narrow."
+                    f"intervals are rough; {remedy}."
                 )
             left_out = self.lines[name].left_out
             if left_out:

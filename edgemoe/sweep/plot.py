@@ -24,7 +24,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _MARKERS = "osD^vPX*"
 _THRESHOLD_COLOUR = "#808080"
 # Drops of perplexity that a reader looks for, on a scale of ratios.
-_TICKS = (-0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+_TICKS = (-0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 _TICKS_ABOVE = (1, 2, 5, 10, 20, 50, 100, 1000, 10_000)
 _CLOSEST_TICKS = 0.045  # of the axis
 

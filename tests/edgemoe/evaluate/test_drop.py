@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, norm, t
 
 from edgemoe.evaluate.drop import Drop, measure_drop, paired_drop
 from edgemoe.evaluate.evaluation import Evaluation
-from edgemoe.evaluate.intervals import bootstrap_mean
+from edgemoe.evaluate.intervals import (
+    bootstrap_mean,
+    bootstrap_perplexity,
+    expanded_percentiles,
+)
 
 
 def of_losses(losses: np.ndarray, tokens: np.ndarray) -> Evaluation:
@@ -58,7 +62,9 @@ def test_a_rise_of_perplexity_is_bootstrapped_over_pairs() -> None:
     # The same draws, each scoring both models on the lines that it drew.
     draws = np.random.Generator(np.random.PCG64(0)).integers(80, size=(1000, 80))
     resampled = [ratio(before[lines], after[lines], tokens[lines]) for lines in draws]
-    assert found.ci95 == pytest.approx(tuple(np.percentile(resampled, [2.5, 97.5])))
+    assert found.ci95 == pytest.approx(
+        tuple(np.percentile(resampled, expanded_percentiles(80)))
+    )
     theirs = bootstrap(
         (before, after, tokens),
         ratio,
@@ -91,6 +97,35 @@ def test_a_fall_of_accuracy_is_bootstrapped_over_pairs() -> None:
     ).confidence_interval
     width = theirs.high - theirs.low
     np.testing.assert_allclose(found.ci95, (theirs.low, theirs.high), atol=0.15 * width)
+
+
+def test_few_lines_make_a_wider_interval_and_it_covers() -> None:
+    random = np.random.Generator(np.random.PCG64(8))
+    lines, trials = 6, 1000
+    tokens = np.full(lines, 20)
+    covered = bare = 0
+    for _ in range(trials):
+        # The drop of the whole population is exp(0.05) - 1; lines differ in it.
+        before = tokens * random.normal(3.0, 0.8, size=lines)
+        losses = tokens * random.normal(0.05, 0.05, size=lines)
+        low, high = paired_drop(
+            of_losses(before, tokens), of_losses(before + losses, tokens)
+        ).ci95
+        covered += low <= np.expm1(0.05) <= high
+        low, high = bootstrap_perplexity(losses, tokens.astype(np.float64))
+        bare += low <= np.exp(0.05) <= high
+    assert 0.92 <= covered / trials <= 0.98
+    assert bare / trials < 0.9
+
+
+def test_expanded_percentiles_are_hesterbergs() -> None:
+    for lines in (2, 5, 20, 300):
+        reach = np.sqrt(lines / (lines - 1)) * t.ppf(0.975, lines - 1)
+        expected = 100 * norm.cdf([-reach, reach])
+        np.testing.assert_allclose(expanded_percentiles(lines), expected, atol=1e-9)
+    # Of many lines they are those of any bootstrap.
+    np.testing.assert_allclose(expanded_percentiles(10**6), (2.5, 97.5), atol=1e-4)
+    assert expanded_percentiles(1) == (0, 100)
 
 
 def test_few_lines_that_changed_do_not_make_an_accuracy_certain() -> None:
