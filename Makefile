@@ -38,8 +38,8 @@ $(VENV)/.demo: $(DECLARED) | venv
 	@touch $@
 
 $(VENV)/.dev: $(DECLARED) | venv
-	@echo "installing edgemoe[export,ort$(RTX)$(RAY),dev] into $(VENV) (some minutes the first time)"
-	@$(PIP_INSTALL) --editable '.[export,ort$(RTX)$(RAY),dev]'
+	@echo "installing edgemoe[export,ort$(RTX)$(RAY),sweep,dev] into $(VENV) (some minutes the first time)"
+	@$(PIP_INSTALL) --editable '.[export,ort$(RTX)$(RAY),sweep,dev]'
 	@touch $@
 
 demo: $(VENV)/.demo

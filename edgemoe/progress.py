@@ -1,4 +1,7 @@
-"""Progress on stderr for whatever takes longer than two seconds."""
+"""Progress on stderr for whatever takes longer than two seconds: one bar at a time.
+
+Work that shows a bar may be a part of other work that does: only the outermost is drawn.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 Item = TypeVar("Item")
+
+_drawn: list[Progress] = []
 
 
 def track(
@@ -78,14 +83,15 @@ def telling(total: int, description: str) -> Iterator[Callable[[str], None]]:
 
 def _is_watched() -> bool:
     # A device has no rich: what it runs is done in silence.
-    return sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+    return not _drawn and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
 
 
-def _bar() -> Progress:
+@contextlib.contextmanager
+def _bar() -> Iterator[Progress]:
     from rich import progress as bars
     from rich.console import Console
 
-    return bars.Progress(
+    bar = bars.Progress(
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
@@ -95,3 +101,9 @@ def _bar() -> Progress:
         speed_estimate_period=600,
         transient=True,
     )
+    _drawn.append(bar)
+    try:
+        with bar:
+            yield bar
+    finally:
+        _drawn.remove(bar)

@@ -18,6 +18,7 @@ COMMANDS = {
     "apply": "model --plan --output",
     "recover": "model --teacher --task --method --output",
     "evaluate": "model --task --k-cap",
+    "sweep": "model --task --method --keep --seeds --max-drop --output --workers --ray",
     "export": "model --output --target --precision --task --plan --keep --max-drop",
     "compile": "bundle --target --task",
     "run": "bundle --task --prompt --max-new-tokens --k-cap --stream",

@@ -8,27 +8,26 @@ interrupted one, go on from there.
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe.calibrate.statistics import Statistics, merge
 from edgemoe.calibrate.streamed import calibrate_streamed, layers_done, work_key
 from edgemoe.calibrate.windows import SEQUENCE_LENGTH, Windows, cut_tasks
-from edgemoe.errors import SpreadError
 from edgemoe.models.checkpoint import load_tokenizer
 from edgemoe.models.device import device_here
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.opening import open_streamed
 from edgemoe.resume import resumable, wait_until_free
-from edgemoe.spread.workers import RayCluster, Steps, open_workers
+from edgemoe.spread.agreement import check_agreement, threads_of
+from edgemoe.spread.workers import Steps, open_workers
 from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemoe.spread.workers import Place
+    from edgemoe.spread.workers import Place, Workers
     from edgemoe.tasks import TaskFile
 
 _KEPT = "shards.json"
@@ -66,7 +65,7 @@ def calibrate_in_shards(
     path: Path,
     tasks: Sequence[TaskFile],
     output: Path,
-    place: Place,
+    place: Place | Workers,
     *,
     max_tokens: int | None = None,
     sequence_length: int = SEQUENCE_LENGTH,
@@ -80,7 +79,7 @@ def calibrate_in_shards(
         path: Checkpoint directory, at the same place for all workers.
         tasks: What to measure it on.
         output: The statistics file; workers must see the directory that it is in.
-        place: Where the workers are.
+        place: Where the workers are, or workers that are open.
         max_tokens: As in :func:`edgemoe.calibrate.collect.collect`.
         sequence_length: As there.
         device: As in :func:`edgemoe.models.device.choose_device`; workers of one machine take
@@ -124,7 +123,7 @@ def calibrate_in_shards(
                     max_tokens=max_tokens,
                     sequence_length=windows.sequence_length,
                     device=device,
-                    threads=_threads_here(place) if threads is None else threads,
+                    threads=threads_of(workers.place, threads),
                     versions=library_versions(),
                 )
                 for index, file in enumerate(outputs)
@@ -165,17 +164,8 @@ def calibrate_shard(job: ShardJob) -> None:
     """
     import torch
 
-    for what, directory in (("checkpoint", job.path), ("directory of -o", job.output.parent)):
-        if not directory.is_dir():
-            raise SpreadError(
-                f"the {what} must be at the same path for every worker, got {directory}, which "
-                f"{platform.node()} does not see. Put it on a file system that all share."
-            )
-    if library_versions() != job.versions:
-        raise SpreadError(
-            f"every worker must have the versions {job.versions}, got {library_versions()} on "
-            f"{platform.node()}. Install the same there."
-        )
+    directories = {"checkpoint": job.path, "directory of -o": job.output.parent}
+    check_agreement(directories, job.versions)
     if job.output.exists():
         return
     if job.threads is not None:
@@ -208,13 +198,3 @@ def count_shards(windows: Windows, workers: int) -> int:
         for count in range(workers, 0, -1)
         if len({(line - 1) % count for line in lines}) == count
     )
-
-
-def _threads_here(place: Place) -> int | None:
-    import torch
-
-    # The number of threads decides how some products are summed: as many as in one process
-    # give the bits of one process. A cluster's machines have their own number, which Ray sets.
-    if isinstance(place, RayCluster) and place.address != "local":
-        return None
-    return torch.get_num_threads()

@@ -26,6 +26,7 @@ from edgemoe.cli.options import debug_option
 from edgemoe.cli.prune import prune
 from edgemoe.cli.recover import recover
 from edgemoe.cli.run import run
+from edgemoe.cli.sweep import sweep
 from edgemoe.cli.verify import verify
 
 
@@ -48,6 +49,7 @@ for command in (
     apply,
     recover,
     evaluate,
+    sweep,
     export,
     compile_,
     run,

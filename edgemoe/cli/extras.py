@@ -20,6 +20,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     ),
     "ort": ("onnxruntime",),
     "ray": ("ray",),
+    "sweep": ("matplotlib",),
 }
 
 

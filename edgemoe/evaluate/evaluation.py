@@ -14,6 +14,7 @@ from edgemoe.evaluate.requests import Question, build_questions, resolve_window
 from edgemoe.evaluate.rolling import exp_or_none, summarise_rolling
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
     from edgemoe.evaluate.exact_match import Generate
@@ -38,6 +39,7 @@ class Evaluation:
         details: What else was measured.
         line_losses: Negative log-likelihood per line in nats, for paired comparisons.
         line_tokens: Scored tokens per line.
+        line_hits: Per line of choices 1 where the right one is likeliest in total, else 0.
     """
 
     task: str
@@ -50,6 +52,7 @@ class Evaluation:
     details: dict[str, Any] = field(default_factory=dict)
     line_losses: tuple[float, ...] = field(default=(), repr=False)
     line_tokens: tuple[int, ...] = field(default=(), repr=False)
+    line_hits: tuple[int, ...] = field(default=(), repr=False)
 
     def to_dict(self, *, details: bool = False) -> dict[str, Any]:
         """Return what ``edgemoe evaluate --json`` answers.
@@ -152,9 +155,11 @@ def evaluate(
     data = {"file_sha256": task.sha256, "lines": len(task.records), "max_tokens": max_tokens}
     n = len(questions)
     if task.kind == "choice":
-        total, per_character, per_byte = _count_hits(questions, rows)
+        hits = _find_hits(questions, rows)
+        total, per_character, per_byte = hits.sum(axis=0).tolist()
         return Evaluation(
             metric="accuracy",
+            line_hits=tuple(hits[:, 0].tolist()),
             value=total / n,
             ci95=wilson_interval(total, n),
             details={
@@ -224,17 +229,16 @@ def _judged(question: Question) -> list[int]:
     return [question.answer] if question.choices else list(range(len(question.requests)))
 
 
-def _count_hits(questions: list[Question], rows: list[list[Logprobs]]) -> tuple[int, int, int]:
-    """Count questions whose right choice is likeliest in total, per character and per byte."""
-    hits = np.zeros(3, dtype=np.int64)
-    for question, row in zip(questions, rows, strict=True):
+def _find_hits(questions: list[Question], rows: list[list[Logprobs]]) -> NDArray[np.int64]:
+    """Tell where the right choice is likeliest in total, per character and per byte."""
+    hits = np.zeros((len(questions), 3), np.int64)
+    for line, (question, row) in enumerate(zip(questions, rows, strict=True)):
         scores = np.array([logprobs.sum() for logprobs in row])
         characters = np.array([len(choice) for choice in question.choices])
         utf8_bytes = np.array([len(choice.encode()) for choice in question.choices])
         chosen = [scores, scores / characters, scores / utf8_bytes]
-        hits += np.argmax(chosen, axis=1) == question.answer
-    total, per_character, per_byte = hits.tolist()
-    return total, per_character, per_byte
+        hits[line] = np.argmax(chosen, axis=1) == question.answer
+    return hits
 
 
 def _majority(questions: list[Question]) -> float:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RESAMPLES = 1000
+PERCENTILES = (2.5, 97.5)
 _Z_95 = 1.959963984540054
 _INDICES_AT_ONCE = 1_000_000
 
@@ -21,6 +22,7 @@ def bootstrap_perplexity(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    percentiles: tuple[float, float] = PERCENTILES,
 ) -> tuple[float, float]:
     """Resample lines and take percentiles of exp(sum of losses / sum of tokens).
 
@@ -31,18 +33,76 @@ def bootstrap_perplexity(
         tokens: Scored tokens of each line, float64 [lines], in [1, inf).
         resamples: Number of resamples.
         seed: Seed of the draws.
+        percentiles: Which, in [0, 100].
 
     Returns:
-        The 2.5 and 97.5 percentiles. One line alone gives an interval of no width.
+        The percentiles. One line alone gives an interval of no width.
     """
+    low, high = np.exp(_resample(losses, tokens, resamples, seed, percentiles))
+    return float(low), float(high)
+
+
+def bootstrap_mean(
+    values: NDArray[np.float64],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    percentiles: tuple[float, float] = PERCENTILES,
+) -> tuple[float, float]:
+    """Resample lines and take percentiles of their mean.
+
+    Args:
+        values: One value per line, float64 [lines].
+        resamples: Number of resamples.
+        seed: Seed of the draws.
+        percentiles: Which, in [0, 100].
+
+    Returns:
+        The percentiles.
+    """
+    low, high = _resample(values, np.ones(len(values)), resamples, seed, percentiles)
+    return float(low), float(high)
+
+
+def expanded_percentiles(lines: int) -> tuple[float, float]:
+    """Return the percentiles that make a bootstrap of few lines a 95% interval of their mean.
+
+    Resamples of n lines spread less than means of n lines do, by sqrt((n - 1) / n), and their
+    spread is itself an estimate, which Student's t accounts for. So the percentiles are at
+    Phi(-/+ sqrt(n / (n - 1)) t(0.975; n - 1)) instead of 2.5% and 97.5%: the "expanded
+    percentile interval" of Hesterberg (2015), https://arxiv.org/abs/1411.5279.
+
+    Args:
+        lines: n, in [1, inf).
+
+    Returns:
+        Percentiles, in [0, 100]; of one line, which tells nothing of others, 0 and 100.
+    """
+    from scipy.special import ndtr, stdtrit
+
+    if lines == 1:
+        return 0.0, 100.0
+    reach = math.sqrt(lines / (lines - 1)) * float(stdtrit(lines - 1, 0.975))
+    tail = 100 * float(ndtr(-reach))
+    return tail, 100 - tail
+
+
+def _resample(
+    above: NDArray[np.float64],
+    below: NDArray[np.float64],
+    resamples: int,
+    seed: int,
+    percentiles: tuple[float, float],
+) -> NDArray[np.float64]:
+    """Return percentiles of sum(above) / sum(below) over drawn lines."""
     random = np.random.Generator(np.random.PCG64(seed))
-    lines, values = len(losses), []
+    lines, values = len(above), []
     rows = max(1, _INDICES_AT_ONCE // lines)
     for start in range(0, resamples, rows):
         drawn = random.integers(lines, size=(min(rows, resamples - start), lines))
-        values.append(losses[drawn].sum(axis=1) / tokens[drawn].sum(axis=1))
-    low, high = np.exp(np.percentile(np.concatenate(values), [2.5, 97.5]))
-    return float(low), float(high)
+        values.append(above[drawn].sum(axis=1) / below[drawn].sum(axis=1))
+    found: NDArray[np.float64] = np.percentile(np.concatenate(values), percentiles)
+    return found
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:

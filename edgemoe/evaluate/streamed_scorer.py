@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from edgemoe.evaluate.scorer import Logprobs, Request
     from edgemoe.models.opening import StreamedModel
+    from edgemoe.models.streamed_pass import Layer
     from edgemoe.resume import WorkDirectory
 
 
@@ -33,6 +34,7 @@ class StreamedScorer:
         work: WorkDirectory,
         *,
         k_cap: int | Sequence[int] | None = None,
+        inside: Layer = contextlib.nullcontext,
     ) -> None:
         """Wrap a checkpoint.
 
@@ -40,6 +42,8 @@ class StreamedScorer:
             streamed: The checkpoint.
             work: For what layers returned.
             k_cap: Most experts per token, one for all MoE layers or one for each.
+            inside: Makes a context that each decoder layer runs in, from its index; the layer's
+                weights are in memory then, and may be others until it ends.
 
         Raises:
             EdgemoeError: ``k_cap`` is out of range.
@@ -49,6 +53,7 @@ class StreamedScorer:
         self._k_cap = k_cap
         self._streamed = streamed
         self._work = work
+        self._inside = inside
 
     @property
     def max_length(self) -> int:
@@ -101,6 +106,12 @@ class StreamedScorer:
         moe, k_cap = self._streamed.moe, self._k_cap
         with contextlib.nullcontext() if k_cap is None else limit_k(moe, k_cap):
             run_batches(
-                self._streamed, batches, take, self._work, name="score", description="evaluate"
+                self._streamed,
+                batches,
+                take,
+                self._work,
+                name="score",
+                description="evaluate",
+                inside=self._inside,
             )
         return results

@@ -5,6 +5,7 @@ Experts are kept and merged first; what is left is factored, where the plan has 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from edgemoe.progress import counting, track
 from edgemoe.prune.merge import average, merge_experts
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
@@ -62,6 +63,43 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
             apply_layer(layer, layer_plan)
     set_expert_counts(model)
     return replace(model, path=None, provenance=describe_plan(plan, model, sha256))
+
+
+@contextlib.contextmanager
+def applied(model: MoeModel, plan: Plan) -> Iterator[None]:
+    """Carry out a plan for a while, as :func:`apply_plan` does for good.
+
+    Args:
+        model: The model; the experts that are kept are in memory twice meanwhile.
+        plan: The decision; that it is about this checkpoint is for the caller to know.
+
+    Yields:
+        Nothing. When the block ends the model is as it was.
+
+    Raises:
+        PlanError: The plan does not fit the model; then nothing has changed.
+    """
+    plan.validate(model.shape)
+    with contextlib.ExitStack() as stack:
+        for layer, layer_plan in zip(model.layers, plan.layers, strict=True):
+            stack.enter_context(applied_layer(layer, layer_plan))
+        yield
+
+
+def applied_layer(layer: MoeLayer, plan: LayerPlan) -> contextlib.AbstractContextManager[None]:
+    """Carry out a plan on one layer for a while.
+
+    Args:
+        layer: The layer.
+        plan: Its plan, which was validated.
+
+    Returns:
+        A context; when it ends the layer is as it was.
+    """
+    if keeps_all(plan, layer.num_experts):
+        return contextlib.nullcontext()
+    with torch.no_grad():
+        return layer.changed(plan_tensors(layer, plan))
 
 
 def describe_plan(plan: Plan, model: MoeModel, checkpoint_sha256: str) -> dict[str, Any]:

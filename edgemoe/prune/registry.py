@@ -42,10 +42,12 @@ class Method:
         decide: From statistics, shape, counts and seed to layers' plans; a method that runs
             layers has the oracle before them. Options are keyword arguments.
         runs_layers: Whether it needs the model besides the statistics.
+        draws: Whether another seed may give another plan.
     """
 
     decide: Callable[..., tuple[LayerPlan, ...]]
     runs_layers: bool = False
+    draws: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -57,14 +59,14 @@ class Method:
 METHODS: dict[str, Method] = {
     "frequency": Method(frequency),
     "man": Method(man),
-    "moe-i2": Method(moe_i2, runs_layers=True),
+    "moe-i2": Method(moe_i2, runs_layers=True, draws=True),
     "msan": Method(msan),
     "naee": Method(naee, runs_layers=True),
-    "random": Method(random),
+    "random": Method(random, draws=True),
     "reap": Method(reap),
     "ream": Method(ream, runs_layers=True),
     "seer": Method(seer),
-    "uncurl": Method(uncurl),
+    "uncurl": Method(uncurl, draws=True),
 }
 
 

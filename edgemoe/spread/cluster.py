@@ -44,6 +44,7 @@ class ClusterWorkers(Workers):
                 "a Ray cluster needs the extra 'ray': ray is not installed. "
                 "Run: pip install 'edgemoe[ray]'"
             ) from error
+        self.place = place
         self._ray: Any = ray
         self._running: dict[Any, int] = {}
         # An application may have connected already; then it also disconnects.

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import SpreadError
-from edgemoe.spread.workers import Died, Failed, Outcome, Workers, perform
+from edgemoe.spread.workers import Died, Failed, Outcome, Processes, Workers, perform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +34,7 @@ class LocalProcesses(Workers):
         """
         if count < 1:
             raise SpreadError(f"the number of workers must be in [1, inf), got {count}.")
+        self.place = Processes(count)
         self.count = count
         # A fork would share locks and threads of torch in whatever state they are.
         self._context = multiprocessing.get_context("spawn")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from edgemoe.errors import SpreadError
 from edgemoe.progress import counting
+from edgemoe.spread.holding import let_go
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -113,9 +114,11 @@ class Workers(abc.ABC):
     """Where jobs run.
 
     Attributes:
+        place: Where that is.
         count: How many jobs run at a time.
     """
 
+    place: Place
     count: int
 
     def map(
@@ -199,6 +202,7 @@ class Workers(abc.ABC):
 
 
 class _Here(Workers):
+    place = Here()
     count = 1
 
     def __init__(self) -> None:
@@ -215,21 +219,29 @@ class _Here(Workers):
     def _stop(self) -> None:
         self._ended = []
 
+    def close(self) -> None:
+        """Give back what jobs opened: this process goes on without them."""
+        let_go()
+
 
 @contextlib.contextmanager
-def open_workers(place: Place) -> Iterator[Workers]:
+def open_workers(place: Place | Workers) -> Iterator[Workers]:
     """Start workers, or connect to them.
 
     Args:
-        place: Where.
+        place: Where; workers that are open serve as they are.
 
     Yields:
-        The workers. They end with the block, a cluster that was running before does not.
+        The workers. Those that were not open before end with the block; a cluster that was
+        running before does not.
 
     Raises:
         SpreadError: The cluster cannot be reached, or has nothing to run jobs on.
         MissingDependencyError: Ray is not installed.
     """
+    if isinstance(place, Workers):
+        yield place
+        return
     workers: Workers
     if isinstance(place, Here):
         workers = _Here()

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgemoe.evaluate.evaluation import evaluate
-from edgemoe.evaluate.held_out import keep_held_out, lines_behind
+from edgemoe.evaluate.lines_behind import keep_held_out, lines_behind
 from edgemoe.lines import read_digests
 from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
 from edgemoe.models.fingerprint import FileHashes

@@ -1,24 +1,17 @@
-"""The task's lines: some choose the experts, others judge what that cost.
-
-Every fourth line of a task file is held out: lines 4, 8, 12 and so on. Experts are chosen on
-the rest, scores before and after are those of the held-out lines. Neighbouring lines are often
-alike, so a split in two halves would test another text than the one that was calibrated on.
-"""
+"""What an export cost: scores before and after, and the gate between them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from edgemoe.errors import QualityGateError, TaskFileError
+from edgemoe.errors import QualityGateError
+from edgemoe.evaluate.drop import measure_drop
+from edgemoe.evaluate.held_out import hold_out
 from edgemoe_runtime.manifest_parts import DataInfo, QualityReport
 
 if TYPE_CHECKING:
     from edgemoe.evaluate.evaluation import Evaluation
     from edgemoe.tasks import TaskFile
-
-HELD_OUT_EVERY = 4
-MINIMUM_LINES = 8
 
 
 def split_task(task: TaskFile) -> tuple[TaskFile, TaskFile]:
@@ -28,38 +21,12 @@ def split_task(task: TaskFile) -> tuple[TaskFile, TaskFile]:
         task: The task.
 
     Returns:
-        Calibration lines and held-out lines, in the order of the file.
+        What :func:`edgemoe.evaluate.held_out.hold_out` returns.
 
     Raises:
         TaskFileError: The file has too few lines for both.
     """
-    if len(task.records) < MINIMUM_LINES:
-        raise TaskFileError(
-            f"{task.path}: a task to export for must have {MINIMUM_LINES} lines or more, since "
-            f"every {HELD_OUT_EVERY}th is held out to judge the result, got "
-            f"{len(task.records)}. Add lines, or give a plan too: --plan {task.name}=PLAN."
-        )
-    held_out = tuple(task.records[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
-    calibration = tuple(
-        record for number, record in enumerate(task.records, start=1) if number % HELD_OUT_EVERY
-    )
-    return replace(task, records=calibration), replace(task, records=held_out)
-
-
-def measure_drop(before: Evaluation, after: Evaluation) -> float:
-    """Return how much worse a score is.
-
-    Args:
-        before: Score of the checkpoint.
-        after: Score of the exported graph, of the same lines.
-
-    Returns:
-        Perplexity: its relative rise, 0.05 for 5%. Accuracy: its absolute fall, 0.05 for five
-        points. Negative where the score is better.
-    """
-    if before.metric == "perplexity":
-        return after.value / before.value - 1
-    return before.value - after.value
+    return hold_out(task, remedy=f"Add lines, or give a plan too: --plan {task.name}=PLAN.")
 
 
 def judge_quality(
@@ -71,7 +38,8 @@ def judge_quality(
         task: The held-out lines.
         before: Score of the checkpoint.
         after: Score of the exported graph.
-        max_drop: Largest drop allowed, as :func:`measure_drop` counts it; None for any.
+        max_drop: Largest drop allowed, as :func:`edgemoe.evaluate.drop.measure_drop` counts
+            it; None for any.
 
     Returns:
         What the manifest records.

@@ -109,7 +109,7 @@ class Steps:
 
         def decode(content: bytes) -> Evaluation:
             found = json.loads(content)
-            for name in ("ci95", "line_losses", "line_tokens"):
+            for name in ("ci95", "line_losses", "line_tokens", "line_hits"):
                 found[name] = tuple(found[name])
             return Evaluation(**found)
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from edgemoe.errors import PlanError
+from edgemoe.spread.holding import hold
 
 
 def square(number: int) -> int:
@@ -51,3 +52,16 @@ def die(_: int) -> None:
 def sleep_long(folder: str) -> None:
     Path(folder, str(os.getpid())).touch()
     time.sleep(600)
+
+
+opened = [0]
+
+
+def open_once(key: str) -> int:
+    """Tell how many things this process had to open up to this one."""
+
+    def make() -> int:
+        opened[0] += 1
+        return opened[0]
+
+    return hold("thing", key, make)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from edgemoe.errors import TaskFileError
-from edgemoe.evaluate.held_out import POLICIES, keep_held_out, lines_behind
+from edgemoe.evaluate.lines_behind import POLICIES, keep_held_out, lines_behind
 from edgemoe.lines import digest_line, write_digests
 from edgemoe.tasks import TaskFile
 

@@ -1,0 +1,284 @@
+"""What a sweep found: a row per cut and judged task, and the threshold of each task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from edgemoe.evaluate.drop import Drop, paired_drop
+from edgemoe.sweep.lines import FEW_LINES
+from edgemoe.sweep.threshold import Point, choose_deepest, find_nearest, find_threshold
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgemoe.calibrate.statistics import Statistics
+    from edgemoe.evaluate.evaluation import Evaluation
+    from edgemoe.plans.plan import Plan
+    from edgemoe.sweep.cuts import Cut, Impossible
+    from edgemoe.sweep.jobs import Judgement
+    from edgemoe.sweep.lines import TaskLines
+    from edgemoe.sweep.request import SweepRequest
+    from edgemoe.tasks import TaskFile
+
+PLANS = "plans"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One cut, and how it was judged.
+
+    Attributes:
+        cut: The cut.
+        plan: Its plan.
+        plan_seconds: What the plan took to make.
+        judgement: Its scores; those of another cut that decided the same.
+    """
+
+    cut: Cut
+    plan: Plan
+    plan_seconds: float
+    judgement: Judgement
+
+    @property
+    def plan_file(self) -> str:
+        """Where the plan is in the report's directory."""
+        return f"{PLANS}/{self.cut.name}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One cut, judged on one task.
+
+    Attributes:
+        task: The task that chose the experts; None for the unpruned model.
+        method: The method; None for the unpruned model.
+        keep: Fraction of each layer's experts that was asked for.
+        seed: Seed of the method.
+        judged_on: The task that judges.
+        experts: Routed experts that are left.
+        experts_before: Routed experts of the unpruned model.
+        kept_fraction: Fraction of the routed experts' parameters that is left.
+        checkpoint_bytes: Size of the compressed checkpoint's tensors.
+        score: Score on the held-out lines.
+        drop: How much worse it is than that of the unpruned model on the same lines.
+        plan_sha256: Hash of the plan; None for the unpruned model.
+        plan: The plan's file in the report's directory; None for the unpruned model.
+    """
+
+    task: str | None
+    method: str | None
+    keep: float
+    seed: int
+    judged_on: str
+    experts: int
+    experts_before: int
+    kept_fraction: float
+    checkpoint_bytes: int
+    score: Evaluation
+    drop: Drop
+    plan_sha256: str | None
+    plan: str | None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the task that chose the experts judges them."""
+        return self.task == self.judged_on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """The deepest cut of one task that holds.
+
+    Attributes:
+        task: The task.
+        by_method: Of each method; None where no cut of it holds.
+        best: The deepest of them; None where no cut holds.
+        nearest: The cut that is nearest to holding; None where nothing was cut.
+    """
+
+    task: str
+    by_method: Mapping[str, Point | None]
+    best: Point | None
+    nearest: Point | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a sweep found.
+
+    Attributes:
+        request: What was asked for.
+        statistics: What the methods read.
+        lines: The tasks' lines.
+        held_out: The lines that judged, by task, as files.
+        findings: The cuts, in their order.
+        unpruned: The unpruned model.
+        impossible: Fractions that the model cannot keep.
+        whole: Whether the model was loaded whole.
+    """
+
+    request: SweepRequest
+    statistics: Statistics
+    lines: Mapping[str, TaskLines]
+    held_out: Mapping[str, TaskFile]
+    findings: Sequence[Finding]
+    unpruned: Judgement
+    impossible: Sequence[Impossible]
+    whole: bool
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The unpruned model, then every cut, each on every task."""
+        before = self.unpruned.sizes
+        rows = [
+            Row(
+                task=None,
+                method=None,
+                keep=1.0,
+                seed=0,
+                judged_on=name,
+                experts=before.experts,
+                experts_before=before.experts,
+                kept_fraction=1.0,
+                checkpoint_bytes=before.checkpoint_bytes,
+                score=score,
+                drop=Drop(0.0, (0.0, 0.0)),
+                plan_sha256=None,
+                plan=None,
+            )
+            for name, score in self.unpruned.scores.items()
+        ]
+        for finding in self.findings:
+            cut, after = finding.cut, finding.judgement.sizes
+            rows += [
+                Row(
+                    task=cut.task,
+                    method=cut.method,
+                    keep=cut.keep,
+                    seed=cut.seed,
+                    judged_on=name,
+                    experts=after.experts,
+                    experts_before=before.experts,
+                    kept_fraction=after.routed_parameters / before.routed_parameters,
+                    checkpoint_bytes=after.checkpoint_bytes,
+                    score=score,
+                    drop=self._drop(finding, name),
+                    plan_sha256=finding.plan.sha256,
+                    plan=finding.plan_file,
+                )
+                for name, score in finding.judgement.scores.items()
+            ]
+        return tuple(rows)
+
+    @cached_property
+    def own_rows(self) -> tuple[Row, ...]:
+        """Every cut on the task that chose it."""
+        return tuple(row for row in self.rows if row.is_own)
+
+    @cached_property
+    def thresholds(self) -> dict[str, Threshold]:
+        """The threshold of each task."""
+        found = {}
+        for task in self.request.tasks:
+            points = {method: self._points(task, method) for method in self.request.methods}
+            by_method = {
+                method: find_threshold(of_method, self.request.max_drop)
+                for method, of_method in points.items()
+            }
+            found[task] = Threshold(
+                task=task,
+                by_method=by_method,
+                best=choose_deepest(by_method.values()),
+                nearest=find_nearest(point for group in points.values() for point in group),
+            )
+        return found
+
+    def row_at(self, task: str, point: Point) -> Row:
+        """Return a point's row, of its first seed.
+
+        Args:
+            task: The task.
+            point: One of its points.
+
+        Returns:
+            The row, on the task itself.
+        """
+        return self._seeds(task, point.method, point.keep)[0]
+
+    def worst_other(self, row: Row) -> Row | None:
+        """Return the row of the other task that a cut costs most.
+
+        Args:
+            row: A cut on its own task.
+
+        Returns:
+            The cut on that task; None where there is no other.
+        """
+        others = [
+            other
+            for other in self.rows
+            if other.plan is not None and other.plan == row.plan and not other.is_own
+        ]
+        return max(others, key=lambda other: other.drop.value, default=None)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever reads the scores should know, each in a sentence."""
+        notes = [
+            f"--keep {found.keep:g} was left out: {found.reason}" for found in self.impossible
+        ]
+        for name, score in self.unpruned.scores.items():
+            if score.n < FEW_LINES:
+                more = len(self.lines[name].held_out.records) - score.n
+                remedy = (
+                    f"{more} more are held out: raise --held-out-tokens"
+                    if more
+                    else "add lines"
+                )
+                notes.append(
+                    f"{name} is judged by {score.n} lines: with fewer than {FEW_LINES}, 95% "
+                    f"intervals are rough; {remedy}."
+                )
+            left_out = self.lines[name].left_out
+            if left_out:
+                notes.append(
+                    f"{left_out} held-out lines of {name} judge nothing, because a calibration "
+                    "reads the same text."
+                )
+        if not self.whole:
+            notes.append(
+                "the checkpoint is larger than memory: it was read and run one decoder layer "
+                "at a time."
+            )
+        return tuple(notes)
+
+    def _drop(self, finding: Finding, task: str) -> Drop:
+        if finding.judgement is self.unpruned:
+            # Nothing was cut, so nothing is uncertain.
+            return Drop(0.0, (0.0, 0.0))
+        return paired_drop(self.unpruned.scores[task], finding.judgement.scores[task])
+
+    def _points(self, task: str, method: str) -> list[Point]:
+        points = []
+        for keep in dict.fromkeys(row.keep for row in self.own_rows):
+            rows = self._seeds(task, method, keep)
+            points.append(
+                Point(
+                    method=method,
+                    keep=keep,
+                    kept_fraction=max(row.kept_fraction for row in rows),
+                    drop=sum(row.drop.value for row in rows) / len(rows),
+                    upper=max(row.drop.ci95[1] for row in rows),
+                    is_cut=any(row.experts < row.experts_before for row in rows),
+                )
+            )
+        return points
+
+    def _seeds(self, task: str, method: str, keep: float) -> list[Row]:
+        return [
+            row
+            for row in self.own_rows
+            if (row.task, row.method, row.keep) == (task, method, keep)
+        ]

@@ -1,0 +1,149 @@
+"""What is asked of a sweep, and what can be refused before anything is read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.errors import SweepError, TaskFileError
+from edgemoe.prune.registry import find_method, read_options
+from edgemoe.staging import recover, refuse_existing, refuse_inputs_inside
+from edgemoe.tasks import split_task_argument
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+DEFAULT_KEEPS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRequest:
+    """What to sweep over.
+
+    Attributes:
+        model: Checkpoint directory.
+        output: Report directory to write.
+        tasks: Task files by name.
+        methods: Options of each method, by the method's name.
+        held_out: Files to judge a task by, for those that are not judged by lines of their own.
+        keeps: Fractions of each layer's experts to keep, each in (0, 1].
+        seeds: Seeds of the methods that draw, each in [0, inf).
+        max_drop: Largest drop that the threshold allows, in [0, inf), as
+            :func:`edgemoe.evaluate.drop.measure_drop` counts it.
+        calibration_tokens: Tokens of each task to choose experts by, in [1, inf).
+        held_out_tokens: Tokens of each task to judge by, in [2, inf).
+        threads: CPU threads of each process; None for as many as this process has.
+        memory_limit_bytes: Size in float32 of the models that may be loaded whole, all workers'
+            together; half of what is free without.
+        force: Whether ``output``, and unfinished work of another sweep, may be replaced.
+    """
+
+    model: Path
+    output: Path
+    tasks: Mapping[str, Path]
+    methods: Mapping[str, Mapping[str, Any]]
+    held_out: Mapping[str, Path] = field(default_factory=dict)
+    keeps: Sequence[float] = DEFAULT_KEEPS
+    seeds: Sequence[int] = (0,)
+    max_drop: float = 0.02
+    calibration_tokens: int = 16_384
+    held_out_tokens: int = 8_192
+    threads: int | None = None
+    memory_limit_bytes: int | None = None
+    force: bool = False
+
+    def check(self) -> None:
+        """Refuse what can be refused before anything is read.
+
+        Raises:
+            SweepError: A value is out of range, or something is given twice or not at all.
+            OutputError: The output exists, or contains what is read.
+        """
+        for what, given in (
+            ("task", list(self.tasks)),
+            ("method", list(self.methods)),
+            ("keep", [f"{keep:g}" for keep in self.keeps]),
+            ("seed", list(self.seeds)),
+        ):
+            if not given or len(set(given)) != len(given):
+                raise SweepError(
+                    f"a sweep must have one {what} or more, each once, got {given}."
+                )
+        for keep in self.keeps:
+            if not 0 < keep <= 1:
+                raise SweepError(
+                    "--keep must be fractions of each layer's experts in (0, 1], got "
+                    f"{keep:g}. For 8 of 16 experts give 0.5."
+                )
+        if min(self.seeds) < 0:
+            raise SweepError(f"seeds must be in [0, inf), got {list(self.seeds)}.")
+        if not 0 <= self.max_drop < math.inf:
+            raise SweepError(
+                f"--max-drop must be in [0, inf), got {self.max_drop:g}: 0.05 allows 5% more "
+                "perplexity, or five points less accuracy."
+            )
+        unknown = sorted(set(self.held_out) - set(self.tasks))
+        if unknown:
+            raise SweepError(
+                f"--held-out must name a task of --task, got {', '.join(unknown)} beside "
+                f"{', '.join(self.tasks)}."
+            )
+        recover(self.output)
+        refuse_existing(self.output, force=self.force, directory=True)
+        inputs = (self.model, *self.tasks.values(), *self.held_out.values())
+        refuse_inputs_inside(self.output, *inputs)
+
+
+def read_paths(arguments: Sequence[str]) -> dict[str, Path]:
+    """Read ``NAME=FILE`` arguments.
+
+    Args:
+        arguments: The command line's, in order.
+
+    Returns:
+        Paths by name.
+
+    Raises:
+        TaskFileError: An argument is not ``NAME=FILE``, or a name comes twice.
+    """
+    pairs = [split_task_argument(argument) for argument in arguments]
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise TaskFileError(
+                f"task names must differ, got {name!r} twice. Rename one of them."
+            )
+    return dict(pairs)
+
+
+def read_methods(arguments: Sequence[str], options: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Read methods and their options as a command line gives them.
+
+    Args:
+        arguments: Names, with commas between several.
+        options: ``METHOD:NAME=VALUE`` each.
+
+    Returns:
+        Options by method, in the order of the methods.
+
+    Raises:
+        SweepError: A method comes twice, or an option is of none of them.
+        PlanError: There is no such method, or it has no such option.
+    """
+    names = [name.strip() for argument in arguments for name in argument.split(",")]
+    if len(set(names)) != len(names):
+        raise SweepError(f"a sweep must have each method once, got {', '.join(names)}.")
+    for name in names:
+        find_method(name)
+    texts: dict[str, list[str]] = {name: [] for name in names}
+    for option in options:
+        method, colon, text = option.partition(":")
+        if not colon or method not in texts:
+            raise SweepError(
+                "--set must be METHOD:NAME=VALUE with a method of this sweep "
+                f"({', '.join(names)}), got {option!r}."
+            )
+        texts[method].append(text)
+    return {name: read_options(name, given) for name, given in texts.items()}

@@ -1,0 +1,66 @@
+"""What a model takes: bytes of its checkpoint, and how much of them routed experts are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgemoe.models.saving import float32_names
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from edgemoe.models.contract import MoeModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of a model.
+
+    Attributes:
+        experts: Routed experts of all MoE layers.
+        routed_parameters: Their parameters; routers are not counted.
+        checkpoint_bytes: Tensors of its checkpoint, in the types that they are stored in;
+            headers of the files are not counted.
+    """
+
+    experts: int
+    routed_parameters: int
+    checkpoint_bytes: int
+
+    @classmethod
+    def of(cls, model: MoeModel, counts: Sequence[int]) -> Sizes:
+        """Measure a model with other numbers of experts than it has.
+
+        Args:
+            model: The model, possibly on the meta device.
+            counts: Experts of each MoE layer.
+
+        Returns:
+            Its sizes with so many.
+        """
+        in_float32 = float32_names(model)
+
+        def itemsize(name: str, tensor: torch.Tensor) -> int:
+            as_it_is = name in in_float32 or not tensor.is_floating_point()
+            return tensor.element_size() if as_it_is else model.stored_dtype.itemsize
+
+        # Tied tensors are stored once.
+        state = model.model.state_dict(keep_vars=True)
+        unique = {id(tensor): (name, tensor) for name, tensor in state.items()}
+        total = sum(tensor.numel() * itemsize(name, tensor) for name, tensor in unique.values())
+        routed = 0
+        for layer, count in zip(model.layers, counts, strict=True):
+            prefix = f"{layer.facts.experts}."
+            for spec in layer.facts.tensors:
+                if spec.holds_ids:
+                    continue
+                tensor = layer.tensor(spec.name)
+                entry = tensor.numel() // tensor.shape[spec.axis]
+                lost = (layer.num_experts - count) * entry
+                total -= lost * itemsize(f"{layer.name}.{spec.name}", tensor)
+                if spec.name.startswith(prefix):
+                    routed += tensor.numel() - lost
+        return cls(experts=sum(counts), routed_parameters=routed, checkpoint_bytes=total)

@@ -1,0 +1,213 @@
+"""Run a sweep: measure, make every plan, judge every decision, report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgemoe.calibrate.collect import collect
+from edgemoe.calibrate.shards import calibrate_in_shards
+from edgemoe.calibrate.statistics import Statistics
+from edgemoe.errors import StreamingError
+from edgemoe.models.checkpoint import load_model, load_tokenizer, read_config, read_shape
+from edgemoe.models.fingerprint import FileHashes, hash_file
+from edgemoe.plans.keep_all import keep_all
+from edgemoe.resume import publish, resumable
+from edgemoe.spread.agreement import threads_of
+from edgemoe.spread.workers import Processes, RayCluster, open_workers
+from edgemoe.staging import staged_file, sync
+from edgemoe.sweep.cuts import Cut, hash_decision, list_cuts
+from edgemoe.sweep.jobs import (
+    HELD_OUT,
+    STATISTICS,
+    JudgeJob,
+    Judgement,
+    PlanJob,
+    Site,
+    read_judgement,
+    read_plan,
+    run_judge_job,
+    run_plan_job,
+)
+from edgemoe.sweep.lines import check_judging, load_lines, write_lines
+from edgemoe.sweep.outcome import Finding, Outcome
+from edgemoe.sweep.report import write_report
+from edgemoe.sweep.room import fits_whole
+from edgemoe.tasks import TaskFile
+from edgemoe.versions import library_versions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgemoe.models.contract import ModelShape
+    from edgemoe.plans.plan import Plan
+    from edgemoe.resume import WorkDirectory
+    from edgemoe.spread.workers import Place, Workers
+    from edgemoe.sweep.lines import TaskLines
+    from edgemoe.sweep.request import SweepRequest
+
+_BEGUN = f"{STATISTICS}*"
+_REPORT = "report"
+
+
+def run_sweep(request: SweepRequest, place: Place) -> Outcome:
+    """Run a sweep and write its report.
+
+    Finished statistics, plans and judgements are kept in ``<output>.partial`` until the report
+    is written; a sweep of the same model and lines goes on from there, with the same methods
+    and fractions or with others.
+
+    Args:
+        request: What to sweep over.
+        place: Where the jobs run. All workers must see the checkpoint and the directory that
+            the report is written to.
+
+    Returns:
+        What was found. The same request gives the same, bit for bit, on the same kind of
+        machine, wherever the jobs run and however often the sweep was interrupted.
+
+    Raises:
+        SweepError: The request cannot be met.
+        TaskFileError: A task file is malformed or too short.
+        PlanError: There is no such method, or a method refuses.
+        CheckpointError: The checkpoint is missing, unsafe or inconsistent.
+        FamilyError: The family is not supported.
+        SpreadError: There is no room for so many workers, there are none, or they die.
+        StreamingError: A method cannot run this model's layers.
+        OutputError: The output exists, or the disk refuses.
+    """
+    request.check()
+    shape = read_shape(request.model)
+    cuts, impossible = list_cuts(request, shape)
+    lines = load_lines(request.tasks, request.held_out)
+    config = read_config(request.model)[1]
+    check_judging(
+        lines,
+        load_tokenizer(request.model),
+        max_length=int(getattr(config, "max_position_embeddings", None) or 2**31),
+        max_tokens=request.held_out_tokens,
+    )
+    output = request.output.resolve()
+    threads = threads_of(place, request.threads)
+    hashes = FileHashes(request.model)
+    key = {
+        "command": "sweep",
+        "checkpoint": hashes.stamps(),
+        "tasks": {
+            name: [task.calibration.sha256, task.held_out.sha256]
+            for name, task in lines.items()
+        },
+        "options": [request.calibration_tokens, request.held_out_tokens, threads],
+        "tokenizer": hash_file(request.model / "tokenizer.json"),
+        "versions": library_versions(),
+    }
+    # Refused before workers are there for nothing, where that is known.
+    workers_here = place.count if isinstance(place, Processes) else 1
+    fits_whole(request.model, workers_here, request.memory_limit_bytes)
+    with open_workers(place) as workers:
+        if isinstance(place, RayCluster) and place.address == "local":
+            workers_here = workers.count
+        whole = fits_whole(request.model, workers_here, request.memory_limit_bytes)
+        with resumable(output, key, _BEGUN, force=request.force) as work:
+            site = Site(
+                model=request.model.resolve(),
+                work=work.path,
+                whole=whole,
+                tasks=tuple(lines),
+                held_out_tokens=request.held_out_tokens,
+                threads=threads,
+                versions=library_versions(),
+            )
+            statistics = _measure(request, lines, workers, work, threads)
+            held_out = _prepare(site, lines)
+            findings, unpruned = _judge(site, workers, shape, cuts)
+            outcome = Outcome(
+                request=request,
+                statistics=statistics,
+                lines=lines,
+                held_out=held_out,
+                findings=tuple(findings),
+                unpruned=unpruned,
+                impossible=tuple(impossible),
+                whole=whole,
+            )
+            folder = work.empty_directory(_REPORT)
+            write_report(outcome, folder, site.work)
+            for path in folder.rglob("*"):
+                sync(path)
+            publish(folder, output, force=request.force)
+    return outcome
+
+
+def _measure(
+    request: SweepRequest,
+    lines: Mapping[str, TaskLines],
+    workers: Workers,
+    work: WorkDirectory,
+    threads: int | None,
+) -> Statistics:
+    """Measure the tasks, or read what an interrupted sweep measured."""
+    file = work.path / STATISTICS
+    if file.exists():
+        return Statistics.load(file)
+    tasks = [task.calibration for task in lines.values()]
+    try:
+        return calibrate_in_shards(
+            request.model,
+            tasks,
+            file,
+            workers,
+            max_tokens=request.calibration_tokens,
+            threads=threads,
+            # An interrupted sweep may go on with another number of workers, and so of shards.
+            force=True,
+        )
+    except StreamingError:
+        # Its layers cannot be told apart, so it is loaded whole.
+        statistics = collect(
+            load_model(request.model),
+            tasks,
+            load_tokenizer(request.model),
+            max_tokens=request.calibration_tokens,
+        )
+        statistics.save(file)
+        return statistics
+
+
+def _prepare(site: Site, lines: Mapping[str, TaskLines]) -> dict[str, TaskFile]:
+    """Write the held-out lines where workers find them."""
+    site.prepare()
+    folder = site.work / HELD_OUT
+    folder.mkdir(exist_ok=True)
+    held_out = {}
+    for name, task in lines.items():
+        file = folder / f"{name}.jsonl"
+        if not file.exists():
+            with staged_file(file) as staged:
+                write_lines(task.held_out, staged)
+        held_out[name] = TaskFile.load(name, file)
+    return held_out
+
+
+def _judge(
+    site: Site, workers: Workers, shape: ModelShape, cuts: Sequence[Cut]
+) -> tuple[list[Finding], Judgement]:
+    """Make every plan, then judge every decision once."""
+    jobs = [PlanJob(site=site, cut=cut) for cut in cuts if not site.plan_file(cut).exists()]
+    workers.map(run_plan_job, jobs, "make plans")
+    made = [(cut, *read_plan(site, cut)) for cut in cuts]
+    whole = keep_all(shape)
+    decisions: dict[str, Plan] = {hash_decision(whole): whole}
+    for _, plan, _ in made:
+        decisions.setdefault(hash_decision(plan), plan)
+    judging = [
+        JudgeJob(site=site, plan=plan, decision=decision)
+        for decision, plan in decisions.items()
+        if not site.score_file(decision).exists()
+    ]
+    workers.map(run_judge_job, judging, "judge plans")
+    judged = {decision: read_judgement(site, decision) for decision in decisions}
+    findings = [
+        Finding(cut=cut, plan=plan, plan_seconds=seconds, judgement=judged[hash_decision(plan)])
+        for cut, plan, seconds in made
+    ]
+    return findings, judged[hash_decision(whole)]
