@@ -70,6 +70,12 @@ def factor_layer(layer: MoeLayer, factors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         CheckpointError: The factors do not fit together or do not fit the layer.
     """
+    if layer.is_factored or layer.is_based:
+        raise CheckpointError(
+            f"{layer.name} must have whole experts to be factored, got "
+            f"{'factored ones' if layer.is_factored else 'some between shared bases'}. Start "
+            "from the checkpoint that it was made from."
+        )
     experts: Any = layer.experts
     wide = layer.intermediate_size * (2 if layer.layout.has_gate else 1)
     count, hidden = layer.num_experts, layer.hidden_size
@@ -86,8 +92,6 @@ def factor_layer(layer: MoeLayer, factors: Mapping[str, torch.Tensor]) -> None:
                 f"{layer.name}: {name} must have the shape {shape}, got "
                 f"{tuple(factors[name].shape)}."
             )
-    if is_factored(experts):
-        raise CheckpointError(f"{layer.name} must not be factored already. Factor it once.")
     for name in (layer.layout.gate_up_name, "down_proj"):
         delattr(experts, name)
     for name in FACTOR_NAMES:

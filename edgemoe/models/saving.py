@@ -50,7 +50,8 @@ def save_model(
     """Write a model, in the floating type that its checkpoint is stored in.
 
     Equal numbers of whole experts in all layers give a plain Hugging Face checkpoint; different
-    or factored ones add ``edgemoe.json``, and then only edgemoe opens it.
+    ones, factored ones and such that share bases add ``edgemoe.json``, and then only edgemoe
+    opens it.
 
     Args:
         model: What to write.
@@ -108,12 +109,16 @@ def _save_notes(
 ) -> None:
     ranks = tuple(ranks_of(layer) for layer in model.layers)
     factored = any(rank is not None for rank in ranks)
-    ragged = len(set(counts)) > 1 or factored
+    bases = tuple(layer.basis_rank for layer in model.layers)
+    based = any(rank is not None for rank in bases)
+    ragged = len(set(counts)) > 1 or factored or based
     note: dict[str, Any] = {"provenance": provenance} if provenance else {}
     if ragged:
         note["experts_per_layer"] = list(counts)
     if factored:
         note["ranks_per_layer"] = [rank and [rank.up, rank.down] for rank in ranks]
+    if based:
+        note["basis_per_layer"] = list(bases)
     _complete_config(directory / "config.json", model.stored_dtype, note)
     if ragged:
         RaggedNote(
@@ -121,6 +126,7 @@ def _save_notes(
             experts_per_layer=tuple(counts),
             provenance=provenance,
             ranks_per_layer=ranks if factored else None,
+            basis_per_layer=bases if based else None,
         ).save(directory)
     if source is not None:
         copy_companions(source, directory)

@@ -1,0 +1,1 @@
+"""Write experts as products of thinner matrices."""
