@@ -92,7 +92,7 @@ def input_projection(
         mean = moment.diagonal().mean()
         seen = moment + ridge * mean * torch.eye(len(moment), dtype=torch.float64)
         values, vectors = torch.linalg.eigh(seen)
-        if not float(values[0]) > 0:
+        if not values[0] > torch.finfo(torch.float64).eps * len(values) * values[-1]:
             raise PlanError(
                 "a second moment must be positive definite, got the eigenvalue "
                 f"{float(values[0]):.3g}. Pass a ridge above 0, or read more tokens."
