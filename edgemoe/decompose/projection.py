@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 # Of the mean eigenvalue of S.
-DEFAULT_RIDGE = 1e-6
+DEFAULT_RIDGE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
