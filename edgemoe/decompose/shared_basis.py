@@ -73,8 +73,8 @@ def share_basis(
             mean; None for the variant without data.
         outputs: Y Y^T, float64 [hidden, hidden], likewise of what the routed experts return;
             None for sum_j f_j (D_j D_j^T + b_j b_j^T).
-        shares: f_j, one for each expert, in [0, inf); all alike by default, which is better
-            without moments: how often an expert is used says nothing of how large it answers.
+        shares: f_j, one for each expert, in [0, inf); all alike by default. Without ``outputs``
+            leave it so: how often an expert is used says nothing of how large it answers.
         ridge: See :func:`input_projection`.
 
     Returns:

@@ -70,6 +70,7 @@ def save_model(
         model.experts_per_layer,
         dict(provenance if provenance is not None else model.provenance or {}),
         source or model.path,
+        [layer.basis_rank for layer in model.layers],
     )
 
 
@@ -80,6 +81,7 @@ def save_settings(
     *,
     source: Path,
     provenance: Mapping[str, Any],
+    bases: Sequence[int | None] | None = None,
 ) -> None:
     """Write what :func:`save_model` writes, but for the weights.
 
@@ -89,6 +91,8 @@ def save_settings(
         counts: Experts that each MoE layer has in the weights.
         source: Checkpoint to copy tokenizer and licence files from.
         provenance: How the model was made.
+        bases: Rank of the bases that each MoE layer's experts share in the weights, None for a
+            layer without; those that its layers have by default.
     """
     set_expert_counts(model, counts)
     config: Any = model.config
@@ -97,7 +101,8 @@ def save_settings(
     if model.model.generation_config is not None:
         file = directory / "generation_config.json"
         model.model.generation_config.to_json_file(str(file))
-    _save_notes(model, directory, counts, dict(provenance), source)
+    found = [layer.basis_rank for layer in model.layers] if bases is None else bases
+    _save_notes(model, directory, counts, dict(provenance), source, found)
 
 
 def _save_notes(
@@ -106,10 +111,10 @@ def _save_notes(
     counts: Sequence[int],
     provenance: dict[str, Any],
     source: Path | None,
+    bases: Sequence[int | None],
 ) -> None:
     ranks = tuple(ranks_of(layer) for layer in model.layers)
     factored = any(rank is not None for rank in ranks)
-    bases = tuple(layer.basis_rank for layer in model.layers)
     based = any(rank is not None for rank in bases)
     ragged = len(set(counts)) > 1 or factored or based
     note: dict[str, Any] = {"provenance": provenance} if provenance else {}
@@ -126,7 +131,7 @@ def _save_notes(
             experts_per_layer=tuple(counts),
             provenance=provenance,
             ranks_per_layer=ranks if factored else None,
-            basis_per_layer=bases if based else None,
+            basis_per_layer=tuple(bases) if based else None,
         ).save(directory)
     if source is not None:
         copy_companions(source, directory)

@@ -17,6 +17,7 @@ and goes through the output basis with the rest of it: the module holds its R co
 
 from __future__ import annotations
 
+import contextlib
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from torch import nn
 from edgemoe.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from edgemoe.models.layer import MoeLayer
 
@@ -82,6 +83,31 @@ def base_layer(layer: MoeLayer, tensors: Mapping[str, torch.Tensor]) -> None:
     experts._is_hf_initialized = True
     family_class: Any = type(experts)
     experts.__class__ = _based_class(family_class)
+
+
+@contextlib.contextmanager
+def based(layer: MoeLayer, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Put bases, and experts between them, in the place of a layer's for a while.
+
+    Args:
+        layer: The layer.
+        tensors: What :func:`base_layer` takes.
+
+    Yields:
+        Nothing. When the block ends the layer is as it was.
+
+    Raises:
+        CheckpointError: As :func:`base_layer`.
+    """
+    experts = layer.experts
+    family_class, parameters = type(experts), dict(experts._parameters)
+    base_layer(layer, tensors)
+    try:
+        yield
+    finally:
+        experts._parameters.clear()
+        experts._parameters.update(parameters)
+        experts.__class__ = family_class
 
 
 def based_names(layer: MoeLayer) -> tuple[str, ...]:

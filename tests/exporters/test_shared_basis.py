@@ -129,7 +129,7 @@ def test_narrow_graphs_run_the_fused_op_at_the_rank(
         assert len(session.generate("w5 w17 w60", max_new_tokens=3).tokens) <= 3
 
 
-PLANS = {
+PLANS: dict[str, tuple[list[tuple[int, ...]], ...]] = {
     "a": ([(0,), (2,), (3, 5), (7,)], [(1,), (4,), (6,)]),
     "b": ([(1,), (2,), (3, 5)], [(4,), (6,), (7,)]),
 }

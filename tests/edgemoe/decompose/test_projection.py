@@ -55,9 +55,10 @@ def best_found(products: Any, states: Any, rank: int) -> float:
         return float((missed**2).sum()), np.stack((slope @ reduce, slope.T @ expand)).ravel()
 
     starts = np.random.default_rng(0).normal(size=(8, 2 * HIDDEN * rank))
+    search: Any = minimize
     tight = {"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-10}
     return min(
-        minimize(objective, start, jac=True, method="L-BFGS-B", options=tight).fun
+        float(search(objective, start, jac=True, method="L-BFGS-B", options=tight).fun)
         for start in starts
     )
 

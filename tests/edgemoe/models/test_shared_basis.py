@@ -16,7 +16,7 @@ from edgemoe.models.adapter import adapt_model
 from edgemoe.models.factored import factor_layer, split_by_svd
 from edgemoe.models.fingerprint import fingerprint_checkpoint
 from edgemoe.models.opening import open_streamed
-from edgemoe.models.shared_basis import base_layer, empty_bases
+from edgemoe.models.shared_basis import base_layer, based, empty_bases
 from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
 from edgemoe.prune import LayerPlan, MergedExpert, Plan
 from edgemoe.prune.apply import apply_plan
@@ -264,3 +264,21 @@ def test_tensors_that_do_not_fit_change_nothing() -> None:
             base_layer(layer, {key: value for key, value in good.items() if key != name})
     assert not layer.is_based
     assert torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_bases_for_a_while_leave_the_layer_as_it_was(family: str) -> None:
+    model = adapt_model(tiny_model(tiny_config(family)))
+    layer = model.layers[0]
+    before, tensors = logits_of(model), share_basis(layer, RANK).tensors
+    names = list(model.model.state_dict())
+
+    with based(layer, tensors):
+        inside = logits_of(model)
+        assert layer.basis_rank == RANK
+    assert layer.basis_rank is None
+    assert torch.equal(logits_of(model), before)
+    assert list(model.model.state_dict()) == names
+    base_layer(layer, tensors)
+    assert torch.equal(logits_of(model), inside)
+    assert not torch.allclose(inside, before, atol=1e-2)
