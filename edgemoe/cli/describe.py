@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from edgemoe.models.ragged import RaggedNote
+
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _MAX_JSON_BYTES = 256 << 20  # 256 MiB: no plan or key is near it
 
@@ -124,8 +126,15 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         "top_k": [layer.top_k for layer in shape.layers],
         "expert_intermediate_size": shape.intermediate_size,
         **_describe_ranks([None if pair is None else (pair.up, pair.down) for pair in ranks]),
+        **_describe_bases(note),
         "provenance": embedded.get("provenance") if note is None else note.provenance,
     }
+
+
+def _describe_bases(note: RaggedNote | None) -> dict[str, Any]:
+    if note is None or note.basis_per_layer is None:
+        return {}
+    return {"basis_per_layer": list(note.basis_per_layer)}
 
 
 def _read_tensors(file: Path) -> list[tuple[str, list[int]]]:

@@ -167,11 +167,11 @@ def add_ranks(
 
 
 def _refuse_factored(plan: Plan, layers: Sequence[MoeLayer]) -> None:
-    factored = [layer.index for layer in layers if layer.is_factored]
+    factored = [layer.index for layer in layers if layer.is_factored or layer.is_based]
     if factored:
         raise PlanError(
             f"experts must be whole to be factored, got layers {factored}, which are factored "
-            "already. Start from the checkpoint that they were made from."
+            "already or share bases. Start from the checkpoint that they were made from."
         )
     if plan.factors is not None:
         raise PlanError(

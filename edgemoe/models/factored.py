@@ -85,6 +85,12 @@ def factor_layer(layer: MoeLayer, factors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         CheckpointError: The factors do not fit together or do not fit the layer.
     """
+    if layer.is_factored or layer.is_based:
+        raise CheckpointError(
+            f"{layer.name} must have whole experts to be factored, got "
+            f"{'factored ones' if layer.is_factored else 'some between shared bases'}. Start "
+            "from the checkpoint that it was made from."
+        )
     experts: Any = layer.experts
     ranks = Ranks(*(factors[name].shape[1] for name in ("up_in", "down_in")))
     for name, shape in _shapes(layer, ranks).items():
@@ -93,8 +99,6 @@ def factor_layer(layer: MoeLayer, factors: Mapping[str, torch.Tensor]) -> None:
                 f"{layer.name}: {name} must have the shape {shape}, got "
                 f"{tuple(factors[name].shape)}."
             )
-    if is_factored(experts):
-        raise CheckpointError(f"{layer.name} must not be factored already. Factor it once.")
     for name in (layer.layout.gate_up_name, "down_proj"):
         delattr(experts, name)
     for name in FACTOR_NAMES:

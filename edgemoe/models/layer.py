@@ -14,6 +14,7 @@ from edgemoe.models.contract import LayerShape
 from edgemoe.models.discovery import config_copy
 from edgemoe.models.experts import reassign_ids
 from edgemoe.models.factored import is_factored, run_factored
+from edgemoe.models.shared_basis import INPUT_BASIS, OUTPUT_BASIS, is_based
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,10 +86,21 @@ class MoeLayer:
         return is_factored(self.experts)
 
     @property
+    def is_based(self) -> bool:
+        """Whether experts work in a smaller space, between bases that they share."""
+        return is_based(self.experts)
+
+    @property
+    def basis_rank(self) -> int | None:
+        """Size of that space; None where experts work on the hidden size."""
+        return int(self._basis(INPUT_BASIS).shape[0]) if self.is_based else None
+
+    @property
     def gate_up(self) -> torch.Tensor:
         """Gate rows, then up rows, of every expert [num_experts, 2 * intermediate, hidden].
 
-        Without a gate, up rows only [num_experts, intermediate, hidden].
+        Without a gate, up rows only [num_experts, intermediate, hidden]. Between shared bases
+        ``basis_rank`` stands for hidden, here and in :attr:`down`.
         """
         return self._canonical(self.layout.gate_up_name)
 
@@ -127,6 +139,8 @@ class MoeLayer:
         """Width of the experts' input and output."""
         if self.is_factored:
             return int(self.tensor(f"{self.facts.experts}.down_out").shape[1])
+        if self.is_based:
+            return int(self._basis(INPUT_BASIS).shape[1])
         return int(self.down.shape[1])
 
     @property
@@ -187,6 +201,8 @@ class MoeLayer:
         layout, experts = self.layout, self.experts
         if self.is_factored:
             return run_factored(experts, layout, expert, hidden)
+        if self.is_based:
+            hidden = nn.functional.linear(hidden, self._basis(INPUT_BASIS))
         one = {
             name: self.tensor(f"{self.facts.experts}.{name}")[expert] for name in layout.names
         }
@@ -195,7 +211,10 @@ class MoeLayer:
             up, down = up.T, down.T
         up_bias = one.get(f"{layout.gate_up_name}_bias")
         activated = self.activate(nn.functional.linear(hidden, up, up_bias))
-        return nn.functional.linear(activated, down, one.get("down_proj_bias"))
+        output = nn.functional.linear(activated, down, one.get("down_proj_bias"))
+        if self.is_based:
+            output = nn.functional.linear(output, self._basis(OUTPUT_BASIS))
+        return output
 
     def activate(self, units: torch.Tensor) -> torch.Tensor:
         """Run what experts do between their two products.
@@ -326,6 +345,9 @@ class MoeLayer:
         """A tensor that has one entry per expert, and nothing else, on its first axis."""
         part = "down_out" if self.is_factored else "down_proj"
         return f"{self.facts.experts}.{part}"
+
+    def _basis(self, name: str) -> torch.Tensor:
+        return cast("torch.Tensor", getattr(self.experts, name))
 
     def _set(self, name: str, value: torch.Tensor) -> None:
         path, _, attribute = name.rpartition(".")

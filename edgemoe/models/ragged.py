@@ -1,7 +1,8 @@
-"""Checkpoints whose layers have different numbers of experts, or factored ones.
+"""Checkpoints whose layers have different numbers of experts, or smaller ones.
 
 Transformers builds every layer with the same number of whole experts, so such a checkpoint
-carries ``edgemoe.json``, which says how many each layer really has, and of which ranks.
+carries ``edgemoe.json``, which says how many each layer really has, of which ranks where they
+are factored, and of which rank the bases are that they share.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from edgemoe.errors import CheckpointError
 from edgemoe.models.adapter import view_layers
 from edgemoe.models.factored import Ranks, empty_factors, factor_layer
 from edgemoe.models.safety import read_json_object
+from edgemoe.models.shared_basis import base_layer, empty_bases
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,13 +38,16 @@ class RaggedNote:
         moe_layers: Indices of the decoder layers with experts.
         experts_per_layer: Experts of each of them.
         provenance: How the checkpoint was made.
-        ranks_per_layer: Ranks of each of them; None for a layer of whole experts.
+        ranks_per_layer: Ranks of each of them; None for a layer that is not factored.
+        basis_per_layer: Rank of the bases that the experts of each share; None for a layer
+            without.
     """
 
     moe_layers: tuple[int, ...]
     experts_per_layer: tuple[int, ...]
     provenance: dict[str, Any]
     ranks_per_layer: tuple[Ranks | None, ...] | None = None
+    basis_per_layer: tuple[int | None, ...] | None = None
 
     def save(self, path: Path) -> None:
         """Write the note.
@@ -63,6 +68,8 @@ class RaggedNote:
                 None if ranks is None else [ranks.up, ranks.down]
                 for ranks in self.ranks_per_layer
             ]
+        if self.basis_per_layer is not None:
+            content["basis_per_layer"] = list(self.basis_per_layer)
         text = json.dumps(content, indent=2) + "\n"
         (path / FILE_NAME).write_text(text, encoding="utf-8")
 
@@ -90,19 +97,28 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
         )
     unknown = set(content) - {
         "format", "version", "moe_layers", "experts_per_layer", "plan_sha256", "provenance",
-        "ranks_per_layer",
+        "ranks_per_layer", "basis_per_layer",
     }  # fmt: skip
     if unknown:
         raise CheckpointError(
             f"{file} must have no other keys, got {sorted(unknown)}. Remove them."
         )
     provenance = content.get("provenance")
-    return RaggedNote(
+    note = RaggedNote(
         moe_layers=_counts(file, content, "moe_layers", least=0),
         experts_per_layer=_counts(file, content, "experts_per_layer", least=1),
         provenance=provenance if isinstance(provenance, dict) else {},
         ranks_per_layer=_ranks(file, content),
+        basis_per_layer=_bases(file, content),
     )
+    pairs = zip(note.ranks_per_layer or (), note.basis_per_layer or (), strict=False)
+    both = [index for index, pair in enumerate(pairs) if None not in pair]
+    if both:
+        raise CheckpointError(
+            f"{file}: a layer must be factored or share bases, got both for MoE layer "
+            f"{both[0]}. Apply the plan again."
+        )
+    return note
 
 
 def _ranks(file: Path, content: dict[str, Any]) -> tuple[Ranks | None, ...] | None:
@@ -129,6 +145,22 @@ def _ranks(file: Path, content: dict[str, Any]) -> tuple[Ranks | None, ...] | No
             )
         ranks.append(None if entry is None else Ranks(*entry))
     return tuple(ranks)
+
+
+def _bases(file: Path, content: dict[str, Any]) -> tuple[int | None, ...] | None:
+    found = content.get("basis_per_layer")
+    if found is None:
+        return None
+    layers = len(content["experts_per_layer"])
+    is_list = isinstance(found, list) and len(found) == layers
+    if not is_list or any(
+        rank is not None and (type(rank) is not int or rank < 1) for rank in found
+    ):
+        raise CheckpointError(
+            f"{file}: basis_per_layer must have an integer in [1, inf), or null, for each of "
+            f"the {layers} MoE layers, got {found!r:.80}. Apply the plan again."
+        )
+    return tuple(found)
 
 
 def _counts(file: Path, content: dict[str, Any], key: str, *, least: int) -> tuple[int, ...]:
@@ -192,3 +224,6 @@ def resize_layers(model: PreTrainedModel, facts: ModelFacts, note: RaggedNote) -
     for layer, ranks in zip(layers, note.ranks_per_layer or (), strict=False):
         if ranks is not None:
             factor_layer(layer, empty_factors(layer, ranks))
+    for layer, rank in zip(layers, note.basis_per_layer or (), strict=False):
+        if rank is not None:
+            base_layer(layer, empty_bases(layer, rank))

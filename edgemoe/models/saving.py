@@ -51,7 +51,8 @@ def save_model(
     """Write a model, in the floating type that its checkpoint is stored in.
 
     Equal numbers of whole experts in all layers give a plain Hugging Face checkpoint; different
-    or factored ones add ``edgemoe.json``, and then only edgemoe opens it.
+    ones, factored ones and such that share bases add ``edgemoe.json``, and then only edgemoe
+    opens it.
 
     Args:
         model: What to write.
@@ -71,6 +72,7 @@ def save_model(
         dict(provenance if provenance is not None else model.provenance or {}),
         source or model.path,
         [ranks_of(layer) for layer in model.layers],
+        [layer.basis_rank for layer in model.layers],
     )
 
 
@@ -82,6 +84,7 @@ def save_settings(
     source: Path,
     provenance: Mapping[str, Any],
     ranks: Sequence[Ranks | None] | None = None,
+    bases: Sequence[int | None] | None = None,
 ) -> None:
     """Write what :func:`save_model` writes, but for the weights.
 
@@ -93,6 +96,8 @@ def save_settings(
         provenance: How the model was made.
         ranks: Ranks of each MoE layer in the weights, None for one of whole experts; those that
             its layers have by default.
+        bases: Rank of the bases that each MoE layer's experts share in the weights, None for a
+            layer without; those that its layers have by default.
     """
     set_expert_counts(model, counts)
     config: Any = model.config
@@ -102,7 +107,8 @@ def save_settings(
         file = directory / "generation_config.json"
         model.model.generation_config.to_json_file(str(file))
     found = [ranks_of(layer) for layer in model.layers] if ranks is None else ranks
-    _save_notes(model, directory, counts, dict(provenance), source, found)
+    based = [layer.basis_rank for layer in model.layers] if bases is None else bases
+    _save_notes(model, directory, counts, dict(provenance), source, found, based)
 
 
 def _save_notes(
@@ -112,14 +118,18 @@ def _save_notes(
     provenance: dict[str, Any],
     source: Path | None,
     ranks: Sequence[Ranks | None],
+    bases: Sequence[int | None],
 ) -> None:
     factored = any(rank is not None for rank in ranks)
-    ragged = len(set(counts)) > 1 or factored
+    based = any(rank is not None for rank in bases)
+    ragged = len(set(counts)) > 1 or factored or based
     note: dict[str, Any] = {"provenance": provenance} if provenance else {}
     if ragged:
         note["experts_per_layer"] = list(counts)
     if factored:
         note["ranks_per_layer"] = [rank and [rank.up, rank.down] for rank in ranks]
+    if based:
+        note["basis_per_layer"] = list(bases)
     _complete_config(directory / "config.json", model.stored_dtype, note)
     if ragged:
         RaggedNote(
@@ -127,6 +137,7 @@ def _save_notes(
             experts_per_layer=tuple(counts),
             provenance=provenance,
             ranks_per_layer=tuple(ranks) if factored else None,
+            basis_per_layer=tuple(bases) if based else None,
         ).save(directory)
     if source is not None:
         copy_companions(source, directory)

@@ -144,10 +144,11 @@ def check_ranks(plan: Plan, layers: Sequence[MoeLayer]) -> None:
     for layer, layer_plan in zip(layers, plan.layers, strict=True):
         if layer_plan.stored_ranks is None:
             continue
-        if layer.is_factored:
+        if layer.is_factored or layer.is_based:
             raise PlanError(
-                f"layer {layer.index} must have whole experts to be factored, got factored "
-                "ones. Start from the checkpoint that they were made from."
+                f"layer {layer.index} must have whole experts to be factored, got "
+                f"{'factored ones' if layer.is_factored else 'such that share bases'}. Start "
+                "from the checkpoint that they were made from."
             )
         for rank, shape in zip(layer_plan.stored_ranks, product_shapes(layer), strict=True):
             if rank > min(shape):

@@ -15,6 +15,7 @@ from edgemoe.models.discovery import build_skeleton
 from edgemoe.models.ragged import read_ragged_note
 from edgemoe.models.registry import FAMILIES
 from edgemoe_exporters import ops
+from edgemoe_exporters.ort.precision import PRECISIONS
 from edgemoe_exporters.prepare_attention import ACTIVE, ATTENTION, Attender, register
 from edgemoe_exporters.prepare_indexers import replace_indexers
 from edgemoe_exporters.prepare_moe import replace_moe
@@ -235,6 +236,14 @@ def check_exportable(path: Path, precision: str) -> None:
             f"experts must be whole to be exported in {precision}, got factored ones, for "
             "which onnxruntime has no quantised op. Export with --precision fp32 or fp16."
         )
+    block = PRECISIONS[precision].block if precision in {"int8", "int4"} else 1
+    for rank in () if note is None else note.basis_per_layer or ():
+        if rank is not None and rank % block:
+            raise ExportError(
+                f"bases that experts share must have a rank that is a multiple of {block} to "
+                f"be exported in {precision}, got {rank}: {block} weights share a "
+                "scale. Export with --precision fp32 or fp16, or choose such a rank."
+            )
     for layer in model.layers:
         activation = layer.activation
         if precision in {"int8", "int4"} and activation and not activation.is_swiglu:

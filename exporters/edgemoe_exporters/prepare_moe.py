@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch.nn import functional
+
 from edgemoe.models.factored import FACTOR_NAMES
 from edgemoe_exporters import ops
 
@@ -131,7 +133,16 @@ def _experts_op(layer: MoeLayer) -> Any:
         )
         return output
 
-    return factored if layer.is_factored else experts
+    def based(
+        hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        module: Any = layer.experts
+        output = experts(functional.linear(hidden, module.input_basis), indices, weights)
+        return functional.linear(output, module.output_basis)
+
+    if layer.is_factored:
+        return factored
+    return based if layer.is_based else experts
 
 
 def _replace_forward(stack: contextlib.ExitStack, module: Any, forward: Any) -> None:

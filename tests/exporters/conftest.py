@@ -20,7 +20,9 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.models.adapter import adapt_model
+from edgemoe.models.shared_basis import base_layer
 from edgemoe_exporters.trace import trace
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ _CONFIGS = {
         routed_scaling_factor=1.5,
     ),
     "mixtral": MixtralConfig(**_COMMON, num_hidden_layers=2, num_local_experts=6),
+    "based": MixtralConfig(**_COMMON, num_hidden_layers=2, num_local_experts=6),
     "windowed": MixtralConfig(
         **_COMMON, num_hidden_layers=2, num_local_experts=6, sliding_window=4
     ),
@@ -118,6 +121,9 @@ def _trace(family: Any) -> Any:
         bias = model.layers[0].correction_bias
         assert bias is not None
         bias.normal_(std=0.1)
+    if family == "based":
+        first = model.layers[0]
+        base_layer(first, share_basis(first, 32).tensors)
     if family == "glm4_moe":
         last: Any = model.layers[-1]
         last.correction_bias.normal_(std=0.1)

@@ -94,7 +94,7 @@ def _worst_difference(
     return worst
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "grouped", "windowed"])
+@pytest.mark.parametrize("family", [*FAMILIES, "grouped", "windowed", "based"])
 def test_fp32_equals_eager(traced_models: Any, family: Any) -> None:
     traced = traced_models(family)
     session = _open(lower_ort.lower(traced.graph, "fp32"))
@@ -114,7 +114,7 @@ def test_fp32_equals_eager(traced_models: Any, family: Any) -> None:
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [*((family, "int4") for family in (*FAMILIES, "grouped")), ("glm4_moe", "int8")],
+    [*((family, "int4") for family in (*FAMILIES, "grouped", "based")), ("glm4_moe", "int8")],
 )
 def test_blocks_equal_eager_with_quantised_weights(
     traced_models: Any, family: Any, name: Any, monkeypatch: Any
