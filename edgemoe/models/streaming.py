@@ -19,6 +19,7 @@ from torch import nn
 
 from edgemoe.errors import CheckpointError, StreamingError
 from edgemoe.models.conversion import Conversion
+from edgemoe.models.decoder import find_layers
 from edgemoe.models.stored_tensors import read_stored_tensors
 
 if TYPE_CHECKING:
@@ -353,29 +354,6 @@ def _build(model_class: type[Any], config: PreTrainedConfig, dtype: torch.dtype)
             stack.enter_context(context)
         model = model_class(config)
     return model
-
-
-def find_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList, str]:
-    """Find a model's decoder layers.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Its decoder, the decoder's layers, and the name of their list in the model.
-
-    Raises:
-        StreamingError: The decoder keeps its layers otherwise.
-    """
-    decoder = cast("Any", model).get_decoder()
-    layers = getattr(decoder, "layers", None)
-    names = {id(module): name for name, module in model.named_modules()}
-    if not isinstance(layers, nn.ModuleList) or id(layers) not in names:
-        raise StreamingError(
-            f"a decoder must keep its layers in a list, got {type(decoder).__name__}, which "
-            "does not."
-        )
-    return decoder, layers, names[id(layers)]
 
 
 def _wanted_types(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:

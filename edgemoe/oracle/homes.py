@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from edgemoe.errors import StreamingError
 from edgemoe.models.checkpoint import load_model
+from edgemoe.models.decoder import find_layers
 from edgemoe.models.opening import open_larger
-from edgemoe.models.streaming import find_layers
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

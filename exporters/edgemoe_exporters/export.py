@@ -8,19 +8,15 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgemoe.evaluate.evaluation import evaluate
-from edgemoe.evaluate.lines_behind import keep_held_out, lines_behind
-from edgemoe.lines import read_digests
 from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.memory import default_limit
 from edgemoe.models.opening import open_larger
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.keep_all import keep_all
-from edgemoe.plans.plan import Plan
 from edgemoe.prune.keep import count_kept
 from edgemoe.prune.registry import make_plan
 from edgemoe.staging import require_space
-from edgemoe.tasks import TaskFile
 from edgemoe_exporters import lower_ort, lower_tensorrt
 from edgemoe_exporters.bundle import (
     BundleWriter,
@@ -41,12 +37,13 @@ from edgemoe_exporters.manifest_writer import (
 from edgemoe_exporters.ort.precision import check_block_sizes
 from edgemoe_exporters.parity import check_parity, measure_parity
 from edgemoe_exporters.prepare import check_exportable
-from edgemoe_exporters.quality import judge_quality, split_task
+from edgemoe_exporters.quality import judge_quality
 from edgemoe_exporters.quantize_once import remembering
 from edgemoe_exporters.request import ExportReport, ExportRequest, TaskReport
 from edgemoe_exporters.source_in_memory import SourceInMemory
 from edgemoe_exporters.source_streamed import StreamedSource
 from edgemoe_exporters.steps import key_of, open_steps
+from edgemoe_exporters.task_data import TaskData
 from edgemoe_exporters.task_experts import (
     count_least_parameters,
     count_parameters,
@@ -71,6 +68,8 @@ if TYPE_CHECKING:
     from edgemoe.evaluate.scorer import Scorer
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.opening import StreamedModel
+    from edgemoe.plans.plan import Plan
+    from edgemoe.tasks import TaskFile
     from edgemoe_exporters.eager_run import EagerRun
     from edgemoe_exporters.graph_calls import Runner
     from edgemoe_exporters.sharing import StackLayout
@@ -116,7 +115,7 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
     """
     target, precision = request.check()
     check_engine(target.flavour)
-    data = _TaskData.load(request)
+    data = TaskData.load(request)
     shape = read_shape(request.model)
     check_exportable(request.model, precision)
     # What no later stage could carry out is refused before anything is loaded or calibrated.
@@ -192,42 +191,6 @@ def _open(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _TaskData:
-    """The files of the request, read and checked."""
-
-    files: Mapping[str, TaskFile]
-    calibration: Mapping[str, TaskFile]
-    held_out: Mapping[str, TaskFile]
-    plans: Mapping[str, Plan]
-    remarks: tuple[str, ...]
-
-    @classmethod
-    def load(cls, request: ExportRequest) -> _TaskData:
-        files = {name: TaskFile.load(name, path) for name, path in request.tasks.items()}
-        splits = {name: split_task(files[name]) for name in request.pruned_here}
-        plans = {name: Plan.load(path) for name, path in request.plans.items()}
-        judged = {
-            name: splits[name][1] if name in splits else file for name, file in files.items()
-        }
-        # What earlier compression of the checkpoint read must not judge it either.
-        before = lines_behind(request.model, "")
-        remarks = []
-        for name, file in judged.items():
-            chosen_on = plans[name].calibration_lines if name in plans else None
-            made_from = read_digests(chosen_on or "")
-            lines = made_from | before
-            _, remark = keep_held_out(file, lines, "warn", f"the graph of {name}")
-            remarks += [] if remark is None else [remark]
-        return cls(
-            files=files,
-            calibration={name: split[0] for name, split in splits.items()},
-            held_out=judged,
-            plans=plans,
-            remarks=tuple(remarks),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Graphs:
     """What was written, and what it must agree with."""
 
@@ -249,7 +212,7 @@ class _Road:
     steps: Steps
     source: ModelSource
     tokenizer: Tokenizer
-    data: _TaskData
+    data: TaskData
     say: Say
     limit: int
 

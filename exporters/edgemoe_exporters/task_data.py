@@ -1,0 +1,73 @@
+"""The task files and plans of an export, and which lines choose, and which judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgemoe.evaluate.lines_behind import keep_held_out, lines_behind
+from edgemoe.lines import read_digests
+from edgemoe.plans.plan import Plan
+from edgemoe.tasks import TaskFile
+from edgemoe_exporters.quality import split_task
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from edgemoe_exporters.request import ExportRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskData:
+    """The files of a request, read and checked.
+
+    Attributes:
+        files: Task files by task name.
+        calibration: Their lines that choose experts, of tasks without a plan.
+        held_out: Their lines that judge.
+        plans: Plans by task name.
+        remarks: What to warn of, each in a sentence.
+    """
+
+    files: Mapping[str, TaskFile]
+    calibration: Mapping[str, TaskFile]
+    held_out: Mapping[str, TaskFile]
+    plans: Mapping[str, Plan]
+    remarks: tuple[str, ...]
+
+    @classmethod
+    def load(cls, request: ExportRequest) -> TaskData:
+        """Read the files.
+
+        Args:
+            request: The request, which was checked.
+
+        Returns:
+            What they hold.
+
+        Raises:
+            TaskFileError: A task file breaks the format, or is too short to be split.
+            PlanError: A plan breaks the format.
+        """
+        files = {name: TaskFile.load(name, path) for name, path in request.tasks.items()}
+        splits = {name: split_task(files[name]) for name in request.pruned_here}
+        plans = {name: Plan.load(path) for name, path in request.plans.items()}
+        judged = {
+            name: splits[name][1] if name in splits else file for name, file in files.items()
+        }
+        # What earlier compression of the checkpoint read must not judge it either.
+        before = lines_behind(request.model, "")
+        remarks = []
+        for name, file in judged.items():
+            chosen_on = plans[name].calibration_lines if name in plans else None
+            made_from = read_digests(chosen_on or "")
+            lines = made_from | before
+            _, remark = keep_held_out(file, lines, "warn", f"the graph of {name}")
+            remarks += [] if remark is None else [remark]
+        return cls(
+            files=files,
+            calibration={name: split[0] for name, split in splits.items()},
+            held_out=judged,
+            plans=plans,
+            remarks=tuple(remarks),
+        )
