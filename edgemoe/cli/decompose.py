@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=PATH)
 @click.option("--stats", type=PATH, required=True, metavar="STATS")
 @click.option("--task", required=True, metavar="NAME", help="A task of the statistics.")
-@click.option("--method", required=True, metavar="M", help="svd or svd-whitened.")
+@click.option("--method", required=True, metavar="M", help="shared-basis, svd or svd-whitened.")
 @click.option(
     "--param-ratio",
     type=float,
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     metavar="NAME=VALUE",
     help="An option, repeatable: importance=uniform, frequency, reap or loss (ranks within a "
     "layer), layers=equal or loss (ranks across layers), multiple=8 (what divides ranks); for "
-    "svd-whitened also tokens=8192 (of the sample) and prior_tokens=64.",
+    "svd-whitened also tokens=8192 (of the sample) and prior_tokens=64; for shared-basis "
+    "multiple=32, tokens=8192 and prior_tokens=1.",
 )
 @output_option("Plan")
 @force_option

@@ -10,12 +10,14 @@ from edgemoe.calibrate.mixture import spread_windows
 from edgemoe.decompose.importance import expert_importance
 from edgemoe.decompose.ranks import Product, share_out, skew, spread
 from edgemoe.decompose.registry import find_method
+from edgemoe.decompose.shared_basis import RANK_MULTIPLE, largest_rank, stored_parameters
 from edgemoe.decompose.theoretical_loss import kept_fractions, measure_losses
 from edgemoe.errors import PlanError, StatisticsError
 from edgemoe.lines import read_digests, write_digests
 from edgemoe.models.factored import product_shapes
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.factors import EmbeddedSample, Factors
+from edgemoe.plans.layer_plan import BASIS_MULTIPLE
 from edgemoe.plans.options import parse_options
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from edgemoe.plans.plan import Plan
 
 _RANK_OPTIONS: dict[str, Any] = {"importance": "uniform", "layers": "equal", "multiple": 8}
+_BASIS_OPTIONS: dict[str, Any] = {"multiple": RANK_MULTIPLE}
 _SAMPLE_OPTIONS: dict[str, Any] = {"tokens": 8192}
 _IMPORTANCE_TOKENS = 512
 
@@ -66,7 +69,8 @@ def method_options(method: str) -> dict[str, Any]:
     """
     found = find_method(method)
     sample = _SAMPLE_OPTIONS if found.reads_tokens else {}
-    return {**_RANK_OPTIONS, **sample, **found.options}
+    ranks = _BASIS_OPTIONS if found.shares_bases else _RANK_OPTIONS
+    return {**ranks, **sample, **found.options}
 
 
 def read_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
@@ -137,6 +141,12 @@ def add_ranks(
         sample=sample,
     )
     measured = statistics.task(task)
+    lines = read_digests(plan.calibration_lines or "").union(
+        *(source.sample.digests for source in measured.sources)
+    )
+    plan = replace(plan, calibration_lines=write_digests(lines))
+    if find_method(method).shares_bases:
+        return _share_bases(plan, statistics.checkpoint_sha256, layers, factors, ratio)
     importance = expert_importance(
         chosen["importance"],
         plan,
@@ -159,11 +169,39 @@ def add_ranks(
         losses = measure_losses(open_home(), found.plan, prepare)
         fractions = [kept_fractions(group, ratio) for group in zip(*losses, strict=True)]
         found = budget.spend(list(zip(*fractions, strict=True)))
-    lines = read_digests(plan.calibration_lines or "").union(
-        *(source.sample.digests for source in measured.sources)
+    return found
+
+
+def _share_bases(
+    plan: Plan,
+    checkpoint_sha256: str,
+    layers: Sequence[MoeLayer],
+    factors: Factors,
+    ratio: float,
+) -> RankedPlan:
+    """Give every layer the largest bases that the ratio allows."""
+    multiple = int(factors.options["multiple"])
+    if multiple < 1 or multiple % BASIS_MULTIPLE:
+        raise PlanError(
+            f"multiple must be a multiple of {BASIS_MULTIPLE} for shared bases, got {multiple}."
+        )
+    ranked, before, after = [], 0, 0
+    for layer, layer_plan in zip(layers, plan.layers, strict=True):
+        count = len(layer_plan.experts)
+        rank = largest_rank(layer, ratio, multiple=multiple, experts=count)
+        ranked.append(replace(layer_plan, ranks=((rank, rank),) * count))
+        before += stored_parameters(layer, experts=count)
+        after += stored_parameters(layer, rank, experts=count)
+    return RankedPlan(
+        plan=replace(
+            plan,
+            layers=tuple(ranked),
+            factors=factors,
+            checkpoint_sha256=checkpoint_sha256,
+        ),
+        parameters_before=before,
+        parameters_after=after,
     )
-    marked = replace(found.plan, calibration_lines=write_digests(lines))
-    return replace(found, plan=marked)
 
 
 def _refuse_factored(plan: Plan, layers: Sequence[MoeLayer]) -> None:

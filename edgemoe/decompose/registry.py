@@ -6,17 +6,30 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgemoe.decompose.shared_basis import shared_basis
 from edgemoe.decompose.svd import svd
 from edgemoe.decompose.svd_whitened import svd_whitened
 from edgemoe.errors import PlanError
+from edgemoe.models.factored import factor_layer, factored
+from edgemoe.models.shared_basis import base_layer, based
+from edgemoe.plans.factors import SHARED_BASIS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
+    from typing import TypeAlias
+
+    import torch
 
     from edgemoe.calibrate.sample import Window
     from edgemoe.decompose.layer_factors import LayerFactors
     from edgemoe.models.contract import MoeModel
+    from edgemoe.models.layer import MoeLayer
     from edgemoe.plans.factors import Factors
+
+    Inside: TypeAlias = Callable[
+        [MoeLayer, Mapping[str, torch.Tensor]], AbstractContextManager[None]
+    ]
 
 
 @dataclass(frozen=True)
@@ -27,10 +40,23 @@ class Method:
         factor: From a layer, or from a view of it on tokens, and its experts' ranks to factors.
             Options are keyword arguments.
         reads_tokens: Whether it looks at tokens.
+        shares_bases: Whether the experts of a layer share bases
+            (:mod:`edgemoe.models.shared_basis`) instead of having factors each.
     """
 
     factor: Callable[..., LayerFactors]
     reads_tokens: bool = False
+    shares_bases: bool = False
+
+    @property
+    def inside(self) -> Inside:
+        """Puts what :attr:`factor` gives into a layer for a while."""
+        return based if self.shares_bases else factored
+
+    @property
+    def put(self) -> Callable[[MoeLayer, Mapping[str, torch.Tensor]], None]:
+        """Puts what :attr:`factor` gives into a layer."""
+        return base_layer if self.shares_bases else factor_layer
 
     @property
     def options(self) -> dict[str, Any]:
@@ -40,6 +66,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    SHARED_BASIS: Method(shared_basis, reads_tokens=True, shares_bases=True),
     "svd": Method(svd),
     "svd-whitened": Method(svd_whitened, reads_tokens=True),
 }

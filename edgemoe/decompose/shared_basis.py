@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edgemoe.decompose.layer_factors import LayerFactors
 from edgemoe.decompose.projection import (
     DEFAULT_RIDGE,
     input_projection,
     output_projection,
     output_second_moment,
 )
+from edgemoe.decompose.truncation import second_moment
 from edgemoe.errors import PlanError
 from edgemoe.models.shared_basis import INPUT_BASIS, OUTPUT_BASIS
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from edgemoe.models.layer import MoeLayer
+    from edgemoe.oracle.oracle import LayerView
 
 # What fused kernels of every precision take: a block of quantised weights is 32 wide.
 RANK_MULTIPLE = 32
@@ -52,6 +55,57 @@ class SharedBasis:
     tensors: dict[str, torch.Tensor]
     input_lost: float
     output_lost: float
+
+
+@torch.no_grad()
+def shared_basis(
+    view: LayerView, ranks: Sequence[tuple[int, int]], *, prior_tokens: int = 1
+) -> LayerFactors:
+    """Find a layer's bases on tokens.
+
+    S is of all tokens that the layer sees, f_j counts those that are routed to expert j, and
+    Y is what the routed experts return together, gates included: what the next layer meets.
+
+    Args:
+        view: A layer of whole experts on all tokens, its weights in memory; it is not changed.
+        ranks: R of both bases, the same pair for every expert.
+        prior_tokens: Added to every f_j, in [0, inf), so that an expert which no token of the
+            sample reaches is not free to be lost.
+
+    Returns:
+        What :func:`edgemoe.models.shared_basis.base_layer` takes, and what the bases lose of
+        inputs and of outputs.
+
+    Raises:
+        PlanError: The ranks differ.
+    """
+    found = {rank for pair in ranks for rank in pair}
+    if len(found) != 1:
+        raise PlanError(
+            f"layer {view.layer.index}: experts that share bases must have one rank, got "
+            f"{sorted(found)}. Correct the plan."
+        )
+    counts = [int((view.routing.indices == expert).sum()) for expert in range(len(ranks))]
+    answers = _routed_outputs(view)
+    bases = share_basis(
+        view.layer,
+        found.pop(),
+        inputs=second_moment(view.hidden),
+        outputs=second_moment(answers),
+        shares=[count + prior_tokens for count in counts],
+    )
+    return LayerFactors(bases.tensors, (bases.input_lost, bases.output_lost))
+
+
+def _routed_outputs(view: LayerView) -> torch.Tensor:
+    """Run the routed experts of every token, and add them up by their gates."""
+    answers = torch.zeros_like(view.hidden)
+    for expert in range(view.layer.num_experts):
+        tokens, slots = torch.where(view.routing.indices == expert)
+        if len(tokens):
+            output = view.layer.expert_output(expert, view.hidden[tokens])
+            answers.index_add_(0, tokens, view.routing.weights[tokens, slots, None] * output)
+    return answers
 
 
 @torch.no_grad()
@@ -118,7 +172,9 @@ def share_basis(
     return SharedBasis(tensors=found, input_lost=into.lost, output_lost=out.lost)
 
 
-def stored_parameters(layer: MoeLayer, rank: int | None = None) -> int:
+def stored_parameters(
+    layer: MoeLayer, rank: int | None = None, *, experts: int | None = None
+) -> int:
     """Count the parameters of a layer's routed experts, bases included.
 
     With E experts of intermediate size I, w = 3 with a gate and 2 without, that is w E I H, and
@@ -127,23 +183,31 @@ def stored_parameters(layer: MoeLayer, rank: int | None = None) -> int:
     Args:
         layer: A layer of whole experts, possibly on the meta device.
         rank: R; None for the experts as they are.
+        experts: E; those that the layer has by default.
 
     Returns:
         How many.
     """
-    per_rank, fixed = _slope(layer)
+    per_rank, fixed = _slope(layer, experts)
     if rank is None:
         return (per_rank - 2 * layer.hidden_size) * layer.hidden_size + fixed
     return per_rank * rank + fixed
 
 
-def largest_rank(layer: MoeLayer, ratio: float, *, multiple: int = RANK_MULTIPLE) -> int:
+def largest_rank(
+    layer: MoeLayer,
+    ratio: float,
+    *,
+    multiple: int = RANK_MULTIPLE,
+    experts: int | None = None,
+) -> int:
     """Invert :func:`stored_parameters`: what rank leaves a fraction of the parameters.
 
     Args:
         layer: A layer of whole experts, possibly on the meta device.
         ratio: Fraction of its routed experts' parameters that may be stored, in (0, 1].
-        multiple: What divides the rank.
+        multiple: What divides the rank, in [1, inf).
+        experts: Experts that are left; those that the layer has by default.
 
     Returns:
         The largest such rank R <= hidden_size with ``stored_parameters(layer, R) <=
@@ -156,11 +220,12 @@ def largest_rank(layer: MoeLayer, ratio: float, *, multiple: int = RANK_MULTIPLE
         raise PlanError(
             f"a ratio of parameters must be in (0, 1], got {ratio}. Pass the fraction to keep."
         )
-    per_rank, fixed = _slope(layer)
-    room = int(ratio * stored_parameters(layer)) - fixed
+    per_rank, fixed = _slope(layer, experts)
+    whole = stored_parameters(layer, experts=experts)
+    room = int(ratio * whole) - fixed
     rank = min(room // per_rank, layer.hidden_size) // multiple * multiple
     if rank < multiple:
-        least = stored_parameters(layer, multiple) / stored_parameters(layer)
+        least = stored_parameters(layer, multiple, experts=experts) / whole
         raise PlanError(
             f"shared bases of layer {layer.index} must have a rank of at least {multiple}, "
             f"which is {least:.3f} of its experts' parameters, got room for {ratio}. Keep more."
@@ -168,9 +233,10 @@ def largest_rank(layer: MoeLayer, ratio: float, *, multiple: int = RANK_MULTIPLE
     return rank
 
 
-def _slope(layer: MoeLayer) -> tuple[int, int]:
+def _slope(layer: MoeLayer, experts: int | None) -> tuple[int, int]:
     """Return the parameters for each unit of the rank, and those that do not depend on it."""
-    count, units, has_bias = layer.num_experts, layer.intermediate_size, layer.layout.has_bias
+    count = layer.num_experts if experts is None else experts
+    units, has_bias = layer.intermediate_size, layer.layout.has_bias
     halves = 2 if layer.layout.has_gate else 1
     per_rank = count * ((halves + 1) * units + has_bias) + 2 * layer.hidden_size
     return per_rank, count * halves * units * has_bias

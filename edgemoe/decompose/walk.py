@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe.decompose.registry import Decomposition
-from edgemoe.models.factored import factored
 from edgemoe.oracle.oracle import LayerOracle
 
 if TYPE_CHECKING:
@@ -119,7 +118,9 @@ class FactoringWalk:
             if plan.ranks is not None:
                 factors = self._factor(layer, plan.ranks, before)
                 if self._go_on_factored:
-                    stack.enter_context(factored(layer, factors.tensors))
+                    stack.enter_context(
+                        self._decomposition.method.inside(layer, factors.tensors)
+                    )
             return Step(self._run(index, before), kept, factors)
 
     def _factor(

@@ -109,6 +109,10 @@ class EmbeddedSample:
         return found.hexdigest()
 
 
+# The method whose ranks are those of a layer's bases, the same for each of its experts.
+SHARED_BASIS = "shared-basis"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Factors:
     """How a plan's experts are factored.
@@ -128,6 +132,11 @@ class Factors:
     statistics_sha256: str | None = None
     edgemoe_version: str | None = None
     sample: EmbeddedSample | None = None
+
+    @property
+    def shares_bases(self) -> bool:
+        """Whether the experts of a layer share bases instead of having factors each."""
+        return self.method == SHARED_BASIS
 
     def describe(self) -> dict[str, Any]:
         """Say how experts were factored, without the tokens.

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Ranks of an expert's first and second product.
 RankPair: TypeAlias = "tuple[int, int]"
 
+# Rows of 16 bytes in the narrowest type that products are computed in.
+BASIS_MULTIPLE = 8
 _EDIT = "Correct the plan, or make it again with `edgemoe prune`."
 
 
@@ -160,19 +162,35 @@ class LayerPlan:
             )
         self._check_groups(shape)
 
-    def check_widths(self, model: ModelShape) -> None:
+    def check_widths(self, model: ModelShape, *, shares_bases: bool = False) -> None:
         """Check ranks against the experts' widths.
 
         Args:
             model: The model.
+            shares_bases: Whether ranks are those of bases that all experts share.
 
         Raises:
-            PlanError: A rank is above what a matrix of that size can have.
+            PlanError: A rank is above what a matrix of that size can have, or experts that
+                share bases have several.
         """
-        if self.stored_ranks is None:
+        if self.ranks is None or self.stored_ranks is None:
             return
         hidden, units = model.hidden_size, model.intermediate_size
         limits = (min(2 * units, hidden), min(units, hidden))
+        if shares_bases:
+            limits = (hidden, hidden)
+            different = sorted({rank for pair in self.ranks for rank in pair})
+            if len(different) > 1:
+                raise PlanError(
+                    f"layer {self.layer}: experts that share bases must have one rank, got "
+                    f"{different}. {_EDIT}"
+                )
+            if different[0] % BASIS_MULTIPLE:
+                raise PlanError(
+                    f"layer {self.layer}: the rank of shared bases must be a multiple of "
+                    f"{BASIS_MULTIPLE}, which torch's grouped products need, got "
+                    f"{different[0]}. {_EDIT}"
+                )
         for name, rank, limit in zip(("up", "down"), self.stored_ranks, limits, strict=True):
             if rank > limit:
                 raise PlanError(

@@ -127,7 +127,8 @@ class Plan:
             )
         for layer, layer_shape in zip(self.layers, shape.layers, strict=True):
             layer.check(layer_shape)
-            layer.check_widths(shape)
+            shares_bases = self.factors is not None and self.factors.shares_bases
+            layer.check_widths(shape, shares_bases=shares_bases)
 
     def to_json(self) -> str:
         """Write the plan with one expert a line.

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edgemoe.decompose.registry import find_method
 from edgemoe.decompose.walk import FactoringWalk
 from edgemoe.errors import PlanError
 from edgemoe.models.checkpoint import quiet_transformers
-from edgemoe.models.factored import factor_layer, product_shapes
+from edgemoe.models.factored import product_shapes
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.oracle.homes import MemoryHome
 from edgemoe.progress import counting, track
@@ -141,6 +142,7 @@ def check_ranks(plan: Plan, layers: Sequence[MoeLayer]) -> None:
     Raises:
         PlanError: A rank is too large, or a layer is factored already.
     """
+    shares_bases = plan.factors is not None and plan.factors.shares_bases
     for layer, layer_plan in zip(layers, plan.layers, strict=True):
         if layer_plan.stored_ranks is None:
             continue
@@ -150,7 +152,9 @@ def check_ranks(plan: Plan, layers: Sequence[MoeLayer]) -> None:
                 f"{'factored ones' if layer.is_factored else 'such that share bases'}. Start "
                 "from the checkpoint that they were made from."
             )
-        for rank, shape in zip(layer_plan.stored_ranks, product_shapes(layer), strict=True):
+        hidden = layer.hidden_size
+        shapes = [(hidden, hidden)] * 2 if shares_bases else product_shapes(layer)
+        for rank, shape in zip(layer_plan.stored_ranks, shapes, strict=True):
             if rank > min(shape):
                 raise PlanError(
                     f"layer {layer.index}: ranks of a matrix {shape[0]} x {shape[1]} must be "
@@ -160,6 +164,8 @@ def check_ranks(plan: Plan, layers: Sequence[MoeLayer]) -> None:
 
 def _factor(model: MoeModel, plan: Plan) -> None:
     """Carry out the plan on the layers that have ranks."""
+    assert plan.factors is not None
+    put = find_method(plan.factors.method).put
     walk = FactoringWalk(model, plan, planned_tensors, lambda: MemoryHome(model))
     layers = {layer.index: layer for layer in model.layers}
     states: list[Outputs] = [None] * walk.windows
@@ -170,7 +176,7 @@ def _factor(model: MoeModel, plan: Plan) -> None:
             if step.factors is not None:
                 if step.kept is not None:
                     layers[index].replace(step.kept)
-                factor_layer(layers[index], step.factors.tensors)
+                put(layers[index], step.factors.tensors)
             done()
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.core_model_loading import dot_natural_key
 
-from edgemoe.models.factored import Ranks, empty_factors, factored
+from edgemoe.decompose.registry import find_method
+from edgemoe.models.factored import Ranks, empty_factors
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.saving import float32_names, save_settings
@@ -27,6 +28,7 @@ from edgemoe.models.shards import (
     lay_out,
     write_index,
 )
+from edgemoe.models.shared_basis import empty_bases
 from edgemoe.plans.plan import LayerPlan, MergedExpert
 from edgemoe.progress import counting, track
 from edgemoe.prune.apply import apply_layer, check_ranks, describe_plan, keeps_all
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from edgemoe.decompose.registry import Method
     from edgemoe.models.conversion import TensorGroup
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
@@ -110,13 +113,13 @@ def apply_streamed(
         "options": [max_shard_bytes],
         "versions": library_versions(),
     }
+    method = None if plan.factors is None else find_method(plan.factors.method)
     changes = [
-        _change_shapes(streamed, layer, layer_plan)
+        _change_shapes(streamed, layer, layer_plan, method)
         for layer, layer_plan in zip(streamed.moe.layers, plan.layers, strict=True)
         if layer_plan.ranks is not None or not keeps_all(layer_plan, layer.num_experts)
     ]
     shards = lay_out(_plan_tensors(streamed, changes), max_shard_bytes)
-    ranks = tuple(pair and Ranks(*pair) for pair in plan.ranks_per_layer)
     with resumable(output, key, _ANY_PROGRESS, force=force) as work:
         sha256 = _fingerprint(hashes, work)
         plan.validate(streamed.moe.shape, sha256)
@@ -125,7 +128,7 @@ def apply_streamed(
             factor_streamed(streamed, plan, work, kept)
         directory = work.path / _CHECKPOINT
         directory.mkdir(exist_ok=True)
-        _write_shards(streamed, shards, changes, work)
+        _write_shards(streamed, shards, changes, work, method)
         write_index(shards, directory)
         save_settings(
             streamed.moe,
@@ -133,7 +136,7 @@ def apply_streamed(
             plan.experts_per_layer,
             source=path,
             provenance=describe_plan(plan, streamed.moe, sha256),
-            ranks=None if plan.factors is None else ranks,
+            **_stored_ranks(plan),
         )
         publish(directory, output, force=force)
     return AppliedPlan(family=streamed.moe.family, experts_per_layer=plan.experts_per_layer)
@@ -160,7 +163,18 @@ class _Change:
     factors: dict[str, torch.Tensor]
 
 
-def _change_shapes(streamed: StreamedModel, layer: MoeLayer, plan: LayerPlan) -> _Change:
+def _stored_ranks(plan: Plan) -> dict[str, Any]:
+    """Say what the weights have, which the layers in memory never get."""
+    if plan.factors is None:
+        return {}
+    if plan.factors.shares_bases:
+        return {"bases": [pair and pair[0] for pair in plan.ranks_per_layer]}
+    return {"ranks": [pair and Ranks(*pair) for pair in plan.ranks_per_layer]}
+
+
+def _change_shapes(
+    streamed: StreamedModel, layer: MoeLayer, plan: LayerPlan, method: Method | None
+) -> _Change:
     """Carry out a plan on shapes alone."""
     skeleton, index = streamed.skeleton, layer.index
     # Merging compares values; the shapes are those of keeping one member of each.
@@ -173,8 +187,12 @@ def _change_shapes(streamed: StreamedModel, layer: MoeLayer, plan: LayerPlan) ->
         apply_layer(layer, LayerPlan(layer=index, experts=kept))
         factors = {}
         if plan.stored_ranks is not None:
-            factors = empty_factors(layer, Ranks(*plan.stored_ranks))
-            stack.enter_context(factored(layer, factors))
+            assert method is not None
+            if method.shares_bases:
+                factors = empty_bases(layer, plan.stored_ranks[0])
+            else:
+                factors = empty_factors(layer, Ranks(*plan.stored_ranks))
+            stack.enter_context(method.inside(layer, factors))
         after = skeleton.layer_tensors(index)
         changed = {name for name in before if after.get(name) is not before[name]}
         groups = tuple(
@@ -235,6 +253,7 @@ def _write_shards(
     shards: Sequence[Shard],
     changes: Sequence[_Change],
     work: WorkDirectory,
+    method: Method | None,
 ) -> None:
     by_layer: dict[int | None, _Change] = {change.layer.index: change for change in changes}
     directory = work.path / _CHECKPOINT
@@ -247,7 +266,8 @@ def _write_shards(
             with unfinished.open("wb") as stream:
                 writer = ShardWriter(stream, shard)
                 for index, tensors in itertools.groupby(shard.tensors, lambda t: t.layer):
-                    _write_layer(streamed, writer, list(tensors), by_layer.get(index), work)
+                    change = by_layer.get(index)
+                    _write_layer(streamed, writer, list(tensors), change, work, method)
                     advance()
             work.commit(unfinished, f"{_CHECKPOINT}/{shard.name}")
             work.write(_PROGRESS, {"finished": shard.name})
@@ -259,6 +279,7 @@ def _write_layer(
     tensors: Sequence[PlannedTensor],
     change: _Change | None,
     work: WorkDirectory,
+    method: Method | None,
 ) -> None:
     for tensor in tensors:
         if tensor.source is not None:
@@ -275,7 +296,8 @@ def _write_layer(
     ):
         apply_layer(change.layer, change.plan)
         if change.factors:
-            stack.enter_context(factored(change.layer, read_factors(work, index)))
+            assert method is not None
+            stack.enter_context(method.inside(change.layer, read_factors(work, index)))
         present: dict[str, Any] = skeleton.layer_tensors(index)
         results = skeleton.conversion.revert({name: present[name] for name in change.targets})
         del present

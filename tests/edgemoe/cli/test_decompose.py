@@ -76,6 +76,32 @@ def test_a_pruned_model_is_factored_and_judged(
 
 
 @pytest.mark.fused
+def test_experts_between_shared_bases_are_judged_and_exported(
+    made: Path, answer: Answer, tmp_path: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    options = ("--set", "multiple=8", "--set", "tokens=200")
+
+    told = answer(
+        *asked(made, "shared-basis"), *options, "--plan", made / "pruned.json", "-o", plan
+    )
+    answer("apply", made / "moe", "--plan", plan, "-o", tmp_path / "small")
+    target = ("--target", "cpu", "--precision", "fp32")
+    answer("export", tmp_path / "small", *target, "-o", tmp_path / "bundle")
+
+    assert 0.4 < told["param_ratio_reached"] <= 0.6
+    (rank,) = {rank for pair in told["ranks_per_layer"] for rank in pair}
+    assert rank % 8 == 0
+    described = answer("inspect", tmp_path / "small")
+    assert described["basis_per_layer"] == [rank] * 4
+    assert described["provenance"]["factors"]["method"] == "shared-basis"
+    task = f"--task=t={made}/t.jsonl"
+    exported = answer("evaluate", tmp_path / "bundle", task)
+    eager = answer("evaluate", tmp_path / "small", task)
+    assert exported["value"] == pytest.approx(eager["value"], rel=1e-4)
+
+
+@pytest.mark.fused
 def test_a_factored_model_is_exported(made: Path, answer: Answer, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     answer(*asked(made, "svd-whitened"), "-o", plan, "--set", "tokens=100")
@@ -124,7 +150,7 @@ def test_refusals_leave_nothing(
     factored = ("decompose", made / "factored", *other, "--param-ratio", 0.5)
     export = ("export", made / "moe", "--target", "tensorrt", "--plan", f"t={plan}")
     for command, message in (
-        ((*asked(made, "svdd"), *output), "must be one of svd, svd-whitened"),
+        ((*asked(made, "svdd"), *output), "must be one of shared-basis, svd, svd-whitened"),
         ((*asked(made, "svd", 1.1), *output), "--param-ratio must be the fraction"),
         ((*asked(made, "svd", 0.001), *output), "--param-ratio must be in [0."),
         ((*asked(made, "svd"), "--set", "rank=3", *output), "defaults: importance=uniform"),

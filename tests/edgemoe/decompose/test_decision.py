@@ -181,7 +181,7 @@ def test_the_plan_holds_the_tokens_that_the_method_looks_at(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "svdd"}, "must be one of svd, svd-whitened, got 'svdd'"),
+        ({"method": "svdd"}, "must be one of shared-basis, svd, svd-whitened, got 'svdd'"),
         ({"ratio": 1.5}, "factors are larger than the matrices"),
         ({"ratio": 0.001}, "because rank 1 takes that much"),
         ({"importance": "luck"}, "importance must be one of uniform, frequency, reap, loss"),

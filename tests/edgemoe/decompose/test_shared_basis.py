@@ -8,14 +8,22 @@ import pytest
 import torch
 
 from edgemoe.decompose.projection import output_second_moment
-from edgemoe.decompose.shared_basis import largest_rank, share_basis, stored_parameters
+from edgemoe.decompose.shared_basis import (
+    largest_rank,
+    share_basis,
+    shared_basis,
+    stored_parameters,
+)
 from edgemoe.errors import PlanError
 from edgemoe.models import adapt_model
-from edgemoe.models.shared_basis import base_layer
+from edgemoe.models.shared_basis import base_layer, based
 from edgemoe.models.tiny import tiny_config, tiny_model
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from edgemoe.models import MoeLayer
+    from edgemoe.oracle.oracle import LayerOracle
 
 FAMILIES = ("qwen3_moe", "gpt_oss", "nemotron_h")
 TOKENS = 300
@@ -129,3 +137,31 @@ def test_ratios_that_leave_too_little_are_refused() -> None:
             largest_rank(layer, ratio)
     with pytest.raises(PlanError, match=r"rank of at least 32, which is 0\.5\d\d"):
         largest_rank(layer, 0.5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_on_tokens_it_sees_what_the_experts_module_gets_and_gives(
+    make_oracle: Callable[..., LayerOracle], family: str
+) -> None:
+    view = next(make_oracle(family).walk("test"))
+    layer, ranks = view.layer, [(24, 24)] * view.layer.num_experts
+    with torch.no_grad():
+        outputs = layer.experts(view.hidden, view.routing.indices, view.routing.weights)
+    moments = [part.double().T @ part.double() for part in (view.hidden, outputs)]
+    counts = torch.bincount(view.routing.indices.ravel(), minlength=layer.num_experts)
+    expected = share_basis(
+        layer, 24, inputs=moments[0], outputs=moments[1], shares=(counts + 1).tolist()
+    )
+
+    found = shared_basis(view, ranks)
+
+    assert found.lost == pytest.approx((expected.input_lost, expected.output_lost), rel=1e-4)
+    # Bases may differ by rounding; what the layer gives between them does not.
+    answers = []
+    for tensors in (found.tensors, expected.tensors):
+        with based(layer, tensors), torch.no_grad():
+            args = (view.hidden, view.routing.indices, view.routing.weights)
+            answers.append(layer.experts(*args))
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-3, atol=1e-3)
+    with pytest.raises(PlanError, match=r"must have one rank, got \[8, 24\]"):
+        shared_basis(view, [(24, 8), *ranks[1:]])

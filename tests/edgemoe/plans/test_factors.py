@@ -127,6 +127,27 @@ def test_ranks_above_the_experts_widths_are_refused() -> None:
         make_plan(((8, 4), (1, 5))).validate(shape)
 
 
+def test_shared_bases_have_one_rank_that_kernels_take() -> None:
+    shape = ModelShape(
+        family="mixtral",
+        layers=tuple(LayerShape(layer=index, num_experts=4, top_k=1) for index in (1, 3)),
+        hidden_size=24,
+        intermediate_size=4,
+    )
+    factors = Factors(method="shared-basis")
+    make_plan(((16, 16), (16, 16)), factors=factors).validate(shape)
+    for ranks, message in (
+        (
+            ((16, 8), (16, 8)),
+            r"layer 1: experts that share bases must have one rank, got \[8, 16",
+        ),
+        (((12, 12), (12, 12)), "layer 1: the rank of shared bases must be a multiple of 8"),
+        (((32, 32), (32, 32)), r"layer 1: up ranks must be in \[1, 24\], got 32"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            make_plan(ranks, factors=factors).validate(shape)
+
+
 def test_factors_and_ranks_go_together() -> None:
     with pytest.raises(PlanError, match="both factors and ranks, or none of them, got no"):
         make_plan(factors=None)

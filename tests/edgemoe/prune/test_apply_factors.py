@@ -25,7 +25,7 @@ from edgemoe.models.fingerprint import fingerprint_checkpoint
 from edgemoe.models.hooks import observe
 from edgemoe.models.ragged import read_ragged_note
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
-from edgemoe.plans.factors import EmbeddedSample, Factors
+from edgemoe.plans.factors import SHARED_BASIS, EmbeddedSample, Factors
 from edgemoe.plans.keep_all import keep_all
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
 from edgemoe.prune.apply import apply_plan
@@ -66,9 +66,12 @@ def make_plan(path: Path, method: str, *, whole: bool = False, **options: Any) -
     layers = [LayerPlan(layer=layer.layer, experts=few, ranks=equal) for layer in plan.layers]
     layers[0] = replace(layers[0], ranks=None)
     layers[1] = replace(layers[1], ranks=RANKS)
+    if method == SHARED_BASIS:
+        layers[1:] = [replace(layer, ranks=((8, 8),) * 4) for layer in layers[1:]]
     if whole:
-        layers[2] = replace(plan.layers[2], ranks=((6, 5),) * len(plan.layers[2].experts))
-    sample = EmbeddedSample.of(draw_windows()) if method == "svd-whitened" else None
+        pair = (16, 16) if method == SHARED_BASIS else (6, 5)
+        layers[2] = replace(plan.layers[2], ranks=(pair,) * len(plan.layers[2].experts))
+    sample = None if method == "svd" else EmbeddedSample.of(draw_windows())
     return replace(
         plan,
         method="reap",
@@ -88,7 +91,7 @@ def read_bytes(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "glm4_moe", "qwen3_moe"])
-@pytest.mark.parametrize("method", ["svd", "svd-whitened"])
+@pytest.mark.parametrize("method", ["svd", "svd-whitened", "shared-basis"])
 def test_the_checkpoint_is_that_of_applying_in_memory(
     tmp_path: Path, family: str, method: str
 ) -> None:
@@ -103,7 +106,8 @@ def test_the_checkpoint_is_that_of_applying_in_memory(
         apply_streamed(path, plan, tmp_path / name, max_shard_bytes=max_shard_bytes)
 
     expected = read_tensors(whole)
-    assert any(name.endswith("up_in") for name in expected)
+    mark = "input_basis" if method == SHARED_BASIS else "up_in"
+    assert any(name.endswith(mark) for name in expected)
     for name in ("many", "one"):
         found = read_tensors(tmp_path / name)
         assert found.keys() == expected.keys()
@@ -118,9 +122,14 @@ def test_the_checkpoint_is_that_of_applying_in_memory(
     counts = [4] * len(plan.layers)
     counts[2] = 8
     assert model.experts_per_layer == tuple(counts)
-    ranks = [None if pair is None else Ranks(*pair) for pair in plan.ranks_per_layer]
-    assert ranks[:2] == [None, Ranks(7, 9)]
-    assert [ranks_of(layer) for layer in model.layers] == ranks
+    if method == SHARED_BASIS:
+        bases = [None if pair is None else pair[0] for pair in plan.ranks_per_layer]
+        assert bases[:3] == [None, 8, 16]
+        assert [layer.basis_rank for layer in model.layers] == bases
+    else:
+        ranks = [None if pair is None else Ranks(*pair) for pair in plan.ranks_per_layer]
+        assert ranks[:2] == [None, Ranks(7, 9)]
+        assert [ranks_of(layer) for layer in model.layers] == ranks
     note = read_ragged_note(tmp_path / "many")
     assert note is not None
     assert note.provenance["factors"]["method"] == method
@@ -236,7 +245,12 @@ def test_refusals_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     refuse(path, plan, tmp_path / "out", r"ranks of a matrix 32 x 64 must be in \[1, 32\]")
     layers = tuple(replace(layer, ranks=((4, 2),) * 8) for layer in plan.layers)
     plan = replace(plan, layers=layers)
-    refuse(path, changed(plan, method="luck"), tmp_path / "out", "must be one of svd, svd-wh")
+    refuse(
+        path,
+        changed(plan, method="luck"),
+        tmp_path / "out",
+        "must be one of shared-basis, svd, svd-wh",
+    )
     whitened = changed(plan, method="svd-whitened")
     refuse(path, whitened, tmp_path / "out", "must hold the tokens that it looks at")
     sample = EmbeddedSample.of([Window(line=1, start=0, ids=[3, VOCAB_SIZE])])
