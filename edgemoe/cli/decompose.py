@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     metavar="NAME=VALUE",
     help="An option, repeatable: importance=uniform, frequency, reap or loss (ranks within a "
     "layer), layers=equal or loss (ranks across layers), multiple=8 (what divides ranks); for "
-    "svd-whitened also tokens=8192 (of the sample) and prior_tokens=256.",
+    "svd-whitened also tokens=8192 (of the sample) and prior_tokens=64.",
 )
 @output_option("Plan")
 @force_option

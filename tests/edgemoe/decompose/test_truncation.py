@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 import scipy
@@ -12,6 +14,9 @@ from hypothesis import strategies as st
 from edgemoe.decompose.truncation import Truncation, second_moment, truncate
 from edgemoe.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 sizes = st.integers(2, 12)
 
 
@@ -19,13 +24,15 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def product(found: Truncation) -> np.ndarray:
-    return (found.outer @ found.inner).numpy()
+def product(found: Truncation) -> NDArray[np.float64]:
+    value: NDArray[np.float64] = (found.outer @ found.inner).numpy()
+    return value
 
 
-def plain(weight: torch.Tensor, rank: int) -> np.ndarray:
+def plain(weight: torch.Tensor, rank: int) -> NDArray[np.float64]:
     left, values, right = scipy.linalg.svd(weight.numpy(), full_matrices=False)
-    return (left[:, :rank] * values[:rank]) @ right[:rank]
+    value: NDArray[np.float64] = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return value
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(12, 7), (7, 12), (9, 9)])
