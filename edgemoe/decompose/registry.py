@@ -118,14 +118,14 @@ class Decomposition:
                 missing.
         """
         method = find_method(factors.method)
-        options = {
-            name: factors.options.get(name, default) for name, default in method.options.items()
-        }
-        for name, value in options.items():
-            if type(value) is not int or value < 0:
+        options: dict[str, Any] = {}
+        for name, default in method.options.items():
+            value = options[name] = factors.options.get(name, default)
+            if type(value) is not type(default) or (type(value) is int and value < 0):
+                rule = "an integer in [0, inf)" if type(default) is int else "a string"
                 raise PlanError(
-                    f"option {name} of {factors.method} must be an integer in [0, inf), got "
-                    f"{value!r}. Correct the plan."
+                    f"option {name} of {factors.method} must be {rule}, got {value!r}. Correct "
+                    "the plan."
                 )
         if not method.reads_tokens:
             return cls(method, options, ())

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def svd_whitened(
-    view: LayerView, ranks: Sequence[tuple[int, int]], *, prior_tokens: int = 256
+    view: LayerView, ranks: Sequence[tuple[int, int]], *, prior_tokens: int = 64
 ) -> LayerFactors:
     """Factor a layer's experts by what they do to the tokens that reach them.
 

@@ -17,6 +17,8 @@ from edgemoe.models.routers import Routing
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
+
     from edgemoe.oracle.oracle import LayerOracle, LayerView
 
 FAMILIES = ("mixtral", "gpt_oss", "nemotron_h")
@@ -28,20 +30,25 @@ def first_view(oracle: LayerOracle) -> LayerView:
     return next(view for view in oracle.walk("test") if view.layer is layer)
 
 
-def error(weight: torch.Tensor, factors: dict[str, torch.Tensor], name: str, expert: int,
-          inputs: np.ndarray) -> float:  # fmt: skip
+def error(
+    weight: torch.Tensor,
+    factors: dict[str, torch.Tensor],
+    name: str,
+    expert: int,
+    inputs: NDArray[np.float64],
+) -> float:
     new = factors[f"{name}_out"][expert].double() @ factors[f"{name}_in"][expert].double()
     return float(((inputs @ (weight.double() - new).numpy().T) ** 2).sum())
 
 
-def least(weight: torch.Tensor, inputs: np.ndarray, rank: int) -> float:
+def least(weight: torch.Tensor, inputs: NDArray[np.float64], rank: int) -> float:
     values = scipy.linalg.svdvals(inputs @ weight.double().numpy().T)
     return float((values[rank:] ** 2).sum())
 
 
 def second_inputs(
     view: LayerView, factors: dict[str, torch.Tensor], expert: int, hidden: torch.Tensor
-) -> np.ndarray:
+) -> NDArray[np.float64]:
     """What the second product is given when the first is factored, computed anew."""
     layer = view.layer
     units = hidden @ factors["up_in"][expert].T @ factors["up_out"][expert].T
