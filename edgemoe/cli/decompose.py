@@ -41,12 +41,8 @@ if TYPE_CHECKING:
     metavar="NAME=VALUE",
     help="An option, repeatable: importance=uniform, frequency, reap or loss (ranks within a "
     "layer), layers=equal or loss (ranks across layers), multiple=8 (what divides ranks); for "
-<<<<<<< HEAD
-    "svd-whitened also tokens=8192 (of the sample) and prior_tokens=256; for shared-basis "
+    "svd-whitened also tokens=8192 (of the sample) and prior_tokens=64; for shared-basis "
     "multiple=32, tokens=8192 and prior_tokens=1.",
-=======
-    "svd-whitened also tokens=8192 (of the sample) and prior_tokens=64.",
->>>>>>> decompose
 )
 @output_option("Plan")
 @force_option
