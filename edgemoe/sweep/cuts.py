@@ -141,5 +141,6 @@ def hash_decision(plan: Plan) -> str:
         seed=0,
         options={},
         edgemoe_version=None,
+        calibration_lines=None,
     )
     return bare.sha256
