@@ -24,7 +24,8 @@ def test_k_means_finds_the_best_of_all_partitions(
 ) -> None:
     clusters = data.draw(st.integers(1, points))
     values = np.random.Generator(np.random.PCG64(seed)).normal(size=(points, 2))
-    labels = k_means(values, clusters, seed=0)
+    # The default of 32 starts misses the best of seven points about once in 300 draws.
+    labels = k_means(values, clusters, seed=0, restarts=200)
     assert len(set(labels.tolist())) == clusters
     best = min(
         cost(values, np.array(partition))
