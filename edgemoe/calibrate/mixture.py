@@ -62,9 +62,7 @@ def mix(statistics: Statistics, weights: Mapping[str, float]) -> Mixture:
                 f"statistics must cover a token of the task, got none of {name!r}. Merge the "
                 "other shards in first."
             )
-    digests = frozenset[int]().union(
-        *(source.sample.digests for task in tasks.values() for source in task.sources)
-    )
+    digests = frozenset[int]().union(*(task.digests for task in tasks.values()))
     if len(tasks) == 1:
         (only,) = tasks.values()
         return Mixture(only, only.windows, digests)

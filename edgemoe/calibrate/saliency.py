@@ -1,4 +1,4 @@
-"""REAP's score of an expert, which several methods build on."""
+"""Scores of experts that several methods build on."""
 
 from __future__ import annotations
 
@@ -22,5 +22,17 @@ def mean_gated_norm(sums: LayerSums) -> NDArray[np.float64]:
         Mean over the expert's tokens of gate times output norm, float64 [experts]; 0 for an
         expert that no token reached.
     """
-    reached = sums.count > 0
-    return np.divide(sums.gate_norm, sums.count, out=np.zeros_like(sums.count), where=reached)
+    return per_reached_token(sums, sums.gate_norm)
+
+
+def per_reached_token(sums: LayerSums, total: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Divide a sum of every expert by how many tokens reached it.
+
+    Args:
+        sums: The layer's sums.
+        total: What to divide, float64 [experts].
+
+    Returns:
+        float64 [experts]; 0 for an expert that no token reached.
+    """
+    return np.divide(total, sums.count, out=np.zeros_like(total), where=sums.count > 0)

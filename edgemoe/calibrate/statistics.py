@@ -100,6 +100,11 @@ class TaskStatistics:
         """The windows of tokens that the sums cover."""
         return [window for source in self.sources for window in source.sample.windows]
 
+    @property
+    def digests(self) -> frozenset[int]:
+        """Digests of the lines that the sums cover."""
+        return frozenset[int]().union(*(source.sample.digests for source in self.sources))
+
     def __add__(self, other: TaskStatistics) -> TaskStatistics:
         return TaskStatistics(
             sources=_unite(self.sources + other.sources),

@@ -141,9 +141,7 @@ def add_ranks(
         sample=sample,
     )
     measured = statistics.task(task)
-    lines = read_digests(plan.calibration_lines or "").union(
-        *(source.sample.digests for source in measured.sources)
-    )
+    lines = read_digests(plan.calibration_lines or "") | measured.digests
     plan = replace(plan, calibration_lines=write_digests(lines))
     if find_method(method).shares_bases:
         return _share_bases(plan, statistics.checkpoint_sha256, layers, factors, ratio)

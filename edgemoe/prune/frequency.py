@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgemoe.prune.selection import keep_highest
+from edgemoe.prune.selection import keep_by_score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,4 @@ def frequency(
         One plan per MoE layer.
     """
     del seed
-    return tuple(
-        keep_highest(layer, statistics.layers[layer.layer].count, count)
-        for layer, count in zip(shape.layers, counts, strict=True)
-    )
+    return keep_by_score(statistics, shape, counts, lambda sums: sums.count)

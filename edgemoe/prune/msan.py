@@ -14,14 +14,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from edgemoe.prune.selection import keep_highest
+from edgemoe.calibrate.saliency import per_reached_token
+from edgemoe.prune.selection import keep_by_score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from numpy.typing import NDArray
 
     from edgemoe.calibrate.statistics import TaskStatistics
     from edgemoe.models.contract import ModelShape
@@ -43,10 +40,8 @@ def man(
         One plan per MoE layer.
     """
     del seed
-    return tuple(
-        keep_highest(layer, _mean(sums.norm, sums.count), count)
-        for layer, count in zip(shape.layers, counts, strict=True)
-        for sums in (statistics.layers[layer.layer],)
+    return keep_by_score(
+        statistics, shape, counts, lambda sums: per_reached_token(sums, sums.norm)
     )
 
 
@@ -65,12 +60,6 @@ def msan(
         One plan per MoE layer.
     """
     del seed
-    return tuple(
-        keep_highest(layer, _mean(sums.norm_squared, sums.count), count)
-        for layer, count in zip(shape.layers, counts, strict=True)
-        for sums in (statistics.layers[layer.layer],)
+    return keep_by_score(
+        statistics, shape, counts, lambda sums: per_reached_token(sums, sums.norm_squared)
     )
-
-
-def _mean(total: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.divide(total, count, out=np.zeros_like(total), where=count > 0)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgemoe.calibrate.saliency import mean_gated_norm
-from edgemoe.prune.selection import keep_highest
+from edgemoe.prune.selection import keep_by_score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,4 @@ def reap(
         One plan per MoE layer.
     """
     del seed
-    return tuple(
-        keep_highest(layer, mean_gated_norm(statistics.layers[layer.layer]), count)
-        for layer, count in zip(shape.layers, counts, strict=True)
-    )
+    return keep_by_score(statistics, shape, counts, mean_gated_norm)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgemoe.prune.selection import keep_highest
+from edgemoe.prune.selection import keep_by_score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +39,4 @@ def seer(
         One plan per MoE layer.
     """
     del seed
-    return tuple(
-        keep_highest(layer, statistics.layers[layer.layer].gate_mass, count)
-        for layer, count in zip(shape.layers, counts, strict=True)
-    )
+    return keep_by_score(statistics, shape, counts, lambda sums: sums.gate_mass)

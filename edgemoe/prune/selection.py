@@ -9,11 +9,36 @@ import numpy as np
 from edgemoe.plans.plan import LayerPlan, MergedExpert
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from edgemoe.models.contract import LayerShape
+    from edgemoe.calibrate.statistics import TaskStatistics
+    from edgemoe.calibrate.sums import LayerSums
+    from edgemoe.models.contract import LayerShape, ModelShape
+
+
+def keep_by_score(
+    statistics: TaskStatistics,
+    shape: ModelShape,
+    counts: Sequence[int],
+    score: Callable[[LayerSums], NDArray[np.float64]],
+) -> tuple[LayerPlan, ...]:
+    """Keep the experts of the highest scores of every layer.
+
+    Args:
+        statistics: Sums of the task.
+        shape: The model.
+        counts: Experts to keep per MoE layer.
+        score: Gives a layer's scores, float64 [experts], from its sums.
+
+    Returns:
+        One plan per MoE layer.
+    """
+    return tuple(
+        keep_highest(layer, score(statistics.layers[layer.layer]), count)
+        for layer, count in zip(shape.layers, counts, strict=True)
+    )
 
 
 def keep_highest(layer: LayerShape, scores: NDArray[np.float64], count: int) -> LayerPlan:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import PlanError, SweepError
+from edgemoe.plans.plan import Plan
 from edgemoe.prune.keep import count_kept
 from edgemoe.prune.registry import find_method
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from edgemoe.models.contract import ModelShape
-    from edgemoe.plans.plan import Plan
     from edgemoe.sweep.request import SweepRequest
 
 
@@ -132,15 +132,4 @@ def hash_decision(plan: Plan) -> str:
     Returns:
         SHA-256 in hexadecimal: equal for plans that keep and merge the same experts.
     """
-    bare = replace(
-        plan,
-        method="",
-        checkpoint_sha256=None,
-        statistics_sha256=None,
-        task=None,
-        seed=0,
-        options={},
-        edgemoe_version=None,
-        calibration_lines=None,
-    )
-    return bare.sha256
+    return Plan(method="", layers=plan.layers, factors=plan.factors).sha256
