@@ -58,6 +58,14 @@ def parse_weights(texts: tuple[str, ...]) -> dict[str, float]:
     help="Experts to keep in each layer: one number, a number per layer with commas between "
     "them, or the file of a JSON list.",
 )
+@click.option(
+    "--layers",
+    type=click.Choice(["uniform", "owl"]),
+    default="uniform",
+    show_default=True,
+    help="owl: as many experts in all, more of them in layers whose weights have more outliers "
+    "on the task. Its options: --set owl-multiple=5 --set owl-range=0.08.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--set",
@@ -77,6 +85,7 @@ def prune(
     method: str,
     keep: float | None,
     keep_experts: str | None,
+    layers: str,
     seed: int,
     options: tuple[str, ...],
     output: Path,
@@ -86,7 +95,7 @@ def prune(
     """Decide which experts of MODEL a task keeps. No weight is moved.
 
     Most methods read the statistics only; moe-i2, naee and ream also run MODEL's layers on the
-    tokens that are kept there.
+    tokens that are kept there, as --layers owl does.
     """
     if (keep is None) == (keep_experts is None):
         raise click.UsageError("give exactly one of --keep and --keep-experts.")
@@ -106,7 +115,7 @@ def prune(
         asked = None if keep_experts is None else parse_keep_experts(keep_experts)
     except PlanError as error:
         raise click.BadParameter(str(error), param_hint="--keep-experts") from error
-    chosen = read_options(method, options)
+    chosen = read_options(method, [*_layers(layers, asked), *options])
     weights = parse_weights(tasks)
     shape = read_shape(model)
     counts = count_kept(shape, keep=keep, keep_experts=asked)
@@ -140,3 +149,15 @@ def prune(
         f"{sum(shape.experts_per_layer)} experts in {len(kept)} layers",
         as_json=as_json,
     )
+
+
+def _layers(layers: str, asked: int | tuple[int, ...] | None) -> list[str]:
+    """Turn ``--layers`` into an option of the method."""
+    if layers == "uniform":
+        return []
+    if isinstance(asked, tuple):
+        raise click.UsageError(
+            f"--layers {layers} decides how many experts each layer keeps: give --keep, or one "
+            "number to --keep-experts."
+        )
+    return [f"layers={layers}"]

@@ -35,6 +35,11 @@ def split_numbers(kind: Callable[[str], Any]) -> Callable[..., tuple[Any, ...]]:
     return read
 
 
+def split_names(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    """Split names with commas between them."""
+    return tuple(name.strip() for name in value.split(","))
+
+
 def parse_seeds(ctx: click.Context, option: click.Parameter, value: str) -> tuple[int, ...]:
     """Turn a count, or a list of seeds, into seeds."""
     seeds = split_numbers(int)(ctx, option, value)
@@ -86,6 +91,14 @@ def parse_seeds(ctx: click.Context, option: click.Parameter, value: str) -> tupl
     callback=split_numbers(float),
     help="Fractions of each layer's experts to keep, (0, 1]; those below what a token uses are "
     "left out.",
+)
+@click.option(
+    "--layers",
+    default="uniform",
+    show_default=True,
+    metavar="L[,L]",
+    callback=split_names,
+    help="uniform, owl or both, as of `edgemoe prune`: both sweep each method M and M+owl.",
 )
 @click.option(
     "--seeds",
@@ -142,6 +155,7 @@ def sweep(
     methods: tuple[str, ...],
     options: tuple[str, ...],
     keeps: tuple[float, ...],
+    layers: tuple[str, ...],
     seeds: tuple[int, ...],
     max_drop: float,
     calibration_tokens: int,
@@ -170,7 +184,7 @@ def sweep(
         model=model,
         output=output,
         tasks=read_paths(tasks),
-        methods=read_methods(methods, options),
+        methods=read_methods(methods, options, layers),
         held_out=read_paths(held_out),
         keeps=keeps,
         seeds=seeds,

@@ -42,6 +42,11 @@ class LayerShape:
         """Fewest experts that the layer's router can choose from."""
         return max(self.top_k, self.n_group * self.min_group_size)
 
+    @property
+    def least_kept(self) -> int:
+        """Fewest experts that a plan may keep: :attr:`min_experts` in whole groups."""
+        return -(-self.min_experts // self.n_group) * self.n_group
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:

@@ -201,20 +201,31 @@ class MoeLayer:
         layout, experts = self.layout, self.experts
         if self.is_factored:
             return run_factored(experts, layout, expert, hidden)
-        if self.is_based:
-            hidden = nn.functional.linear(hidden, self._basis(INPUT_BASIS))
-        one = {
-            name: self.tensor(f"{self.facts.experts}.{name}")[expert] for name in layout.names
-        }
-        up, down = one[layout.gate_up_name], one["down_proj"]
-        if layout.is_transposed:
-            up, down = up.T, down.T
-        up_bias = one.get(f"{layout.gate_up_name}_bias")
-        activated = self.activate(nn.functional.linear(hidden, up, up_bias))
+        activated = self.expert_units(expert, hidden)
+        one = self._tensors_of(expert)
+        down = one["down_proj"].T if layout.is_transposed else one["down_proj"]
         output = nn.functional.linear(activated, down, one.get("down_proj_bias"))
         if self.is_based:
             output = nn.functional.linear(output, self._basis(OUTPUT_BASIS))
         return output
+
+    def expert_units(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Run the first half of one expert, which must not be factored.
+
+        Args:
+            expert: Which, in [0, num_experts).
+            hidden: Inputs [tokens, hidden].
+
+        Returns:
+            What its second product is given [tokens, intermediate].
+        """
+        if self.is_based:
+            hidden = nn.functional.linear(hidden, self._basis(INPUT_BASIS))
+        one = self._tensors_of(expert)
+        up = one[self.layout.gate_up_name]
+        up_bias = one.get(f"{self.layout.gate_up_name}_bias")
+        up = up.T if self.layout.is_transposed else up
+        return self.activate(nn.functional.linear(hidden, up, up_bias))
 
     def activate(self, units: torch.Tensor) -> torch.Tensor:
         """Run what experts do between their two products.
@@ -345,6 +356,10 @@ class MoeLayer:
         """A tensor that has one entry per expert, and nothing else, on its first axis."""
         part = "down_out" if self.is_factored else "down_proj"
         return f"{self.facts.experts}.{part}"
+
+    def _tensors_of(self, expert: int) -> dict[str, torch.Tensor]:
+        experts = self.facts.experts
+        return {name: self.tensor(f"{experts}.{name}")[expert] for name in self.layout.names}
 
     def _basis(self, name: str) -> torch.Tensor:
         return cast("torch.Tensor", getattr(self.experts, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import PlanError
@@ -38,6 +39,8 @@ def parse_options(
             )
         if isinstance(known[name], str):
             options[name] = value
+        elif isinstance(known[name], float):
+            options[name] = _parse_number(method, name, value)
         elif not value.isdecimal():
             raise PlanError(
                 f"option {name} of {method} must be an integer in [0, inf), got {value!r}."
@@ -45,3 +48,13 @@ def parse_options(
         else:
             options[name] = int(value)
     return options
+
+
+def _parse_number(method: str, name: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise PlanError(f"option {name} of {method} must be a number, got {value!r}.")
+    return number

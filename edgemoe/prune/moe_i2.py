@@ -129,7 +129,7 @@ def share_out(
     values = values / values.max() if values.max() > 0 else np.ones(len(values))
     weights = 1 / (values + _FLOOR * values.mean())
     # In steps of one expert per router group.
-    room = [(layer.num_experts - _least(layer)) // layer.n_group for layer in layers]
+    room = [(layer.num_experts - layer.least_kept) // layer.n_group for layer in layers]
     lost = [0] * len(layers)
     to_lose = sum(layer.num_experts for layer in layers) - kept
     while to_lose > 0:
@@ -145,11 +145,6 @@ def share_out(
         layer.num_experts - steps * layer.n_group
         for layer, steps in zip(layers, lost, strict=True)
     )
-
-
-def _least(layer: LayerShape) -> int:
-    """Fewest experts of a layer, in whole groups."""
-    return -(-layer.min_experts // layer.n_group) * layer.n_group
 
 
 class GeneticSearch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,6 +18,7 @@ from edgemoe.prune.keep import check_counts
 from edgemoe.prune.moe_i2 import moe_i2
 from edgemoe.prune.msan import man, msan
 from edgemoe.prune.naee import naee
+from edgemoe.prune.owl import LAYER_OPTIONS, Owl
 from edgemoe.prune.random import random
 from edgemoe.prune.ream import ream
 from edgemoe.prune.reap import reap
@@ -43,11 +45,14 @@ class Method:
             layers has the oracle before them. Options are keyword arguments.
         runs_layers: Whether it needs the model besides the statistics.
         draws: Whether another seed may give another plan.
+        shares_out: Whether it decides itself how many experts each layer keeps; only their sum
+            counts then.
     """
 
     decide: Callable[..., tuple[LayerPlan, ...]]
     runs_layers: bool = False
     draws: bool = False
+    shares_out: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -59,7 +64,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "frequency": Method(frequency),
     "man": Method(man),
-    "moe-i2": Method(moe_i2, runs_layers=True, draws=True),
+    "moe-i2": Method(moe_i2, runs_layers=True, draws=True, shares_out=True),
     "msan": Method(msan),
     "naee": Method(naee, runs_layers=True),
     "random": Method(random, draws=True),
@@ -100,7 +105,59 @@ def read_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
     Raises:
         PlanError: The method has no such option, or the value is of another type.
     """
-    return parse_options(method, find_method(method).options, texts)
+    given = parse_options(method, find_method(method).options | LAYER_OPTIONS, texts)
+    find_owl(method, given)
+    return given
+
+
+def find_owl(method: str, options: Mapping[str, Any]) -> Owl | None:
+    """Read from a method's options how many experts each layer keeps.
+
+    Args:
+        method: The method's name.
+        options: Its options by name, and those of :data:`edgemoe.prune.owl.LAYER_OPTIONS`.
+
+    Returns:
+        OWL's settings; None where layers keep what they are told.
+
+    Raises:
+        PlanError: A setting is out of range, or the method shares out experts itself.
+    """
+    owl = Owl.from_options(options)
+    if owl is not None and find_method(method).shares_out and options.get("ratios") != "given":
+        raise PlanError(
+            f"--layers must be uniform for {method}, which decides itself how many experts "
+            "each layer keeps, got owl. Leave it out, or add --set ratios=given."
+        )
+    return owl
+
+
+def needs_model(method: str, options: Mapping[str, Any]) -> bool:
+    """Ask whether a plan needs the model besides the statistics.
+
+    Args:
+        method: The method's name.
+        options: As in :func:`find_owl`.
+
+    Returns:
+        Whether the method runs layers, or OWL does.
+    """
+    return find_method(method).runs_layers or find_owl(method, options) is not None
+
+
+def fill_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the defaults to options that are given.
+
+    Args:
+        method: The method's name.
+        given: As in :func:`find_owl`.
+
+    Returns:
+        All options that the decision depends on: those of layers only where OWL decides.
+    """
+    own = {name: value for name, value in given.items() if name not in LAYER_OPTIONS}
+    owl = {} if find_owl(method, given) is None else {**LAYER_OPTIONS, **given}
+    return {**find_method(method).options, **own, **owl}
 
 
 def make_plan(
@@ -121,8 +178,10 @@ def make_plan(
         method: One of :data:`METHODS`.
         counts: Experts to keep per MoE layer, as :func:`edgemoe.prune.keep.count_kept` gives.
         seed: Seed of the methods that draw, in [0, inf).
-        options: The method's options by name.
-        open_oracle: Opens the model that was measured, for methods that run its layers.
+        options: The method's options by name, and those of
+            :data:`edgemoe.prune.owl.LAYER_OPTIONS`.
+        open_oracle: Opens the model that was measured, for methods that run its layers and
+            for OWL.
 
     Returns:
         The plan, checked against the shape that the statistics were measured on.
@@ -136,21 +195,26 @@ def make_plan(
     given = dict(options or {})
     if seed < 0:
         raise PlanError(f"the seed must be in [0, inf), got {seed}.")
-    unknown = sorted(set(given) - set(found.options))
+    unknown = sorted(set(given) - set(found.options) - set(LAYER_OPTIONS))
     if unknown:
         raise PlanError(f"{method} must be given its own options, got {unknown}.")
-    counts = check_counts(statistics.shape, counts)
+    owl = find_owl(method, given)
+    asked = counts = check_counts(statistics.shape, counts)
     weights = {task: 1.0} if isinstance(task, str) else dict(task)
     mixture = mix(statistics, weights)
     measured = mixture.measured
-    if found.runs_layers:
+    own = {name: value for name, value in given.items() if name not in LAYER_OPTIONS}
+    decide = found.decide
+    if needs_model(method, given):
         if open_oracle is None:
             raise PlanError(f"{method} must have the model to run its layers, got statistics.")
         oracle = open_oracle(mixture.windows)
-        layers = found.decide(oracle, measured, statistics.shape, counts, seed, **given)
-    else:
-        layers = found.decide(measured, statistics.shape, counts, seed, **given)
-    chosen: dict[str, Any] = {"keep_experts": list(counts), **(found.options | given)}
+        if owl is not None:
+            counts = owl.count_kept(oracle, statistics.shape, counts)
+        if found.runs_layers:
+            decide = functools.partial(decide, oracle)
+    layers = decide(measured, statistics.shape, counts, seed, **own)
+    chosen = {"keep_experts": list(asked), **fill_options(method, given)}
     if len(weights) > 1:
         chosen["task_weights"] = weights
     plan = Plan(

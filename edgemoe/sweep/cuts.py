@@ -11,6 +11,7 @@ from edgemoe.errors import PlanError, SweepError
 from edgemoe.plans.plan import Plan
 from edgemoe.prune.keep import count_kept
 from edgemoe.prune.registry import find_method
+from edgemoe.sweep.request import method_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +26,7 @@ class Cut:
 
     Attributes:
         task: The task that chooses the experts.
-        method: How.
+        method: How; a name as :func:`edgemoe.sweep.request.read_methods` gives it.
         keep: Fraction of each layer's experts to keep, (0, 1].
         seed: Seed of the method.
         counts: Experts to keep per MoE layer.
@@ -91,7 +92,7 @@ def list_cuts(request: SweepRequest, shape: ModelShape) -> tuple[list[Cut], list
         else:
             counts[keep] = found
     seeds = {
-        name: tuple(request.seeds) if find_method(name).draws else (0,)
+        name: tuple(request.seeds) if find_method(method_of(name)).draws else (0,)
         for name in request.methods
     }
     if not counts:

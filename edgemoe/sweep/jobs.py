@@ -24,11 +24,12 @@ from edgemoe.oracle.homes import MemoryHome, StreamedHome
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.plan import Plan
 from edgemoe.prune.apply import applied, applied_layer
-from edgemoe.prune.registry import find_method, make_plan
+from edgemoe.prune.registry import make_plan, needs_model
 from edgemoe.resume import WorkDirectory
 from edgemoe.spread.agreement import check_agreement
 from edgemoe.spread.holding import hold
 from edgemoe.staging import staged_file
+from edgemoe.sweep.request import method_of
 from edgemoe.sweep.sizes import Sizes
 from edgemoe.tasks import TaskFile
 
@@ -133,12 +134,13 @@ def run_plan_job(job: PlanJob) -> None:
     _begin(site)
     file = site.work / STATISTICS
     statistics = hold("statistics", file, lambda: Statistics.load(file))
-    home = _home(site) if find_method(cut.method).runs_layers else None
+    method = method_of(cut.method)
+    home = _home(site) if needs_model(method, cut.options) else None
     began = time.perf_counter()
     plan = make_plan(
         statistics,
         cut.task,
-        cut.method,
+        method,
         cut.counts,
         seed=cut.seed,
         options=cut.options,

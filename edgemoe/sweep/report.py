@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemoe import __version__
-from edgemoe.prune.registry import find_method
+from edgemoe.prune.registry import fill_options, find_method
 from edgemoe.sweep.jobs import HELD_OUT, STATISTICS
 from edgemoe.sweep.outcome import PLANS
 from edgemoe.sweep.plot import write_plot
+from edgemoe.sweep.request import method_of
 from edgemoe.sweep.wording import UNPRUNED, list_columns, tell_threshold
 from edgemoe.versions import library_versions
 
@@ -80,7 +81,10 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         "held_out_tokens": request.held_out_tokens,
         "seeds": list(request.seeds),
         "methods": {
-            name: {"draws": find_method(name).draws, "options": _options(name, given)}
+            name: {
+                "draws": find_method(method_of(name)).draws,
+                "options": fill_options(method_of(name), given),
+            }
             for name, given in request.methods.items()
         },
         "tasks": {
@@ -115,10 +119,6 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         "notes": list(outcome.notes),
         "rows": [_describe_row(row) for row in outcome.rows],
     }
-
-
-def _options(method: str, given: Any) -> dict[str, Any]:
-    return {**find_method(method).options, **given}
 
 
 def _describe_point(outcome: Outcome, task: str, point: Point | None) -> dict[str, Any] | None:

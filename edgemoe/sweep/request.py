@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import SweepError, TaskFileError
+from edgemoe.prune.owl import LAYER_OPTIONS, OWL, UNIFORM
 from edgemoe.prune.registry import find_method, read_options
 from edgemoe.staging import recover, refuse_existing, refuse_inputs_inside
 from edgemoe.tasks import split_task_argument
@@ -14,6 +15,9 @@ from edgemoe.tasks import split_task_argument
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+# Ends the name of a method whose layers keep as many experts as OWL says.
+_OWL_SUFFIX = f"+{OWL}"
 
 DEFAULT_KEEPS = (0.25, 0.5, 0.75, 1.0)
 
@@ -26,7 +30,7 @@ class SweepRequest:
         model: Checkpoint directory.
         output: Report directory to write.
         tasks: Task files by name.
-        methods: Options of each method, by the method's name.
+        methods: Options of each method, by its name as :func:`read_methods` gives it.
         held_out: Files to judge a task by, for those that are not judged by lines of their own.
         keeps: Fractions of each layer's experts to keep, each in (0, 1].
         seeds: Seeds of the methods that draw, each in [0, inf).
@@ -118,23 +122,31 @@ def read_paths(arguments: Sequence[str]) -> dict[str, Path]:
     return dict(pairs)
 
 
-def read_methods(arguments: Sequence[str], options: Sequence[str]) -> dict[str, dict[str, Any]]:
+def read_methods(
+    arguments: Sequence[str], options: Sequence[str], layers: Sequence[str] = (UNIFORM,)
+) -> dict[str, dict[str, Any]]:
     """Read methods and their options as a command line gives them.
 
     Args:
         arguments: Names, with commas between several.
         options: ``METHOD:NAME=VALUE`` each.
+        layers: How many experts layers keep, ``uniform`` or ``owl`` or both: then methods that
+            share out experts themselves come once, the others twice.
 
     Returns:
-        Options by method, in the order of the methods.
+        Options by method, in the order of the methods; a method whose layers OWL decides is
+        called ``METHOD+owl``.
 
     Raises:
-        SweepError: A method comes twice, or an option is of none of them.
-        PlanError: There is no such method, or it has no such option.
+        SweepError: A method or a way comes twice, or an option is of none of the methods.
+        PlanError: There is no such method or way, it has no such option, or only OWL is asked
+            for with a method that shares out experts itself.
     """
     names = [name.strip() for argument in arguments for name in argument.split(",")]
     if len(set(names)) != len(names):
         raise SweepError(f"a sweep must have each method once, got {', '.join(names)}.")
+    if len(set(layers)) != len(layers):
+        raise SweepError(f"--layers must name each way once, got {', '.join(layers)}.")
     for name in names:
         find_method(name)
     texts: dict[str, list[str]] = {name: [] for name in names}
@@ -146,4 +158,39 @@ def read_methods(arguments: Sequence[str], options: Sequence[str]) -> dict[str, 
                 f"({', '.join(names)}), got {option!r}."
             )
         texts[method].append(text)
-    return {name: read_options(name, given) for name, given in texts.items()}
+    found = {}
+    for name, given in texts.items():
+        for way in _ways(name, given, layers):
+            chosen = read_options(name, _options_of(way, given, layers))
+            owl = chosen.get("layers", UNIFORM) == OWL
+            found[f"{name}{_OWL_SUFFIX}" if owl else name] = chosen
+    return found
+
+
+def method_of(name: str) -> str:
+    """Return the method behind a name of :func:`read_methods`.
+
+    Args:
+        name: The name.
+
+    Returns:
+        A name that :func:`edgemoe.prune.registry.find_method` knows.
+    """
+    return name.removesuffix(_OWL_SUFFIX)
+
+
+def _ways(method: str, options: Sequence[str], layers: Sequence[str]) -> Sequence[str]:
+    """Say which ways a method is swept in."""
+    itself = find_method(method).shares_out and "ratios=given" not in options
+    return [way for way in layers if way != OWL] if itself and len(layers) > 1 else layers
+
+
+def _options_of(way: str, options: Sequence[str], layers: Sequence[str]) -> list[str]:
+    """Leave OWL's settings to OWL where a method is swept in both ways."""
+    if way == UNIFORM and OWL in layers:
+        return [text for text in options if _name(text) not in LAYER_OPTIONS]
+    return [*([] if way == UNIFORM else [f"layers={way}"]), *options]
+
+
+def _name(option: str) -> str:
+    return option.partition("=")[0].replace("-", "_")

@@ -14,7 +14,7 @@ from edgemoe.models.contract import LayerShape, ModelShape
 from edgemoe.plans.keep_all import keep_all
 from edgemoe.prune.registry import METHODS, make_plan
 from edgemoe.sweep.cuts import hash_decision, list_cuts
-from edgemoe.sweep.request import SweepRequest, read_methods
+from edgemoe.sweep.request import SweepRequest, method_of, read_methods
 from edgemoe.tasks import TaskFile
 
 if TYPE_CHECKING:
@@ -79,6 +79,32 @@ def test_options_make_another_cut_and_are_the_methods_own(tmp_path: Path) -> Non
         read_methods(["reap"], ["moe-i2:population=3"])
     with pytest.raises(SweepError, match="each method once, got reap, reap"):
         read_methods(["reap", "reap"], [])
+
+
+def test_layers_in_both_ways_sweep_a_method_twice(tmp_path: Path) -> None:
+    texts = ["reap:owl-range=0.2", "moe-i2:population=12"]
+    methods = read_methods(["reap,moe-i2"], texts, ["uniform", "owl"])
+    assert methods == {
+        "reap": {},
+        "reap+owl": {"layers": "owl", "owl_range": 0.2},
+        "moe-i2": {"population": 12},
+    }
+    cuts, _ = list_cuts(request_of(tmp_path, methods=methods, keeps=(0.5,)), SHAPE)
+    assert [cut.name for cut in cuts if cut.task == "one"] == [
+        "one-reap-0.5-0",
+        "one-reap+owl-0.5-0",
+        "one-moe-i2-0.5-0",
+    ]
+    assert {method_of(cut.method) for cut in cuts} == {"reap", "moe-i2"}
+    given = read_methods(["moe-i2"], ["moe-i2:ratios=given"], ["owl", "uniform"])
+    assert list(given) == ["moe-i2+owl", "moe-i2"]
+    assert read_methods(["reap"], ["reap:layers=owl"]) == {"reap+owl": {"layers": "owl"}}
+    with pytest.raises(PlanError, match="must be uniform for moe-i2"):
+        read_methods(["reap,moe-i2"], [], ["owl"])
+    with pytest.raises(PlanError, match="layers must be uniform or owl, got 'best'"):
+        read_methods(["reap"], [], ["uniform", "best"])
+    with pytest.raises(SweepError, match="each way once, got owl, owl"):
+        read_methods(["reap"], [], ["owl", "owl"])
 
 
 @pytest.mark.parametrize(
