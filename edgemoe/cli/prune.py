@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import click
 
 from edgemoe.cli.extras import needs
 from edgemoe.cli.options import PATH, force_option, output_option, report, reporting
+from edgemoe.cli.workers import choose_place
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from edgemoe.oracle.crew import Crew
+    from edgemoe.spread.workers import Place
 
 
 def parse_weights(texts: tuple[str, ...]) -> dict[str, float]:
@@ -75,6 +81,26 @@ def parse_weights(texts: tuple[str, ...]) -> dict[str, float]:
     help="An option of the method, such as population=50 for moe-i2; repeatable. A wrong name "
     "lists them.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    metavar="N",
+    help="moe-i2: search N layers at once, on processes of this machine or on the Ray cluster; "
+    "each process loads the model.",
+)
+@click.option(
+    "--ray",
+    "ray_address",
+    metavar="ADDRESS",
+    help="moe-i2: put the workers on a Ray cluster: host:port, auto for the one this machine "
+    "is in, local to start one here. One worker per machine unless --workers says otherwise.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="CPU threads of each process; the last bits of what is measured depend on it.",
+)
 @output_option("Plan")
 @force_option
 @reporting
@@ -88,6 +114,9 @@ def prune(
     layers: str,
     seed: int,
     options: tuple[str, ...],
+    workers: int | None,
+    ray_address: str | None,
+    threads: int | None,
     output: Path,
     force: bool,
     as_json: bool,
@@ -99,15 +128,18 @@ def prune(
     """
     if (keep is None) == (keep_experts is None):
         raise click.UsageError("give exactly one of --keep and --keep-experts.")
-    needs("export")
+    needs("export", *(["ray"] if ray_address is not None else []))
+    import torch
+
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.errors import PlanError, StatisticsError
     from edgemoe.models import read_shape
     from edgemoe.models.fingerprint import fingerprint_checkpoint
-    from edgemoe.oracle.homes import open_home
+    from edgemoe.models.opening import open_streamed
+    from edgemoe.oracle.homes import StreamedHome, open_home
     from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.prune.keep import count_kept, parse_keep_experts
-    from edgemoe.prune.registry import make_plan, read_options
+    from edgemoe.prune.registry import find_method, make_plan, read_options
     from edgemoe.staging import refuse_existing
 
     refuse_existing(output, force=force, directory=False)
@@ -116,6 +148,13 @@ def prune(
     except PlanError as error:
         raise click.BadParameter(str(error), param_hint="--keep-experts") from error
     chosen = read_options(method, [*_layers(layers, asked), *options])
+    spread = workers is not None or ray_address is not None
+    if spread and not find_method(method).spreads:
+        raise click.UsageError(
+            f"--workers and --ray cannot be used with {method}, which decides in one process."
+        )
+    if threads is not None:
+        torch.set_num_threads(threads)
     weights = parse_weights(tasks)
     shape = read_shape(model)
     counts = count_kept(shape, keep=keep, keep_experts=asked)
@@ -125,15 +164,23 @@ def prune(
             f"statistics must be of the checkpoint that is pruned, got {stats} of checkpoint "
             f"{statistics.checkpoint_sha256[:12]} for {model}. Calibrate {model}."
         )
-    plan = make_plan(
-        statistics,
-        weights,
-        method,
-        counts,
-        seed=seed,
-        options=chosen,
-        open_oracle=lambda windows: LayerOracle(open_home(model), windows),
-    )
+    with contextlib.ExitStack() as stack:
+        place = choose_place(workers, ray_address)
+        crew = stack.enter_context(_open_crew(place, model, threads)) if spread else None
+        plan = make_plan(
+            statistics,
+            weights,
+            method,
+            counts,
+            seed=seed,
+            options=chosen,
+            # Where workers have the model, this process needs none of it in memory.
+            open_oracle=lambda windows: LayerOracle(
+                open_home(model) if crew is None else StreamedHome(open_streamed(model)),
+                windows,
+                crew,
+            ),
+        )
     plan.save(output, force=force)
     kept = plan.experts_per_layer
     report(
@@ -161,3 +208,22 @@ def _layers(layers: str, asked: int | tuple[int, ...] | None) -> list[str]:
             "number to --keep-experts."
         )
     return [f"layers={layers}"]
+
+
+@contextlib.contextmanager
+def _open_crew(place: Place, model: Path, threads: int | None) -> Iterator[Crew]:
+    from edgemoe.oracle.crew import Crew
+    from edgemoe.spread.agreement import threads_of
+    from edgemoe.spread.workers import Processes, RayCluster, open_workers
+    from edgemoe.sweep.room import fits_whole
+
+    # Refused before workers are there for nothing, where that is known.
+    fits_whole(model, place.count if isinstance(place, Processes) else 1)
+    with open_workers(place) as workers:
+        is_here = not isinstance(place, RayCluster) or place.address == "local"
+        yield Crew(
+            workers=workers,
+            model=model.resolve(),
+            whole=fits_whole(model, workers.count if is_here else 1),
+            threads=threads_of(place, threads),
+        )

@@ -9,12 +9,12 @@ import click
 
 from edgemoe.cli.extras import needs
 from edgemoe.cli.options import PATH, force_option, output_option, report, reporting
+from edgemoe.cli.workers import choose_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from edgemoe.spread.workers import Place
     from edgemoe.sweep.outcome import Outcome
 
 # Wide enough for the table where there is no terminal to ask.
@@ -195,16 +195,8 @@ def sweep(
         memory_limit_bytes=None if memory_limit is None else int(memory_limit * 1e9),
         force=force,
     )
-    outcome = run_sweep(request, _place(workers, ray_address))
+    outcome = run_sweep(request, choose_place(workers, ray_address))
     report({"output": output, **describe(outcome)}, _text(outcome), as_json=as_json)
-
-
-def _place(workers: int | None, ray_address: str | None) -> Place:
-    from edgemoe.spread.workers import Here, Processes, RayCluster
-
-    if ray_address is not None:
-        return RayCluster(address=ray_address, count=workers)
-    return Here() if workers is None else Processes(workers)
 
 
 def _text(outcome: Outcome) -> str:

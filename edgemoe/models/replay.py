@@ -101,19 +101,35 @@ def only_layer(
         yield call
 
 
-@contextlib.contextmanager
 def only_head(
     model: nn.Module, layers: nn.ModuleList
-) -> Iterator[Callable[[Mapping[str, Any], Outputs], Any]]:
+) -> contextlib.AbstractContextManager[Callable[[Mapping[str, Any], Outputs], Any]]:
     """Let a model run what follows its decoder layers.
 
     Args:
         model: The model; what is no decoder layer must have its weights.
         layers: All decoder layers.
 
+    Returns:
+        :func:`from_layer` for the layer after the last.
+    """
+    return from_layer(model, layers, len(layers))
+
+
+@contextlib.contextmanager
+def from_layer(
+    model: nn.Module, layers: nn.ModuleList, first: int
+) -> Iterator[Callable[[Mapping[str, Any], Outputs], Any]]:
+    """Let a model run all but its first decoder layers.
+
+    Args:
+        model: The model; what runs must have its weights.
+        layers: All decoder layers.
+        first: The first that runs, in [0, len(layers)].
+
     Yields:
-        A function from the model's arguments and what the last layer returned for them to what
-        the model returns.
+        A function from the model's arguments and what the layer before returned for them (None
+        for the first layer) to what the model returns.
     """
     answers: list[Outputs] = [None, None]
 
@@ -124,9 +140,9 @@ def only_head(
         return answers[1]
 
     with contextlib.ExitStack() as stack:
-        for number, layer in enumerate(layers):
-            is_last = number == len(layers) - 1
-            _replace_forward(layer, answer_last if is_last else answer_poison, stack)
+        for number in range(first):
+            is_last = number == first - 1
+            _replace_forward(layers[number], answer_last if is_last else answer_poison, stack)
 
         def call(inputs: Mapping[str, Any], outputs_before: Outputs) -> Any:
             answers[0] = outputs_before
@@ -135,8 +151,9 @@ def only_head(
                 output = model(**inputs)
             if _has_nan(output.logits) and not _has_nan(outputs_before):
                 raise StreamingError(
-                    "a model's head must depend only on what the last decoder layer returned, "
-                    f"got {type(model).__name__}, which also reads outputs of earlier layers."
+                    "what follows a decoder layer must depend only on what that layer "
+                    f"returned, got {type(model).__name__}, which also reads outputs of "
+                    "earlier layers."
                 )
             return output
 

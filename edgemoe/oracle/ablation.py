@@ -18,19 +18,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgemoe.models.checkpoint import quiet_transformers
-from edgemoe.models.replay import only_head
+from edgemoe.models.replay import from_layer
 from edgemoe.oracle.homes import whole_model
 from edgemoe.oracle.oracle import inputs_of
-from edgemoe.progress import counting
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.replay import Outputs
     from edgemoe.oracle.oracle import LayerOracle
 
 
@@ -46,33 +41,34 @@ def loss_increases(oracle: LayerOracle) -> tuple[NDArray[np.float64], ...]:
     Raises:
         StreamingError: The model is larger than memory.
     """
+    indices = [layer.index for layer in oracle.moe.layers]
+    jobs: list[int | None] = [None, *indices]
+    (base,), *losses = oracle.map(losses_without, jobs, "lose each expert in turn")
+    return tuple(np.maximum(0.0, np.array(found) - base) for found in losses)
+
+
+def losses_without(oracle: LayerOracle, index: int | None) -> list[float]:
+    """Remove every expert of one layer once.
+
+    Args:
+        oracle: The model, in memory whole, and the tokens, open.
+        index: Decoder layer; None to remove none.
+
+    Returns:
+        Mean cross-entropy in nats per token, for each expert; one without a layer.
+
+    Raises:
+        StreamingError: The model is larger than memory.
+    """
     whole_model(oracle.home, "the loss without an expert")
-    by_index = {layer.index: layer for layer in oracle.moe.layers}
-    depth = len(oracle.home.layers)
-    trials = sum(layer.num_experts for layer in oracle.moe.layers)
-    found: dict[int, NDArray[np.float64]] = {}
-    with quiet_transformers(), counting(trials, "lose each expert in turn") as done:
-        states: list[list[Outputs]] = [[None] * len(oracle.windows)]
-        for index in range(depth):
-            states.append(oracle.run_layer(index, states[-1]))
-        base = _loss(oracle, states[-1])
-        for index, layer in by_index.items():
-            found[index] = np.zeros(layer.num_experts)
-            for expert in range(layer.num_experts):
-                loss = _loss_without(oracle, layer, expert, states)
-                found[index][expert] = max(0.0, loss - base)
-                done()
-    return tuple(found[layer.index] for layer in oracle.moe.layers)
-
-
-def _loss_without(
-    oracle: LayerOracle, layer: MoeLayer, expert: int, states: Sequence[list[Outputs]]
-) -> float:
-    with layer.changed(_tensors_without(layer, expert)):
-        current = oracle.run_layer(layer.index, states[layer.index])
-    for index in range(layer.index + 1, len(oracle.home.layers)):
-        current = oracle.run_layer(index, current)
-    return _loss(oracle, current)
+    if index is None:
+        return [_loss(oracle, 0)]
+    (layer,) = (layer for layer in oracle.moe.layers if layer.index == index)
+    losses = []
+    for expert in range(layer.num_experts):
+        with layer.changed(_tensors_without(layer, expert)):
+            losses.append(_loss(oracle, index))
+    return losses
 
 
 def _tensors_without(layer: MoeLayer, expert: int) -> dict[str, torch.Tensor]:
@@ -88,9 +84,11 @@ def _tensors_without(layer: MoeLayer, expert: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _loss(oracle: LayerOracle, states: Sequence[Outputs]) -> float:
+def _loss(oracle: LayerOracle, first: int) -> float:
+    """Measure the loss of a model that is changed from one decoder layer on."""
     total, count = 0.0, 0
-    with only_head(oracle.moe.model, oracle.home.layers) as finish:
+    states = oracle.states_before(first)
+    with from_layer(oracle.moe.model, oracle.home.layers, first) as finish:
         for window, given in zip(oracle.windows, states, strict=True):
             if len(window.ids) > 1:
                 logits = finish(inputs_of(window), given).logits[0, :-1].float()

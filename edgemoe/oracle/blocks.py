@@ -7,11 +7,11 @@ connections, dense layers in between included.
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-
-from edgemoe.progress import counting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,25 +44,60 @@ def choose_in_blocks(
     Raises:
         StreamingError: The family cannot be run layer by layer.
     """
-    moe = list(oracle.moe.layers)
-    chosen: dict[int, tuple[int, ...]] = {}
-    states: list[Outputs] = [None] * len(oracle.windows)
+    moe = [layer.index for layer in oracle.moe.layers]
+    blocks = []
     begin = 0
-    with counting(len(moe), "choose within blocks") as done:
-        for start in range(0, len(moe), block):
-            members = {layer.index: layer for layer in moe[start : start + block]}
-            end = max(members) + 1
-            with oracle.holding(range(begin, end)):
-                target = states
-                for index in range(begin, end):
-                    target = oracle.run_layer(index, target)
-                search = _Search(oracle, members, candidates, end, target)
-                search.descend(begin, states, {})
-                chosen |= search.best
-            states, begin = target, end
-            for _ in members:
-                done()
+    for start in range(0, len(moe), block):
+        members = moe[start : start + block]
+        sets = {index: tuple(candidates[index]) for index in members}
+        blocks.append(Block(begin=begin, end=members[-1] + 1, candidates=sets))
+        begin = members[-1] + 1
+    chosen: dict[int, tuple[int, ...]] = {}
+    for found in oracle.map(choose_in_block, blocks, "choose within blocks"):
+        chosen |= found
     return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Consecutive decoder layers.
+
+    Attributes:
+        begin: The first.
+        end: The one after the last.
+        candidates: Sets of experts of each MoE layer among them.
+    """
+
+    begin: int
+    end: int
+    candidates: Candidates
+
+
+def choose_in_block(oracle: LayerOracle, block: Block) -> dict[int, tuple[int, ...]]:
+    """Choose one candidate for each MoE layer of one block.
+
+    Args:
+        oracle: The model and the tokens, open.
+        block: The block.
+
+    Returns:
+        The chosen set of every MoE layer.
+
+    Raises:
+        StreamingError: The family cannot be run layer by layer.
+    """
+    states = oracle.states_before(block.begin)
+    members = {
+        layer.index: layer for layer in oracle.moe.layers if layer.index in block.candidates
+    }
+    with contextlib.ExitStack() as stack:
+        target = states
+        for index in range(block.begin, block.end):
+            stack.enter_context(oracle.home.layer(index))
+            target = oracle.run_layer(index, target)
+        search = _Search(oracle, members, block.candidates, block.end, target)
+        search.descend(block.begin, states, {})
+    return search.best
 
 
 class _Search:

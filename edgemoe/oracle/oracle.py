@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -17,7 +17,7 @@ from edgemoe.models.routers import Routing
 from edgemoe.progress import counting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -25,9 +25,13 @@ if TYPE_CHECKING:
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.replay import Outputs
+    from edgemoe.oracle.crew import Crew
     from edgemoe.oracle.homes import Home
 
     RouterCall = tuple[tuple[Any, ...], dict[str, Any]]
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 DEFAULT_TOKENS = 1024
 
@@ -65,14 +69,16 @@ class LayerOracle:
     Attributes:
         home: Where its layers are.
         windows: The tokens, one forward pass each.
+        crew: Who answers what :meth:`map` asks; None for this process.
     """
 
-    def __init__(self, home: Home, windows: Sequence[Window]) -> None:
+    def __init__(self, home: Home, windows: Sequence[Window], crew: Crew | None = None) -> None:
         """Ask about windows.
 
         Args:
             home: The model; it is as before whenever nothing runs.
             windows: The tokens.
+            crew: Workers with the same model.
 
         Raises:
             StatisticsError: There are none.
@@ -84,6 +90,8 @@ class LayerOracle:
             )
         self.home = home
         self.windows = tuple(windows)
+        self.crew = crew
+        self._forget()
 
     @property
     def moe(self) -> MoeModel:
@@ -105,7 +113,93 @@ class LayerOracle:
             An oracle over the same model and
             :func:`edgemoe.calibrate.mixture.spread_windows` of the same tokens.
         """
-        return LayerOracle(self.home, spread_windows(self.windows, tokens))
+        return LayerOracle(self.home, spread_windows(self.windows, tokens), self.crew)
+
+    def map(
+        self,
+        function: Callable[[LayerOracle, Job], Result],
+        jobs: Sequence[Job],
+        description: str,
+    ) -> list[Result]:
+        """Ask a question about several parts of the model, wherever it is answered.
+
+        Args:
+            function: A function of a module, from this oracle or its like to an answer. It runs
+                in :meth:`open`, and leaves the model as it was.
+            jobs: Its second arguments, best by rising layer.
+            description: What the progress bar says.
+
+        Returns:
+            The answers in the order of the jobs: the same bits wherever they are from.
+
+        Raises:
+            SpreadError: Workers die, or cannot do what this process can.
+            Exception: What the first job that failed raised.
+        """
+        if self.crew is not None:
+            return self.crew.map(function, jobs, self.windows, description)
+        self._forget()
+        answers = []
+        with self.open(), counting(len(jobs), description) as done:
+            for job in jobs:
+                answers.append(function(self, job))
+                done()
+        return answers
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold in memory what belongs to no layer.
+
+        Yields:
+            Nothing.
+        """
+        with quiet_transformers(), self.home.outer():
+            yield
+
+    def states_before(self, index: int) -> list[Outputs]:
+        """Run the layers before one, from where the last call ended.
+
+        Args:
+            index: Which decoder layer; in a block of :meth:`open`.
+
+        Returns:
+            What the layer before it returns for each window.
+
+        Raises:
+            StreamingError: The family cannot be run layer by layer.
+        """
+        if self._reached[0] > index:
+            self._forget()
+        reached, states = self._reached
+        for number in range(reached, index):
+            with self.home.layer(number):
+                states = self.run_layer(number, states)
+            self._reached = (number + 1, states)
+        return states
+
+    @contextlib.contextmanager
+    def visit(self, index: int) -> Iterator[LayerView]:
+        """Visit one MoE layer of the unchanged model.
+
+        Args:
+            index: Which decoder layer; in a block of :meth:`open`.
+
+        Yields:
+            The layer, while its weights are in memory.
+
+        Raises:
+            StreamingError: The family cannot be run layer by layer.
+        """
+        (layer,) = (layer for layer in self.moe.layers if layer.index == index)
+        before = self.states_before(index)
+        with self.home.layer(index):
+            returned, view = self._observe(layer, before)
+            self._reached = (index + 1, returned)
+            yield view
+
+    def _forget(self) -> None:
+        """Begin with the first layer again: the model may have been changed."""
+        self._reached: tuple[int, list[Outputs]] = (0, [None] * len(self.windows))
 
     def walk(self, description: str) -> Iterator[LayerView]:
         """Visit the MoE layers in order.
@@ -122,7 +216,7 @@ class LayerOracle:
         by_index = {layer.index: layer for layer in self.moe.layers}
         last = max(by_index)
         states: list[Outputs] = [None] * len(self.windows)
-        with quiet_transformers(), self.home.outer(), counting(last + 1, description) as done:
+        with self.open(), counting(last + 1, description) as done:
             for index in range(last + 1):
                 layer = by_index.get(index)
                 with self.home.layer(index):
@@ -192,23 +286,6 @@ class LayerOracle:
         )
         hidden = torch.cat([hidden for hidden, _ in calls])
         return returned, LayerView(layer, hidden, routing, tuple(asked))
-
-    @contextlib.contextmanager
-    def holding(self, indices: Sequence[int]) -> Iterator[None]:
-        """Hold several decoder layers in memory, and what belongs to none.
-
-        Args:
-            indices: Which.
-
-        Yields:
-            Nothing.
-        """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(quiet_transformers())
-            stack.enter_context(self.home.outer())
-            for index in indices:
-                stack.enter_context(self.home.layer(index))
-            yield
 
 
 def inputs_of(window: Window) -> dict[str, Any]:

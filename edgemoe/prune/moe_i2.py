@@ -21,6 +21,7 @@ Its second stage, low-rank factors, is ``edgemoe decompose``; its third, LoRA, i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -96,18 +97,36 @@ def moe_i2(
         ]
         counts = share_out(shape.layers, importance, sum(counts))
     sample = oracle.fewer(tokens)
-    found: dict[int, list[_Set]] = {}
-    views = sample.walk("prune (moe-i2): genetic search")
-    for layer, count, view in zip(shape.layers, counts, views, strict=True):
-        random = np.random.Generator(np.random.PCG64([seed, layer.layer]))
-        search = GeneticSearch(Reconstruction(view), layer, count, random)
-        found[layer.layer] = search.run(population, generations)[:candidates]
+    jobs = [
+        _SearchJob(layer, count, seed, population, generations, candidates)
+        for layer, count in zip(shape.layers, counts, strict=True)
+    ]
+    sets = sample.map(_search, jobs, "search sets of experts")
+    found = {layer.layer: best for layer, best in zip(shape.layers, sets, strict=True)}
     chosen = (
-        {index: sets[0] for index, sets in found.items()}
+        {index: best[0] for index, best in found.items()}
         if candidates == 1
         else choose_in_blocks(sample, found, block)
     )
     return tuple(keep_set(layer, chosen[layer.layer]) for layer in shape.layers)
+
+
+@dataclass(frozen=True)
+class _SearchJob:
+    layer: LayerShape
+    count: int
+    seed: int
+    population: int
+    generations: int
+    candidates: int
+
+
+def _search(oracle: LayerOracle, job: _SearchJob) -> list[_Set]:
+    """Search the best sets of one layer."""
+    random = np.random.Generator(np.random.PCG64([job.seed, job.layer.layer]))
+    with oracle.visit(job.layer.layer) as view:
+        search = GeneticSearch(Reconstruction(view), job.layer, job.count, random)
+        return search.run(job.population, job.generations)[: job.candidates]
 
 
 def share_out(

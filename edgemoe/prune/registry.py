@@ -45,6 +45,8 @@ class Method:
             layers has the oracle before them. Options are keyword arguments.
         runs_layers: Whether it needs the model besides the statistics.
         draws: Whether another seed may give another plan.
+        spreads: Whether it asks its oracle through
+            :meth:`edgemoe.oracle.oracle.LayerOracle.map`, so that workers can answer.
         shares_out: Whether it decides itself how many experts each layer keeps; only their sum
             counts then.
     """
@@ -52,6 +54,7 @@ class Method:
     decide: Callable[..., tuple[LayerPlan, ...]]
     runs_layers: bool = False
     draws: bool = False
+    spreads: bool = False
     shares_out: bool = False
 
     @property
@@ -64,7 +67,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "frequency": Method(frequency),
     "man": Method(man),
-    "moe-i2": Method(moe_i2, runs_layers=True, draws=True, shares_out=True),
+    "moe-i2": Method(moe_i2, runs_layers=True, draws=True, spreads=True, shares_out=True),
     "msan": Method(msan),
     "naee": Method(naee, runs_layers=True),
     "random": Method(random, draws=True),

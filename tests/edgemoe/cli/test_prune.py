@@ -1,8 +1,9 @@
-"""``--layers owl``, from the command line to a checkpoint and to a sweep's report."""
+"""``edgemoe prune``: what it decides about layers, and the workers that search for it."""
 
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -76,8 +77,37 @@ def test_bad_input_is_refused(
     )
     lists = ("--method", "reap", "--keep-experts", "4,6", "--layers", "owl")
     assert "give --keep, or one number" in refuse(*lists, status=2)
+    assert "cannot be used with reap" in refuse(*half, "--workers", 2, status=2)
     assert "'best' is not one of" in refuse(*half, "--layers", "best", status=2)
     assert "must come with --layers owl" in refuse(*half, "--set", "owl-range=0.2")
+
+
+@pytest.mark.slow
+def test_workers_write_the_plan_of_one_process(
+    road: Path, statistics: Path, answer: Answer, tmp_path: Path
+) -> None:
+    asked: tuple[object, ...] = ("--stats", statistics, "--task", "code", "--keep", 0.5)
+    asked += ("--method", "moe-i2", "--set", "population=8", "--set", "generations=3")
+    asked += ("--set", "importance-tokens=100", "--seed", 7, "--threads", 1)
+    answer("prune", road / "moe", *asked, "-o", tmp_path / "one.json")
+    answer("prune", road / "moe", *asked, "--workers", 2, "-o", tmp_path / "two.json")
+    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+    plan = json.loads((tmp_path / "one.json").read_text())
+    assert sum(len(layer["experts"]) for layer in plan["layers"]) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+def test_a_ray_cluster_writes_the_plan_of_one_process(
+    road: Path, statistics: Path, answer: Answer, tmp_path: Path
+) -> None:
+    asked: tuple[object, ...] = ("--stats", statistics, "--task", "code", "--keep", 0.5)
+    asked += ("--method", "moe-i2", "--set", "population=8", "--set", "ratios=given")
+    asked += ("--threads", 1, *WIDE)
+    answer("prune", road / "moe", *asked, "-o", tmp_path / "one.json")
+    spread = ("--ray", "local", "--workers", 2)
+    answer("prune", road / "moe", *asked, *spread, "-o", tmp_path / "two.json")
+    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
 
 
 def test_a_sweep_compares_a_method_with_and_without(
