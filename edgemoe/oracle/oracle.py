@@ -91,6 +91,8 @@ class LayerOracle:
         self.home = home
         self.windows = tuple(windows)
         self.crew = crew
+        # A decoder layer, and what the one before it returns for each window.
+        self._reached: tuple[int, list[Outputs]]
         self._forget()
 
     @property
@@ -199,7 +201,7 @@ class LayerOracle:
 
     def _forget(self) -> None:
         """Begin with the first layer again: the model may have been changed."""
-        self._reached: tuple[int, list[Outputs]] = (0, [None] * len(self.windows))
+        self._reached = (0, [None] * len(self.windows))
 
     def walk(self, description: str) -> Iterator[LayerView]:
         """Visit the MoE layers in order.

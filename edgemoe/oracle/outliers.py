@@ -72,7 +72,8 @@ def _matrices(view: LayerView) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _norms(inputs: torch.Tensor) -> torch.Tensor:
-    return inputs.double().norm(dim=0).float()
+    norms: torch.Tensor = inputs.double().norm(dim=0)
+    return norms.float()
 
 
 def _matter(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
