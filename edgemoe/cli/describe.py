@@ -6,6 +6,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from edgemoe.cli.describe_report import REPORT_FILE, REPORT_FORMAT, describe_report
 from edgemoe.cli.extras import needs
 from edgemoe.cli.options import human_bytes
 from edgemoe.errors import CheckpointError, EdgemoeError
@@ -25,7 +26,7 @@ def describe(path: Path) -> dict[str, Any]:
     """Tell what a path holds.
 
     Args:
-        path: A checkpoint or bundle directory, or a statistics, plan or engine file.
+        path: A checkpoint, bundle or report directory, or a statistics, plan or engine file.
 
     Returns:
         JSON values; ``kind`` comes first.
@@ -38,9 +39,11 @@ def describe(path: Path) -> dict[str, Any]:
             return _describe_bundle(path)
         if (path / "config.json").exists():
             return _describe_checkpoint(path)
+        if (path / REPORT_FILE).exists():
+            return describe_report(path)
         raise CheckpointError(
-            f"a directory must be a checkpoint (config.json) or a bundle ({MANIFEST_FILE}), "
-            f"got {path}, which has neither."
+            f"a directory must be a checkpoint (config.json), a bundle ({MANIFEST_FILE}) or a "
+            f"sweep's report ({REPORT_FILE}), got {path}, which has none of them."
         )
     if not path.exists():
         raise CheckpointError(f"the path must exist, got {path}.")
@@ -187,6 +190,8 @@ def _describe_json(path: Path) -> dict[str, Any]:
     kind = document.get("format") if isinstance(document, dict) else None
     if kind == "edgemoe.engine":
         return _describe_engine(path)
+    if kind == REPORT_FORMAT and path.name == REPORT_FILE:
+        return describe_report(path.parent)
     if kind == "edgemoe.plan":
         return _describe_plan(path)
     raise EdgemoeError(f"{path} must be a file that edgemoe wrote, got JSON of another kind.")

@@ -19,7 +19,7 @@ _ONLY_JSON = ("inputs", "outputs", "files", "experts")
 @click.argument("path", type=PATH)
 @reporting
 def inspect(path: Path, as_json: bool) -> None:
-    """Describe PATH: a checkpoint, statistics, a plan, a bundle or an engine."""
+    """Describe PATH: a checkpoint, statistics, a plan, a report, a bundle or an engine."""
     from edgemoe.cli.describe import describe
 
     facts = describe(path)

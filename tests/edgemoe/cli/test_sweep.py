@@ -120,6 +120,49 @@ def test_the_text_names_the_plan_or_says_that_no_cut_holds(
     assert "code: nothing was cut. Give --keep a smaller fraction." in result.stdout
 
 
+def test_inspect_tells_what_a_report_found(
+    road: Path, tasks: list[str], answer: Answer, invoke: Callable[..., Result], tmp_path: Path
+) -> None:
+    report = tmp_path / "report"
+    asked: tuple[object, ...] = ("--method", "reap", "--keep", "0.1,0.5,0.75", "--seeds", "3,5")
+    asked += ("--calibration-tokens", 500, "--held-out-tokens", 400, "--max-drop", 1000)
+    swept = answer("sweep", road / "moe", tasks[0], *asked, "-o", report)
+
+    told = answer("inspect", report)
+
+    assert told["kind"] == "sweep report"
+    assert told["methods"] == {"reap": {}}
+    assert (told["keep"], told["seeds"], told["plans"]) == ([0.75, 0.5], [3, 5], 2)
+    assert "at least 2" in told["left_out"]["0.1"]
+    assert told["missing_plans"] == []
+    plan = answer("inspect", report / told["thresholds"]["code"]["plan"])
+    assert plan["sha256"] == told["thresholds"]["code"]["plan_sha256"]
+    for name in ("checkpoint_sha256", "statistics_sha256"):
+        assert told[name] == plan[name] == swept[name]
+    assert told["tasks"]["code"]["sha256"] == swept["tasks"]["code"]["sha256"]
+    best = told["thresholds"]["code"]
+    assert (best["keep"], best["experts"], best["keep_by_method"]) == (0.5, 8, {"reap": 0.5})
+    sizes = told["checkpoint_bytes"]
+    assert sizes["deepest_cut"] == best["checkpoint_bytes"] < sizes["unpruned"]
+    assert answer("inspect", report / "report.json") == told
+
+    (report / best["plan"]).unlink()
+    shown = invoke("inspect", report).stdout
+    assert f"missing plans      {best['plan']}" in shown
+    assert f"verdict           {swept['thresholds']['code']['sentence']}" in shown
+    text = (report / "report.json").read_text()
+    for content, rule in (
+        (text.replace('"version": 1', '"version": 2'), "of version 1, got edgemoe.sweep 2"),
+        (text.replace('"rows"', '"lines"'), "KeyError: 'rows'. Sweep again"),
+        (text[:100], "must be as `edgemoe sweep` wrote it"),
+        ("[]", "must be as `edgemoe sweep` wrote it"),
+    ):
+        (report / "report.json").write_text(content)
+        refused = invoke("inspect", report)
+        assert refused.exit_code == 1
+        assert rule in refused.stderr
+
+
 def test_bad_input_is_refused(
     road: Path,
     tasks: list[str],
