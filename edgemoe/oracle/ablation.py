@@ -42,8 +42,9 @@ def loss_increases(oracle: LayerOracle) -> tuple[NDArray[np.float64], ...]:
         StreamingError: The model is larger than memory.
     """
     indices = [layer.index for layer in oracle.moe.layers]
-    jobs: list[int | None] = [None, *indices]
-    (base,), *losses = oracle.map(losses_without, jobs, "lose each expert in turn")
+    # Alone and first: it finds out whether the family can be run layer by layer.
+    ((base,),) = oracle.map(losses_without, [None], "measure the loss")
+    losses = oracle.map(losses_without, indices, "lose each expert in turn")
     return tuple(np.maximum(0.0, np.array(found) - base) for found in losses)
 
 
@@ -62,7 +63,7 @@ def losses_without(oracle: LayerOracle, index: int | None) -> list[float]:
     """
     whole_model(oracle.home, "the loss without an expert")
     if index is None:
-        return [_loss(oracle, 0)]
+        return [_loss(oracle, len(oracle.home.layers))]
     (layer,) = (layer for layer in oracle.moe.layers if layer.index == index)
     losses = []
     for expert in range(layer.num_experts):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgemoe.errors import StreamingError
 from edgemoe.models.outputs import LayerOutputs
-from edgemoe.models.replay import only_layer
+from edgemoe.models.replay import from_layer, only_layer
 from edgemoe.models.safety import check_weights
 from edgemoe.models.streaming import Skeleton
 
@@ -131,6 +131,25 @@ def test_families_with_any_layer_replay_to_the_bit(tmp_path: Path, family: str) 
             assert isinstance(found, torch.Tensor)
             assert torch.equal(found, wanted[index]), index
         before = outputs if index % 2 else LayerOutputs.reopen(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_but_the_first_layers_give_the_bits_of_all(tmp_path: Path, family: str) -> None:
+    whole, _ = make(tmp_path / "model", family, FAMILIES[family])
+    inputs = {"input_ids": torch.randint(0, 96, (1, 9)), "use_cache": False}
+    with torch.no_grad():
+        expected = whole(**inputs).logits
+    decoder = whole.get_decoder()
+    given: Any = None
+    for first in range(len(decoder.layers) + 1):
+        with from_layer(whole, decoder.layers, first) as finish:
+            assert torch.equal(finish(inputs, given).logits, expected), first
+        if first < len(decoder.layers):
+            with only_layer(decoder, decoder.layers, first) as run:
+                given = run(inputs, given)
+    # What the layers before returned is all that counts.
+    with from_layer(whole, decoder.layers, 2) as finish:
+        assert not torch.allclose(finish(inputs, torch.ones(1, 9, 32)).logits, expected)
 
 
 def test_keys_shared_between_layers_are_noticed(tmp_path: Path) -> None:
