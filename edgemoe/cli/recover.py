@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     "--method",
     required=True,
     metavar="M",
-    help="router-kd, lora, lora+router-kd or uncurl.",
+    help="least-squares, router-kd, lora, lora+router-kd or uncurl.",
 )
 @click.option(
     "--teacher",
     type=PATH,
     metavar="MODEL",
-    help="The checkpoint before compression; router-kd and lora+router-kd need it.",
+    help="The checkpoint before compression; lora and uncurl can do without.",
 )
 @output_option("Checkpoint directory")
 @click.option("--steps", type=int, default=200, show_default=True, metavar="N")
@@ -171,18 +171,23 @@ def recover(
 
 def _tell(recovered: Recovered, model: Path) -> str:
     tasks = recovered.to_dict()["tasks"]
+    noun = recovered.unit
     if not recovered.best_step:
         return (
-            f"{model} as it is, because no step of {recovered.method} was better on the "
-            f"held-out lines (loss {recovered.before.loss:.4g}; ended after step "
+            f"{model} as it is, because no {noun} of {recovered.method} was better on the "
+            f"held-out lines (loss {recovered.before.loss:.4g}; ended after {noun} "
             f"{recovered.steps}: {recovered.ended})"
         )
+    done = (
+        f"best after step {recovered.best_step} of {recovered.steps}"
+        if noun == "step"
+        else f"{recovered.best_step} of {recovered.steps} layers changed"
+    )
     perplexities = ", ".join(
         f"{name} {task['perplexity_before']:.4g} -> {task['perplexity_after']:.4g}"
         for name, task in tasks.items()
     )
     return (
-        f"{recovered.method}, best after step {recovered.best_step} of {recovered.steps}; "
-        f"held-out loss {recovered.before.loss:.4g} -> {recovered.after.loss:.4g}, perplexity "
-        f"{perplexities}"
+        f"{recovered.method}, {done}; held-out loss {recovered.before.loss:.4g} -> "
+        f"{recovered.after.loss:.4g}, perplexity {perplexities}"
     )

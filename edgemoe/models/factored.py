@@ -220,16 +220,32 @@ def run_factored(
     Returns:
         Outputs [tokens, hidden].
     """
+    down_bias = experts.down_proj_bias[expert] if layout.has_bias else None
+    given = factored_units(experts, layout, expert, hidden)
+    return nn.functional.linear(given, experts.down_out[expert], down_bias)
+
+
+def factored_units(
+    experts: Any, layout: ExpertsLayout, expert: int, hidden: torch.Tensor
+) -> torch.Tensor:
+    """Run one factored expert up to its last factor.
+
+    Args:
+        experts: The module.
+        layout: How the family stored it before.
+        expert: Which.
+        hidden: Inputs [tokens, hidden].
+
+    Returns:
+        What ``down_out`` is given [tokens, rank].
+    """
     linear = nn.functional.linear
     up_bias = (
         getattr(experts, f"{layout.gate_up_name}_bias")[expert] if layout.has_bias else None
     )
-    down_bias = experts.down_proj_bias[expert] if layout.has_bias else None
     units = linear(linear(hidden, experts.up_in[expert]), experts.up_out[expert], up_bias)
     activated = (experts._apply_gate if layout.has_gate else experts.act_fn)(units)
-    return linear(
-        linear(activated, experts.down_in[expert]), experts.down_out[expert], down_bias
-    )
+    return linear(activated, experts.down_in[expert])
 
 
 @cache

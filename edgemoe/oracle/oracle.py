@@ -195,7 +195,7 @@ class LayerOracle:
         (layer,) = (layer for layer in self.moe.layers if layer.index == index)
         before = self.states_before(index)
         with self.home.layer(index):
-            returned, view = self._observe(layer, before)
+            returned, view = self.observe(layer, before)
             self._reached = (index + 1, returned)
             yield view
 
@@ -225,7 +225,7 @@ class LayerOracle:
                     if layer is None:
                         states = self.run_layer(index, states)
                     else:
-                        returned, view = self._observe(layer, states)
+                        returned, view = self.observe(layer, states)
                         yield view
                         if view._tensors is not None:
                             with layer.changed(view._tensors):
@@ -243,11 +243,7 @@ class LayerOracle:
         Returns:
             What it returns for each window.
         """
-        with only_layer(self.home.decoder, self.home.layers, index) as run:
-            return [
-                run(inputs_of(window), given)
-                for window, given in zip(self.windows, before, strict=True)
-            ]
+        return run_windows(self.home.decoder, self.home.layers, index, self.windows, before)
 
     def view(self, layer: MoeLayer, before: Sequence[Outputs]) -> LayerView:
         """Look at one MoE layer, whose weights are in memory, on all windows.
@@ -259,11 +255,20 @@ class LayerOracle:
         Returns:
             The layer, what reaches its experts, and what its router decides.
         """
-        return self._observe(layer, before)[1]
+        return self.observe(layer, before)[1]
 
-    def _observe(
+    def observe(
         self, layer: MoeLayer, before: Sequence[Outputs]
     ) -> tuple[list[Outputs], LayerView]:
+        """Run one MoE layer, whose weights are in memory, on all windows, and look at it.
+
+        Args:
+            layer: Which.
+            before: As in :meth:`run_layer`.
+
+        Returns:
+            What it returns for each window, and what :meth:`view` returns.
+        """
         calls: list[tuple[torch.Tensor, Routing]] = []
         asked: list[RouterCall] = []
 
@@ -288,6 +293,34 @@ class LayerOracle:
         )
         hidden = torch.cat([hidden for hidden, _ in calls])
         return returned, LayerView(layer, hidden, routing, tuple(asked))
+
+
+def run_windows(
+    decoder: nn.Module,
+    layers: nn.ModuleList,
+    index: int,
+    windows: Sequence[Window],
+    before: Sequence[Outputs],
+) -> list[Outputs]:
+    """Run one decoder layer of any model on windows.
+
+    Args:
+        decoder: What runs the layers.
+        layers: All of them; the one that runs must have its weights.
+        index: Which runs.
+        windows: The tokens.
+        before: What the layer before it returned for each window; None for the first.
+
+    Returns:
+        What it returns for each window.
+
+    Raises:
+        StreamingError: The family cannot be run layer by layer.
+    """
+    with only_layer(decoder, layers, index) as run:
+        return [
+            run(inputs_of(window), given) for window, given in zip(windows, before, strict=True)
+        ]
 
 
 def inputs_of(window: Window) -> dict[str, Any]:

@@ -80,18 +80,22 @@ class Method:
     Attributes:
         name: Its name on the command line.
         prepare: Makes a model ready to train; it computes the same as before.
-        learning_rate: The default.
+        learning_rate: The default; None for a method that takes no gradient.
         kd_weight: Default share of the teacher's divergence in the loss, in [0, 1].
         needs_teacher: Whether it makes no sense without one.
         takes: Options of :class:`edgemoe.recover.options.RecoverOptions` that not every method
             has a use for, and this one has.
         weight_decay: Of AdamW.
+        run: Does the work where it is not a training by gradients.
+        max_tokens: Tokens of each task to read, where nothing is said; None for all.
     """
 
     name: str
     prepare: Callable[[MoeModel, RecoverOptions], Training]
-    learning_rate: float
+    learning_rate: float | None
     kd_weight: float
     needs_teacher: bool = False
     takes: frozenset[str] = frozenset()
     weight_decay: float = 0.0
+    run: Callable[..., float | None] | None = None
+    max_tokens: int | None = None

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from edgemoe.recover.method import Method
 
 TEACHER_OPTIONS = frozenset({"kd_weight", "temperature"})
+# What a method in closed form has no use for.
+OF_STEPS = ("steps", "learning_rate", "batch_tokens", "seed")
 _DEFAULT_RANK = 16
 
 
@@ -103,7 +105,13 @@ class RecoverOptions:
                     f"{name} must not be given without a teacher, got {getattr(self, name)}. "
                     "Leave it out, or give --teacher MODEL."
                 )
-        settled = replace(self, learning_rate=self.learning_rate or method.learning_rate)
+        if method.learning_rate is None:
+            self._refuse_training(method.name)
+        settled = replace(
+            self,
+            learning_rate=self.learning_rate or method.learning_rate,
+            max_tokens=self.max_tokens or method.max_tokens,
+        )
         if has_teacher:
             share = method.kd_weight if self.kd_weight is None else self.kd_weight
             if method.needs_teacher and share == 0:
@@ -124,6 +132,20 @@ class RecoverOptions:
             settled = replace(settled, router_steps=self.router_steps or -(-self.steps // 4))
         return settled
 
+    def _refuse_training(self, method: str) -> None:
+        for name in OF_STEPS:
+            default = getattr(RecoverOptions, name)
+            if getattr(self, name) != default:
+                raise RecoveryError(
+                    f"{name} must not be given for {method}, which takes no steps, got "
+                    f"{getattr(self, name)}. Leave it out."
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """Return what was decided, as JSON values."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        unused = OF_STEPS if self.learning_rate is None else ()
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None and name not in unused
+        }

@@ -127,13 +127,14 @@ def recover_checkpoint(
         lesson = Lesson(
             method=chosen,
             options=settled,
-            model=student.model,
+            student=student,
             teacher=master,
             tasks=samples,
             training=training,
             before=Quality.from_dict(state.progress["before"]),
         )
-        seconds = train(lesson, state, checkpoint_seconds=checkpoint_seconds)
+        run = chosen.run or train
+        seconds = run(lesson, state, checkpoint_seconds=checkpoint_seconds)
         written, after, best = _take_best(student, lesson, state, path)
         told = Recovered(
             method=method,
@@ -147,6 +148,7 @@ def recover_checkpoint(
             trained_parameters=sum(p.numel() for p in training.parameters.values()),
             tasks=samples,
             seconds_per_step=seconds,
+            unit="step" if chosen.run is None else "layer",
         )
         directory = work.empty_directory(_CHECKPOINT)
         written.model.to("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgemoe.errors import RecoveryError
+from edgemoe.recover.least_squares import LEAST_SQUARES
 from edgemoe.recover.lora import LORA
 from edgemoe.recover.lora_router_kd import LORA_ROUTER_KD
 from edgemoe.recover.router_kd import ROUTER_KD
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from edgemoe.recover.method import Method
 
 METHODS: dict[str, Method] = {
+    "least-squares": LEAST_SQUARES,
     "router-kd": ROUTER_KD,
     "lora": LORA,
     "lora+router-kd": LORA_ROUTER_KD,

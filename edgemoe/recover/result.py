@@ -27,13 +27,14 @@ class Recovered:
         experts_per_layer: Experts of each MoE layer.
         before: The model as it was given, on the held-out lines.
         after: What was written, on the same lines.
-        best_step: The step that was kept; 0 where none was better than the start, which was
-            then written as it was.
-        steps: Steps that were taken.
+        best_step: The step that was kept, or how many layers were changed; 0 where none was
+            better than the start, which was then written as it was.
+        steps: Steps that were taken, or layers that were tried.
         ended: Why the training ended.
         trained_parameters: Parameters that trained.
         tasks: What it was trained on.
         seconds_per_step: Mean of this run's steps, measurements included; None without one.
+        unit: What is counted: ``step`` or ``layer``.
     """
 
     method: str
@@ -47,6 +48,7 @@ class Recovered:
     trained_parameters: int
     tasks: tuple[TaskSamples, ...]
     seconds_per_step: float | None
+    unit: str = "step"
 
     def to_dict(self) -> dict[str, Any]:
         """Return what ``edgemoe recover --json`` answers, but for the output."""

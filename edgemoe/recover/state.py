@@ -29,6 +29,7 @@ class TrainingState:
     """What a training has reached, in its work directory.
 
     Attributes:
+        work: The directory.
         progress: JSON values: where the training is; empty before it has begun.
     """
 
@@ -38,7 +39,7 @@ class TrainingState:
         Args:
             work: The directory.
         """
-        self._work = work
+        self.work = work
         self.progress: dict[str, Any] = work.read(PROGRESS) or {}
 
     def save(
@@ -58,10 +59,10 @@ class TrainingState:
         if parameters is not None and optimizer is not None:
             content["state_file"] = f"state-{content['step']:08}.safetensors"
             self._write(content["state_file"], _collect(parameters, optimizer))
-        self._work.write(PROGRESS, content)
+        self.work.write(PROGRESS, content)
         self.progress = content
         kept = {content.get("state_file"), content.get("best_file")}
-        for file in self._work.path.glob(_TENSORS):
+        for file in self.work.path.glob(_TENSORS):
             if file.name not in kept:
                 file.unlink()
 
@@ -89,7 +90,7 @@ class TrainingState:
         name = self.progress.get("state_file")
         if name is None:
             return
-        tensors = load_file(str(self._work.path / name))
+        tensors = load_file(str(self.work.path / name))
         for key, parameter in parameters.items():
             parameter.data.copy_(tensors[f"value/{key}"])
             found = {m: tensors[f"{m}/{key}"] for m in _MOMENTS if f"{m}/{key}" in tensors}
@@ -106,14 +107,14 @@ class TrainingState:
         Args:
             parameters: What trains.
         """
-        tensors = load_file(str(self._work.path / self.progress["best_file"]))
+        tensors = load_file(str(self.work.path / self.progress["best_file"]))
         for key, parameter in parameters.items():
             parameter.data.copy_(tensors[key])
 
     def _write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        new = self._work.path / _NEW
+        new = self.work.path / _NEW
         save_file({key: value.contiguous() for key, value in tensors.items()}, str(new))
-        self._work.commit(new, name)
+        self.work.commit(new, name)
 
 
 def _collect(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from edgemoe.evaluate.scorer import Request
+    from edgemoe.models.contract import MoeModel
     from edgemoe.recover.held_out import Quality
     from edgemoe.recover.method import Method, Training
     from edgemoe.recover.options import RecoverOptions
@@ -41,7 +42,7 @@ class Lesson:
     Attributes:
         method: The method.
         options: Settled options.
-        model: The student.
+        student: The student.
         teacher: The teacher, if any.
         tasks: What is trained on, and what judges it.
         training: What trains.
@@ -50,11 +51,16 @@ class Lesson:
 
     method: Method
     options: RecoverOptions
-    model: PreTrainedModel
+    student: MoeModel
     teacher: PreTrainedModel | None
     tasks: Sequence[TaskSamples]
     training: Training
     before: Quality
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The student as transformers has it."""
+        return self.student.model
 
 
 def train(

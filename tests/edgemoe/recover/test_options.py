@@ -71,6 +71,8 @@ def test_each_method_has_its_own_defaults() -> None:
 
 
 def test_an_unknown_method_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(RecoveryError, match=r"one of lora, lora\+router-kd, .*, got 'dpo'"):
+    with pytest.raises(
+        RecoveryError, match=r"one of least-squares, lora, lora\+router-kd, .*, got 'dpo'"
+    ):
         find_method("dpo")
     assert all(name == method.name for name, method in METHODS.items())

@@ -245,7 +245,7 @@ def test_refusals_come_first_and_leave_nothing(
             recover_checkpoint(given.pop("path", small), [task], output, **given)
         assert sorted(tmp_path.iterdir()) == before
 
-    refuse(RecoveryError, "must be one of lora", method="adam")
+    refuse(RecoveryError, "must be one of least-squares, lora", method="adam")
     refuse(RecoveryError, "router-kd must have a teacher, got none", teacher=None)
     refuse(RecoveryError, "another checkpoint than the model", teacher=small)
     refuse(RecoveryError, "as many logits as the model, got 80", teacher=other)

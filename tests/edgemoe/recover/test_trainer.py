@@ -37,7 +37,7 @@ def make_lesson(
     lesson = Lesson(
         method=METHODS[method],
         options=options,
-        model=model.model,
+        student=model,
         teacher=master,
         tasks=samples,
         training=METHODS[method].prepare(model, options),
