@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from edgemoe.models.experts import ExpertsLayout
     from edgemoe.models.router_rule import RouterRule
 
+# What families call the width on their experts modules; some kernels ask for it.
+_WIDTH_ATTRIBUTES = ("intermediate_dim", "intermediate_size", "ffn_dim", "expert_dim")
+
 
 @dataclass(eq=False, kw_only=True)
 class MoeLayer:
@@ -198,23 +201,42 @@ class MoeLayer:
         Returns:
             Outputs [tokens, hidden].
         """
-        layout, experts = self.layout, self.experts
         if self.is_factored:
-            return run_factored(experts, layout, expert, hidden)
-        if self.is_based:
-            hidden = nn.functional.linear(hidden, self._basis(INPUT_BASIS))
-        one = {
-            name: self.tensor(f"{self.facts.experts}.{name}")[expert] for name in layout.names
-        }
-        up, down = one[layout.gate_up_name], one["down_proj"]
-        if layout.is_transposed:
-            up, down = up.T, down.T
-        up_bias = one.get(f"{layout.gate_up_name}_bias")
-        activated = self.activate(nn.functional.linear(hidden, up, up_bias))
-        output = nn.functional.linear(activated, down, one.get("down_proj_bias"))
+            return run_factored(self.experts, self.layout, expert, hidden)
+        activated = self.expert_units(expert, hidden)
+        down, bias = self._product_of(expert, "down_proj")
+        output = nn.functional.linear(activated, down, bias)
         if self.is_based:
             output = nn.functional.linear(output, self._basis(OUTPUT_BASIS))
         return output
+
+    def expert_units(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Run one expert up to its second product; its layer must not be factored.
+
+        Args:
+            expert: Which, in [0, num_experts).
+            hidden: Inputs [tokens, hidden].
+
+        Returns:
+            What the second product is given [tokens, intermediate].
+        """
+        if self.is_based:
+            hidden = nn.functional.linear(hidden, self._basis(INPUT_BASIS))
+        up, bias = self._product_of(expert, self.layout.gate_up_name)
+        return self.activate(nn.functional.linear(hidden, up, bias))
+
+    def neuron_outputs(self, expert: int) -> torch.Tensor:
+        """Return what each neuron of an expert adds to its output, where the neuron gives 1.
+
+        Args:
+            expert: Which, in [0, num_experts); its layer must not be factored.
+
+        Returns:
+            Columns of the second product, in the hidden size even between shared bases
+            [hidden, intermediate].
+        """
+        down, _ = self._product_of(expert, "down_proj")
+        return self._basis(OUTPUT_BASIS) @ down if self.is_based else down
 
     def activate(self, units: torch.Tensor) -> torch.Tensor:
         """Run what experts do between their two products.
@@ -288,6 +310,8 @@ class MoeLayer:
     def replace(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put other experts in place, with all that belongs to them.
 
+        Experts that are not factored may be wider or narrower than those before.
+
         Args:
             tensors: All of ``facts.tensors``, by name, in the layout of the module.
 
@@ -296,11 +320,15 @@ class MoeLayer:
                 the router can choose from.
         """
         experts = int(tensors[self._counting].shape[0])
+        width_before, width = self.intermediate_size, self._width_in(tensors)
         for spec in self.facts.tensors:
             value, before = tensors.get(spec.name), self.tensor(spec.name)
             expected = list(before.shape)
             if not spec.holds_ids:
                 expected[spec.axis] = experts + spec.tail
+            axis = self._width_axis(spec.name)
+            if axis is not None:
+                expected[axis] = expected[axis] // width_before * width
             if value is None or list(value.shape) != expected:
                 raise CheckpointError(
                     f"{self.name}.{spec.name} must have the shape {tuple(expected)} for "
@@ -314,6 +342,9 @@ class MoeLayer:
             )
         for spec in self.facts.tensors:
             self._set(spec.name, tensors[spec.name])
+        for name in _WIDTH_ATTRIBUTES:
+            if vars(self.experts).get(name) == width_before:
+                setattr(self.experts, name, width)
         for count in self.facts.counts:
             module = self.block.get_submodule(count.module)
             setattr(module, count.name, experts + count.tail)
@@ -322,6 +353,39 @@ class MoeLayer:
             if "config" in vars(module):
                 own = config_copy(module.config, self.count_entries, experts)
                 setattr(module, "config", own)  # noqa: B010  declared by no base class
+
+    def empty_tensors(self, width: int) -> dict[str, torch.Tensor]:
+        """Make room for experts of another width; the layer must not be factored.
+
+        Args:
+            width: Intermediate neurons of each, in [1, inf).
+
+        Returns:
+            What :meth:`replace` takes; tensors that depend on the width have no contents.
+        """
+        tensors = self.tensors()
+        for name, tensor in tensors.items():
+            axis = self._width_axis(name)
+            if axis is not None:
+                shape = list(tensor.shape)
+                shape[axis] = shape[axis] // self.intermediate_size * width
+                tensors[name] = tensor.new_empty(shape)
+        return tensors
+
+    def entry_size(self, spec: ExpertTensor, width: int) -> int:
+        """Tell how many numbers one expert has in a tensor, were it of another width.
+
+        Args:
+            spec: Which tensor; it holds no ids.
+            width: Intermediate neurons.
+
+        Returns:
+            Their number.
+        """
+        tensor = self.tensor(spec.name)
+        entry = tensor.numel() // tensor.shape[spec.axis]
+        has_neurons = self._width_axis(spec.name) is not None
+        return entry // self.intermediate_size * width if has_neurons else entry
 
     @contextlib.contextmanager
     def changed(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -345,6 +409,25 @@ class MoeLayer:
         """A tensor that has one entry per expert, and nothing else, on its first axis."""
         part = "down_out" if self.is_factored else "down_proj"
         return f"{self.facts.experts}.{part}"
+
+    def _width_axis(self, name: str) -> int | None:
+        """Which axis of a tensor has neurons, where they may become more or fewer."""
+        part = name.removeprefix(f"{self.facts.experts}.")
+        is_fixed = self.is_factored or part not in self.layout.names
+        return None if is_fixed else self.layout.width_axis(part)
+
+    def _width_in(self, tensors: Mapping[str, torch.Tensor]) -> int:
+        axis = self._width_axis(self._counting)
+        given = tensors[self._counting]
+        fits = axis is not None and given.ndim == self.tensor(self._counting).ndim
+        return int(given.shape[axis]) if axis is not None and fits else self.intermediate_size
+
+    def _product_of(self, expert: int, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One expert's matrix [outputs, inputs], outputs in the order of the family, and bias."""
+        prefix = self.facts.experts
+        weight = self.tensor(f"{prefix}.{name}")[expert]
+        bias = self.tensor(f"{prefix}.{name}_bias")[expert] if self.layout.has_bias else None
+        return (weight.T if self.layout.is_transposed else weight), bias
 
     def _basis(self, name: str) -> torch.Tensor:
         return cast("torch.Tensor", getattr(self.experts, name))

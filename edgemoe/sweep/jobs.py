@@ -165,7 +165,7 @@ def run_judge_job(job: JudgeJob) -> None:
     _begin(site)
     tokenizer = load_tokenizer(site.model)
     model = _model(site) if site.whole else open_streamed(site.model).moe
-    sizes = Sizes.of(model, job.plan.experts_per_layer)
+    sizes = Sizes.of(model, job.plan.experts_per_layer, job.plan.widths(model.shape))
     began = time.perf_counter()
     with _compressed(site, job) as scorer:
         scores = {
