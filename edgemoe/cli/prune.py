@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgemoe.cli.extras import needs
-from edgemoe.cli.options import PATH, force_option, output_option, report, reporting
+from edgemoe.cli.options import PATH, force_option, output_option, report, reporting, span
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,10 +47,15 @@ def parse_weights(texts: tuple[str, ...]) -> dict[str, float]:
     "--method",
     required=True,
     metavar="M",
-    help="frequency, man, moe-i2, msan, naee, random, reap, ream, seer or uncurl.",
+    help="frequency, man, moe-i2, msan, naee, random, reap, ream, seer or uncurl; camera and "
+    "heapr keep all experts and choose their neurons.",
 )
 @click.option(
-    "--keep", type=float, metavar="F", help="Fraction of each layer's experts to keep, (0, 1]."
+    "--keep",
+    type=float,
+    metavar="F",
+    help="Fraction of each layer's experts to keep, or of all neurons with camera and heapr, "
+    "(0, 1].",
 )
 @click.option(
     "--keep-experts",
@@ -83,10 +88,10 @@ def prune(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Decide which experts of MODEL a task keeps. No weight is moved.
+    """Decide which experts, or which of their neurons, a task keeps. No weight is moved.
 
-    Most methods read the statistics only; moe-i2, naee and ream also run MODEL's layers on the
-    tokens that are kept there.
+    Most methods read the statistics only; camera, heapr, moe-i2, naee and ream also run MODEL's
+    layers on the tokens that are kept there.
     """
     if (keep is None) == (keep_experts is None):
         raise click.UsageError("give exactly one of --keep and --keep-experts.")
@@ -98,7 +103,7 @@ def prune(
     from edgemoe.oracle.homes import open_home
     from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.prune.keep import count_kept, parse_keep_experts
-    from edgemoe.prune.registry import make_plan, read_options
+    from edgemoe.prune.registry import count_for, find_method, make_plan, read_options
     from edgemoe.staging import refuse_existing
 
     refuse_existing(output, force=force, directory=False)
@@ -108,8 +113,17 @@ def prune(
         raise click.BadParameter(str(error), param_hint="--keep-experts") from error
     chosen = read_options(method, options)
     weights = parse_weights(tasks)
+    picks_neurons = find_method(method).picks_neurons
+    if picks_neurons and asked is not None:
+        raise PlanError(
+            f"{method} must be told a fraction of the neurons, since it keeps all experts, got "
+            f"--keep-experts {keep_experts}. Use --keep."
+        )
     shape = read_shape(model)
-    counts = count_kept(shape, keep=keep, keep_experts=asked)
+    if keep is not None:
+        counts = count_for(method, shape, keep)
+    else:
+        counts = count_kept(shape, keep_experts=asked)
     statistics = Statistics.load(stats)
     if statistics.checkpoint_sha256 != fingerprint_checkpoint(model):
         raise StatisticsError(
@@ -127,16 +141,20 @@ def prune(
     )
     plan.save(output, force=force)
     kept = plan.experts_per_layer
-    report(
-        {
-            "output": output,
-            "sha256": plan.sha256,
-            "method": method,
-            "task": plan.task,
-            "experts_per_layer": list(kept),
-            "experts_before": list(shape.experts_per_layer),
-        },
+    result: dict[str, Any] = {
+        "output": output,
+        "sha256": plan.sha256,
+        "method": method,
+        "task": plan.task,
+        "experts_per_layer": list(kept),
+        "experts_before": list(shape.experts_per_layer),
+    }
+    text = (
         f"{output}: {method} for {plan.task} keeps {sum(kept)} of "
-        f"{sum(shape.experts_per_layer)} experts in {len(kept)} layers",
-        as_json=as_json,
+        f"{sum(shape.experts_per_layer)} experts in {len(kept)} layers"
     )
+    if picks_neurons:
+        before, widths = shape.widths_per_layer, plan.widths(shape)
+        result |= {"widths_per_layer": list(widths), "widths_before": list(before)}
+        text += f", stored {span(widths)} of {span(before)} neurons wide"
+    report(result, text, as_json=as_json)

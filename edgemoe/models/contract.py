@@ -116,7 +116,9 @@ class MoeModel:
         return ModelShape(
             family=self.family,
             layers=tuple(
-                layer.shape if width == widest else replace(layer.shape, intermediate_size=width)
+                layer.shape
+                if width == widest
+                else replace(layer.shape, intermediate_size=width)
                 for layer, width in zip(self.layers, widths, strict=True)
             ),
             hidden_size=self.layers[0].hidden_size,

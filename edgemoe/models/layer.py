@@ -14,6 +14,7 @@ from edgemoe.models.contract import LayerShape
 from edgemoe.models.discovery import config_copy
 from edgemoe.models.experts import reassign_ids
 from edgemoe.models.factored import is_factored, run_factored
+from edgemoe.models.layer_width import follow_width, width_axis, width_in
 from edgemoe.models.shared_basis import INPUT_BASIS, OUTPUT_BASIS, is_based
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from edgemoe.models.expert_tensors import ExpertTensor
     from edgemoe.models.experts import ExpertsLayout
     from edgemoe.models.router_rule import RouterRule
-
-# What families call the width on their experts modules; some kernels ask for it.
-_WIDTH_ATTRIBUTES = ("intermediate_dim", "intermediate_size", "ffn_dim", "expert_dim")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -135,7 +133,7 @@ class MoeLayer:
     @property
     def num_experts(self) -> int:
         """Routed experts that are present."""
-        return int(self.tensor(self._counting).shape[0])
+        return int(self.tensor(self.counting).shape[0])
 
     @property
     def hidden_size(self) -> int:
@@ -319,14 +317,14 @@ class MoeLayer:
             CheckpointError: The tensors do not fit together, or the experts are fewer than
                 the router can choose from.
         """
-        experts = int(tensors[self._counting].shape[0])
-        width_before, width = self.intermediate_size, self._width_in(tensors)
+        experts = int(tensors[self.counting].shape[0])
+        width_before, width = self.intermediate_size, width_in(self, tensors)
         for spec in self.facts.tensors:
             value, before = tensors.get(spec.name), self.tensor(spec.name)
             expected = list(before.shape)
             if not spec.holds_ids:
                 expected[spec.axis] = experts + spec.tail
-            axis = self._width_axis(spec.name)
+            axis = width_axis(self, spec.name)
             if axis is not None:
                 expected[axis] = expected[axis] // width_before * width
             if value is None or list(value.shape) != expected:
@@ -342,9 +340,7 @@ class MoeLayer:
             )
         for spec in self.facts.tensors:
             self._set(spec.name, tensors[spec.name])
-        for name in _WIDTH_ATTRIBUTES:
-            if vars(self.experts).get(name) == width_before:
-                setattr(self.experts, name, width)
+        follow_width(self.experts, width_before, width)
         for count in self.facts.counts:
             module = self.block.get_submodule(count.module)
             setattr(module, count.name, experts + count.tail)
@@ -353,39 +349,6 @@ class MoeLayer:
             if "config" in vars(module):
                 own = config_copy(module.config, self.count_entries, experts)
                 setattr(module, "config", own)  # noqa: B010  declared by no base class
-
-    def empty_tensors(self, width: int) -> dict[str, torch.Tensor]:
-        """Make room for experts of another width; the layer must not be factored.
-
-        Args:
-            width: Intermediate neurons of each, in [1, inf).
-
-        Returns:
-            What :meth:`replace` takes; tensors that depend on the width have no contents.
-        """
-        tensors = self.tensors()
-        for name, tensor in tensors.items():
-            axis = self._width_axis(name)
-            if axis is not None:
-                shape = list(tensor.shape)
-                shape[axis] = shape[axis] // self.intermediate_size * width
-                tensors[name] = tensor.new_empty(shape)
-        return tensors
-
-    def entry_size(self, spec: ExpertTensor, width: int) -> int:
-        """Tell how many numbers one expert has in a tensor, were it of another width.
-
-        Args:
-            spec: Which tensor; it holds no ids.
-            width: Intermediate neurons.
-
-        Returns:
-            Their number.
-        """
-        tensor = self.tensor(spec.name)
-        entry = tensor.numel() // tensor.shape[spec.axis]
-        has_neurons = self._width_axis(spec.name) is not None
-        return entry // self.intermediate_size * width if has_neurons else entry
 
     @contextlib.contextmanager
     def changed(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -405,25 +368,13 @@ class MoeLayer:
             self.replace(before)
 
     @property
-    def _counting(self) -> str:
+    def counting(self) -> str:
         """A tensor that has one entry per expert, and nothing else, on its first axis."""
         part = "down_out" if self.is_factored else "down_proj"
         return f"{self.facts.experts}.{part}"
 
-    def _width_axis(self, name: str) -> int | None:
-        """Which axis of a tensor has neurons, where they may become more or fewer."""
-        part = name.removeprefix(f"{self.facts.experts}.")
-        is_fixed = self.is_factored or part not in self.layout.names
-        return None if is_fixed else self.layout.width_axis(part)
-
-    def _width_in(self, tensors: Mapping[str, torch.Tensor]) -> int:
-        axis = self._width_axis(self._counting)
-        given = tensors[self._counting]
-        fits = axis is not None and given.ndim == self.tensor(self._counting).ndim
-        return int(given.shape[axis]) if axis is not None and fits else self.intermediate_size
-
     def _product_of(self, expert: int, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One expert's matrix [outputs, inputs], outputs in the order of the family, and bias."""
+        """One expert's matrix [outputs, inputs], in the family's order of outputs, and bias."""
         prefix = self.facts.experts
         weight = self.tensor(f"{prefix}.{name}")[expert]
         bias = self.tensor(f"{prefix}.{name}_bias")[expert] if self.layout.has_bias else None

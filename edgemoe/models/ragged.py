@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.errors import CheckpointError
 from edgemoe.models.adapter import view_layers
 from edgemoe.models.factored import Ranks, empty_factors, factor_layer
+from edgemoe.models.layer_width import empty_tensors
 from edgemoe.models.safety import read_json_object
 from edgemoe.models.shared_basis import base_layer, empty_bases
 
@@ -243,7 +244,7 @@ def resize_layers(model: PreTrainedModel, facts: ModelFacts, note: RaggedNote) -
         layer.keep([0] * count)
     for layer, width in zip(layers, note.widths_per_layer or (), strict=False):
         if width != layer.intermediate_size:
-            layer.replace(layer.empty_tensors(width))
+            layer.replace(empty_tensors(layer, width))
     for layer, ranks in zip(layers, note.ranks_per_layer or (), strict=False):
         if ranks is not None:
             factor_layer(layer, empty_factors(layer, ranks))

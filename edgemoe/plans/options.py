@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import PlanError
@@ -17,7 +18,7 @@ def parse_options(
 
     Args:
         method: The method's name, for messages.
-        known: Its options with their defaults, which are integers or strings.
+        known: Its options with their defaults, which are integers, floats or strings.
         texts: ``NAME=VALUE`` each.
 
     Returns:
@@ -38,6 +39,8 @@ def parse_options(
             )
         if isinstance(known[name], str):
             options[name] = value
+        elif isinstance(known[name], float):
+            options[name] = _read_number(method, name, value)
         elif not value.isdecimal():
             raise PlanError(
                 f"option {name} of {method} must be an integer in [0, inf), got {value!r}."
@@ -45,3 +48,13 @@ def parse_options(
         else:
             options[name] = int(value)
     return options
+
+
+def _read_number(method: str, name: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise PlanError(f"option {name} of {method} must be a number, got {text!r}.")
+    return number

@@ -82,9 +82,9 @@ class Plan:
         narrowed = [layer.layer for layer in ordered if layer.is_narrowing]
         if self.factors is not None and narrowed:
             raise PlanError(
-                "a plan must either factor experts or choose their neurons, got ranks of layers "
-                f"{ranked} and neurons of layers {narrowed}. Apply the plan with neurons first, "
-                "then calibrate and decompose what that writes."
+                "a plan must either factor experts or choose their neurons, got ranks of "
+                f"layers {ranked} and neurons of layers {narrowed}. Apply the one with neurons "
+                "first, then calibrate and decompose what that writes."
             )
         if (self.factors is None) != (not ranked):
             raise PlanError(

@@ -249,9 +249,7 @@ def keeps_all(plan: LayerPlan, num_experts: int) -> bool:
     Returns:
         Whether nothing would change.
     """
-    return (
-        not plan.is_merging and not plan.is_narrowing and len(plan.experts) == num_experts
-    )
+    return not plan.is_merging and not plan.is_narrowing and len(plan.experts) == num_experts
 
 
 def apply_layer(layer: MoeLayer, plan: LayerPlan) -> None:

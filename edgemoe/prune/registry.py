@@ -12,8 +12,10 @@ from edgemoe.errors import PlanError
 from edgemoe.lines import write_digests
 from edgemoe.plans.options import parse_options
 from edgemoe.plans.plan import LayerPlan, Plan
+from edgemoe.prune.camera import camera
 from edgemoe.prune.frequency import frequency
-from edgemoe.prune.keep import check_counts
+from edgemoe.prune.heapr import heapr
+from edgemoe.prune.keep import check_counts, count_kept
 from edgemoe.prune.moe_i2 import moe_i2
 from edgemoe.prune.msan import man, msan
 from edgemoe.prune.naee import naee
@@ -22,12 +24,14 @@ from edgemoe.prune.ream import ream
 from edgemoe.prune.reap import reap
 from edgemoe.prune.seer import seer
 from edgemoe.prune.uncurl import uncurl
+from edgemoe.prune.widths import check_widths, count_widths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from edgemoe.calibrate.sample import Window
     from edgemoe.calibrate.statistics import Statistics
+    from edgemoe.models.contract import ModelShape
     from edgemoe.oracle.oracle import LayerOracle
 
     # Opens the model for methods that run its layers.
@@ -43,11 +47,14 @@ class Method:
             layers has the oracle before them. Options are keyword arguments.
         runs_layers: Whether it needs the model besides the statistics.
         draws: Whether another seed may give another plan.
+        picks_neurons: Whether it keeps all experts and chooses their neurons; counts are
+            neurons of each expert then.
     """
 
     decide: Callable[..., tuple[LayerPlan, ...]]
     runs_layers: bool = False
     draws: bool = False
+    picks_neurons: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -57,7 +64,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    "camera": Method(camera, runs_layers=True, picks_neurons=True),
     "frequency": Method(frequency),
+    "heapr": Method(heapr, runs_layers=True, picks_neurons=True),
     "man": Method(man),
     "moe-i2": Method(moe_i2, runs_layers=True, draws=True),
     "msan": Method(msan),
@@ -103,6 +112,25 @@ def read_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
     return parse_options(method, find_method(method).options, texts)
 
 
+def count_for(method: str, shape: ModelShape, keep: float) -> tuple[int, ...]:
+    """Turn a fraction into what a method keeps per MoE layer.
+
+    Args:
+        method: One of :data:`METHODS`.
+        shape: The model.
+        keep: Fraction of each layer's experts, or of all neurons, in (0, 1].
+
+    Returns:
+        Experts to keep, or neurons of each expert, one number per MoE layer.
+
+    Raises:
+        PlanError: There is no such method, or the model cannot keep that fraction.
+    """
+    if find_method(method).picks_neurons:
+        return count_widths(shape, keep)
+    return count_kept(shape, keep=keep)
+
+
 def make_plan(
     statistics: Statistics,
     task: str | Mapping[str, float],
@@ -119,7 +147,8 @@ def make_plan(
         statistics: Sums of the checkpoint.
         task: The task to decide for, or several with their weights.
         method: One of :data:`METHODS`.
-        counts: Experts to keep per MoE layer, as :func:`edgemoe.prune.keep.count_kept` gives.
+        counts: Experts to keep per MoE layer, as :func:`edgemoe.prune.keep.count_kept` gives,
+            or neurons of each expert, as :func:`edgemoe.prune.widths.count_widths` gives.
         seed: Seed of the methods that draw, in [0, inf).
         options: The method's options by name.
         open_oracle: Opens the model that was measured, for methods that run its layers.
@@ -139,7 +168,8 @@ def make_plan(
     unknown = sorted(set(given) - set(found.options))
     if unknown:
         raise PlanError(f"{method} must be given its own options, got {unknown}.")
-    counts = check_counts(statistics.shape, counts)
+    check = check_widths if found.picks_neurons else check_counts
+    counts = check(statistics.shape, counts)
     weights = {task: 1.0} if isinstance(task, str) else dict(task)
     mixture = mix(statistics, weights)
     measured = mixture.measured
@@ -150,7 +180,8 @@ def make_plan(
         layers = found.decide(oracle, measured, statistics.shape, counts, seed, **given)
     else:
         layers = found.decide(measured, statistics.shape, counts, seed, **given)
-    chosen: dict[str, Any] = {"keep_experts": list(counts), **(found.options | given)}
+    counted = "keep_neurons" if found.picks_neurons else "keep_experts"
+    chosen: dict[str, Any] = {counted: list(counts), **(found.options | given)}
     if len(weights) > 1:
         chosen["task_weights"] = weights
     plan = Plan(

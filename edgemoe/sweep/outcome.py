@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from edgemoe.evaluate.drop import Drop, paired_drop
+from edgemoe.prune.registry import find_method
 from edgemoe.sweep.lines import FEW_LINES
 from edgemoe.sweep.threshold import Point, choose_deepest, find_nearest, find_threshold
 
@@ -85,6 +86,11 @@ class Row:
     def is_own(self) -> bool:
         """Whether the task that chose the experts judges them."""
         return self.task == self.judged_on
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the method keeps all experts and chooses their neurons."""
+        return self.method is not None and find_method(self.method).picks_neurons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +277,7 @@ class Outcome:
                     kept_fraction=max(row.kept_fraction for row in rows),
                     drop=sum(row.drop.value for row in rows) / len(rows),
                     upper=max(row.drop.ci95[1] for row in rows),
-                    is_cut=any(row.experts < row.experts_before for row in rows),
+                    is_cut=any(row.kept_fraction < 1 for row in rows),
                 )
             )
         return points

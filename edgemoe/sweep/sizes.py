@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgemoe.models.layer_width import entry_size
 from edgemoe.models.saving import float32_names
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Sizes:
                     continue
                 tensor = layer.tensor(spec.name)
                 entry = tensor.numel() // tensor.shape[spec.axis]
-                kept = count * layer.entry_size(spec, width)
+                kept = count * entry_size(layer, spec, width)
                 lost = layer.num_experts * entry - kept
                 total -= lost * itemsize(f"{layer.name}.{spec.name}", tensor)
                 if spec.name.startswith(prefix):
