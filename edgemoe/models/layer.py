@@ -223,19 +223,6 @@ class MoeLayer:
         up, bias = self._product_of(expert, self.layout.gate_up_name)
         return self.activate(nn.functional.linear(hidden, up, bias))
 
-    def neuron_outputs(self, expert: int) -> torch.Tensor:
-        """Return what each neuron of an expert adds to its output, where the neuron gives 1.
-
-        Args:
-            expert: Which, in [0, num_experts); its layer must not be factored.
-
-        Returns:
-            Columns of the second product, in the hidden size even between shared bases
-            [hidden, intermediate].
-        """
-        down, _ = self._product_of(expert, "down_proj")
-        return self._basis(OUTPUT_BASIS) @ down if self.is_based else down
-
     def activate(self, units: torch.Tensor) -> torch.Tensor:
         """Run what experts do between their two products.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,6 +60,21 @@ def follow_width(experts: nn.Module, before: int, after: int) -> None:
     for name in _ATTRIBUTES:
         if vars(experts).get(name) == before:
             setattr(experts, name, after)
+
+
+def neuron_outputs(layer: MoeLayer, expert: int) -> torch.Tensor:
+    """Return what each neuron of an expert adds to its output, where the neuron gives 1.
+
+    Args:
+        layer: A layer that is not factored.
+        expert: Which expert, in [0, num_experts).
+
+    Returns:
+        Columns of the second product, in the hidden size even between shared bases
+        [hidden, intermediate].
+    """
+    down = layer.down[expert]
+    return cast("torch.Tensor", layer.experts.output_basis) @ down if layer.is_based else down
 
 
 def widened_shapes(layer: MoeLayer, width: int) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ phi_i is the router's gate times act(gate) * up, and the micro-expert's energy i
 Layers are pruned from the first to the last, each judged on what the pruned layers before it
 return. The paper ranks all micro-experts of a layer together (``widths=ragged``); since a layer
 is stored at the width of its widest expert, the default keeps as many of each expert
-(``widths=equal``). ``alpha`` is 1 in the authors' scripts.
+(``widths=equal``). ``alpha`` is 0.9 in the run that the authors publish.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from edgemoe.errors import PlanError
+from edgemoe.models.layer_width import neuron_outputs
 from edgemoe.prune.apply import plan_tensors, refuse_neurons
 from edgemoe.prune.widths import check_choice, keep_equal, keep_ragged
 
@@ -44,7 +45,7 @@ def camera(
     counts: Sequence[int],
     seed: int,
     *,
-    alpha: float = 1.0,
+    alpha: float = 0.9,
     tokens: int = 8192,
     widths: str = "equal",
 ) -> tuple[LayerPlan, ...]:
@@ -111,6 +112,6 @@ def energies(view: LayerView, alpha: float) -> NDArray[np.float64]:
             squares = (units * routing.weights[chunk, slot, None].double()).square()
             total += squares.sum(dim=0)
             largest = torch.maximum(largest, squares.amax(dim=0))
-        columns = layer.neuron_outputs(expert).double().square().sum(dim=0)
+        columns = neuron_outputs(layer, expert).double().square().sum(dim=0)
         found[expert] = (((1 - alpha) * total + alpha * largest) * columns).numpy()
     return found

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.hooks import observe
+from edgemoe.models.layer_width import neuron_outputs
 from edgemoe.oracle.homes import whole_model
 from edgemoe.oracle.oracle import inputs_of
 from edgemoe.progress import track
@@ -174,7 +175,7 @@ def _add(layer: MoeLayer, call: _Call, inputs: torch.Tensor, gradients: torch.Te
         # The layer's output has the expert's times its gate in it.
         gates = call.routing.weights[tokens, slots, None].double()
         at_output = call.delta[tokens].double() * gates
-        columns = layer.neuron_outputs(expert).double()
+        columns = neuron_outputs(layer, expert).double()
         gradients[expert] += (at_output @ columns).square().sum(dim=0)
 
 

@@ -8,13 +8,14 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgemoe.evaluate.evaluation import evaluate
-from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
+from edgemoe.models.checkpoint import load_model, load_tokenizer, read_structure
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.memory import default_limit
 from edgemoe.models.opening import open_larger
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.keep_all import keep_all
-from edgemoe.prune.registry import count_for, find_method, make_plan
+from edgemoe.prune.apply import check_neurons
+from edgemoe.prune.registry import count_for, make_plan
 from edgemoe.staging import require_space
 from edgemoe_exporters import lower_ort, lower_tensorrt
 from edgemoe_exporters.bundle import (
@@ -46,6 +47,7 @@ from edgemoe_exporters.task_data import TaskData
 from edgemoe_exporters.task_experts import (
     count_least_parameters,
     count_parameters,
+    kept_here,
     lay_out_plans,
     list_experts,
     refuse_factors,
@@ -65,7 +67,7 @@ if TYPE_CHECKING:
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.evaluate.evaluation import Evaluation
     from edgemoe.evaluate.scorer import Scorer
-    from edgemoe.models.contract import ModelShape, MoeModel
+    from edgemoe.models.contract import MoeModel
     from edgemoe.models.opening import StreamedModel
     from edgemoe.plans.plan import Plan
     from edgemoe.tasks import TaskFile
@@ -115,12 +117,14 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
     target, precision = request.check()
     check_engine(target.flavour)
     data = TaskData.load(request)
-    shape = read_shape(request.model)
+    structure = read_structure(request.model)
+    shape = structure.shape
     check_exportable(request.model, precision)
     # What no later stage could carry out is refused before anything is loaded or calibrated.
     for name, plan in data.plans.items():
         plan.validate(shape)
         refuse_factors(name, plan)
+        check_neurons(plan, structure)
     if target.flavour == "ort":
         check_block_sizes(shape, precision)
     counts = (
@@ -146,7 +150,7 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         kept = [
             tuple(zip(given.experts_per_layer, given.widths(shape), strict=True))
             if (given := data.plans.get(name)) is not None
-            else _kept_here(request, shape, counts)
+            else kept_here(request.method, shape, counts)
             for name in request.names
         ]
         least = count_least_parameters(source.moe, kept, multiple) * bytes_per_parameter
@@ -182,18 +186,6 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         separate_stacks=graphs.separate_stacks,
         remarks=data.remarks,
     )
-
-
-def _kept_here(
-    request: ExportRequest, shape: ModelShape, counts: tuple[int, ...]
-) -> tuple[tuple[int, int], ...]:
-    """Say how many experts of which width a task without a plan has in each MoE layer."""
-    experts, widths = shape.experts_per_layer, shape.widths_per_layer
-    if counts and find_method(request.method).picks_neurons:
-        widths = counts
-    elif counts:
-        experts = counts
-    return tuple(zip(experts, widths, strict=True))
 
 
 def _open(
@@ -242,8 +234,8 @@ class _Road:
     def choose_plans(self, counts: tuple[int, ...]) -> dict[str, Plan]:
         """Return the plan of every task, in the order of the request."""
         plans = {}
-        whole = _kept_here(self.request, self.model.shape, ())
-        cuts = _kept_here(self.request, self.model.shape, counts) != whole
+        whole = kept_here(self.request.method, self.model.shape, ())
+        cuts = kept_here(self.request.method, self.model.shape, counts) != whole
         for name in self.request.names:
             if name in self.data.plans:
                 plans[name] = self.data.plans[name]

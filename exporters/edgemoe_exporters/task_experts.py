@@ -12,6 +12,7 @@ from edgemoe.errors import ExportError
 from edgemoe.models.layer_width import entry_size
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.prune.apply import apply_plan
+from edgemoe.prune.registry import find_method
 from edgemoe_exporters.sharing import ExpertKey, StackLayout, lay_out
 from edgemoe_exporters.trace import EXPERT_AXIS
 
@@ -65,6 +66,27 @@ def lay_out_plans(plans: Mapping[str, Plan], shape: ModelShape) -> dict[int, Sta
         for position, layer in enumerate(shape.layers)
         if layer.n_group == 1 and len(set(widths[position])) == 1
     }
+
+
+def kept_here(
+    method: str, shape: ModelShape, counts: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """Say what an export that chooses experts itself leaves of each MoE layer.
+
+    Args:
+        method: How it chooses.
+        shape: The model.
+        counts: Experts to keep, or neurons of each expert; none where all stay.
+
+    Returns:
+        Experts and their width per MoE layer.
+    """
+    experts, widths = shape.experts_per_layer, shape.widths_per_layer
+    if counts and find_method(method).picks_neurons:
+        widths = tuple(counts)
+    elif counts:
+        experts = tuple(counts)
+    return tuple(zip(experts, widths, strict=True))
 
 
 def count_parameters(

@@ -52,9 +52,16 @@ def test_from_prune_to_verify(
 
     told = answer("apply", road / "moe", "--plan", plan, "-o", small)
     assert told["widths_per_layer"] == found
-    assert answer("inspect", small)["expert_intermediate_size"] == max(found)
     task = f"--task=code={road / 'code'}.jsonl"
     score = answer("evaluate", small, task)["value"]
+    again = tmp_path / "again.safetensors"
+    answer("calibrate", small, task, "-o", again)
+    teach = ("--method", "lora+router-kd", "--teacher", road / "moe", "--steps=2")
+    quick = ("--batch-tokens=256", "--held-out=0.25", "--threads=1")
+    answer("recover", small, task, *teach, *quick, "-o", tmp_path / "recovered")
+    for path in (small, tmp_path / "recovered"):
+        told = answer("inspect", path)
+        assert told.get("widths_per_layer", [told["expert_intermediate_size"]] * 2) == found
 
     answer("export", small, "--target", "cpu", "--precision", "fp32", "-o", bundle)
     assert answer("verify", bundle)

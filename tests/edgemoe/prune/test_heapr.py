@@ -10,9 +10,11 @@ import torch
 from torch.nn import functional
 
 from edgemoe.calibrate.sample import Window
+from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.errors import StreamingError
 from edgemoe.models import load_model
 from edgemoe.models.opening import open_streamed
+from edgemoe.models.shared_basis import base_layer
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
 from edgemoe.oracle.homes import MemoryHome, StreamedHome
 from edgemoe.oracle.oracle import LayerOracle
@@ -44,7 +46,7 @@ WINDOWS = draw_windows((12, 1, 9))
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("heapr")
     families = ("qwen2_moe", "gpt_oss")
-    sizes = {"num_hidden_layers": 2, "intermediate_size": WIDTH}
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": WIDTH}
     return {f: write_tiny_checkpoint(f, folder / f, **sizes) for f in families}
 
 
@@ -80,14 +82,15 @@ def brute_force(model: MoeModel) -> list[torch.Tensor]:
         return forward
 
     for number, layer in enumerate(model.layers):
-        layer.experts.forward = watch(number)  # type: ignore[method-assign]
+        layer.experts.forward = watch(number)
     seen = 0
     for window in WINDOWS:
         seen += len(window.ids)
         ids = torch.tensor([window.ids])
         if len(window.ids) > 1:
             logits = model.model(input_ids=ids, use_cache=False).logits
-            functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum").backward()
+            loss: Any = functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
+            loss.backward()
     for number, layer in enumerate(model.layers):
         scores = torch.zeros(EXPERTS, WIDTH, dtype=torch.float64)
         for expert in range(EXPERTS):
@@ -118,6 +121,17 @@ def test_importances_are_those_of_autograd(family: str, paths: dict[str, Path]) 
         want = other.detach().numpy()
         assert want.max() > 0
         np.testing.assert_allclose(one, want, rtol=2e-3, atol=1e-6 * want.max())
+
+
+def test_neurons_between_shared_bases_are_scored_in_the_hidden_size(
+    paths: dict[str, Path],
+) -> None:
+    model, same = load_model(paths["qwen2_moe"]), load_model(paths["qwen2_moe"])
+    for layer in model.layers:
+        # Bases of full rank that turn the space: the model says the same.
+        base_layer(layer, share_basis(layer, layer.hidden_size).tensors)
+    for one, other in zip(importances(model, WINDOWS), importances(same, WINDOWS), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-4 * other.max())
 
 
 def decide(path: Path, keep: float, widths: str) -> tuple[LayerPlan, ...]:
