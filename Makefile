@@ -11,6 +11,9 @@ RTX := $(if $(filter x86_64,$(shell uname -m)),$(shell echo ,)tensorrt-rtx)
 # There are wheels of ray for these two and Python 3.10 to 3.13; without it its tests are skipped.
 RAY := $(if $(filter x86_64 aarch64,$(shell uname -m)),$(shell echo ,)ray)
 
+# Files of tests that run at once, each in a process of its own with one thread.
+JOBS ?= 2
+
 # Nothing here may reach for a model hub.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -46,7 +49,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo/run.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

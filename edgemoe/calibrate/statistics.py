@@ -201,7 +201,7 @@ class Statistics:
             "version": VERSION,
             "created_by": f"edgemoe {__version__}",
             "checkpoint_sha256": self.checkpoint_sha256,
-            "shape": asdict(self.shape),
+            "shape": _shape_header(self.shape),
             "tasks": {
                 name: [source.header() for source in task.sources]
                 for name, task in sorted(self.tasks.items())
@@ -310,6 +310,15 @@ def _read_header(path: Path) -> dict[str, Any]:
         )
     checked: dict[str, Any] = header
     return checked
+
+
+def _shape_header(shape: ModelShape) -> dict[str, Any]:
+    """Write widths of layers only where they differ: others stay the bytes that they were."""
+    header = asdict(shape)
+    for layer in header["layers"]:
+        if layer["intermediate_size"] is None:
+            del layer["intermediate_size"]
+    return header
 
 
 def _assemble(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemoe.cli.extras import needs
-from edgemoe.cli.options import PATH, force_option, output_option, report, reporting
+from edgemoe.cli.options import PATH, force_option, output_option, report, reporting, span
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +34,7 @@ def apply(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Keep, merge and factor the experts of MODEL as a plan says.
+    """Keep, narrow, merge and factor the experts of MODEL as a plan says.
 
     One decoder layer is in memory at a time. When it is interrupted, the same command goes on
     after the last finished layer or weight file.
@@ -50,7 +50,8 @@ def apply(
     refuse_existing(output, force=force, directory=True)
     refuse_inputs_inside(output, model, plan_path)
     plan = Plan.load(plan_path)
-    plan.validate(read_shape(model))
+    shape = read_shape(model)
+    plan.validate(shape)
     try:
         applied = apply_streamed(
             model, plan, output, max_shard_bytes=int(max_shard_gb * 1e9), force=force
@@ -69,6 +70,10 @@ def apply(
         "family": family,
     }
     text = f"{output}: {family}, experts per layer {', '.join(map(str, counts))}"
+    if plan.is_narrowing:
+        widths = plan.widths(shape)
+        result["widths_per_layer"] = list(widths)
+        text += f", stored {span(widths)} neurons wide"
     if plan.factors is not None:
         result["ranks_per_layer"] = [pair and list(pair) for pair in ranks]
         shown = ", ".join("whole" if pair is None else f"{pair[0]}+{pair[1]}" for pair in ranks)

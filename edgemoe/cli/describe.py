@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.models.ragged import RaggedNote
+    from edgemoe.plans.plan import Plan
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _MAX_JSON_BYTES = 256 << 20  # 256 MiB: no plan or key is near it
@@ -128,10 +129,16 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         "experts_per_layer": list(shape.experts_per_layer),
         "top_k": [layer.top_k for layer in shape.layers],
         "expert_intermediate_size": shape.intermediate_size,
+        **_describe_widths(shape.widths_per_layer),
         **_describe_ranks([None if pair is None else (pair.up, pair.down) for pair in ranks]),
         **_describe_bases(note),
         "provenance": embedded.get("provenance") if note is None else note.provenance,
     }
+
+
+def _describe_widths(widths: Sequence[int]) -> dict[str, Any]:
+    """Name the widths of layers, where they differ."""
+    return {} if len(set(widths)) == 1 else {"widths_per_layer": list(widths)}
 
 
 def _describe_bases(note: RaggedNote | None) -> dict[str, Any]:
@@ -214,12 +221,27 @@ def _describe_plan(path: Path) -> dict[str, Any]:
         "merged_experts": sum(
             len(expert.members) > 1 for layer in plan.layers for expert in layer.experts
         ),
+        **_describe_neurons(plan),
         **_describe_ranks(plan.ranks_per_layer),
         **({} if plan.factors is None else {"factors": plan.factors.describe()}),
         "checkpoint_sha256": plan.checkpoint_sha256,
         "statistics_sha256": plan.statistics_sha256,
         "edgemoe_version": plan.edgemoe_version,
     }
+
+
+def _describe_neurons(plan: Plan) -> dict[str, Any]:
+    """Count the neurons that each layer's experts keep; None stands for all."""
+    from edgemoe.plans.neurons import count_mask
+
+    if not plan.is_narrowing:
+        return {}
+    counts = [
+        {None if e.neurons is None else count_mask(e.neurons) for e in layer.experts}
+        for layer in plan.layers
+    ]
+    most = [None if None in found else max(n for n in found if n) for found in counts]
+    return {"most_neurons_per_layer": most}
 
 
 def _describe_ranks(ranks: Sequence[tuple[int, int] | None]) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def _summarise(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
         "statistics_sha256": found["statistics_sha256"],
         "versions": found["versions"],
         "methods": {name: dict(method["options"]) for name, method in found["methods"].items()},
+        "recoveries": found["recoveries"],
         "keep": sorted({row["keep"] for row in plans.values()}, reverse=True),
         "seeds": found["seeds"],
         "left_out": {str(one["keep"]): one["reason"] for one in found["impossible"]},
@@ -106,6 +107,7 @@ def _describe_threshold(
     return {
         "verdict": threshold["sentence"],
         "method": best["method"],
+        "recovery": best["recovery"],
         "keep": best["keep"],
         "experts": row["experts"],
         "kept_fraction": best["kept_fraction"],

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 @click.option(
     "--calibration-lines",
     type=click.Choice(["refuse", "skip", "warn"]),
-    default="warn",
+    default="refuse",
     show_default=True,
-    help="What to do with lines that MODEL was pruned or trained on.",
+    help="What to do with lines that MODEL was pruned or trained on: their score says little "
+    "of other lines.",
 )
 @reporting
 def evaluate(

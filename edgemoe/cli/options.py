@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
 
@@ -75,3 +75,9 @@ def human_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} GB"
+
+
+def span(numbers: Sequence[int]) -> str:
+    """Return one number, or the least and the largest, such as ``32 to 40``."""
+    least, largest = min(numbers), max(numbers)
+    return str(least) if least == largest else f"{least} to {largest}"

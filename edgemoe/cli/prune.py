@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgemoe.cli.extras import needs
-from edgemoe.cli.options import PATH, force_option, output_option, report, reporting
+from edgemoe.cli.options import PATH, force_option, output_option, report, reporting, span
 from edgemoe.cli.workers import choose_place
 
 if TYPE_CHECKING:
@@ -53,10 +53,15 @@ def parse_weights(texts: tuple[str, ...]) -> dict[str, float]:
     "--method",
     required=True,
     metavar="M",
-    help="frequency, man, moe-i2, msan, naee, random, reap, ream, seer or uncurl.",
+    help="frequency, man, moe-i2, msan, naee, random, reap, ream, seer or uncurl; camera and "
+    "heapr keep all experts and choose their neurons.",
 )
 @click.option(
-    "--keep", type=float, metavar="F", help="Fraction of each layer's experts to keep, (0, 1]."
+    "--keep",
+    type=float,
+    metavar="F",
+    help="Fraction of each layer's experts to keep, or of all neurons with camera and heapr, "
+    "(0, 1].",
 )
 @click.option(
     "--keep-experts",
@@ -121,10 +126,10 @@ def prune(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Decide which experts of MODEL a task keeps. No weight is moved.
+    """Decide which experts, or which of their neurons, a task keeps. No weight is moved.
 
-    Most methods read the statistics only; moe-i2, naee and ream also run MODEL's layers on the
-    tokens that are kept there, as --layers owl does.
+    Most methods read the statistics only; camera, heapr, moe-i2, naee and ream also run MODEL's
+    layers on the tokens that are kept there, as --layers owl does.
     """
     if (keep is None) == (keep_experts is None):
         raise click.UsageError("give exactly one of --keep and --keep-experts.")
@@ -139,7 +144,7 @@ def prune(
     from edgemoe.oracle.homes import StreamedHome, open_home
     from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.prune.keep import count_kept, parse_keep_experts
-    from edgemoe.prune.registry import find_method, make_plan, read_options
+    from edgemoe.prune.registry import count_for, find_method, make_plan, read_options
     from edgemoe.staging import refuse_existing
 
     refuse_existing(output, force=force, directory=False)
@@ -156,8 +161,17 @@ def prune(
     if threads is not None:
         torch.set_num_threads(threads)
     weights = parse_weights(tasks)
+    picks_neurons = find_method(method).picks_neurons
+    if picks_neurons and asked is not None:
+        raise PlanError(
+            f"{method} must be told a fraction of the neurons, since it keeps all experts, got "
+            f"--keep-experts {keep_experts}. Use --keep."
+        )
     shape = read_shape(model)
-    counts = count_kept(shape, keep=keep, keep_experts=asked)
+    if keep is not None:
+        counts = count_for(method, shape, keep)
+    else:
+        counts = count_kept(shape, keep_experts=asked)
     statistics = Statistics.load(stats)
     if statistics.checkpoint_sha256 != fingerprint_checkpoint(model):
         raise StatisticsError(
@@ -183,19 +197,23 @@ def prune(
         )
     plan.save(output, force=force)
     kept = plan.experts_per_layer
-    report(
-        {
-            "output": output,
-            "sha256": plan.sha256,
-            "method": method,
-            "task": plan.task,
-            "experts_per_layer": list(kept),
-            "experts_before": list(shape.experts_per_layer),
-        },
+    result: dict[str, Any] = {
+        "output": output,
+        "sha256": plan.sha256,
+        "method": method,
+        "task": plan.task,
+        "experts_per_layer": list(kept),
+        "experts_before": list(shape.experts_per_layer),
+    }
+    text = (
         f"{output}: {method} for {plan.task} keeps {sum(kept)} of "
-        f"{sum(shape.experts_per_layer)} experts in {len(kept)} layers",
-        as_json=as_json,
+        f"{sum(shape.experts_per_layer)} experts in {len(kept)} layers"
     )
+    if picks_neurons:
+        before, widths = shape.widths_per_layer, plan.widths(shape)
+        result |= {"widths_per_layer": list(widths), "widths_before": list(before)}
+        text += f", stored {span(widths)} of {span(before)} neurons wide"
+    report(result, text, as_json=as_json)
 
 
 def _layers(layers: str, asked: int | tuple[int, ...] | None) -> list[str]:

@@ -122,11 +122,12 @@ def recover(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Train MODEL on tasks to win back what pruning, merging or factoring cost.
+    """Win back on tasks what pruning, merging or factoring cost MODEL.
 
-    Some lines of each task are held out: they tell the loss before and after, and which step is
-    kept. Where no step is better than MODEL itself, MODEL is written as it is. MODEL and the
-    teacher are in memory at once, as float32. When it is interrupted, the same command goes on.
+    Some lines of each task are held out: they tell the loss before and after, and what of the
+    training is kept. Where nothing is better than MODEL itself, it is written as it is. MODEL
+    and the teacher are in memory at once, as float32. When it is interrupted, the same command
+    goes on.
     """
     needs("export")
     import torch

@@ -83,6 +83,14 @@ def parse_seeds(ctx: click.Context, option: click.Parameter, value: str) -> tupl
     help="An option of a method, such as moe-i2:population=50. Repeatable.",
 )
 @click.option(
+    "--recover",
+    "recoveries",
+    multiple=True,
+    metavar="M[:NAME=VALUE,...]",
+    help="Judge every cut once more behind a method of `edgemoe recover`, on the lines that "
+    "chose its experts, such as least-squares or router-kd:steps=50. Repeatable.",
+)
+@click.option(
     "--keep",
     "keeps",
     default="0.25,0.5,0.75,1.0",
@@ -154,6 +162,7 @@ def sweep(
     held_out: tuple[str, ...],
     methods: tuple[str, ...],
     options: tuple[str, ...],
+    recoveries: tuple[str, ...],
     keeps: tuple[float, ...],
     layers: tuple[str, ...],
     seeds: tuple[int, ...],
@@ -176,6 +185,7 @@ def sweep(
     is interrupted, the same command goes on from what is finished.
     """
     needs("export", "sweep", *(["ray"] if ray_address is not None else []))
+    from edgemoe.sweep.recoveries import read_recoveries
     from edgemoe.sweep.report import describe
     from edgemoe.sweep.request import SweepRequest, read_methods, read_paths
     from edgemoe.sweep.sweep import run_sweep
@@ -185,6 +195,7 @@ def sweep(
         output=output,
         tasks=read_paths(tasks),
         methods=read_methods(methods, options, layers),
+        recoveries=read_recoveries(recoveries),
         held_out=read_paths(held_out),
         keeps=keeps,
         seeds=seeds,
@@ -221,7 +232,7 @@ def _text(outcome: Outcome) -> str:
             "",
             *(tell_threshold(outcome, found, folder) for found in outcome.thresholds.values()),
             f"{folder}: report.md, report.json, sweep.csv, sweep.png and "
-            f"{len(outcome.findings)} plans",
+            f"{len({found.plan_file for found in outcome.findings})} plans",
             *(f"note: {note}" for note in outcome.notes),
         ]
     )

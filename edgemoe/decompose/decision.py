@@ -209,6 +209,12 @@ def _refuse_factored(plan: Plan, layers: Sequence[MoeLayer]) -> None:
             f"experts must be whole to be factored, got layers {factored}, which are factored "
             "already or share bases. Start from the checkpoint that they were made from."
         )
+    if plan.is_narrowing:
+        raise PlanError(
+            "a plan must keep all neurons of its experts to be given ranks, got one of "
+            f"{plan.method} that chooses them. Apply it first, then calibrate and decompose "
+            "what that writes."
+        )
     if plan.factors is not None:
         raise PlanError(
             "a plan must have no ranks to be given some, got those of "

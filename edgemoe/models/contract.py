@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ class LayerShape:
         top_k: Experts per token.
         n_group: Groups that the router's experts are divided in.
         min_group_size: Fewest experts per group.
+        intermediate_size: Width of its experts; None where it is that of the model.
     """
 
     layer: int
@@ -36,6 +37,7 @@ class LayerShape:
     top_k: int
     n_group: int = 1
     min_group_size: int = 1
+    intermediate_size: int | None = None
 
     @property
     def min_experts(self) -> int:
@@ -56,7 +58,7 @@ class ModelShape:
         family: Transformers model type.
         layers: One entry per MoE layer; dense decoder layers have none.
         hidden_size: Width of the residual stream.
-        intermediate_size: Width of one routed expert.
+        intermediate_size: Width of one routed expert, in the layer where they are widest.
     """
 
     family: str
@@ -68,6 +70,23 @@ class ModelShape:
     def experts_per_layer(self) -> tuple[int, ...]:
         """Routed experts of each MoE layer."""
         return tuple(layer.num_experts for layer in self.layers)
+
+    @property
+    def widths_per_layer(self) -> tuple[int, ...]:
+        """Width of one routed expert of each MoE layer."""
+        return tuple(layer.intermediate_size or self.intermediate_size for layer in self.layers)
+
+    def width_of(self, index: int) -> int:
+        """Tell how wide the routed experts of a layer are.
+
+        Args:
+            index: Of the decoder layer; of one without experts the model's width.
+
+        Returns:
+            Their intermediate neurons.
+        """
+        found = (layer.intermediate_size for layer in self.layers if layer.layer == index)
+        return next(found, None) or self.intermediate_size
 
 
 @dataclass(eq=False)
@@ -97,11 +116,18 @@ class MoeModel:
     @property
     def shape(self) -> ModelShape:
         """What a plan must know of this model."""
+        widths = [layer.intermediate_size for layer in self.layers]
+        widest = max(widths)
         return ModelShape(
             family=self.family,
-            layers=tuple(layer.shape for layer in self.layers),
+            layers=tuple(
+                layer.shape
+                if width == widest
+                else replace(layer.shape, intermediate_size=width)
+                for layer, width in zip(self.layers, widths, strict=True)
+            ),
             hidden_size=self.layers[0].hidden_size,
-            intermediate_size=self.layers[0].intermediate_size,
+            intermediate_size=widest,
         )
 
     @property

@@ -45,6 +45,7 @@ class LayerFacts:
         tensors: Everything with one entry per expert, in the experts module and outside.
         counts: Numbers that must follow the number of experts.
         routing: What the router does.
+        width: Intermediate neurons that the configuration gives each expert.
     """
 
     index: int
@@ -56,6 +57,7 @@ class LayerFacts:
     tensors: tuple[ExpertTensor, ...]
     counts: tuple[CountAttribute, ...]
     routing: RouterFacts
+    width: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +162,7 @@ def _discover(family: Family, config: PreTrainedConfig) -> ModelFacts:
                 experts=attribute,
                 router=router,
                 layout=_layout(module, name),
+                width=width_of(module),
                 activation=find_activation(module),
                 tensors=(*mine, *_id_tables(block, router)),
                 counts=counts_here,
@@ -184,6 +187,19 @@ def _experts_modules(model: nn.Module) -> dict[str, nn.Module]:
 def _count(experts: Any) -> int:
     down: torch.Tensor = experts.down_proj
     return int(down.shape[0])
+
+
+def width_of(experts: Any) -> int:
+    """Tell how many intermediate neurons each expert of a module has.
+
+    Args:
+        experts: A module that keeps the experts contract and is not factored.
+
+    Returns:
+        Their number.
+    """
+    down: torch.Tensor = experts.down_proj
+    return int(down.shape[1 if experts.is_transposed else 2])
 
 
 def _layout(experts: nn.Module, name: str) -> ExpertsLayout:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,6 +55,47 @@ class ExpertsLayout:
         """Attributes with one entry per expert: first product, second, their biases."""
         weights = (self.gate_up_name, "down_proj")
         return (*weights, *(f"{name}_bias" for name in weights)) if self.has_bias else weights
+
+    def width_axis(self, name: str) -> int | None:
+        """Tell which axis of a tensor of all experts has their intermediate neurons.
+
+        Args:
+            name: One of :attr:`names`.
+
+        Returns:
+            The axis; None for the bias of the second product, which has none.
+        """
+        if name.endswith("_bias"):
+            return None if name.startswith("down") else 1
+        return 1 if name.startswith("down") == self.is_transposed else 2
+
+    def pick_neurons(
+        self, name: str, tensor: torch.Tensor, neurons: torch.Tensor, width: int
+    ) -> torch.Tensor:
+        """Keep some of an expert's intermediate neurons, and pad it with zeros.
+
+        A neuron of zeros adds nothing to the output, whatever the activation makes of it.
+
+        Args:
+            name: One of :attr:`names`.
+            tensor: One expert's, as the module has it.
+            neurons: Which to keep, int64 [kept].
+            width: Neurons of the result, at least as many.
+
+        Returns:
+            As the module has it, with ``width`` neurons.
+        """
+        if self.width_axis(name) is None:
+            return tensor
+        tensor = self.to_canonical(name, tensor)
+        padding = width - len(neurons)
+        if name == "down_proj":
+            return self.to_native(name, functional.pad(tensor[:, neurons], (0, padding)))
+        parts = 2 if self.has_gate else 1
+        halves: torch.Tensor = torch.unflatten(tensor, 0, (parts, -1))[:, neurons]
+        before_last = (0, 0) * (halves.ndim - 2)
+        padded = functional.pad(halves, (*before_last, 0, padding))
+        return self.to_native(name, padded.flatten(0, 1))
 
     @property
     def is_canonical(self) -> bool:

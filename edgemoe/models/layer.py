@@ -14,6 +14,7 @@ from edgemoe.models.contract import LayerShape
 from edgemoe.models.discovery import config_copy
 from edgemoe.models.experts import reassign_ids
 from edgemoe.models.factored import is_factored, run_factored
+from edgemoe.models.layer_width import follow_width, width_axis, width_in
 from edgemoe.models.shared_basis import INPUT_BASIS, OUTPUT_BASIS, is_based
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class MoeLayer:
     @property
     def num_experts(self) -> int:
         """Routed experts that are present."""
-        return int(self.tensor(self._counting).shape[0])
+        return int(self.tensor(self.counting).shape[0])
 
     @property
     def hidden_size(self) -> int:
@@ -198,34 +199,29 @@ class MoeLayer:
         Returns:
             Outputs [tokens, hidden].
         """
-        layout, experts = self.layout, self.experts
         if self.is_factored:
-            return run_factored(experts, layout, expert, hidden)
+            return run_factored(self.experts, self.layout, expert, hidden)
         activated = self.expert_units(expert, hidden)
-        one = self._tensors_of(expert)
-        down = one["down_proj"].T if layout.is_transposed else one["down_proj"]
-        output = nn.functional.linear(activated, down, one.get("down_proj_bias"))
+        down, bias = self._product_of(expert, "down_proj")
+        output = nn.functional.linear(activated, down, bias)
         if self.is_based:
             output = nn.functional.linear(output, self._basis(OUTPUT_BASIS))
         return output
 
     def expert_units(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Run the first half of one expert, which must not be factored.
+        """Run one expert up to its second product; its layer must not be factored.
 
         Args:
             expert: Which, in [0, num_experts).
             hidden: Inputs [tokens, hidden].
 
         Returns:
-            What its second product is given [tokens, intermediate].
+            What the second product is given [tokens, intermediate].
         """
         if self.is_based:
             hidden = nn.functional.linear(hidden, self._basis(INPUT_BASIS))
-        one = self._tensors_of(expert)
-        up = one[self.layout.gate_up_name]
-        up_bias = one.get(f"{self.layout.gate_up_name}_bias")
-        up = up.T if self.layout.is_transposed else up
-        return self.activate(nn.functional.linear(hidden, up, up_bias))
+        up, bias = self._product_of(expert, self.layout.gate_up_name)
+        return self.activate(nn.functional.linear(hidden, up, bias))
 
     def activate(self, units: torch.Tensor) -> torch.Tensor:
         """Run what experts do between their two products.
@@ -299,6 +295,8 @@ class MoeLayer:
     def replace(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put other experts in place, with all that belongs to them.
 
+        Experts that are not factored may be wider or narrower than those before.
+
         Args:
             tensors: All of ``facts.tensors``, by name, in the layout of the module.
 
@@ -306,12 +304,16 @@ class MoeLayer:
             CheckpointError: The tensors do not fit together, or the experts are fewer than
                 the router can choose from.
         """
-        experts = int(tensors[self._counting].shape[0])
+        experts = int(tensors[self.counting].shape[0])
+        width_before, width = self.intermediate_size, width_in(self, tensors)
         for spec in self.facts.tensors:
             value, before = tensors.get(spec.name), self.tensor(spec.name)
             expected = list(before.shape)
             if not spec.holds_ids:
                 expected[spec.axis] = experts + spec.tail
+            axis = width_axis(self, spec.name)
+            if axis is not None:
+                expected[axis] = expected[axis] // width_before * width
             if value is None or list(value.shape) != expected:
                 raise CheckpointError(
                     f"{self.name}.{spec.name} must have the shape {tuple(expected)} for "
@@ -325,6 +327,7 @@ class MoeLayer:
             )
         for spec in self.facts.tensors:
             self._set(spec.name, tensors[spec.name])
+        follow_width(self.experts, width_before, width)
         for count in self.facts.counts:
             module = self.block.get_submodule(count.module)
             setattr(module, count.name, experts + count.tail)
@@ -352,14 +355,17 @@ class MoeLayer:
             self.replace(before)
 
     @property
-    def _counting(self) -> str:
+    def counting(self) -> str:
         """A tensor that has one entry per expert, and nothing else, on its first axis."""
         part = "down_out" if self.is_factored else "down_proj"
         return f"{self.facts.experts}.{part}"
 
-    def _tensors_of(self, expert: int) -> dict[str, torch.Tensor]:
-        experts = self.facts.experts
-        return {name: self.tensor(f"{experts}.{name}")[expert] for name in self.layout.names}
+    def _product_of(self, expert: int, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One expert's matrix [outputs, inputs], in the family's order of outputs, and bias."""
+        prefix = self.facts.experts
+        weight = self.tensor(f"{prefix}.{name}")[expert]
+        bias = self.tensor(f"{prefix}.{name}_bias")[expert] if self.layout.has_bias else None
+        return (weight.T if self.layout.is_transposed else weight), bias
 
     def _basis(self, name: str) -> torch.Tensor:
         return cast("torch.Tensor", getattr(self.experts, name))

@@ -1,8 +1,9 @@
 """Checkpoints whose layers have different numbers of experts, or smaller ones.
 
 Transformers builds every layer with the same number of whole experts, so such a checkpoint
-carries ``edgemoe.json``, which says how many each layer really has, of which ranks where they
-are factored, and of which rank the bases are that they share.
+carries ``edgemoe.json``, which says how many each layer really has, how wide they are where
+config.json cannot say it, of which ranks where they are factored, and of which rank the bases
+are that they share.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.errors import CheckpointError
 from edgemoe.models.adapter import view_layers
 from edgemoe.models.factored import Ranks, empty_factors, factor_layer
+from edgemoe.models.layer_width import empty_tensors
 from edgemoe.models.safety import read_json_object
 from edgemoe.models.shared_basis import base_layer, empty_bases
 
@@ -41,6 +43,8 @@ class RaggedNote:
         ranks_per_layer: Ranks of each of them; None for a layer that is not factored.
         basis_per_layer: Rank of the bases that the experts of each share; None for a layer
             without.
+        widths_per_layer: Intermediate neurons of the experts of each; None where they have
+            those that config.json says.
     """
 
     moe_layers: tuple[int, ...]
@@ -48,6 +52,7 @@ class RaggedNote:
     provenance: dict[str, Any]
     ranks_per_layer: tuple[Ranks | None, ...] | None = None
     basis_per_layer: tuple[int | None, ...] | None = None
+    widths_per_layer: tuple[int, ...] | None = None
 
     def save(self, path: Path) -> None:
         """Write the note.
@@ -70,6 +75,8 @@ class RaggedNote:
             ]
         if self.basis_per_layer is not None:
             content["basis_per_layer"] = list(self.basis_per_layer)
+        if self.widths_per_layer is not None:
+            content["widths_per_layer"] = list(self.widths_per_layer)
         text = json.dumps(content, indent=2) + "\n"
         (path / FILE_NAME).write_text(text, encoding="utf-8")
 
@@ -97,7 +104,7 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
         )
     unknown = set(content) - {
         "format", "version", "moe_layers", "experts_per_layer", "plan_sha256", "provenance",
-        "ranks_per_layer", "basis_per_layer",
+        "ranks_per_layer", "basis_per_layer", "widths_per_layer",
     }  # fmt: skip
     if unknown:
         raise CheckpointError(
@@ -110,6 +117,7 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
         provenance=provenance if isinstance(provenance, dict) else {},
         ranks_per_layer=_ranks(file, content),
         basis_per_layer=_bases(file, content),
+        widths_per_layer=_widths(file, content),
     )
     pairs = zip(note.ranks_per_layer or (), note.basis_per_layer or (), strict=False)
     both = [index for index, pair in enumerate(pairs) if None not in pair]
@@ -161,6 +169,19 @@ def _bases(file: Path, content: dict[str, Any]) -> tuple[int | None, ...] | None
             f"the {layers} MoE layers, got {found!r:.80}. Apply the plan again."
         )
     return tuple(found)
+
+
+def _widths(file: Path, content: dict[str, Any]) -> tuple[int, ...] | None:
+    if content.get("widths_per_layer") is None:
+        return None
+    found = _counts(file, content, "widths_per_layer", least=1)
+    layers = len(content["experts_per_layer"])
+    if len(found) != layers:
+        raise CheckpointError(
+            f"{file}: widths_per_layer must have an integer for each of the {layers} MoE "
+            f"layers, got {len(found)}. Apply the plan again."
+        )
+    return found
 
 
 def _counts(file: Path, content: dict[str, Any], key: str, *, least: int) -> tuple[int, ...]:
@@ -221,6 +242,9 @@ def resize_layers(model: PreTrainedModel, facts: ModelFacts, note: RaggedNote) -
     for layer, count in zip(layers, counts, strict=True):
         # The contents come from the checkpoint; the first expert stands for all until then.
         layer.keep([0] * count)
+    for layer, width in zip(layers, note.widths_per_layer or (), strict=False):
+        if width != layer.intermediate_size:
+            layer.replace(empty_tensors(layer, width))
     for layer, ranks in zip(layers, note.ranks_per_layer or (), strict=False):
         if ranks is not None:
             factor_layer(layer, empty_factors(layer, ranks))

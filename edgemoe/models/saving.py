@@ -13,6 +13,7 @@ from edgemoe.errors import OutputError
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.factored import ranks_of
 from edgemoe.models.ragged import RaggedNote
+from edgemoe.models.widths import width_entries
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,8 +52,8 @@ def save_model(
     """Write a model, in the floating type that its checkpoint is stored in.
 
     Equal numbers of whole experts in all layers give a plain Hugging Face checkpoint; different
-    ones, factored ones and such that share bases add ``edgemoe.json``, and then only edgemoe
-    opens it.
+    ones, widths that config.json cannot say, factored experts and such that share bases add
+    ``edgemoe.json``, and then only edgemoe opens it.
 
     Args:
         model: What to write.
@@ -73,6 +74,7 @@ def save_model(
         source or model.path,
         [ranks_of(layer) for layer in model.layers],
         [layer.basis_rank for layer in model.layers],
+        [layer.intermediate_size for layer in model.layers],
     )
 
 
@@ -85,6 +87,7 @@ def save_settings(
     provenance: Mapping[str, Any],
     ranks: Sequence[Ranks | None] | None = None,
     bases: Sequence[int | None] | None = None,
+    widths: Sequence[int] | None = None,
 ) -> None:
     """Write what :func:`save_model` writes, but for the weights.
 
@@ -98,6 +101,8 @@ def save_settings(
             its layers have by default.
         bases: Rank of the bases that each MoE layer's experts share in the weights, None for a
             layer without; those that its layers have by default.
+        widths: Intermediate neurons of the experts of each MoE layer in the weights; those that
+            its layers have by default.
     """
     set_expert_counts(model, counts)
     config: Any = model.config
@@ -108,7 +113,8 @@ def save_settings(
         model.model.generation_config.to_json_file(str(file))
     found = [ranks_of(layer) for layer in model.layers] if ranks is None else ranks
     based = [layer.basis_rank for layer in model.layers] if bases is None else bases
-    _save_notes(model, directory, counts, dict(provenance), source, found, based)
+    wide = [layer.intermediate_size for layer in model.layers] if widths is None else widths
+    _save_notes(model, directory, counts, dict(provenance), source, found, based, wide)
 
 
 def _save_notes(
@@ -119,10 +125,12 @@ def _save_notes(
     source: Path | None,
     ranks: Sequence[Ranks | None],
     bases: Sequence[int | None],
+    widths: Sequence[int],
 ) -> None:
+    entries, told = width_entries(model, widths)
     factored = any(rank is not None for rank in ranks)
     based = any(rank is not None for rank in bases)
-    ragged = len(set(counts)) > 1 or factored or based
+    ragged = len(set(counts)) > 1 or factored or based or not told
     note: dict[str, Any] = {"provenance": provenance} if provenance else {}
     if ragged:
         note["experts_per_layer"] = list(counts)
@@ -130,7 +138,9 @@ def _save_notes(
         note["ranks_per_layer"] = [rank and [rank.up, rank.down] for rank in ranks]
     if based:
         note["basis_per_layer"] = list(bases)
-    _complete_config(directory / "config.json", model.stored_dtype, note)
+    if not told:
+        note["widths_per_layer"] = list(widths)
+    _complete_config(directory / "config.json", model.stored_dtype, note, entries)
     if ragged:
         RaggedNote(
             moe_layers=tuple(layer.index for layer in model.layers),
@@ -138,6 +148,7 @@ def _save_notes(
             provenance=provenance,
             ranks_per_layer=tuple(ranks) if factored else None,
             basis_per_layer=tuple(bases) if based else None,
+            widths_per_layer=None if told else tuple(widths),
         ).save(directory)
     if source is not None:
         copy_companions(source, directory)
@@ -242,8 +253,11 @@ def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
     return stored
 
 
-def _complete_config(file: Path, dtype: torch.dtype, note: Mapping[str, Any]) -> None:
+def _complete_config(
+    file: Path, dtype: torch.dtype, note: Mapping[str, Any], entries: Mapping[str, int]
+) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
+    config.update(entries)
     config["dtype"] = str(dtype).removeprefix("torch.")
     config.pop("edgemoe", None)
     if note:

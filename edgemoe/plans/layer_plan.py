@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgemoe.errors import PlanError
+from edgemoe.plans.neurons import count_mask, fits_mask, is_mask
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgemoe.models.contract import LayerShape, ModelShape
     from edgemoe.plans.plan_json import PlanReader
 
@@ -18,6 +21,8 @@ RankPair: TypeAlias = "tuple[int, int]"
 
 # Rows of 16 bytes in the narrowest type that products are computed in.
 BASIS_MULTIPLE = 8
+# The same for an expert's neurons.
+WIDTH_MULTIPLE = 8
 _EDIT = "Correct the plan, or make it again with `edgemoe prune`."
 
 
@@ -32,11 +37,14 @@ class MergedExpert:
             None means equal shares.
         reference: The member that the others' neurons are aligned to; the one with the
             largest share where it is None.
+        neurons: Which intermediate neurons a single member keeps, as
+            :func:`edgemoe.plans.neurons.write_mask` writes them; None keeps all.
     """
 
     members: tuple[int, ...]
     weights: tuple[float, ...] | None = None
     reference: int | None = None
+    neurons: str | None = None
 
     def __post_init__(self) -> None:
         if not self.members or any(member < 0 for member in self.members):
@@ -67,6 +75,8 @@ class MergedExpert:
                 f"reference must be one of the members {list(self.members)}, got "
                 f"{self.reference}. {_EDIT}"
             )
+        if self.neurons is not None:
+            self._check_neurons(self.neurons)
         object.__setattr__(self, "members", tuple(sorted(self.members)))
         # A single expert has no share to tell.
         object.__setattr__(self, "weights", weights if len(self.members) > 1 else None)
@@ -78,6 +88,24 @@ class MergedExpert:
         weights = self.weights or (1.0,) * len(self.members)
         total = math.fsum(weights)
         return tuple(weight / total for weight in weights)
+
+    def _check_neurons(self, neurons: str) -> None:
+        if len(self.members) > 1:
+            raise PlanError(
+                "an expert that is merged must keep all its neurons, got neurons for the "
+                f"members {list(self.members)}. Merge with one plan, apply it, and choose "
+                "neurons of what that writes."
+            )
+        if not is_mask(neurons):
+            raise PlanError(
+                "neurons must be lower-case hexadecimal digits, a bit for each neuron, got "
+                f"{neurons!r:.80}. {_EDIT}"
+            )
+        if not count_mask(neurons):
+            raise PlanError(
+                f"neurons must keep one or more, got none for expert {self.members[0]}. Keep "
+                "one, or drop the expert."
+            )
 
     @property
     def aligned_to(self) -> int:
@@ -117,6 +145,12 @@ class LayerPlan:
         order = sorted(range(len(self.experts)), key=lambda n: self.experts[n].members)
         if self.ranks is not None:
             self._check_ranks(self.ranks)
+            if self.is_narrowing:
+                raise PlanError(
+                    f"layer {self.layer}: experts must either keep some of their neurons or be "
+                    "factored, got both neurons and ranks. Apply the plan with neurons first, "
+                    "then calibrate and decompose what that writes."
+                )
             object.__setattr__(self, "ranks", tuple(self.ranks[n] for n in order))
         object.__setattr__(self, "experts", tuple(self.experts[n] for n in order))
 
@@ -124,6 +158,11 @@ class LayerPlan:
     def is_merging(self) -> bool:
         """Whether any expert is made of several."""
         return any(len(expert.members) > 1 for expert in self.experts)
+
+    @property
+    def is_narrowing(self) -> bool:
+        """Whether any expert keeps only some of its neurons."""
+        return any(expert.neurons is not None for expert in self.experts)
 
     @property
     def stored_ranks(self) -> RankPair | None:
@@ -163,19 +202,26 @@ class LayerPlan:
         self._check_groups(shape)
 
     def check_widths(self, model: ModelShape, *, shares_bases: bool = False) -> None:
-        """Check ranks against the experts' widths.
+        """Check neurons and ranks against the experts' widths.
 
         Args:
             model: The model.
             shares_bases: Whether ranks are those of bases that all experts share.
 
         Raises:
-            PlanError: A rank is above what a matrix of that size can have, or experts that
-                share bases have several.
+            PlanError: Neurons are not those of an expert of that width, a rank is above what a
+                matrix of that size can have, or experts that share bases have several.
         """
+        hidden, units = model.hidden_size, model.width_of(self.layer)
+        for expert in self.experts:
+            if expert.neurons is not None and not fits_mask(expert.neurons, units):
+                raise PlanError(
+                    f"layer {self.layer}: neurons of expert {expert.members[0]} must be "
+                    f"{-(-units // 4)} hexadecimal digits for its {units} neurons, and 0 after "
+                    f"them, got {expert.neurons!r:.80}. {_EDIT}"
+                )
         if self.ranks is None or self.stored_ranks is None:
             return
-        hidden, units = model.hidden_size, model.intermediate_size
         limits = (min(2 * units, hidden), min(units, hidden))
         if shares_bases:
             limits = (hidden, hidden)
@@ -231,6 +277,21 @@ class LayerPlan:
             )
 
 
+def stored_width(experts: Sequence[MergedExpert], size: int) -> int:
+    """Tell how wide a layer's experts are stored; narrower ones are padded with zeros.
+
+    Args:
+        experts: The layer's planned experts.
+        size: Neurons that its experts have now.
+
+    Returns:
+        The largest number of neurons that an expert keeps, up to the next multiple of
+        :data:`WIDTH_MULTIPLE`, and never above ``size``.
+    """
+    counts = [size if e.neurons is None else count_mask(e.neurons) for e in experts]
+    return min(size, -(-max(counts) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+
+
 def write_layer(layer: LayerPlan) -> str:
     """Write a layer's plan with one expert a line.
 
@@ -254,6 +315,8 @@ def _expert_json(expert: MergedExpert) -> str:
         content["weights"] = list(expert.weights)
     if expert.reference is not None:
         content["reference"] = expert.reference
+    if expert.neurons is not None:
+        content["neurons"] = expert.neurons
     return json.dumps(content)
 
 
@@ -286,6 +349,7 @@ def _read_expert(reader: PlanReader) -> MergedExpert:
         members=reader.integers("members"),
         weights=reader.optional_numbers("weights"),
         reference=reader.optional_integer("reference"),
+        neurons=reader.optional_string("neurons"),
     )
     reader.finish()
     return expert

@@ -18,7 +18,7 @@ def parse_options(
 
     Args:
         method: The method's name, for messages.
-        known: Its options with their defaults, which are integers or strings.
+        known: Its options with their defaults, which are integers, floats or strings.
         texts: ``NAME=VALUE`` each.
 
     Returns:

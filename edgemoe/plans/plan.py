@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.errors import PlanError
 from edgemoe.lines import read_digests
 from edgemoe.plans.factors import Factors
-from edgemoe.plans.layer_plan import LayerPlan, MergedExpert, read_layer, write_layer
+from edgemoe.plans.layer_plan import (
+    LayerPlan,
+    MergedExpert,
+    read_layer,
+    stored_width,
+    write_layer,
+)
 from edgemoe.plans.plan_json import PlanReader
 from edgemoe.staging import staged_file
 
@@ -73,6 +79,13 @@ class Plan:
         ordered = tuple(sorted(self.layers, key=lambda layer: layer.layer))
         object.__setattr__(self, "layers", ordered)
         ranked = [layer.layer for layer in ordered if layer.ranks is not None]
+        narrowed = [layer.layer for layer in ordered if layer.is_narrowing]
+        if self.factors is not None and narrowed:
+            raise PlanError(
+                "a plan must either factor experts or choose their neurons, got ranks of "
+                f"layers {ranked} and neurons of layers {narrowed}. Apply the one with neurons "
+                "first, then calibrate and decompose what that writes."
+            )
         if (self.factors is None) != (not ranked):
             raise PlanError(
                 "a plan must have both factors and ranks, or none of them, got "
@@ -91,6 +104,24 @@ class Plan:
         return tuple(layer.stored_ranks for layer in self.layers)
 
     @property
+    def is_narrowing(self) -> bool:
+        """Whether any expert keeps only some of its neurons."""
+        return any(layer.is_narrowing for layer in self.layers)
+
+    def widths(self, shape: ModelShape) -> tuple[int, ...]:
+        """Tell how wide the experts of each layer are stored.
+
+        Args:
+            shape: The model that the plan was validated for.
+
+        Returns:
+            Neurons of every expert of the layer, padding included.
+        """
+        return tuple(
+            stored_width(layer.experts, shape.width_of(layer.layer)) for layer in self.layers
+        )
+
+    @property
     def sha256(self) -> str:
         """Hash of the plan's bytes."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
@@ -104,8 +135,8 @@ class Plan:
 
         Raises:
             PlanError: The plan is about another checkpoint or other layers, keeps fewer
-                experts than top_k, names experts that do not exist, or has ranks that no
-                matrix of that size can have.
+                experts than top_k, names experts or neurons that do not exist, or has ranks
+                that no matrix of that size can have.
         """
         if None not in (self.checkpoint_sha256, checkpoint_sha256) and (
             self.checkpoint_sha256 != checkpoint_sha256

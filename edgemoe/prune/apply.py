@@ -19,6 +19,8 @@ from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.factored import product_shapes
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.oracle.homes import MemoryHome
+from edgemoe.plans.layer_plan import stored_width
+from edgemoe.plans.neurons import read_mask
 from edgemoe.progress import counting, track
 from edgemoe.prune.merge import average, merge_experts
 
@@ -56,6 +58,7 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
     check_ranks(plan, model.layers)
     sha256 = model.sha256
     plan.validate(model.shape, sha256)
+    check_neurons(plan, model)
     if plan.factors is not None:
         _factor(model, plan)
     pairs = list(zip(model.layers, plan.layers, strict=True))
@@ -81,6 +84,7 @@ def applied(model: MoeModel, plan: Plan) -> Iterator[None]:
         PlanError: The plan does not fit the model; then nothing has changed.
     """
     plan.validate(model.shape)
+    check_neurons(plan, model)
     with contextlib.ExitStack() as stack:
         for layer, layer_plan in zip(model.layers, plan.layers, strict=True):
             stack.enter_context(applied_layer(layer, layer_plan))
@@ -162,6 +166,48 @@ def check_ranks(plan: Plan, layers: Sequence[MoeLayer]) -> None:
                 )
 
 
+def check_neurons(plan: Plan, model: MoeModel) -> None:
+    """Refuse to choose neurons where the layers keep them in a way that does not allow it.
+
+    Args:
+        plan: The plan, validated for the model's shape.
+        model: The model, possibly on the meta device.
+
+    Raises:
+        PlanError: A layer is factored already, or its experts share a tensor with others.
+    """
+    for layer, layer_plan in zip(model.layers, plan.layers, strict=True):
+        if layer_plan.is_narrowing:
+            refuse_neurons(layer, model.family)
+
+
+def refuse_neurons(layer: MoeLayer, family: str) -> None:
+    """Refuse a layer whose experts' neurons cannot be chosen.
+
+    Args:
+        layer: The layer.
+        family: Of the model.
+
+    Raises:
+        PlanError: The layer is factored, or its experts share a tensor with others.
+    """
+    if layer.is_factored:
+        raise PlanError(
+            f"layer {layer.index} must have whole experts for neurons to be chosen, got "
+            "factored ones. Start from the checkpoint that they were made from."
+        )
+    prefix = f"{layer.facts.experts}."
+    shared = [
+        spec.name for spec in layer.facts.tensors if spec.name.startswith(prefix) and spec.tail
+    ]
+    if shared:
+        raise PlanError(
+            f"routed experts must have tensors of their own for neurons to be chosen, got "
+            f"{family}, where {shared[0]} also holds experts that every token uses. Choose "
+            "experts instead: frequency, reap and others do."
+        )
+
+
 def _factor(model: MoeModel, plan: Plan) -> None:
     """Carry out the plan on the layers that have ranks."""
     assert plan.factors is not None
@@ -203,7 +249,7 @@ def keeps_all(plan: LayerPlan, num_experts: int) -> bool:
     Returns:
         Whether nothing would change.
     """
-    return not plan.is_merging and len(plan.experts) == num_experts
+    return not plan.is_merging and not plan.is_narrowing and len(plan.experts) == num_experts
 
 
 def apply_layer(layer: MoeLayer, plan: LayerPlan) -> None:
@@ -232,7 +278,7 @@ def plan_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]:
 def expert_tensors(
     layer: MoeLayer, experts: Sequence[MergedExpert], names: Collection[str] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Make the tensors of experts that are kept and merged, in any order.
+    """Make the tensors of experts that are kept, narrowed and merged, in any order.
 
     Args:
         layer: The layer; it is not changed.
@@ -252,12 +298,20 @@ def expert_tensors(
         if len(expert.members) > 1 and any(spec.name.startswith(prefix) for spec in wanted)
     }
 
+    size = layer.intermediate_size
+    narrows = any(expert.neurons is not None for expert in experts)
+    width = stored_width(experts, size) if narrows else size
+
     def combine(name: str, entries: torch.Tensor) -> torch.Tensor:
         part = name.removeprefix(prefix) if name.startswith(prefix) else None
         made = []
         for position, expert in enumerate(experts):
             if len(expert.members) == 1:
-                made.append(entries[expert.members[0]])
+                entry = entries[expert.members[0]]
+                if expert.neurons is not None and part in layer.layout.names:
+                    neurons = torch.tensor(read_mask(expert.neurons))
+                    entry = layer.layout.pick_neurons(part, entry, neurons, width)
+                made.append(entry)
             elif part is None:
                 rows = [entries[member].float() for member in expert.members]
                 made.append(average(rows, expert.shares).to(entries.dtype))

@@ -31,7 +31,13 @@ from edgemoe.models.shards import (
 from edgemoe.models.shared_basis import empty_bases
 from edgemoe.plans.plan import LayerPlan, MergedExpert
 from edgemoe.progress import counting, track
-from edgemoe.prune.apply import apply_layer, check_ranks, describe_plan, keeps_all
+from edgemoe.prune.apply import (
+    apply_layer,
+    check_neurons,
+    check_ranks,
+    describe_plan,
+    keeps_all,
+)
 from edgemoe.prune.factor_streamed import factor_streamed, read_factors
 from edgemoe.resume import publish, resumable
 from edgemoe.staging import recover, refuse_existing, require_space
@@ -63,10 +69,12 @@ class AppliedPlan:
     Attributes:
         family: Transformers model type.
         experts_per_layer: Experts of each MoE layer.
+        widths_per_layer: Neurons of an expert of each MoE layer.
     """
 
     family: str
     experts_per_layer: tuple[int, ...]
+    widths_per_layer: tuple[int, ...]
 
 
 @torch.no_grad()
@@ -105,6 +113,8 @@ def apply_streamed(
     streamed = open_streamed(path)
     plan.validate(streamed.moe.shape)
     check_ranks(plan, streamed.moe.layers)
+    check_neurons(plan, streamed.moe)
+    widths = plan.widths(streamed.moe.shape)
     hashes = FileHashes(path)
     key = {
         "command": "apply",
@@ -136,10 +146,15 @@ def apply_streamed(
             plan.experts_per_layer,
             source=path,
             provenance=describe_plan(plan, streamed.moe, sha256),
+            widths=widths,
             **_stored_ranks(plan),
         )
         publish(directory, output, force=force)
-    return AppliedPlan(family=streamed.moe.family, experts_per_layer=plan.experts_per_layer)
+    return AppliedPlan(
+        family=streamed.moe.family,
+        experts_per_layer=plan.experts_per_layer,
+        widths_per_layer=widths,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +193,10 @@ def _change_shapes(
     """Carry out a plan on shapes alone."""
     skeleton, index = streamed.skeleton, layer.index
     # Merging compares values; the shapes are those of keeping one member of each.
-    kept = tuple(MergedExpert(members=expert.members[:1]) for expert in plan.experts)
+    kept = tuple(
+        MergedExpert(members=expert.members[:1], neurons=expert.neurons)
+        for expert in plan.experts
+    )
     with (
         skeleton.layer_on_meta(index, in_float32=float32_names(streamed.moe)),
         contextlib.ExitStack() as stack,

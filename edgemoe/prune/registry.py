@@ -13,8 +13,10 @@ from edgemoe.errors import PlanError
 from edgemoe.lines import write_digests
 from edgemoe.plans.options import parse_options
 from edgemoe.plans.plan import LayerPlan, Plan
+from edgemoe.prune.camera import camera
 from edgemoe.prune.frequency import frequency
-from edgemoe.prune.keep import check_counts
+from edgemoe.prune.heapr import heapr
+from edgemoe.prune.keep import check_counts, count_kept
 from edgemoe.prune.moe_i2 import moe_i2
 from edgemoe.prune.msan import man, msan
 from edgemoe.prune.naee import naee
@@ -24,12 +26,14 @@ from edgemoe.prune.ream import ream
 from edgemoe.prune.reap import reap
 from edgemoe.prune.seer import seer
 from edgemoe.prune.uncurl import uncurl
+from edgemoe.prune.widths import check_widths, count_widths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from edgemoe.calibrate.sample import Window
     from edgemoe.calibrate.statistics import Statistics
+    from edgemoe.models.contract import ModelShape
     from edgemoe.oracle.oracle import LayerOracle
 
     # Opens the model for methods that run its layers.
@@ -49,6 +53,8 @@ class Method:
             :meth:`edgemoe.oracle.oracle.LayerOracle.map`, so that workers can answer.
         shares_out: Whether it decides itself how many experts each layer keeps; only their sum
             counts then.
+        picks_neurons: Whether it keeps all experts and chooses their neurons; counts are
+            neurons of each expert then.
     """
 
     decide: Callable[..., tuple[LayerPlan, ...]]
@@ -56,6 +62,7 @@ class Method:
     draws: bool = False
     spreads: bool = False
     shares_out: bool = False
+    picks_neurons: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -65,7 +72,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
+    "camera": Method(camera, runs_layers=True, picks_neurons=True),
     "frequency": Method(frequency),
+    "heapr": Method(heapr, runs_layers=True, picks_neurons=True),
     "man": Method(man),
     "moe-i2": Method(moe_i2, runs_layers=True, draws=True, spreads=True, shares_out=True),
     "msan": Method(msan),
@@ -127,6 +136,11 @@ def find_owl(method: str, options: Mapping[str, Any]) -> Owl | None:
         PlanError: A setting is out of range, or the method shares out experts itself.
     """
     owl = Owl.from_options(options)
+    if owl is not None and find_method(method).picks_neurons:
+        raise PlanError(
+            f"--layers must be uniform for {method}, which keeps all experts, got owl. "
+            "Leave it out."
+        )
     if owl is not None and find_method(method).shares_out and options.get("ratios") != "given":
         raise PlanError(
             f"--layers must be uniform for {method}, which decides itself how many experts "
@@ -163,6 +177,25 @@ def fill_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**find_method(method).options, **own, **owl}
 
 
+def count_for(method: str, shape: ModelShape, keep: float) -> tuple[int, ...]:
+    """Turn a fraction into what a method keeps per MoE layer.
+
+    Args:
+        method: One of :data:`METHODS`.
+        shape: The model.
+        keep: Fraction of each layer's experts, or of all neurons, in (0, 1].
+
+    Returns:
+        Experts to keep, or neurons of each expert, one number per MoE layer.
+
+    Raises:
+        PlanError: There is no such method, or the model cannot keep that fraction.
+    """
+    if find_method(method).picks_neurons:
+        return count_widths(shape, keep)
+    return count_kept(shape, keep=keep)
+
+
 def make_plan(
     statistics: Statistics,
     task: str | Mapping[str, float],
@@ -179,7 +212,8 @@ def make_plan(
         statistics: Sums of the checkpoint.
         task: The task to decide for, or several with their weights.
         method: One of :data:`METHODS`.
-        counts: Experts to keep per MoE layer, as :func:`edgemoe.prune.keep.count_kept` gives.
+        counts: Experts to keep per MoE layer, as :func:`edgemoe.prune.keep.count_kept` gives,
+            or neurons of each expert, as :func:`edgemoe.prune.widths.count_widths` gives.
         seed: Seed of the methods that draw, in [0, inf).
         options: The method's options by name, and those of
             :data:`edgemoe.prune.owl.LAYER_OPTIONS`.
@@ -202,7 +236,8 @@ def make_plan(
     if unknown:
         raise PlanError(f"{method} must be given its own options, got {unknown}.")
     owl = find_owl(method, given)
-    asked = counts = check_counts(statistics.shape, counts)
+    check = check_widths if found.picks_neurons else check_counts
+    asked = counts = check(statistics.shape, counts)
     weights = {task: 1.0} if isinstance(task, str) else dict(task)
     mixture = mix(statistics, weights)
     measured = mixture.measured
@@ -217,7 +252,8 @@ def make_plan(
         if found.runs_layers:
             decide = functools.partial(decide, oracle)
     layers = decide(measured, statistics.shape, counts, seed, **own)
-    chosen = {"keep_experts": list(asked), **fill_options(method, given)}
+    counted = "keep_neurons" if found.picks_neurons else "keep_experts"
+    chosen: dict[str, Any] = {counted: list(asked), **fill_options(method, given)}
     if len(weights) > 1:
         chosen["task_weights"] = weights
     plan = Plan(

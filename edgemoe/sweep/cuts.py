@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import PlanError, SweepError
 from edgemoe.plans.plan import Plan
-from edgemoe.prune.keep import count_kept
-from edgemoe.prune.registry import find_method
+from edgemoe.prune.registry import count_for, find_method
 from edgemoe.sweep.request import method_of
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ class Cut:
     Attributes:
         task: The task that chooses the experts.
         method: How; a name as :func:`edgemoe.sweep.request.read_methods` gives it.
-        keep: Fraction of each layer's experts to keep, (0, 1].
+        keep: Fraction of each layer's experts, or of all neurons, to keep, (0, 1].
         seed: Seed of the method.
-        counts: Experts to keep per MoE layer.
+        counts: Experts to keep per MoE layer, or neurons of each expert.
         options: The method's options.
     """
 
@@ -54,7 +54,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Impossible:
-    """A fraction that the model cannot keep.
+    """A fraction that the model cannot keep, by one method at least.
 
     Attributes:
         keep: The fraction.
@@ -83,14 +83,15 @@ def list_cuts(request: SweepRequest, shape: ModelShape) -> tuple[list[Cut], list
         PlanError: There is no such method.
         SweepError: No fraction is possible.
     """
-    counts: dict[float, tuple[int, ...]] = {}
+    counts: dict[tuple[str, float], tuple[int, ...]] = {}
     impossible: list[Impossible] = []
-    for keep in sorted(request.keeps, reverse=True):
-        found = _count_or_reason(shape, keep)
-        if isinstance(found, Impossible):
+    keeps = sorted(request.keeps, reverse=True)
+    for keep, method in itertools.product(keeps, request.methods):
+        found = _count_or_reason(method, shape, keep)
+        if not isinstance(found, Impossible):
+            counts[method, keep] = found
+        elif found not in impossible:
             impossible.append(found)
-        else:
-            counts[keep] = found
     seeds = {
         name: tuple(request.seeds) if find_method(method_of(name)).draws else (0,)
         for name in request.methods
@@ -106,20 +107,23 @@ def list_cuts(request: SweepRequest, shape: ModelShape) -> tuple[list[Cut], list
             method=method,
             keep=keep,
             seed=seed,
-            counts=counts[keep],
+            counts=counts[method, keep],
             options=options,
         )
         for task in request.tasks
         for method, options in request.methods.items()
-        for keep in counts
+        for keep in keeps
+        if (method, keep) in counts
         for seed in seeds[method]
     ]
     return cuts, impossible
 
 
-def _count_or_reason(shape: ModelShape, keep: float) -> tuple[int, ...] | Impossible:
+def _count_or_reason(
+    method: str, shape: ModelShape, keep: float
+) -> tuple[int, ...] | Impossible:
     try:
-        return count_kept(shape, keep=keep)
+        return count_for(method_of(method), shape, keep)
     except PlanError as error:
         return Impossible(keep, str(error))
 
@@ -131,6 +135,7 @@ def hash_decision(plan: Plan) -> str:
         plan: The plan.
 
     Returns:
-        SHA-256 in hexadecimal: equal for plans that keep and merge the same experts.
+        SHA-256 in hexadecimal: equal for plans that keep and merge the same experts
+        and neurons.
     """
     return Plan(method="", layers=plan.layers, factors=plan.factors).sha256

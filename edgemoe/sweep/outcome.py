@@ -7,7 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from edgemoe.evaluate.drop import Drop, paired_drop
+from edgemoe.prune.registry import find_method
 from edgemoe.sweep.lines import FEW_LINES
+from edgemoe.sweep.request import method_of
 from edgemoe.sweep.threshold import Point, choose_deepest, find_nearest, find_threshold
 
 if TYPE_CHECKING:
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 PLANS = "plans"
 
 
+def name_series(method: str, recovery: str | None) -> str:
+    """Name a method and how its cuts were recovered, as tables do."""
+    return method if recovery is None else f"{method}, then {recovery}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """One cut, and how it was judged.
@@ -34,12 +41,14 @@ class Finding:
         plan: Its plan.
         plan_seconds: What the plan took to make.
         judgement: Its scores; those of another cut that decided the same.
+        recovery: The method of recovery before it was judged; None where there was none.
     """
 
     cut: Cut
     plan: Plan
     plan_seconds: float
     judgement: Judgement
+    recovery: str | None = None
 
     @property
     def plan_file(self) -> str:
@@ -56,6 +65,7 @@ class Row:
         method: The method; None for the unpruned model.
         keep: Fraction of each layer's experts that was asked for.
         seed: Seed of the method.
+        recovery: The method of recovery before it was judged; None where there was none.
         judged_on: The task that judges.
         experts: Routed experts that are left.
         experts_before: Routed experts of the unpruned model.
@@ -71,6 +81,7 @@ class Row:
     method: str | None
     keep: float
     seed: int
+    recovery: str | None
     judged_on: str
     experts: int
     experts_before: int
@@ -86,6 +97,16 @@ class Row:
         """Whether the task that chose the experts judges them."""
         return self.task == self.judged_on
 
+    @property
+    def series(self) -> str | None:
+        """The method, and how its cuts were recovered; None for the unpruned model."""
+        return None if self.method is None else name_series(self.method, self.recovery)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the method keeps all experts and chooses their neurons."""
+        return self.method is not None and find_method(method_of(self.method)).picks_neurons
+
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
@@ -93,7 +114,7 @@ class Threshold:
 
     Attributes:
         task: The task.
-        by_method: Of each method; None where no cut of it holds.
+        by_method: Of each method, and of each recovered; None where no cut of it holds.
         best: The deepest of them; None where no cut holds.
         nearest: The cut that is nearest to holding; None where nothing was cut.
     """
@@ -138,6 +159,7 @@ class Outcome:
                 method=None,
                 keep=1.0,
                 seed=0,
+                recovery=None,
                 judged_on=name,
                 experts=before.experts,
                 experts_before=before.experts,
@@ -158,6 +180,7 @@ class Outcome:
                     method=cut.method,
                     keep=cut.keep,
                     seed=cut.seed,
+                    recovery=finding.recovery,
                     judged_on=name,
                     experts=after.experts,
                     experts_before=before.experts,
@@ -177,15 +200,23 @@ class Outcome:
         """Every cut on the task that chose it."""
         return tuple(row for row in self.rows if row.is_own)
 
+    @property
+    def series(self) -> tuple[str, ...]:
+        """Every method by itself, and with every recovery."""
+        ways = (None, *self.request.recoveries)
+        return tuple(
+            name_series(method, way) for method in self.request.methods for way in ways
+        )
+
     @cached_property
     def thresholds(self) -> dict[str, Threshold]:
         """The threshold of each task."""
         found = {}
         for task in self.request.tasks:
-            points = {method: self._points(task, method) for method in self.request.methods}
+            points = {series: self._points(task, series) for series in self.series}
             by_method = {
-                method: find_threshold(of_method, self.request.max_drop)
-                for method, of_method in points.items()
+                series: find_threshold(of_series, self.request.max_drop)
+                for series, of_series in points.items()
             }
             found[task] = Threshold(
                 task=task,
@@ -205,7 +236,7 @@ class Outcome:
         Returns:
             The row, on the task itself.
         """
-        return self._seeds(task, point.method, point.keep)[0]
+        return self._seeds(task, point.series, point.keep)[0]
 
     def worst_other(self, row: Row) -> Row | None:
         """Return the row of the other task that a cut costs most.
@@ -219,7 +250,9 @@ class Outcome:
         others = [
             other
             for other in self.rows
-            if other.plan is not None and other.plan == row.plan and not other.is_own
+            if other.plan is not None
+            and (other.plan, other.recovery) == (row.plan, row.recovery)
+            and not other.is_own
         ]
         return max(others, key=lambda other: other.drop.value, default=None)
 
@@ -260,25 +293,25 @@ class Outcome:
             return Drop(0.0, (0.0, 0.0))
         return paired_drop(self.unpruned.scores[task], finding.judgement.scores[task])
 
-    def _points(self, task: str, method: str) -> list[Point]:
+    def _points(self, task: str, series: str) -> list[Point]:
         points = []
         for keep in dict.fromkeys(row.keep for row in self.own_rows):
-            rows = self._seeds(task, method, keep)
+            rows = self._seeds(task, series, keep)
             points.append(
                 Point(
-                    method=method,
+                    series=series,
                     keep=keep,
                     kept_fraction=max(row.kept_fraction for row in rows),
                     drop=sum(row.drop.value for row in rows) / len(rows),
                     upper=max(row.drop.ci95[1] for row in rows),
-                    is_cut=any(row.experts < row.experts_before for row in rows),
+                    is_cut=any(row.kept_fraction < 1 for row in rows),
                 )
             )
         return points
 
-    def _seeds(self, task: str, method: str, keep: float) -> list[Row]:
+    def _seeds(self, task: str, series: str, keep: float) -> list[Row]:
         return [
             row
             for row in self.own_rows
-            if (row.task, row.method, row.keep) == (task, method, keep)
+            if (row.task, row.series, row.keep) == (task, series, keep)
         ]

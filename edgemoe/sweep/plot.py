@@ -22,6 +22,7 @@ _DPI = 120
 # with yellow last.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "osD^vPX*"
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 _THRESHOLD_COLOUR = "#808080"
 # Drops of perplexity that a reader looks for, on a scale of ratios.
 _TICKS = (-0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
@@ -30,7 +31,7 @@ _CLOSEST_TICKS = 0.045  # of the axis
 
 
 def write_plot(outcome: Outcome, path: Path) -> None:
-    """Draw a panel per task and a line per method, with bands of 95% intervals.
+    """Draw a panel per task and a line per method and recovery, with bands of 95% intervals.
 
     Args:
         outcome: What was found.
@@ -66,13 +67,14 @@ def _draw_task(panel: Axes, outcome: Outcome, task: str) -> None:
     before = outcome.unpruned.scores[task]
     relative = before.metric == "perplexity"
     for number, method in enumerate(outcome.request.methods):
-        mine = [row for row in rows if row.method == method]
-        _draw_method(panel, mine, number, method, relative=relative)
+        for way, recovery in enumerate((None, *outcome.request.recoveries)):
+            mine = [row for row in rows if (row.method, row.recovery) == (method, recovery)]
+            _draw_series(panel, mine, number, way, relative=relative)
     limit = outcome.request.max_drop
     panel.axhline(
         _height(limit, relative=relative),
         color=_THRESHOLD_COLOUR,
-        linestyle="--",
+        linestyle="-.",
         linewidth=1.2,
         label=f"--max-drop {limit:g}",
     )
@@ -92,12 +94,12 @@ def _draw_task(panel: Axes, outcome: Outcome, task: str) -> None:
     panel.legend(fontsize="small")
 
 
-def _draw_method(
-    panel: Axes, rows: list[Row], number: int, method: str, *, relative: bool
+def _draw_series(
+    panel: Axes, rows: list[Row], number: int, way: int, *, relative: bool
 ) -> None:
-    """Draw a method: the mean of its seeds, and a band over all their intervals."""
+    """Draw a method in its colour, a recovery in dashes: the mean and band of its seeds."""
     drops = [(row.kept_fraction, row.drop) for row in rows]
-    if all(fraction < 1 for fraction, _ in drops):
+    if not way and all(fraction < 1 for fraction, _ in drops):
         # Where a method cuts nothing it costs nothing.
         drops.append((1.0, Drop(0.0, (0.0, 0.0))))
     fractions = sorted({fraction for fraction, _ in drops})
@@ -113,7 +115,15 @@ def _draw_method(
     panel.fill_between(fractions, low, high, color=colour, alpha=0.15, linewidth=0)
     # A band between few fractions hides where its ends were measured.
     panel.vlines(fractions, low, high, color=colour, linewidth=1, alpha=0.7)
-    panel.plot(fractions, mean, color=colour, marker=marker, markersize=5, label=method)
+    panel.plot(
+        fractions,
+        mean,
+        color=colour,
+        marker=marker,
+        markersize=5,
+        linestyle=_DASHES[way % len(_DASHES)],
+        label=rows[0].series,
+    )
     if len(drops) > len(fractions):
         panel.plot(
             [fraction for fraction, _ in drops],

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe import __version__
 from edgemoe.prune.registry import fill_options, find_method
-from edgemoe.sweep.jobs import HELD_OUT, STATISTICS
+from edgemoe.recover.registry import find_method as find_recovery
+from edgemoe.sweep.jobs import CALIBRATION, HELD_OUT, STATISTICS
 from edgemoe.sweep.outcome import PLANS
 from edgemoe.sweep.plot import write_plot
 from edgemoe.sweep.request import method_of
@@ -49,10 +50,11 @@ def write_report(outcome: Outcome, folder: Path, work: Path) -> None:
     (folder / PLANS).mkdir()
     for finding in outcome.findings:
         (folder / finding.plan_file).write_text(finding.plan.to_json(), encoding="utf-8")
-    (folder / HELD_OUT).mkdir()
-    for name in outcome.held_out:
-        file = f"{HELD_OUT}/{name}.jsonl"
-        shutil.copyfile(work / file, folder / file)
+    for kind in (HELD_OUT, *([CALIBRATION] if outcome.request.recoveries else [])):
+        (folder / kind).mkdir()
+        for name in outcome.lines:
+            file = f"{kind}/{name}.jsonl"
+            shutil.copyfile(work / file, folder / file)
     shutil.copyfile(work / STATISTICS, folder / STATISTICS)
 
 
@@ -86,6 +88,10 @@ def describe(outcome: Outcome) -> dict[str, Any]:
                 "options": fill_options(method_of(name), given),
             }
             for name, given in request.methods.items()
+        },
+        "recoveries": {
+            name: options.settle(find_recovery(name), has_teacher=True).to_dict()
+            for name, options in request.recoveries.items()
         },
         "tasks": {
             name: {
@@ -128,6 +134,7 @@ def _describe_point(outcome: Outcome, task: str, point: Point | None) -> dict[st
     other = outcome.worst_other(row)
     return {
         "method": row.method,
+        "recovery": row.recovery,
         "keep": row.keep,
         "kept_fraction": point.kept_fraction,
         "drop": point.drop,
@@ -151,6 +158,7 @@ def _describe_row(row: Row) -> dict[str, Any]:
         "method": row.method or UNPRUNED,
         "keep": row.keep,
         "seed": row.seed,
+        "recovery": row.recovery,
         "judged_on": row.judged_on,
         "experts": row.experts,
         "experts_before": row.experts_before,
@@ -186,7 +194,9 @@ def _list_times(outcome: Outcome) -> list[dict[str, Any]]:
             "method": finding.cut.method,
             "keep": finding.cut.keep,
             "seed": finding.cut.seed,
+            "recovery": finding.recovery,
             "plan_seconds": round(finding.plan_seconds, 3),
+            "recover_seconds": round(finding.judgement.recover_seconds, 3),
             "judge_seconds": round(finding.judgement.seconds, 3),
         }
         for finding in outcome.findings

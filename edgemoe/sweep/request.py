@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from edgemoe.recover.options import RecoverOptions
+
 # Ends the name of a method whose layers keep as many experts as OWL says.
 _OWL_SUFFIX = f"+{OWL}"
 
@@ -31,6 +33,7 @@ class SweepRequest:
         output: Report directory to write.
         tasks: Task files by name.
         methods: Options of each method, by its name as :func:`read_methods` gives it.
+        recoveries: How each cut is recovered and judged again, by method of recovery.
         held_out: Files to judge a task by, for those that are not judged by lines of their own.
         keeps: Fractions of each layer's experts to keep, each in (0, 1].
         seeds: Seeds of the methods that draw, each in [0, inf).
@@ -48,6 +51,7 @@ class SweepRequest:
     output: Path
     tasks: Mapping[str, Path]
     methods: Mapping[str, Mapping[str, Any]]
+    recoveries: Mapping[str, RecoverOptions] = field(default_factory=dict)
     held_out: Mapping[str, Path] = field(default_factory=dict)
     keeps: Sequence[float] = DEFAULT_KEEPS
     seeds: Sequence[int] = (0,)
@@ -131,7 +135,7 @@ def read_methods(
         arguments: Names, with commas between several.
         options: ``METHOD:NAME=VALUE`` each.
         layers: How many experts layers keep, ``uniform`` or ``owl`` or both: then methods that
-            share out experts themselves come once, the others twice.
+            share out experts themselves, or keep them all, come once, the others twice.
 
     Returns:
         Options by method, in the order of the methods; a method whose layers OWL decides is
@@ -181,7 +185,8 @@ def method_of(name: str) -> str:
 
 def _ways(method: str, options: Sequence[str], layers: Sequence[str]) -> Sequence[str]:
     """Say which ways a method is swept in."""
-    itself = find_method(method).shares_out and "ratios=given" not in options
+    found = find_method(method)
+    itself = found.picks_neurons or (found.shares_out and "ratios=given" not in options)
     return [way for way in layers if way != OWL] if itself and len(layers) > 1 else layers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgemoe.models.layer_width import entry_size
 from edgemoe.models.saving import float32_names
 
 if TYPE_CHECKING:
@@ -31,12 +32,16 @@ class Sizes:
     checkpoint_bytes: int
 
     @classmethod
-    def of(cls, model: MoeModel, counts: Sequence[int]) -> Sizes:
-        """Measure a model with other numbers of experts than it has.
+    def of(
+        cls, model: MoeModel, counts: Sequence[int], widths: Sequence[int] | None = None
+    ) -> Sizes:
+        """Measure a model with other numbers of experts than it has, or narrower ones.
 
         Args:
             model: The model, possibly on the meta device.
             counts: Experts of each MoE layer.
+            widths: Intermediate neurons of each of them, padding included; those that the
+                layers have by default.
 
         Returns:
             Its sizes with so many.
@@ -52,14 +57,16 @@ class Sizes:
         unique = {id(tensor): (name, tensor) for name, tensor in state.items()}
         total = sum(tensor.numel() * itemsize(name, tensor) for name, tensor in unique.values())
         routed = 0
-        for layer, count in zip(model.layers, counts, strict=True):
+        wide = widths or [layer.intermediate_size for layer in model.layers]
+        for layer, count, width in zip(model.layers, counts, wide, strict=True):
             prefix = f"{layer.facts.experts}."
             for spec in layer.facts.tensors:
                 if spec.holds_ids:
                     continue
                 tensor = layer.tensor(spec.name)
                 entry = tensor.numel() // tensor.shape[spec.axis]
-                lost = (layer.num_experts - count) * entry
+                kept = count * entry_size(layer, spec, width)
+                lost = layer.num_experts * entry - kept
                 total -= lost * itemsize(f"{layer.name}.{spec.name}", tensor)
                 if spec.name.startswith(prefix):
                     routed += tensor.numel() - lost

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.shards import calibrate_in_shards
 from edgemoe.calibrate.statistics import Statistics
-from edgemoe.errors import StreamingError
+from edgemoe.errors import StreamingError, SweepError
 from edgemoe.models.checkpoint import load_model, load_tokenizer, read_config, read_shape
 from edgemoe.models.fingerprint import FileHashes, hash_file
 from edgemoe.plans.keep_all import keep_all
@@ -17,16 +18,20 @@ from edgemoe.spread.workers import Processes, RayCluster, open_workers
 from edgemoe.staging import staged_file, sync
 from edgemoe.sweep.cuts import Cut, hash_decision, list_cuts
 from edgemoe.sweep.jobs import (
+    CALIBRATION,
     HELD_OUT,
     STATISTICS,
     JudgeJob,
     Judgement,
     PlanJob,
+    RecoverJob,
     Site,
     read_judgement,
     read_plan,
+    read_recovered,
     run_judge_job,
     run_plan_job,
+    run_recover_job,
 )
 from edgemoe.sweep.lines import check_judging, load_lines, write_lines
 from edgemoe.sweep.outcome import Finding, Outcome
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
 
     from edgemoe.models.contract import ModelShape
     from edgemoe.plans.plan import Plan
+    from edgemoe.recover.options import RecoverOptions
     from edgemoe.resume import WorkDirectory
     from edgemoe.spread.workers import Place, Workers
     from edgemoe.sweep.lines import TaskLines
@@ -107,6 +113,11 @@ def run_sweep(request: SweepRequest, place: Place) -> Outcome:
         if isinstance(place, RayCluster) and place.address == "local":
             workers_here = workers.count
         whole = fits_whole(request.model, workers_here, request.memory_limit_bytes)
+        if request.recoveries and not whole:
+            raise SweepError(
+                "--recover must have a model that fits into memory twice, got one that has to "
+                "be read layer by layer. Leave it out, or raise --memory-limit."
+            )
         with resumable(output, key, _BEGUN, force=request.force) as work:
             site = Site(
                 model=request.model.resolve(),
@@ -120,6 +131,7 @@ def run_sweep(request: SweepRequest, place: Place) -> Outcome:
             statistics = _measure(request, lines, workers, work, threads)
             held_out = _prepare(site, lines)
             findings, unpruned = _judge(site, workers, shape, cuts)
+            findings = _recover(site, workers, findings, request.recoveries)
             outcome = Outcome(
                 request=request,
                 statistics=statistics,
@@ -174,16 +186,16 @@ def _measure(
 
 
 def _prepare(site: Site, lines: Mapping[str, TaskLines]) -> dict[str, TaskFile]:
-    """Write the held-out lines where workers find them."""
+    """Write all lines where workers find them; return those that are held out."""
     site.prepare()
-    folder = site.work / HELD_OUT
-    folder.mkdir(exist_ok=True)
     held_out = {}
     for name, task in lines.items():
-        file = folder / f"{name}.jsonl"
-        if not file.exists():
-            with staged_file(file) as staged:
-                write_lines(task.held_out, staged)
+        for kind, some in ((CALIBRATION, task.calibration), (HELD_OUT, task.held_out)):
+            file = site.work / kind / f"{name}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            if not file.exists():
+                with staged_file(file) as staged:
+                    write_lines(some, staged)
         held_out[name] = TaskFile.load(name, file)
     return held_out
 
@@ -211,3 +223,42 @@ def _judge(
         for cut, plan, seconds in made
     ]
     return findings, judged[hash_decision(whole)]
+
+
+def _recover(
+    site: Site,
+    workers: Workers,
+    findings: Sequence[Finding],
+    recoveries: Mapping[str, RecoverOptions],
+) -> list[Finding]:
+    """Recover every decision for its task once; return each finding with its recoveries."""
+    jobs = {
+        (hash_decision(found.plan), found.cut.task, method): RecoverJob(
+            site=site,
+            plan=found.plan,
+            decision=hash_decision(found.plan),
+            task=found.cut.task,
+            method=method,
+            options=options,
+        )
+        for found in findings
+        for method, options in recoveries.items()
+    }
+    left = [job for job in jobs.values() if not site.recovered_file(job).exists()]
+    workers.map(run_recover_job, left, "recover and judge")
+    judged = {key: read_recovered(job) for key, job in jobs.items()}
+    return [
+        one
+        for found in findings
+        for one in (
+            found,
+            *(
+                replace(
+                    found,
+                    recovery=method,
+                    judgement=judged[hash_decision(found.plan), found.cut.task, method],
+                )
+                for method in recoveries
+            ),
+        )
+    ]

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One method at one fraction, over its seeds.
+    """One method, recovered or not, at one fraction, over its seeds.
 
     Attributes:
-        method: The method.
+        series: The method, and how its cuts were recovered.
         keep: Fraction that was asked for.
         kept_fraction: Fraction of the routed experts' parameters that is left.
         drop: Mean drop of the seeds.
@@ -27,7 +27,7 @@ class Point:
         is_cut: Whether anything was cut.
     """
 
-    method: str
+    series: str
     keep: float
     kept_fraction: float
     drop: float

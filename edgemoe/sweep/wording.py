@@ -51,8 +51,8 @@ def tell_threshold(outcome: Outcome, threshold: Threshold, folder: Path) -> str:
     if threshold.best is not None:
         row = outcome.row_at(task, threshold.best)
         return (
-            f"{task}: the deepest cut under {limit} keeps {row.experts} of "
-            f"{row.experts_before} experts by {row.method} (--keep {row.keep:g}); its drop is "
+            f"{task}: the deepest cut under {limit} keeps {_show_kept(row)} by {row.series} "
+            f"(--keep {row.keep:g}); its drop is "
             f"{show_drop_interval(row.drop, row.score.metric)}: {folder / str(row.plan)}"
         )
     if threshold.nearest is None:
@@ -60,7 +60,7 @@ def tell_threshold(outcome: Outcome, threshold: Threshold, folder: Path) -> str:
     row = outcome.row_at(task, threshold.nearest)
     upper = show_drop(threshold.nearest.upper, row.score.metric)
     return (
-        f"{task}: no cut is under {limit} with 95% confidence; the nearest, {row.method} at "
+        f"{task}: no cut is under {limit} with 95% confidence; the nearest, {row.series} at "
         f"--keep {row.keep:g}, may drop by {upper}."
     )
 
@@ -86,12 +86,21 @@ def list_columns(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
     return heading, lines
 
 
+def _show_kept(row: Row) -> str:
+    if row.narrows:
+        return f"{row.kept_fraction:.1%} of the experts' parameters"
+    return f"{row.experts} of {row.experts_before} experts"
+
+
 def _cells(outcome: Outcome, row: Row, *, seeded: bool, several: bool) -> list[str]:
     whole = row.plan is None
-    cells = [row.judged_on, row.method or UNPRUNED, "" if whole else f"{row.keep:g}"]
+    cells = [row.judged_on, row.series or UNPRUNED, "" if whole else f"{row.keep:g}"]
     if seeded:
         cells.append("" if whole else str(row.seed))
-    cells += [f"{row.experts}/{row.experts_before}", f"{row.checkpoint_bytes / 1e6:.1f} MB"]
+    experts = f"{row.experts}/{row.experts_before}"
+    if row.narrows:
+        experts += f" at {row.kept_fraction:.0%}"
+    cells += [experts, f"{row.checkpoint_bytes / 1e6:.1f} MB"]
     cells.append(show_score(row.score))
     cells.append("" if whole else show_drop_interval(row.drop, row.score.metric))
     if several:

@@ -8,14 +8,14 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgemoe.evaluate.evaluation import evaluate
-from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
+from edgemoe.models.checkpoint import load_model, load_tokenizer, read_structure
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.memory import default_limit
 from edgemoe.models.opening import open_larger
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.keep_all import keep_all
-from edgemoe.prune.keep import count_kept
-from edgemoe.prune.registry import make_plan
+from edgemoe.prune.apply import check_neurons
+from edgemoe.prune.registry import count_for, make_plan
 from edgemoe.staging import require_space
 from edgemoe_exporters import lower_ort, lower_tensorrt
 from edgemoe_exporters.bundle import (
@@ -34,7 +34,7 @@ from edgemoe_exporters.manifest_writer import (
     describe_model,
     describe_plan,
 )
-from edgemoe_exporters.ort.precision import check_block_sizes
+from edgemoe_exporters.ort.precision import PRECISIONS, check_block_sizes
 from edgemoe_exporters.parity import check_parity, measure_parity
 from edgemoe_exporters.prepare import check_exportable
 from edgemoe_exporters.quality import judge_quality
@@ -47,6 +47,7 @@ from edgemoe_exporters.task_data import TaskData
 from edgemoe_exporters.task_experts import (
     count_least_parameters,
     count_parameters,
+    kept_here,
     lay_out_plans,
     list_experts,
     refuse_factors,
@@ -116,15 +117,19 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
     target, precision = request.check()
     check_engine(target.flavour)
     data = TaskData.load(request)
-    shape = read_shape(request.model)
+    structure = read_structure(request.model)
+    shape = structure.shape
     check_exportable(request.model, precision)
     # What no later stage could carry out is refused before anything is loaded or calibrated.
     for name, plan in data.plans.items():
         plan.validate(shape)
         refuse_factors(name, plan)
+        check_neurons(plan, structure)
     if target.flavour == "ort":
         check_block_sizes(shape, precision)
-    counts = count_kept(shape, keep=request.keep_or_default) if request.pruned_here else ()
+    counts = (
+        count_for(request.method, shape, request.keep_or_default) if request.pruned_here else ()
+    )
     tokenizer = load_tokenizer(request.model)
     limit = request.memory_limit_bytes
     limit = default_limit() if limit is None else limit
@@ -141,13 +146,14 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         parameters = sum(parameter.numel() for parameter in source.moe.model.parameters())
         bytes_per_parameter = _BYTES_PER_PARAMETER[precision]
         written = steps.written_bytes()
+        multiple = PRECISIONS[precision].block if PRECISIONS[precision].bits else 1
         kept = [
-            data.plans[name].experts_per_layer
-            if name in data.plans
-            else counts or shape.experts_per_layer
+            tuple(zip(given.experts_per_layer, given.widths(shape), strict=True))
+            if (given := data.plans.get(name)) is not None
+            else kept_here(request.method, shape, counts)
             for name in request.names
         ]
-        least = count_least_parameters(source.moe, kept) * bytes_per_parameter
+        least = count_least_parameters(source.moe, kept, multiple) * bytes_per_parameter
         require_space(steps.staged, int(least) - written)
         road = _Road(
             request, target, precision, steps, source, tokenizer, data, on_stage, limit
@@ -155,7 +161,8 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         plans = road.choose_plans(counts)
         before = road.evaluate_before()
         layouts = lay_out_plans(plans, shape)
-        needed = count_parameters(source.moe, plans, layouts) * bytes_per_parameter
+        parameters_stored = count_parameters(source.moe, plans, layouts, multiple)
+        needed = parameters_stored * bytes_per_parameter
         # Several tasks' weights lie in one file until it is known who reads what, and what was
         # quantised is remembered in another.
         require_space(steps.staged, int(needed * (3 if len(plans) > 1 else 1)) - written)
@@ -227,10 +234,12 @@ class _Road:
     def choose_plans(self, counts: tuple[int, ...]) -> dict[str, Plan]:
         """Return the plan of every task, in the order of the request."""
         plans = {}
+        whole = kept_here(self.request.method, self.model.shape, ())
+        cuts = kept_here(self.request.method, self.model.shape, counts) != whole
         for name in self.request.names:
             if name in self.data.plans:
                 plans[name] = self.data.plans[name]
-            elif name in self.data.calibration and counts != self.model.experts_per_layer:
+            elif name in self.data.calibration and cuts:
                 self.say(f"choose the experts for {name}")
                 statistics = self.steps.statistics(name, partial(self._collect, name))
                 plans[name] = make_plan(

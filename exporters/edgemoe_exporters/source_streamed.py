@@ -15,9 +15,11 @@ from edgemoe.calibrate.streamed import collect_streamed
 from edgemoe.errors import ExportError
 from edgemoe.evaluate.streamed_scorer import StreamedScorer
 from edgemoe.models.hooks import observe
+from edgemoe.models.layer_width import widened_shapes
 from edgemoe.models.streamed_pass import Batch, run_batches
 from edgemoe.oracle.homes import StreamedHome
-from edgemoe.prune.apply import expert_tensors
+from edgemoe.plans.layer_plan import stored_width
+from edgemoe.prune.apply import check_neurons, expert_tensors
 from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.deferred import Deferred, Latest
 from edgemoe_exporters.eager_run import EagerRows
@@ -97,6 +99,7 @@ class StreamedSource:
     ) -> Iterator[StreamedTask]:
         """Give the model the experts of one task."""
         plan.validate(self.moe.shape)
+        check_neurons(plan, self.moe)
         experts = {
             layer.index: order_experts(layer_plan, layouts.get(layer.index), task)
             for layer, layer_plan in zip(self.moe.layers, plan.layers, strict=True)
@@ -205,9 +208,15 @@ class StreamedTask:
 
     def _planned_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         layer, experts = self._changes[index]
-        return {
+        shapes = {
             spec.name: _planned_shape(layer, spec, len(experts)) for spec in layer.facts.tensors
         }
+        width = stored_width(experts, layer.intermediate_size)
+        if width != layer.intermediate_size:
+            for name, shape in widened_shapes(layer, width).items():
+                # Experts are on the first axis of what has neurons.
+                shapes[name] = (shapes[name][0], *shape[1:])
+        return shapes
 
     def _read(self, name: str) -> np.ndarray[Any, Any]:
         return _to_numpy(self._streamed.skeleton.read(name))
@@ -251,8 +260,8 @@ def _refuse_empty(value: ir.Value) -> None:
 
 
 def _is_unchanged(layer: MoeLayer, experts: Sequence[MergedExpert]) -> bool:
-    members = [expert.members for expert in experts]
-    return members == [(expert,) for expert in range(layer.num_experts)]
+    members = [(expert.members, expert.neurons) for expert in experts]
+    return members == [((expert,), None) for expert in range(layer.num_experts)]
 
 
 def _planned_shape(layer: MoeLayer, spec: ExpertTensor, experts: int) -> tuple[int, ...]:

@@ -9,8 +9,10 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 
 from edgemoe.errors import ExportError
+from edgemoe.models.layer_width import entry_size
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.prune.apply import apply_plan
+from edgemoe.prune.registry import find_method
 from edgemoe_exporters.sharing import ExpertKey, StackLayout, lay_out
 from edgemoe_exporters.trace import EXPERT_AXIS
 
@@ -44,7 +46,7 @@ def lay_out_plans(plans: Mapping[str, Plan], shape: ModelShape) -> dict[int, Sta
     """Order the experts of every layer so that the tasks share what they have in common.
 
     A layer whose router compares experts in groups keeps its order, and is not stacked: there
-    an expert's place tells its group.
+    an expert's place tells its group. Nor is one that tasks store at different widths.
 
     Args:
         plans: The plan of each task.
@@ -53,6 +55,7 @@ def lay_out_plans(plans: Mapping[str, Plan], shape: ModelShape) -> dict[int, Sta
     Returns:
         The layout by decoder layer; none for layers that must keep their order.
     """
+    widths = list(zip(*(plan.widths(shape) for plan in plans.values()), strict=True))
     return {
         layer.layer: lay_out(
             {
@@ -61,12 +64,36 @@ def lay_out_plans(plans: Mapping[str, Plan], shape: ModelShape) -> dict[int, Sta
             }
         )
         for position, layer in enumerate(shape.layers)
-        if layer.n_group == 1
+        if layer.n_group == 1 and len(set(widths[position])) == 1
     }
 
 
+def kept_here(
+    method: str, shape: ModelShape, counts: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    """Say what an export that chooses experts itself leaves of each MoE layer.
+
+    Args:
+        method: How it chooses.
+        shape: The model.
+        counts: Experts to keep, or neurons of each expert; none where all stay.
+
+    Returns:
+        Experts and their width per MoE layer.
+    """
+    experts, widths = shape.experts_per_layer, shape.widths_per_layer
+    if counts and find_method(method).picks_neurons:
+        widths = tuple(counts)
+    elif counts:
+        experts = tuple(counts)
+    return tuple(zip(experts, widths, strict=True))
+
+
 def count_parameters(
-    model: MoeModel, plans: Mapping[str, Plan], layouts: Mapping[int, StackLayout]
+    model: MoeModel,
+    plans: Mapping[str, Plan],
+    layouts: Mapping[int, StackLayout],
+    multiple: int = 1,
 ) -> int:
     """Count the parameters that a bundle stores.
 
@@ -74,35 +101,56 @@ def count_parameters(
         model: The whole model, possibly on the meta device.
         plans: The plan of each task.
         layouts: The order of the experts by decoder layer.
+        multiple: What their widths are padded to a multiple of.
 
     Returns:
         Those of the backbone once, and those of each expert as often as it is stored.
     """
     total = sum(int(parameter.numel()) for parameter in model.model.parameters())
+    widths = {task: plan.widths(model.shape) for task, plan in plans.items()}
     for position, layer in enumerate(model.layers):
-        of_experts = sum(int(tensor.numel()) for tensor in layer.tensors().values())
+        stored = {
+            task: (len(plan.layers[position].experts), widths[task][position])
+            for task, plan in plans.items()
+        }
         if layer.index in layouts:
-            stored = len(layouts[layer.index].slots)
-        else:
-            stored = sum(len(plan.layers[position].experts) for plan in plans.values())
-        total += of_experts * stored // layer.num_experts - of_experts
+            width = next(iter(stored.values()))[1]
+            stored = {"all": (len(layouts[layer.index].slots), width)}
+        total += sum(_stored(layer, n, width, multiple) for n, width in stored.values())
+        total -= _present(layer)
     return total
 
 
-def count_least_parameters(model: MoeModel, kept: Sequence[Sequence[int]]) -> int:
+def _stored(layer: MoeLayer, experts: int, width: int, multiple: int) -> int:
+    padded = -(-width // multiple) * multiple
+    if layer.is_factored:
+        return _present(layer) * experts // layer.num_experts
+    return experts * sum(
+        entry_size(layer, spec, padded) for spec in layer.facts.tensors if not spec.holds_ids
+    )
+
+
+def _present(layer: MoeLayer) -> int:
+    return sum(int(tensor.numel()) for tensor in layer.tensors().values())
+
+
+def count_least_parameters(
+    model: MoeModel, kept: Sequence[Sequence[tuple[int, int]]], multiple: int = 1
+) -> int:
     """Count the parameters that a bundle stores at least, before experts are chosen.
 
     Args:
         model: The whole model, possibly on the meta device.
-        kept: Experts of each MoE layer that each task keeps.
+        kept: Experts of each MoE layer that each task keeps, and how wide they are.
+        multiple: What their widths are padded to a multiple of.
 
     Returns:
-        Those of the backbone, and in each layer those of the task that keeps most experts.
+        Those of the backbone, and in each layer those of the task that keeps most.
     """
     total = sum(int(parameter.numel()) for parameter in model.model.parameters())
-    for layer, counts in zip(model.layers, zip(*kept, strict=True), strict=True):
-        of_experts = sum(int(tensor.numel()) for tensor in layer.tensors().values())
-        total += of_experts * max(counts) // layer.num_experts - of_experts
+    for layer, tasks in zip(model.layers, zip(*kept, strict=True), strict=True):
+        total += max(_stored(layer, n, width, multiple) for n, width in tasks)
+        total -= _present(layer)
     return total
 
 
@@ -207,6 +255,8 @@ def list_experts(
 
 def _key(expert: MergedExpert) -> ExpertKey:
     """Tell apart experts whose weights differ."""
+    if expert.neurons is not None:
+        return expert.members[0], expert.neurons
     if len(expert.members) == 1:
         return expert.members[0]
     return expert.members, expert.shares, expert.aligned_to

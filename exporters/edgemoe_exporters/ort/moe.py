@@ -225,11 +225,17 @@ class _Fusing:
 
         return weights.map(multiply)
 
+    @property
+    def missing(self) -> int:
+        """Neurons of zeros that an expert gets: the second product has blocks along them."""
+        width = self.experts.down_array().shape[-1]
+        return -width % self.precision.block if self.precision.bits else 0
+
     def fc1(self) -> Deferred:
-        return self.experts.gate_up_array().map(_interleave)
+        return _pad(self.experts.gate_up_array().map(_interleave), 1, 2 * self.missing)
 
     def fc2(self) -> Deferred:
-        return self.scaled(self.experts.down_array())
+        return _pad(self.scaled(self.experts.down_array()), 2, self.missing)
 
     def biases(self) -> list[ir.Value | None]:
         """Return the biases of both products, as the fused ops take them."""
@@ -243,7 +249,11 @@ class _Fusing:
                 self.editor,
                 self.experts.gate_up_bias,
                 "interleaved",
-                first.map(lambda array: _interleave(array[..., None])[..., 0]),
+                _pad(
+                    first.map(lambda array: _interleave(array[..., None])[..., 0]),
+                    1,
+                    2 * self.missing,
+                ),
                 self.precision,
             ),
             _derived(
@@ -343,6 +353,16 @@ def _interleave(gate_up: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     experts, rows, hidden = gate_up.shape
     pairs = gate_up.reshape(experts, 2, rows // 2, hidden).swapaxes(1, 2)
     return np.ascontiguousarray(pairs).reshape(experts, rows, hidden)
+
+
+def _pad(weights: Deferred, axis: int, zeros: int) -> Deferred:
+    """Add zeros to the end of an axis."""
+    if not zeros:
+        return weights
+    shape = list(weights.shape)
+    shape[axis] += zeros
+    missing = [(0, zeros if n == axis else 0) for n in range(len(shape))]
+    return weights.map(lambda array: np.pad(array, missing), shape)
 
 
 def _derived(

@@ -97,7 +97,7 @@ def test_what_is_wrong_is_one_message_and_leaves_nothing(
         assert not list(tmp_path.iterdir())
 
     refuse("router-kd must have a teacher, got none", "--method=router-kd")
-    refuse("the method must be one of lora, ", "--method=distil")
+    refuse("the method must be one of least-squares, lora, ", "--method=distil")
     refuse("steps must be in [1, inf), got 0.", "--method=lora", "--steps=0")
     refuse("held_out_fraction must be in (0, 0.5]", "--method=lora", "--held-out=1")
     refuse("a device must be cpu", "--method=lora", "--device=tpu")

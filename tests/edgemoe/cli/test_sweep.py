@@ -189,7 +189,7 @@ def test_bad_input_is_refused(
     assert "numbers with commas" in refuse("--method=reap", "--keep=half", status=2)
     assert "one seed or more" in refuse("--method=random", "--seeds=0", status=2)
     assert "none in 0.1: layer 0 must keep at least 2" in refuse("--method=reap", "--keep=0.1")
-    assert "one of frequency" in refuse("--method=reap,best")
+    assert "one of camera, frequency" in refuse("--method=reap,best")
     assert "METHOD:NAME=VALUE" in refuse("--method=reap", "--set=population=3")
     assert "--max-drop must be" in refuse("--method=reap", "--max-drop=-1")
     assert "24 of 24 held-out lines are calibration lines too" in refuse("--method=reap", same)

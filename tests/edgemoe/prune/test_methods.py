@@ -216,7 +216,7 @@ def test_scores_are_those_of_the_papers() -> None:
 
 
 def test_unknown_methods_bad_counts_options_and_tasks_are_refused() -> None:
-    with pytest.raises(PlanError, match=r"one of frequency, man, moe-i2, .*got 'magic'"):
+    with pytest.raises(PlanError, match=r"one of camera, frequency, heapr, .*got 'magic'"):
         find_method("magic")
     statistics = make_statistics([draw(0)])
     with pytest.raises(PlanError, match="top_k=2, got 1"):

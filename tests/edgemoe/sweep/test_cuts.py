@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+WIDE = ModelShape(
+    family="x",
+    layers=tuple(LayerShape(layer=index, num_experts=8, top_k=3) for index in range(2)),
+    hidden_size=64,
+    intermediate_size=64,
+)
 SHAPE = ModelShape(
     family="mixtral",
     layers=tuple(LayerShape(layer=index, num_experts=8, top_k=3) for index in range(2)),
@@ -59,6 +65,21 @@ def test_only_methods_that_draw_have_several_seeds(tmp_path: Path) -> None:
         list_cuts(request_of(tmp_path, keeps=(0.2,)), SHAPE)
 
 
+def test_methods_that_choose_neurons_cut_below_what_a_router_needs(tmp_path: Path) -> None:
+    methods = read_methods(["reap,camera"], [])
+    request = request_of(tmp_path, methods=methods, keeps=(0.5, 0.25, 0.1))
+    cuts, impossible = list_cuts(request, WIDE)
+    found = {(cut.method, cut.keep): cut.counts for cut in cuts}
+    assert found == {
+        ("reap", 0.5): (4, 4),
+        ("camera", 0.5): (32, 32),
+        ("camera", 0.25): (16, 16),
+    }
+    reasons = [(one.keep, one.reason.split(",")[0]) for one in impossible]
+    assert [keep for keep, _ in reasons] == [0.25, 0.1, 0.1]
+    assert reasons[2][1].startswith("--keep must leave 8 neurons in every expert")
+
+
 def test_options_make_another_cut_and_are_the_methods_own(tmp_path: Path) -> None:
     methods = read_methods(["moe-i2", "reap"], ["moe-i2:population=12"])
     assert methods == {"moe-i2": {"population": 12}, "reap": {}}
@@ -69,7 +90,7 @@ def test_options_make_another_cut_and_are_the_methods_own(tmp_path: Path) -> Non
     pairs = list(zip(cuts, others, strict=True))
     assert all(one.name == other.name for one, other in pairs)
     assert all((one.key != other.key) == (one.method == "moe-i2") for one, other in pairs)
-    with pytest.raises(PlanError, match="must be one of frequency"):
+    with pytest.raises(PlanError, match="must be one of camera, frequency"):
         read_methods(["best"], [])
     with pytest.raises(PlanError, match="an option of reap must be NAME=VALUE"):
         read_methods(["reap"], ["reap:population=3"])

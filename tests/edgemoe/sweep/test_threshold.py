@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from edgemoe.sweep.threshold import Point, choose_deepest, find_nearest, find_threshold
 
 
-def point(fraction: float, upper: float, *, drop: float = 0.0, method: str = "m") -> Point:
+def point(fraction: float, upper: float, *, drop: float = 0.0, series: str = "m") -> Point:
     return Point(
-        method=method,
+        series=series,
         keep=fraction,
         kept_fraction=fraction,
         drop=drop,
@@ -60,8 +60,8 @@ def test_a_lucky_deep_cut_does_not_count() -> None:
 
 
 def test_the_deepest_of_several_methods_is_the_one_that_loses_least() -> None:
-    deep = point(0.5, 0.05, drop=0.03, method="b")
-    found = [point(0.75, 0.0), None, point(0.5, 0.04, drop=0.04, method="a"), deep]
+    deep = point(0.5, 0.05, drop=0.03, series="b")
+    found = [point(0.75, 0.0), None, point(0.5, 0.04, drop=0.04, series="a"), deep]
     assert choose_deepest(found) is deep
     assert choose_deepest([None, None]) is None
     nearest = find_nearest([point(1.0, 0.0), point(0.5, 0.4), point(0.75, 0.2)])

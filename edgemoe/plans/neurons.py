@@ -1,0 +1,77 @@
+"""Which intermediate neurons an expert keeps, as text.
+
+A neuron is a gate row, an up row and a down column together. One bit stands for each, neuron 0
+for the highest bit of the first digit; the bits after the last neuron are 0. An expert of 72
+neurons is 18 hexadecimal digits.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_BITS = 4
+_DIGITS = re.compile("[0-9a-f]+")
+
+
+def write_mask(kept: Iterable[int], size: int) -> str:
+    """Write which neurons are kept.
+
+    Args:
+        kept: Their numbers, in [0, size).
+        size: How many the expert has, in [1, inf).
+
+    Returns:
+        Lower-case hexadecimal digits, a bit for each neuron.
+    """
+    digits = -(-size // _BITS)
+    value = 0
+    for neuron in kept:
+        value |= 1 << (digits * _BITS - 1 - neuron)
+    return f"{value:0{digits}x}"
+
+
+def is_mask(text: str) -> bool:
+    """Ask whether a text is what :func:`write_mask` writes, for an expert of some size."""
+    return _DIGITS.fullmatch(text) is not None
+
+
+def fits_mask(text: str, size: int) -> bool:
+    """Ask whether a mask has a bit for each neuron of an expert, and no other bit set.
+
+    Args:
+        text: A mask.
+        size: How many neurons the expert has.
+
+    Returns:
+        Whether it fits.
+    """
+    return len(text) == -(-size // _BITS) and read_mask(text)[-1:] < (size,)
+
+
+def read_mask(text: str) -> tuple[int, ...]:
+    """Read which neurons are kept.
+
+    Args:
+        text: A mask.
+
+    Returns:
+        Their numbers, ascending.
+    """
+    bits = f"{int(text, 16):0{len(text) * _BITS}b}"
+    return tuple(neuron for neuron, bit in enumerate(bits) if bit == "1")
+
+
+def count_mask(text: str) -> int:
+    """Count the neurons that are kept.
+
+    Args:
+        text: A mask.
+
+    Returns:
+        How many, in [0, inf).
+    """
+    return int(text, 16).bit_count()
