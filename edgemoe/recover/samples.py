@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from edgemoe.tasks import TaskFile
 
 HELD_OUT_TOKENS = 2048
+# Fewer than these judge too roughly, however few are trained on.
+_LEAST_HELD_OUT_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,8 @@ class TaskSamples:
     Attributes:
         name: The task.
         training: What is trained on; each has one continuation, the tokens to predict.
-        held_out: What judges the training; at most :data:`HELD_OUT_TOKENS` tokens.
+        held_out: What judges the training; at most :data:`HELD_OUT_TOKENS` tokens, and beside
+            few tokens to train on the same share of them as of the lines.
         held_out_lines: Lines that are behind it.
     """
 
@@ -82,7 +85,11 @@ def split_task(
         False: tuple(r for number, r in enumerate(task.records, 1) if number % every),
         True: tuple(r for number, r in enumerate(task.records, 1) if number % every == 0),
     }
-    limits = {False: max_tokens, True: HELD_OUT_TOKENS}
+    judging = HELD_OUT_TOKENS
+    if max_tokens is not None:
+        share = round(max_tokens / (every - 1))
+        judging = min(judging, max(share, _LEAST_HELD_OUT_TOKENS))
+    limits = {False: max_tokens, True: judging}
     requests: dict[bool, tuple[Request, ...]] = {}
     lines = 0
     for held_out, chosen in records.items():

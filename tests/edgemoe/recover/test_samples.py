@@ -90,10 +90,18 @@ def test_tokens_are_limited(tmp_path: Path, tokenizer: Tokenizer) -> None:
     line: dict[str, object] = {"text": " ".join(["w1"] * 1000)}
     task = write(tmp_path / "t.jsonl", [line] * 20)
 
-    samples = split_task(task, tokenizer, held_out_fraction=0.5, max_length=50, max_tokens=120)
+    def split(max_tokens: int | None) -> TaskSamples:
+        return split_task(
+            task, tokenizer, held_out_fraction=0.5, max_length=50, max_tokens=max_tokens
+        )
+
+    samples = split(120)
 
     assert [request.longest for request in samples.training] == [50, 50, 20]
-    assert sum(request.longest for request in samples.held_out) == HELD_OUT_TOKENS
+    # Few tokens to train on are judged by as few, though not by too few.
+    for limit, judging in {120: 512, 900: 900, 5000: HELD_OUT_TOKENS}.items():
+        assert sum(request.longest for request in split(limit).held_out) == judging
+    assert sum(request.longest for request in split(None).held_out) == HELD_OUT_TOKENS
 
 
 @given(
