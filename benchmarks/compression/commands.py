@@ -20,8 +20,7 @@ import torch
 
 from edgemoe.evaluate.drop import Drop, paired_drop
 from edgemoe.evaluate.evaluation import Evaluation, evaluate
-from edgemoe.evaluate.torch_scorer import TorchScorer
-from edgemoe.models import load_model, load_tokenizer
+from edgemoe.evaluate.subject import open_subject
 from edgemoe.staging import staged_file
 from edgemoe.tasks import TaskFile
 
@@ -139,12 +138,9 @@ class Commands:
         file = self._answers / f"score-{name}.json"
         if not file.exists():
             click.echo(f"judge {checkpoint} on {lines.name}", err=True)
-            score = evaluate(
-                TorchScorer(load_model(checkpoint)),
-                TaskFile.load(lines.name.partition(".")[0], lines),
-                load_tokenizer(checkpoint),
-                max_tokens=tokens,
-            )
+            task = TaskFile.load(lines.name.partition(".")[0], lines)
+            with open_subject(checkpoint, task=task.name, k_cap=None) as subject:
+                score = evaluate(subject.scorer, task, subject.tokenizer, max_tokens=tokens)
             self._keep(file, asdict(score))
         found = json.loads(file.read_text(encoding="utf-8"))
         return Evaluation(**{**found, **{key: tuple(found[key]) for key in _LISTS}})

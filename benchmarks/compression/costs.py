@@ -71,10 +71,11 @@ def main(
     rows = []
     for name, arguments in todo.items():
         done = commands.make(name, *arguments)
-        shown = " ".join(str(word) for word in arguments if word not in (model, *of_task))
+        given = (model, "--teacher", lines, *of_task)
+        shown = " ".join(str(word) for word in arguments if word not in given)
         rows.append(
             [
-                f"`{shown.replace(str(work), '.').replace(str(tasks), '.')}`",
+                f"`{shown.replace(f'{work}/', '')}`",
                 f"{done.cpu_seconds:.0f}",
                 f"{done.peak_bytes / 1e9:.2f}",
             ]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import click
 import numpy as np
+import torch
 from commands import write_table
 
 from edgemoe.calibrate.mixture import mix
@@ -104,10 +105,18 @@ _WAYS = {
 @click.option("--keep-experts", default=8, show_default=True)
 @click.option("--every", default=4, show_default=True, help="Every how manieth layer.")
 @click.option("--tokens", default=1024, show_default=True)
+@click.option("--threads", default=1, show_default=True)
 def main(
-    model: Path, stats: Path, task: str, keep_experts: int, every: int, tokens: int
+    model: Path,
+    stats: Path,
+    task: str,
+    keep_experts: int,
+    every: int,
+    tokens: int,
+    threads: int,
 ) -> None:
     """Compare searches on layers of MODEL."""
+    torch.set_num_threads(threads)
     statistics = Statistics.load(stats)
     counts = [keep_experts] * len(statistics.shape.layers)
     plans = {name: make_plan(statistics, task, name, counts) for name in _SCORES}
@@ -117,10 +126,10 @@ def main(
     for number, (layer, view) in enumerate(zip(statistics.shape.layers, views, strict=True)):
         if number % every:
             continue
-        best = math.inf
+        best, judge = math.inf, Reconstruction(view)
         for name, (way, runs) in _WAYS.items():
             for seed in range(runs):
-                judge = Reconstruction(view)
+                judge.forget()
                 began = time.process_time()
                 error = judge.error(way(judge, layer, keep_experts, seed))
                 found[name].seconds.append(time.process_time() - began)

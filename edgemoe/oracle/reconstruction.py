@@ -65,6 +65,10 @@ class Reconstruction:
         """How many sets were judged."""
         return len(self._known)
 
+    def forget(self) -> None:
+        """Begin anew, as if no set had been judged."""
+        self._known.clear()
+
     def error(self, kept: Sequence[int]) -> float:
         """Judge a set of experts.
 
