@@ -17,7 +17,7 @@ from edgemoe.models.routers import Routing
 from edgemoe.progress import counting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -91,6 +91,7 @@ class LayerOracle:
         self.home = home
         self.windows = tuple(windows)
         self.crew = crew
+        self._answers: dict[Hashable, Any] = {}
         # A decoder layer, and what the one before it returns for each window.
         self._reached: tuple[int, list[Outputs]]
         self._forget()
@@ -116,6 +117,23 @@ class LayerOracle:
             :func:`edgemoe.calibrate.mixture.spread_windows` of the same tokens.
         """
         return LayerOracle(self.home, spread_windows(self.windows, tokens), self.crew)
+
+    def once(self, question: Hashable, ask: Callable[[], Result]) -> Result:
+        """Remember an answer that depends on the model and the tokens alone.
+
+        Plans of several fractions ask the same; each time may take minutes.
+
+        Args:
+            question: What is asked, with all that the answer depends on besides.
+            ask: Finds the answer.
+
+        Returns:
+            The answer, which nobody may change.
+        """
+        if question not in self._answers:
+            self._answers[question] = ask()
+        answer: Result = self._answers[question]
+        return answer
 
     def map(
         self,

@@ -81,7 +81,9 @@ def heapr(
     whole_model(oracle.home, "heapr, which takes gradients through it,")
     for layer in oracle.moe.layers:
         refuse_neurons(layer, shape.family)
-    scores = importances(oracle.moe, oracle.fewer(tokens).windows)
+    scores = oracle.once(
+        ("heapr", tokens), lambda: importances(oracle.moe, oracle.fewer(tokens).windows)
+    )
     experts = shape.experts_per_layer
     total = sum(width * count for width, count in zip(counts, experts, strict=True))
     shares = _shares(scores, total)

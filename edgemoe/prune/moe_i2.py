@@ -92,9 +92,11 @@ def moe_i2(
     if ratios not in ("importance", "given"):
         raise PlanError(f"ratios must be importance or given, got {ratios!r}.")
     if ratios == "importance":
-        importance = [
-            float(layer.sum()) for layer in loss_increases(oracle.fewer(importance_tokens))
-        ]
+        increases = oracle.once(
+            ("loss increases", importance_tokens),
+            lambda: loss_increases(oracle.fewer(importance_tokens)),
+        )
+        importance = [float(layer.sum()) for layer in increases]
         counts = share_out(shape.layers, importance, sum(counts))
     sample = oracle.fewer(tokens)
     jobs = [

@@ -111,7 +111,10 @@ class Owl:
             PlanError: The checkpoint was decomposed.
             StreamingError: The family cannot be run layer by layer.
         """
-        ratios = outlier_ratios(oracle.fewer(DEFAULT_TOKENS), self.multiple)
+        ratios = oracle.once(
+            ("outlier ratios", self.multiple),
+            lambda: outlier_ratios(oracle.fewer(DEFAULT_TOKENS), self.multiple),
+        )
         return share_by_outliers(shape.layers, counts, ratios, self.spread)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgemoe.evaluate.evaluation import Evaluation
     from edgemoe.plans.plan import Plan
     from edgemoe.sweep.cuts import Cut, Impossible
-    from edgemoe.sweep.jobs import Judgement
+    from edgemoe.sweep.judgement import Judgement
     from edgemoe.sweep.lines import TaskLines
     from edgemoe.sweep.request import SweepRequest
     from edgemoe.tasks import TaskFile

@@ -17,26 +17,14 @@ from edgemoe.spread.agreement import threads_of
 from edgemoe.spread.workers import Processes, RayCluster, open_workers
 from edgemoe.staging import staged_file, sync
 from edgemoe.sweep.cuts import Cut, hash_decision, list_cuts
-from edgemoe.sweep.jobs import (
-    CALIBRATION,
-    HELD_OUT,
-    STATISTICS,
-    JudgeJob,
-    Judgement,
-    PlanJob,
-    RecoverJob,
-    Site,
-    read_judgement,
-    read_plan,
-    read_recovered,
-    run_judge_job,
-    run_plan_job,
-    run_recover_job,
-)
+from edgemoe.sweep.jobs import JudgeJob, PlanJob, read_plan, run_judge_job, run_plan_job
+from edgemoe.sweep.judgement import Judgement
 from edgemoe.sweep.lines import check_judging, load_lines, write_lines
 from edgemoe.sweep.outcome import Finding, Outcome
+from edgemoe.sweep.recover_job import RecoverJob, run_recover_job
 from edgemoe.sweep.report import write_report
 from edgemoe.sweep.room import fits_whole
+from edgemoe.sweep.site import CALIBRATION, HELD_OUT, STATISTICS, Site
 from edgemoe.tasks import TaskFile
 from edgemoe.versions import library_versions
 
@@ -191,7 +179,7 @@ def _prepare(site: Site, lines: Mapping[str, TaskLines]) -> dict[str, TaskFile]:
     held_out = {}
     for name, task in lines.items():
         for kind, some in ((CALIBRATION, task.calibration), (HELD_OUT, task.held_out)):
-            file = site.work / kind / f"{name}.jsonl"
+            file = site.lines_file(kind, name)
             file.parent.mkdir(exist_ok=True)
             if not file.exists():
                 with staged_file(file) as staged:
@@ -217,7 +205,10 @@ def _judge(
         if not site.score_file(decision).exists()
     ]
     workers.map(run_judge_job, judging, "judge plans")
-    judged = {decision: read_judgement(site, decision) for decision in decisions}
+    judged = {
+        decision: Judgement.load(site.score_file(decision), site.tasks)
+        for decision in decisions
+    }
     findings = [
         Finding(cut=cut, plan=plan, plan_seconds=seconds, judgement=judged[hash_decision(plan)])
         for cut, plan, seconds in made
@@ -244,9 +235,12 @@ def _recover(
         for found in findings
         for method, options in recoveries.items()
     }
-    left = [job for job in jobs.values() if not site.recovered_file(job).exists()]
+    left = [job for job in jobs.values() if not site.recovered_file(job.key).exists()]
     workers.map(run_recover_job, left, "recover and judge")
-    judged = {key: read_recovered(job) for key, job in jobs.items()}
+    judged = {
+        key: Judgement.load(site.recovered_file(job.key), site.tasks)
+        for key, job in jobs.items()
+    }
     return [
         one
         for found in findings

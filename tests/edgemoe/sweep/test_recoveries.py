@@ -21,7 +21,7 @@ from edgemoe.recover.options import RecoverOptions
 from edgemoe.recover.recovery import recover_checkpoint
 from edgemoe.resume import ResumableInterrupt
 from edgemoe.spread.workers import Here, Processes
-from edgemoe.sweep.jobs import run_recover_job
+from edgemoe.sweep.recover_job import run_recover_job
 from edgemoe.sweep.recoveries import read_recoveries
 from edgemoe.sweep.request import SweepRequest, read_methods
 from edgemoe.sweep.sweep import run_sweep
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from edgemoe.sweep.jobs import RecoverJob
+    from edgemoe.sweep.recover_job import RecoverJob
 
     Read = Callable[[Path], dict[str, bytes]]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -16,17 +18,21 @@ import numpy as np
 import pytest
 import torch
 
+from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import OutputError, SpreadError, TaskFileError
 from edgemoe.evaluate.drop import paired_drop
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models.checkpoint import load_model, load_tokenizer
+from edgemoe.oracle.homes import MemoryHome
+from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.plan import Plan
 from edgemoe.prune.apply import apply_plan
+from edgemoe.prune.registry import count_for, make_plan
 from edgemoe.resume import ResumableInterrupt, partial_path
 from edgemoe.spread.workers import Here, Processes, RayCluster
 from edgemoe.sweep.jobs import run_judge_job, run_plan_job
-from edgemoe.sweep.request import SweepRequest, read_methods
+from edgemoe.sweep.request import SweepRequest, method_of, read_methods
 from edgemoe.sweep.sweep import run_sweep
 from edgemoe.tasks import TaskFile
 from tests.edgemoe.sweep.conftest import LINES, write_rows
@@ -293,3 +299,48 @@ def test_what_cannot_be_done_is_refused_before_anything_is_measured(
         run_sweep(replace(request, output=folder, force=True), Here())
     output.rmdir()
     assert [file.name for file in tmp_path.iterdir()] == ["short.jsonl"]
+
+
+def test_what_fractions_share_is_measured_once_for_each_task(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def counted(ask: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def count(*given: Any) -> Any:
+            measured.append(name)
+            return ask(*given)
+
+        return count
+
+    for module, name in (
+        ("heapr", "importances"),
+        ("moe_i2", "loss_increases"),
+        ("owl", "outlier_ratios"),
+    ):
+        found = importlib.import_module(f"edgemoe.prune.{module}")
+        monkeypatch.setattr(found, name, counted(getattr(found, name), name))
+    methods = read_methods(
+        ["heapr,moe-i2,reap"],
+        ["moe-i2:population=4", "moe-i2:generations=1", "moe-i2:importance-tokens=20"],
+        ["uniform", "owl"],
+    )
+    run_sweep(request_of(folder, tmp_path / "report", methods=methods, seeds=(0,)), Here())
+    assert Counter(measured) == dict.fromkeys(
+        ["importances", "loss_increases", "outlier_ratios"], 2
+    )
+    # As a command of its own decides it.
+    statistics = Statistics.load(tmp_path / "report/statistics.safetensors")
+    for name, given in methods.items():
+        plan = make_plan(
+            statistics,
+            "low",
+            method_of(name),
+            count_for(method_of(name), statistics.shape, 0.5),
+            options=given,
+            open_oracle=lambda windows: LayerOracle(
+                MemoryHome(load_model(folder / "moe")), windows
+            ),
+        )
+        swept = (tmp_path / f"report/plans/low-{name}-0.5-0.json").read_text()
+        assert swept == plan.to_json()
