@@ -90,15 +90,16 @@ def parse_weights(texts: tuple[str, ...]) -> dict[str, float]:
     "--workers",
     type=click.IntRange(1),
     metavar="N",
-    help="moe-i2: search N layers at once, on processes of this machine or on the Ray cluster; "
-    "each process loads the model.",
+    help="moe-i2 and naee: search N layers at once, on processes of this machine or on the Ray "
+    "cluster; each process loads the model.",
 )
 @click.option(
     "--ray",
     "ray_address",
     metavar="ADDRESS",
-    help="moe-i2: put the workers on a Ray cluster: host:port, auto for the one this machine "
-    "is in, local to start one here. One worker per machine unless --workers says otherwise.",
+    help="moe-i2 and naee: put the workers on a Ray cluster: host:port, auto for the one this "
+    "machine is in, local to start one here. One worker per machine unless --workers says "
+    "otherwise.",
 )
 @click.option(
     "--threads",

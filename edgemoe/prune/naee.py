@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe.oracle.reconstruction import Reconstruction
@@ -55,12 +56,25 @@ def naee(
         One plan per MoE layer.
     """
     del statistics, seed
-    plans = []
-    views = oracle.fewer(tokens).walk("prune (naee)")
-    for layer, count, view in zip(shape.layers, counts, views, strict=True):
-        kept = best_set(Reconstruction(view), layer, count, exhaustive)
-        plans.append(keep_set(layer, kept))
-    return tuple(plans)
+    jobs = [
+        _SearchJob(layer, count, exhaustive)
+        for layer, count in zip(shape.layers, counts, strict=True)
+    ]
+    sets = oracle.fewer(tokens).map(_search, jobs, "prune (naee)")
+    return tuple(keep_set(layer, kept) for layer, kept in zip(shape.layers, sets, strict=True))
+
+
+@dataclass(frozen=True)
+class _SearchJob:
+    layer: LayerShape
+    count: int
+    exhaustive: int
+
+
+def _search(oracle: LayerOracle, job: _SearchJob) -> tuple[int, ...]:
+    """Find the best set of one layer."""
+    with oracle.visit(job.layer.layer) as view:
+        return best_set(Reconstruction(view), job.layer, job.count, job.exhaustive)
 
 
 def best_set(

@@ -78,7 +78,7 @@ METHODS: dict[str, Method] = {
     "man": Method(man),
     "moe-i2": Method(moe_i2, runs_layers=True, draws=True, spreads=True, shares_out=True),
     "msan": Method(msan),
-    "naee": Method(naee, runs_layers=True),
+    "naee": Method(naee, runs_layers=True, spreads=True),
     "random": Method(random, draws=True),
     "reap": Method(reap),
     "ream": Method(ream, runs_layers=True),

@@ -83,12 +83,21 @@ def test_bad_input_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("moe-i2", "population=8", "generations=3", "importance-tokens=100"),
+        ("naee", "exhaustive=10", "tokens=100"),
+    ],
+    ids=lambda given: given[0],
+)
 def test_workers_write_the_plan_of_one_process(
-    road: Path, statistics: Path, answer: Answer, tmp_path: Path
+    road: Path, statistics: Path, answer: Answer, tmp_path: Path, given: tuple[str, ...]
 ) -> None:
     asked: tuple[object, ...] = ("--stats", statistics, "--task", "code", "--keep", 0.5)
-    asked += ("--method", "moe-i2", "--set", "population=8", "--set", "generations=3")
-    asked += ("--set", "importance-tokens=100", "--seed", 7, "--threads", 1)
+    method, *options = given
+    asked += ("--method", method, *(f"--set={option}" for option in options))
+    asked += ("--seed", 7, "--threads", 1)
     answer("prune", road / "moe", *asked, "-o", tmp_path / "one.json")
     answer("prune", road / "moe", *asked, "--workers", 2, "-o", tmp_path / "two.json")
     assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
