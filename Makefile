@@ -49,7 +49,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo/run.py
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --durations 15
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
