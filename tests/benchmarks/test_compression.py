@@ -14,10 +14,13 @@ import torch
 from click.testing import CliRunner
 
 from edgemoe.calibrate.collect import collect
+from edgemoe.calibrate.sample import Window
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.tiny import write_tiny_checkpoint
+from edgemoe.plans.keep_all import keep_all
+from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
 from edgemoe.tasks import TaskFile
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "compression"
@@ -110,3 +113,35 @@ def test_searches_are_measured_against_the_smallest_error(
     # Seventy sets of four of eight, of which chance finds one in seventy.
     assert found["genetic search (moe-i2)"][2] == "100%"
     assert float(found["random"][0]) > float(found["greedy"][0])
+
+
+def test_constants_answer_for_the_experts_that_are_gone(model: Path, load: Any) -> None:
+    constants = load("constants")
+    opened = load_model(model)
+    layer = opened.layers[0]
+    whole = keep_all(opened.shape)
+    gone = LayerPlan(
+        layer=layer.index,
+        experts=tuple(MergedExpert(members=(expert,)) for expert in range(1, 8)),
+    )
+    plan = Plan(method="mone", layers=(gone, *whole.layers[1:]))
+    windows = [Window(line=0, start=0, ids=list(range(3, 40)))]
+    moments = constants.measure(opened, windows)
+    torch.manual_seed(0)
+    hidden = torch.randn(5, opened.shape.hidden_size)
+    indices = torch.tensor([[0, 1], [2, 3], [4, 0], [1, 7], [0, 5]])
+    weights = torch.rand(5, 2)
+    with torch.no_grad():
+        before = layer.experts(hidden, indices, weights)
+        with constants.replaced(opened, whole, moments):
+            assert torch.equal(layer.experts(hidden, indices, weights), before)
+        with constants.replaced(opened, plan, moments):
+            found = layer.experts(hidden, indices, weights)
+        assert torch.equal(layer.experts(hidden, indices, weights), before)
+        expected = before.clone()
+        for token, slot in ((0, 0), (2, 1), (4, 0)):
+            own = layer.expert_output(0, hidden[token : token + 1])[0]
+            mean = moments[layer.index].means[0].float()
+            expected[token] += weights[token, slot] * (mean - own)
+    torch.testing.assert_close(found, expected)
+    assert moments[layer.index].means[0].abs().sum() > 0
