@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.errors import OutputError
+from edgemoe.interruption import end_if_asked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -219,7 +220,11 @@ def replace(staged: Path, target: Path) -> None:
     Args:
         staged: A staged copy beside ``target``.
         target: What it becomes.
+
+    Raises:
+        KeyboardInterrupt: Someone asked the command to end, and Python forgot it.
     """
+    end_if_asked()
     if target.is_dir() and not target.is_symlink():
         # rename(2) cannot replace a directory that is not empty.
         stem = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"

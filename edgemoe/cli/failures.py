@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import threading
 import warnings
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from edgemoe.cli.options import debugging
 from edgemoe.errors import EdgemoeError
+from edgemoe.interruption import interruptible
 from edgemoe_runtime.errors import EdgemoeRuntimeError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class FailureReportingGroup(click.Group):
@@ -34,7 +29,7 @@ class FailureReportingGroup(click.Group):
         """Run the command and report its failure."""
         _silence_libraries()
         try:
-            with _interrupted_by_termination():
+            with interruptible():
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException):
             raise
@@ -58,19 +53,6 @@ class FailureReportingGroup(click.Group):
                 f"unexpected {type(error).__name__}: {summary} (see where with --debug)",
                 error,
             )
-
-
-@contextlib.contextmanager
-def _interrupted_by_termination() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does, so that what it staged is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(ctx: click.Context, message: str, error: BaseException) -> NoReturn:

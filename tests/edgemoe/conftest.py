@@ -51,8 +51,8 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)
+def one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,7 @@ def _trace(family: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = Glm4MoeConfig(
         vocab_size=96,

@@ -84,7 +84,7 @@ _traced: dict[str, tuple[MoeModel, ir.Model]] = {}
 def traced(family: str) -> tuple[MoeModel, ir.Model]:
     """Return a tiny model, its second layer with fewer experts, and a copy of its trace."""
     if family not in _traced:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)
         torch.manual_seed(1)
         model = adapt_model(AutoModelForCausalLM.from_config(CONFIGS[family]))
         for layer in model.layers:

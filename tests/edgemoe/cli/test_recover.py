@@ -58,7 +58,8 @@ def test_a_merged_model_is_recovered_judged_and_inspected(
     held_out = tmp_path / "held-out.jsonl"
     lines = (road / "code.jsonl").read_text().splitlines(keepends=True)
     held_out.write_text("".join(lines[3::4]))
-    judged = answer("evaluate", out, f"--task=code={held_out}")
+    # They chose the step: this compares two ways to score them.
+    judged = answer("evaluate", out, f"--task=code={held_out}", "--calibration-lines", "warn")
     assert judged["value"] == pytest.approx(code["perplexity_after"], rel=1e-4)
     described = answer("inspect", out)
     assert described["experts_per_layer"] == [4, 4]

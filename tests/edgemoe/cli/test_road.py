@@ -203,7 +203,7 @@ def test_a_bundle_is_judged_by_what_it_generates(
     told = answer("evaluate", bundle, f"--task=code={tmp_path}/t.jsonl", "--generate")
 
     assert (told["metric"], told["value"], told["n"]) == ("exact_match", 0.75, 4)
-    refused = invoke("evaluate", bundle, f"--task=code={road}/code.jsonl", "--generate")
+    refused = invoke("evaluate", bundle, f"--task=code={road}/code.jsonl", READ, "--generate")
     assert refused.exit_code == 1
     assert "--generate" in refused.stderr
 

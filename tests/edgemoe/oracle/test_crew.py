@@ -59,7 +59,7 @@ def spread(workers: Workers, checkpoint: Path) -> Callable[..., LayerOracle]:
     """A function from what differs to an oracle whose crew answers."""
 
     def make(**changes: Any) -> LayerOracle:
-        given: dict[str, Any] = {"model": checkpoint, "whole": True, "threads": 2}
+        given: dict[str, Any] = {"model": checkpoint, "whole": True, "threads": 1}
         crew = Crew(workers=workers, **{**given, **changes})
         return LayerOracle(open_home(checkpoint, limit_bytes=1), draw_windows(), crew)
 

@@ -40,7 +40,7 @@ ORIN = Machine(jetson_target="jetson-orin", compute_capability=87)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = Glm4MoeConfig(
         vocab_size=64,

@@ -1,0 +1,68 @@
+"""A command that was asked to end publishes nothing, also where Python ignored it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from edgemoe.interruption import end_if_asked, interruptible
+from edgemoe.staging import staged_directory, staged_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class _Thing:
+    pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_python_ignores_is_not_forgotten(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    reached = []
+
+    def write_interrupted(staged: Any) -> None:
+        with interruptible(), staged(tmp_path / "out") as path:
+            thing = _Thing()
+            watch = weakref.ref(thing, lambda _: os.kill(os.getpid(), number))
+            # What a callback of a weak reference raises is printed, and goes no further.
+            del thing
+            reached.append(watch())
+            if staged is staged_file:
+                path.write_text("half")
+
+    for staged in (staged_directory, staged_file):
+        with pytest.raises(KeyboardInterrupt):
+            write_interrupted(staged)
+    assert reached == [None, None]
+    assert not list(tmp_path.iterdir())
+    end_if_asked()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_what_ignores_interruptions_goes_on_ignoring_them() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruptible():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        found = []
+        thread = threading.Thread(target=lambda: found.append(_handlers_inside()))
+        handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        thread.start()
+        thread.join()
+        assert found == [handlers]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _handlers_inside() -> tuple[object, object]:
+    with interruptible():
+        return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
