@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
 
 from edgemoe.calibrate.sample import Window
 from edgemoe.calibrate.shards import (
@@ -39,13 +38,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    """Workers have as many threads as this process, and there may be two of each."""
-    del two_threads
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

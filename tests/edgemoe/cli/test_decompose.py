@@ -23,12 +23,6 @@ READ = "--calibration-lines=warn"
 Answer: TypeAlias = "Callable[..., dict[str, Any]]"
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> None:
-    """One, in the place of two, which would wait for each other: matrices are small here."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
 def made(
     request: pytest.FixtureRequest, answer: Answer, tmp_path_factory: pytest.TempPathFactory

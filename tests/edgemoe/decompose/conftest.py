@@ -29,12 +29,6 @@ def draw_windows(lengths: tuple[int, ...] = (70, 50, 80)) -> list[Window]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> None:
-    """One, in the place of two, which would wait for each other: matrices are small here."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def make_moe() -> Callable[..., MoeModel]:
     """A function from a family to a random model of it."""

@@ -106,12 +106,6 @@ metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bit
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    # Models this small are slower on two.
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def environment(
     pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory

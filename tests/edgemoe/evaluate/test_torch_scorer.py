@@ -22,12 +22,6 @@ FAMILIES = ("glm4_moe", "mixtral", "qwen2_moe")
 TOLERANCE = 2e-5
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    # Models this small are slower on two.
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def dense_model() -> Any:
     torch.manual_seed(0)

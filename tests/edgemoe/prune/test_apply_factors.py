@@ -39,12 +39,6 @@ MERGED = MergedExpert(members=(2, 3), weights=(3.0, 1.0))
 RANKS = ((7, 5), (6, 9), (3, 4), (7, 5))
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> None:
-    """One, in the place of two, which would wait for each other: matrices are small here."""
-    torch.set_num_threads(1)
-
-
 def draw_windows(seed: int = 3) -> list[Window]:
     random = torch.Generator().manual_seed(seed)
     return [

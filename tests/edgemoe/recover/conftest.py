@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from edgemoe.models import MoeModel
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads: None) -> None:
-    """Tiny matrices: a second thread waits more than it works."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def write_task() -> Callable[..., TaskFile]:
     """A function that writes a task of random words and loads it."""
