@@ -14,6 +14,7 @@ from edgemoe.interruption import end_if_asked, interruptible
 from edgemoe.staging import staged_directory, staged_file
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -21,10 +22,18 @@ class _Thing:
     pass
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Handle Ctrl-C as at a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_that_python_ignores_is_not_forgotten(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, terminal: None
 ) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     reached = []
