@@ -163,6 +163,12 @@ def show_drop(before: Evaluation, after: Evaluation) -> str:
     return f"{100 * drop.value:+.1f}% [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def megabytes(checkpoint: Path) -> str:
+    """Write the size of a checkpoint's weights in MB."""
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    return f"{size / 1e6:.0f}"
+
+
 def write_table(heading: list[str], rows: list[list[str]]) -> None:
     """Print a table in Markdown."""
     click.echo(f"| {' | '.join(heading)} |")

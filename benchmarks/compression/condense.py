@@ -1,30 +1,46 @@
-"""A sweep's report as tables that fit on a page: a line per method, a column per cut.
+"""Reports of sweeps as tables that fit on a page: a line per method, a column per cut.
 
     edgemoe sweep demo/moe --task code=... --method reap,heapr --recover least-squares -o report
-    python benchmarks/compression/condense.py report
+    python benchmarks/compression/condense.py report/sweep.csv
 
-For each task the rise of its perplexity (or the fall of its accuracy, in points) before and
-after each recovery, and the rise on the other task that the cut costs most. Markdown goes to
-stdout.
+Several sweeps of one model, on the same lines, make one table: methods that take long may be
+swept apart. For each task the rise of its perplexity (or the fall of its accuracy, in points)
+before and after each recovery, and the rise on the other task that the cut costs most. Markdown
+goes to stdout; ``--together`` writes the rows of all reports into one file.
 """
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from commands import write_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Row = dict[str, str]
 
 
 @click.command()
-@click.argument("report", type=click.Path(path_type=Path, exists=True))
-def main(report: Path) -> None:
-    """Condense REPORT."""
-    with (report / "sweep.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+@click.argument(
+    "tables",
+    metavar="SWEEP.CSV...",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+)
+@click.option("--together", type=click.Path(path_type=Path), help="File for all rows.")
+def main(tables: tuple[Path, ...], together: Path | None) -> None:
+    """Condense the sweep.csv of one or more reports."""
+    rows = read(tables)
+    if together is not None:
+        with together.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
     cuts = [row for row in rows if row["task"]]
     keeps = sorted({float(row["keep"]) for row in cuts}, reverse=True)
     for whole in (row for row in rows if not row["task"]):
@@ -55,6 +71,32 @@ def main(report: Path) -> None:
             lines.append([name, *cells, ", ".join(others), ", ".join(sizes)])
         columns = [f"keep {keep:g}" for keep in keeps]
         write_table(["method", *columns, "worst other task", "MB"], lines)
+
+
+def read(tables: Sequence[Path]) -> list[Row]:
+    """Read reports of one model on the same lines.
+
+    Args:
+        tables: Files sweep.csv.
+
+    Returns:
+        Their rows, those of the unpruned model once.
+
+    Raises:
+        ClickException: The unpruned model has other scores in one of them.
+    """
+    rows: list[Row] = []
+    for table in tables:
+        with table.open(encoding="utf-8", newline="") as file:
+            found = list(csv.DictReader(file))
+        whole = [row for row in found if not row["task"]]
+        if rows and whole != [row for row in rows if not row["task"]]:
+            raise click.ClickException(
+                f"{table} must be of the same model and lines as {tables[0]}, got other scores "
+                "of the unpruned model. Condense them apart."
+            )
+        rows += found[len(whole) if rows else 0 :]
+    return rows
 
 
 def _show_own(rows: list[Row], task: str) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from commands import Commands, show_drop, show_score, write_table
+from commands import Commands, megabytes, show_drop, show_score, write_table
 
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
 
@@ -72,13 +72,13 @@ def main(
     commands.make("stats.safetensors", "calibrate", model, "--task", f"{task}={lines}", *limit)
     held_out = tasks / f"{task}.test.jsonl"
     before = commands.judge("unpruned", model, held_out, held_out_tokens)
-    rows = [["whole", "", _megabytes(model), show_score(before), ""]]
+    rows = [["whole", "", megabytes(model), show_score(before), ""]]
     for ratio in ratios:
         for method in _METHODS:
             small = _factor(commands, model, "stats.safetensors", task, method, ratio)
             score = commands.judge(small.name, small, held_out, held_out_tokens)
             drop = show_drop(before, score)
-            rows.append([method, f"{ratio:g}", _megabytes(small), show_score(score), drop])
+            rows.append([method, f"{ratio:g}", megabytes(small), show_score(score), drop])
     write_table(["experts", "ratio", "MB", "perplexity [95%]", "rise [95%]"], rows)
 
     wide, text = work / "wide", work / "wide.jsonl"
@@ -134,11 +134,6 @@ def _export(commands: Commands, model: Path) -> Path:
     name = f"{model.name}-bundle"
     commands.make(name, "export", model, "--target", "cpu", "--precision", "fp32")
     return commands.work / name
-
-
-def _megabytes(checkpoint: Path) -> str:
-    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    return f"{size / 1e6:.0f}"
 
 
 def _time(

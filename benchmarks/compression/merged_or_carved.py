@@ -19,7 +19,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from commands import Commands, show_drop, show_score, write_table
+from commands import Commands, megabytes, show_drop, show_score, write_table
 
 
 @click.command()
@@ -71,10 +71,10 @@ def main(
     trained = ("--teacher", dense, "--task", lines, "--steps", steps, "--batch-tokens", 1024)
     held_out = tasks / f"{task}.test.jsonl"
     whole = commands.judge("dense", dense, held_out, held_out_tokens)
-    rows = [["dense", "", _megabytes(dense), show_score(whole), ""]]
+    rows = [["dense", "", megabytes(dense), show_score(whole), ""]]
     for name, (text, methods) in shown.items():
         before = commands.judge(name, work / name, held_out, held_out_tokens)
-        size = _megabytes(work / name)
+        size = megabytes(work / name)
         rows.append([text, "none", size, show_score(before), show_drop(whole, before)])
         for method in methods:
             after_name = f"{name}-{method}"
@@ -83,11 +83,6 @@ def main(
             rows.append([text, method, size, show_score(after), show_drop(whole, after)])
     heading = ["experts of a layer", f"training, {1024 * steps} tokens", "MB"]
     write_table([*heading, "perplexity [95%]", "rise over dense [95%]"], rows)
-
-
-def _megabytes(checkpoint: Path) -> str:
-    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    return f"{size / 1e6:.0f}"
 
 
 if __name__ == "__main__":

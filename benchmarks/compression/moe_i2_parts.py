@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 import numpy as np
-from commands import Commands, show_drop, show_score, write_table
+from commands import Commands, megabytes, show_drop, show_score, write_table
 
 from edgemoe.calibrate.mixture import mix
 from edgemoe.calibrate.statistics import Statistics
@@ -115,11 +115,11 @@ def main(
 
     held_out = tasks / f"{task}.test.jsonl"
     before = commands.judge("unpruned", model, held_out, held_out_tokens)
-    rows = [["unpruned", f"{_size(model):.0f}", show_score(before), ""]]
+    rows = [["unpruned", megabytes(model), show_score(before), ""]]
     for shown, checkpoint in judged.items():
         score = commands.judge(checkpoint.name, checkpoint, held_out, held_out_tokens)
         drop = show_drop(before, score)
-        rows.append([shown, f"{_size(checkpoint):.0f}", show_score(score), drop])
+        rows.append([shown, megabytes(checkpoint), show_score(score), drop])
     click.echo(f"Layers keep {', '.join(map(str, shares))} experts by importance.\n")
     write_table(["parts", "MB", "perplexity [95%]", "rise [95%]"], rows)
 
@@ -151,11 +151,6 @@ def _plan_by_importance(
         plan = Plan(method="importance", layers=layers, task=task, checkpoint_sha256=checkpoint)
         plan.save(work / f"{name}.json", force=True)
     return shares
-
-
-def _size(checkpoint: Path) -> float:
-    """Size of the weights in MB."""
-    return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")) / 1e6
 
 
 if __name__ == "__main__":
