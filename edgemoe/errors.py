@@ -10,6 +10,7 @@ Every message says the rule, the value it got and the remedy. The tree::
     ├── TaskFileError (ValueError)       a task file breaks the format
     ├── StatisticsError (ValueError)     statistics are malformed or do not fit together
     ├── PlanError (ValueError)           a plan cannot be carried out on this checkpoint
+    ├── AllocationError (ValueError)     experts per token cannot be allocated as asked
     ├── SweepError (ValueError)          a sweep cannot be run as asked
     ├── CarveError (ValueError)          a dense checkpoint cannot be carved as asked
     ├── RecoveryError (ValueError)       a checkpoint cannot be trained as asked
@@ -54,6 +55,10 @@ class StatisticsError(EdgemoeError, ValueError):
 
 class PlanError(EdgemoeError, ValueError):
     """A plan cannot be carried out on this checkpoint."""
+
+
+class AllocationError(EdgemoeError, ValueError):
+    """Experts per token cannot be allocated as asked."""
 
 
 class SweepError(EdgemoeError, ValueError):

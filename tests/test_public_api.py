@@ -15,6 +15,7 @@ COMMANDS = {
     "merge-stats": "first others --output",
     "prune": "model --stats --task --method --keep --keep-experts --seed --output",
     "decompose": "model --stats --task --method --param-ratio --plan --output",
+    "allocate": "model --task --policy --plan --mean-k --output",
     "apply": "model --plan --output",
     "recover": "model --teacher --task --method --output",
     "evaluate": "model --task --k-cap",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import click
 
 from edgemoe import __version__
+from edgemoe.cli.allocate import allocate
 from edgemoe.cli.apply import apply
 from edgemoe.cli.bench import bench
 from edgemoe.cli.calibrate import calibrate
@@ -46,6 +47,7 @@ for command in (
     merge_stats,
     prune,
     decompose,
+    allocate,
     apply,
     recover,
     evaluate,

@@ -78,4 +78,7 @@ def apply(
         result["ranks_per_layer"] = [pair and list(pair) for pair in ranks]
         shown = ", ".join("whole" if pair is None else f"{pair[0]}+{pair[1]}" for pair in ranks)
         text += f", ranks {shown}"
+    if plan.k_policy is not None:
+        result["k_policy"] = plan.k_policy.name
+        text += f", k by {plan.k_policy.name}"
     report(result, text, as_json=as_json)

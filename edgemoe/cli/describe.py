@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from edgemoe.k_policy import KPolicy
     from edgemoe.models.ragged import RaggedNote
     from edgemoe.plans.plan import Plan
 
@@ -97,6 +98,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
     needs("export")
     from edgemoe.models import read_shape
     from edgemoe.models.checkpoint import has_experts
+    from edgemoe.models.k_policy import read_k_policy
     from edgemoe.models.ragged import read_ragged_note
     from edgemoe.models.safety import check_weights, read_json_object
 
@@ -132,6 +134,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         **_describe_widths(shape.widths_per_layer),
         **_describe_ranks([None if pair is None else (pair.up, pair.down) for pair in ranks]),
         **_describe_bases(note),
+        **_describe_policy(read_k_policy(path)),
         "provenance": embedded.get("provenance") if note is None else note.provenance,
     }
 
@@ -145,6 +148,10 @@ def _describe_bases(note: RaggedNote | None) -> dict[str, Any]:
     if note is None or note.basis_per_layer is None:
         return {}
     return {"basis_per_layer": list(note.basis_per_layer)}
+
+
+def _describe_policy(policy: KPolicy | None) -> dict[str, Any]:
+    return {} if policy is None else {"k_policy": policy.describe()}
 
 
 def _read_tensors(file: Path) -> list[tuple[str, list[int]]]:
@@ -224,6 +231,7 @@ def _describe_plan(path: Path) -> dict[str, Any]:
         **_describe_neurons(plan),
         **_describe_ranks(plan.ranks_per_layer),
         **({} if plan.factors is None else {"factors": plan.factors.describe()}),
+        **_describe_policy(plan.k_policy),
         "checkpoint_sha256": plan.checkpoint_sha256,
         "statistics_sha256": plan.statistics_sha256,
         "edgemoe_version": plan.edgemoe_version,

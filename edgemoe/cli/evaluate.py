@@ -78,9 +78,13 @@ def evaluate(
         )
     low, high = evaluation.ci95
     metric = evaluation.metric.replace("_", " ")
-    report(
-        evaluation.to_dict(details=True),
+    used = subject.experts_per_token()
+    text = (
         f"{evaluation.task}: {metric} {evaluation.value:.4g} (95% interval "
-        f"{low:.4g} to {high:.4g}; {evaluation.n} lines, {evaluation.tokens} tokens)",
-        as_json=as_json,
+        f"{low:.4g} to {high:.4g}; {evaluation.n} lines, {evaluation.tokens} tokens)"
+    )
+    if used is not None:
+        text += f", {used:.4g} experts per token and layer"
+    report(
+        {**evaluation.to_dict(details=True), "experts_per_token": used}, text, as_json=as_json
     )

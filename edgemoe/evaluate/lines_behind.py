@@ -85,10 +85,12 @@ def _digests(provenance: Any) -> frozenset[int]:
     """Gather the digests of a provenance and of what it builds on."""
     found: frozenset[int] = frozenset()
     while isinstance(provenance, dict):
-        for key in _KEYS:
-            text = provenance.get(key)
-            if isinstance(text, str):
-                found |= read_digests(text)
+        policy = provenance.get("k_policy")
+        for part in (provenance, policy.get("provenance") if isinstance(policy, dict) else {}):
+            for key in _KEYS:
+                text = part.get(key) if isinstance(part, dict) else None
+                if isinstance(text, str):
+                    found |= read_digests(text)
         provenance = provenance.get("before")
     return found
 

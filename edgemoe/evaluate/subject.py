@@ -11,7 +11,7 @@ from edgemoe.errors import CheckpointError
 from edgemoe_runtime.tokenizer import encode_once
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
@@ -30,11 +30,14 @@ class Subject(NamedTuple):
         scorer: Says how likely tokens are.
         tokenizer: The model's tokenizer.
         generate: Continues a prompt, the most likely token each time.
+        experts_per_token: Returns what scored tokens used per MoE layer, averaged over both;
+            None where that is not known.
     """
 
     scorer: Scorer
     tokenizer: Tokenizer
     generate: Generate
+    experts_per_token: Callable[[], float | None] = lambda: None
 
 
 @contextlib.contextmanager
@@ -83,7 +86,7 @@ def open_subject(
         made = scorer.generate(encode_once(tokenizer, prompt).ids, max_new_tokens)
         return str(tokenizer.decode(made))
 
-    yield Subject(scorer, tokenizer, generate)
+    yield Subject(scorer, tokenizer, generate, lambda: scorer.experts_per_token)
 
 
 @contextlib.contextmanager

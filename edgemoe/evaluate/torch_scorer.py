@@ -11,15 +11,17 @@ from transformers import GenerationConfig
 
 from edgemoe.errors import CheckpointError
 from edgemoe.models.contract import MoeModel
-from edgemoe.models.hooks import check_k_cap, limit_k
+from edgemoe.models.hooks import check_k_cap, limit_k, observe
 from edgemoe.progress import track
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
 
     from edgemoe.evaluate.scorer import Logprobs, Request
+    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.routers import Routing
 
 BATCH_TOKENS = 512
 _CACHE_TOKENS = 4096
@@ -59,6 +61,9 @@ class TorchScorer:
         self._model: Any = model.model if isinstance(model, MoeModel) else model
         self._k_cap = k_cap
         self._batch_tokens = batch_tokens
+        self._used, self._passed = 0, 0
+        # Which tokens of the batch that runs are no padding, bool [rows, width].
+        self._real: torch.Tensor
         if k_cap is not None:
             if self._moe is None:
                 raise CheckpointError(
@@ -72,6 +77,20 @@ class TorchScorer:
         """Most tokens that the model was built for."""
         return int(getattr(self._model.config, "max_position_embeddings", None) or 2**31)
 
+    @property
+    def experts_per_token(self) -> float | None:
+        """Experts that the tokens scored so far used per MoE layer, averaged over both.
+
+        None for a dense model, and before anything was scored where k depends on the token.
+        """
+        if self._moe is None:
+            return None
+        if self._moe.k_policy is None:
+            caps = check_k_cap(self._k_cap or self._moe.layers[0].top_k, len(self._moe.layers))
+            used = [min(n.top_k, cap) for n, cap in zip(self._moe.layers, caps, strict=True)]
+            return sum(used) / len(used)
+        return self._used / self._passed if self._passed else None
+
     def score(self, requests: Sequence[Request]) -> list[list[Logprobs]]:
         """Score every continuation of every request.
 
@@ -83,7 +102,7 @@ class TorchScorer:
             request and each of its continuations.
         """
         results: list[list[Logprobs]] = [[] for _ in requests]
-        with torch.inference_mode(), self._capped():
+        with torch.inference_mode(), self._capped(), self._counting():
             for batch in track(make_batches(requests, self._batch_tokens), "evaluate"):
                 if len(requests[batch[0]].continuations) > 1:
                     results[batch[0]] = self._score_choices(requests[batch[0]])
@@ -128,6 +147,22 @@ class TorchScorer:
             return contextlib.nullcontext()
         return limit_k(self._moe, self._k_cap)
 
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Count the experts that tokens use, where they choose their number."""
+        if self._moe is None or self._moe.k_policy is None:
+            yield
+            return
+
+        def count(layer: MoeLayer, _: torch.Tensor, routing: Routing, __: object) -> None:
+            used = (routing.indices < layer.num_experts).sum(dim=-1)
+            real = self._real.to(used.device)
+            self._used += int(used.reshape(real.shape)[real].sum())
+            self._passed += int(real.sum())
+
+        with observe(self._moe, count):
+            yield
+
     def _score_batch(self, requests: list[Request]) -> list[Logprobs]:
         """Score requests of one continuation each, padded on the right."""
         rows = [request.context + request.continuations[0] for request in requests]
@@ -170,7 +205,10 @@ class TorchScorer:
         return scored
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        return pad(rows).to(self._model.device)
+        lengths = torch.tensor([len(row) for row in rows])
+        padded = pad(rows)
+        self._real = torch.arange(padded.shape[1]) < lengths[:, None]
+        return padded.to(self._model.device)
 
 
 def pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:

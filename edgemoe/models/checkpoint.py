@@ -11,6 +11,7 @@ from edgemoe.errors import CheckpointError, EdgemoeError, FamilyError
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.discovery import build_skeleton, discover
 from edgemoe.models.experts import is_experts_module
+from edgemoe.models.k_policy import put_k_policy, read_k_policy
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note, resize_layers
 from edgemoe.models.registry import find_family
 from edgemoe.models.safety import check_directory, check_weights, read_json_object
@@ -71,7 +72,9 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> MoeModel:
     model.__class__ = base
     check_fit(report, path)
     _align_tensors(model)
-    return adapt_model(model, path, _stored_dtype(config, dtype), facts)
+    found = adapt_model(model, path, _stored_dtype(config, dtype), facts)
+    put_k_policy(found, read_k_policy(path))
+    return found
 
 
 def check_fit(report: Mapping[str, Any], path: Path) -> None:
@@ -179,7 +182,9 @@ def read_structure(path: Path) -> MoeModel:
         skeleton = build_skeleton(family, config)
         if note is not None:
             resize_layers(skeleton, facts, note)
-        return adapt_model(skeleton, facts=facts)
+        found = adapt_model(skeleton, facts=facts)
+    put_k_policy(found, read_k_policy(path))
+    return found
 
 
 def _configuration(content: Mapping[str, Any]) -> PreTrainedConfig:

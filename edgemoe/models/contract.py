@@ -11,11 +11,13 @@ import torch
 from edgemoe.models.fingerprint import fingerprint_checkpoint, fingerprint_tensors
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from edgemoe.k_policy import KPolicy
     from edgemoe.models.layer import MoeLayer
 
 
@@ -102,6 +104,8 @@ class MoeModel:
         stored_dtype: Floating type that the checkpoint is stored in.
         provenance: How the checkpoint was made, where edgemoe made it.
         count_entries: Entries of the configuration that say how many experts there are.
+        k_policy: How many experts each token uses; None where it is always top_k.
+        follows: Undoes what makes the modules follow the policy.
     """
 
     model: PreTrainedModel
@@ -112,6 +116,8 @@ class MoeModel:
     stored_dtype: torch.dtype = torch.float32
     provenance: Mapping[str, Any] | None = field(default=None, repr=False)
     count_entries: tuple[str, ...] = ()
+    k_policy: KPolicy | None = None
+    follows: contextlib.ExitStack | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> ModelShape:

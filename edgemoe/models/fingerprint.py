@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _CHUNK_BYTES = 1 << 22
-_DEFINING = ("config.json", "edgemoe.json")
+_DEFINING = ("config.json", "edgemoe.json", "k_policy.json")
 
 
 def fingerprint_checkpoint(path: Path) -> str:

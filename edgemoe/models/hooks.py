@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgemoe.errors import EdgemoeError
+from edgemoe.k_rule import KRule
 from edgemoe.models.routers import Routing, select
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def limit_k(model: MoeModel, k_cap: int | Sequence[int]) -> Iterator[None]:
     caps = check_k_cap(k_cap, len(model.layers))
     with contextlib.ExitStack() as stack:
         for layer, cap in zip(model.layers, caps, strict=True):
-            if cap < layer.top_k:
-                _limit_layer(layer, cap, stack)
+            if cap < layer.slots:
+                follow(layer, stack, cap)
         yield
 
 
@@ -114,29 +115,45 @@ def check_k_cap(k_cap: int | Sequence[int], moe_layers: int) -> list[int]:
     return caps
 
 
-def _limit_layer(layer: MoeLayer, cap: int, stack: contextlib.ExitStack) -> None:
-    logits: list[torch.Tensor] = []
+def follow(layer: MoeLayer, stack: contextlib.ExitStack, cap: int | None = None) -> None:
+    """Let a layer's tokens use as many experts as its rule says, and no more than a cap.
 
-    def keep_logits(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        logits[:] = [output if isinstance(output, torch.Tensor) else output[0]]
+    Args:
+        layer: The layer.
+        stack: Undoes it.
+        cap: Most experts of a token, in [1, inf); None sets no cap.
+    """
+    rule = layer.k_rule or KRule(slots=layer.top_k)
+    slots = rule.slots if cap is None else min(rule.slots, cap)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep_logits(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        logits = output if isinstance(output, torch.Tensor) else output[0]
+        seen[:] = [(arguments[0], logits)]
 
     def limit(
         _: nn.Module, __: tuple[Any, ...], output: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]:
         first, weights, indices, *rest = output
         if layer.rule is None:
-            weights, indices = _drop_smallest(weights, indices, cap, layer.num_experts)
+            weights, indices = _drop_smallest(weights, indices, slots, layer.num_experts)
         else:
+            hidden, logits = seen.pop()
+            wanted = rule.limit(hidden.reshape(-1, hidden.shape[-1]))
+            if isinstance(wanted, torch.Tensor):
+                wanted = wanted.clamp(max=slots)
             routing = select(
-                logits.pop(),
+                logits.reshape(-1, logits.shape[-1]),
                 layer.correction_bias,
                 layer.rule,
-                layer.top_k,
-                cap,
+                max(rule.slots, layer.top_k),
+                slots if isinstance(wanted, int) else wanted,
                 expert_scale=layer.expert_scale,
+                top_p=rule.top_p,
             )
-            weights = routing.weights.to(weights.dtype).reshape(weights.shape)
-            indices = routing.indices.reshape(indices.shape)
+            shape = (*weights.shape[:-1], routing.weights.shape[-1])
+            weights = routing.weights.to(weights.dtype).reshape(shape)
+            indices = routing.indices.reshape(shape)
         return first, weights, indices, *rest
 
     stack.callback(_logits_module(layer).register_forward_hook(keep_logits).remove)

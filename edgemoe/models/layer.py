@@ -20,6 +20,7 @@ from edgemoe.models.shared_basis import INPUT_BASIS, OUTPUT_BASIS, is_based
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from edgemoe.k_rule import KRule
     from edgemoe.models.activation import Activation
     from edgemoe.models.discovery import LayerFacts
     from edgemoe.models.expert_tensors import ExpertTensor
@@ -35,11 +36,13 @@ class MoeLayer:
         facts: How the family builds the layer.
         block: The MoE block.
         count_entries: Entries of the configuration that say how many experts there are.
+        k_rule: How many experts each token uses; None where it is always ``top_k``.
     """
 
     facts: LayerFacts
     block: nn.Module
     count_entries: tuple[str, ...] = ()
+    k_rule: KRule | None = None
 
     @property
     def index(self) -> int:
@@ -70,6 +73,11 @@ class MoeLayer:
     def top_k(self) -> int:
         """Experts per token."""
         return self.facts.routing.top_k
+
+    @property
+    def slots(self) -> int:
+        """Most experts that any token uses."""
+        return self.top_k if self.k_rule is None else self.k_rule.slots
 
     @property
     def layout(self) -> ExpertsLayout:

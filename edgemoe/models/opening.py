@@ -11,6 +11,7 @@ from edgemoe.errors import StreamingError
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.checkpoint import quiet_transformers, read_config, refusing_misfits
 from edgemoe.models.discovery import discover
+from edgemoe.models.k_policy import put_k_policy, read_k_policy
 from edgemoe.models.memory import default_limit
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note
 from edgemoe.models.safety import check_weights
@@ -69,7 +70,9 @@ def open_streamed(
     stored_dtype = getattr(torch, named, None) if isinstance(named, str) else named
     if not isinstance(stored_dtype, torch.dtype) or not stored_dtype.is_floating_point:
         stored_dtype = skeleton.stored_dtype
-    return StreamedModel(adapt_model(skeleton.model, path, stored_dtype, facts), skeleton)
+    moe = adapt_model(skeleton.model, path, stored_dtype, facts)
+    put_k_policy(moe, read_k_policy(path))
+    return StreamedModel(moe, skeleton)
 
 
 def open_larger(path: Path, limit_bytes: int | None = None) -> StreamedModel | None:

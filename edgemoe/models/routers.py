@@ -39,6 +39,7 @@ def route(
     *,
     logit_bias: torch.Tensor | None = None,
     expert_scale: torch.Tensor | None = None,
+    top_p: float | None = None,
 ) -> Routing:
     """Choose experts for each token.
 
@@ -48,16 +49,20 @@ def route(
         correction_bias: [experts], where the rule has one.
         rule: How the family chooses.
         top_k: Experts per token.
-        k_cap: At most this many, in [1, inf); an int64 scalar tensor stays symbolic.
+        k_cap: At most this many, in [1, inf); an int64 scalar tensor stays symbolic, and one
+            [tokens, 1] limits each token on its own.
         logit_bias: [experts], where the rule has one.
         expert_scale: [experts], where the rule has one.
+        top_p: As of :func:`select`.
 
     Returns:
         Logits, gates and experts, float32; experts by falling choice score.
     """
     bias = None if logit_bias is None else logit_bias.float()
     logits = torch.nn.functional.linear(hidden.float(), weight.float(), bias)
-    return select(logits, correction_bias, rule, top_k, k_cap, expert_scale=expert_scale)
+    return select(
+        logits, correction_bias, rule, top_k, k_cap, expert_scale=expert_scale, top_p=top_p
+    )
 
 
 def select(
@@ -68,19 +73,26 @@ def select(
     k_cap: torch.Tensor | int | None = None,
     *,
     expert_scale: torch.Tensor | None = None,
+    top_p: float | None = None,
 ) -> Routing:
     """Choose experts for each token, from logits.
 
     The first min(top_k, k_cap) experts by choice score are used; where the rule
-    renormalises, it does so over those.
+    renormalises, it does so over those. With ``top_p``, an expert is used as long as those
+    before it have less than that share of the token's mass (:func:`mass_of`) together: the
+    smallest set that reaches it, as in Huang et al., 2024 (https://arxiv.org/abs/2403.07652,
+    equation 4).
 
     Args:
         logits: [tokens, experts].
         correction_bias: [experts], where the rule has one.
         rule: How the family chooses.
         top_k: Experts per token.
-        k_cap: At most this many, in [1, inf); an int64 scalar tensor stays symbolic.
+        k_cap: At most this many, in [1, inf); an int64 scalar tensor stays symbolic, and one
+            [tokens, 1] limits each token on its own.
         expert_scale: [experts], where the rule has one.
+        top_p: Share of the mass that a token's experts must reach, in (0, 1]; None asks for
+            none.
 
     Returns:
         Logits, gates and experts, float32; experts by falling choice score.
@@ -91,10 +103,12 @@ def select(
         used = torch.arange(top_k, device=logits.device) < k_cap
     if rule.scoring == "sparsemixer":
         weights, indices = sparsemixer(logits, rule.jitter, top_k)
+        used = _reach(logits, indices, rule, top_p, used)
     else:
         scores = _score(logits, rule)
         choice = _choice(logits, scores, correction_bias, rule)
         indices = torch.topk(choice, top_k, dim=-1, sorted=True).indices
+        used = _reach(logits, indices, rule, top_p, used)
         weights = _gate(scores.gather(-1, indices), rule, used)
     if expert_scale is not None:
         weights = weights * expert_scale.float()[indices]
@@ -104,6 +118,41 @@ def select(
         weights = torch.where(used, weights, torch.zeros_like(weights))
         indices = torch.where(used, indices, torch.full_like(indices, logits.shape[-1]))
     return Routing(logits, weights, indices)
+
+
+def mass_of(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor:
+    """Share a token's attention to experts out: what ``top_p`` is a share of.
+
+    Args:
+        logits: [tokens, experts].
+        rule: How the family chooses.
+
+    Returns:
+        float32 [tokens, experts], each row with a sum of 1: the softmax of the logits, or the
+        scores divided by their sum where they are no softmax.
+    """
+    logits = logits.float()
+    if rule.scoring in ("sigmoid", "sqrtsoftplus"):
+        scores = _score(logits, rule)
+        return scores / scores.sum(dim=-1, keepdim=True)
+    return torch.nn.functional.softmax(logits, dim=-1)
+
+
+def _reach(
+    logits: torch.Tensor,
+    indices: torch.Tensor,
+    rule: RouterRule,
+    top_p: float | None,
+    used: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Tell which slots are used, of those that already are."""
+    if top_p is None:
+        return used
+    mass = mass_of(logits, rule).gather(-1, indices)
+    # The first slot has nothing before it, so a token always has an expert.
+    before = torch.nn.functional.pad(mass.cumsum(dim=-1)[..., :-1], (1, 0))
+    wanted = before < top_p
+    return wanted if used is None else wanted & used
 
 
 def sparsemixer(
@@ -136,7 +185,10 @@ def sparsemixer(
 
 
 def is_near_tie(
-    logits: torch.Tensor, correction_bias: torch.Tensor | None, rule: RouterRule, top_k: int
+    logits: torch.Tensor,
+    correction_bias: torch.Tensor | None,
+    rule: RouterRule,
+    used: torch.Tensor | int,
 ) -> torch.Tensor:
     """Find the tokens whose experts another engine may rightly choose differently.
 
@@ -147,7 +199,7 @@ def is_near_tie(
         logits: float32 [tokens, experts].
         correction_bias: [experts], where the rule has one.
         rule: How the family chooses.
-        top_k: Experts per token.
+        used: Experts of every token, or int64 [tokens] those of each, in [1, experts].
 
     Returns:
         bool [tokens].
@@ -155,10 +207,11 @@ def is_near_tie(
     logits = logits.float()
     raw = rule.scoring == "sparsemixer"
     choice = logits if raw else _choice(logits, _score(logits, rule), correction_bias, rule)
-    if top_k >= choice.shape[-1]:
-        return torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    best = torch.topk(choice, top_k + 1, dim=-1, sorted=True).values
-    last, next_best = best[..., -2], best[..., -1]
+    best = torch.sort(choice, dim=-1, descending=True).values
+    # After the last there is nothing to tie with.
+    best = torch.nn.functional.pad(best, (0, 1), value=float("-inf"))
+    places = torch.as_tensor(used, device=logits.device).expand(len(logits))[:, None]
+    last, next_best = best.gather(-1, places - 1)[:, 0], best.gather(-1, places)[:, 0]
     epsilon = torch.finfo(torch.float32).eps
     # Sigmoid and softmax are nowhere steeper than 1/4, the root of softplus than 0.4.
     by_logits = raw or rule.softmax_of_chosen or rule.bias_on == "logits"

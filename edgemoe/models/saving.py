@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from edgemoe.errors import OutputError
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.factored import ranks_of
+from edgemoe.models.k_policy import save_k_policy
 from edgemoe.models.ragged import RaggedNote
 from edgemoe.models.widths import width_entries
 
@@ -141,6 +142,7 @@ def _save_notes(
     if not told:
         note["widths_per_layer"] = list(widths)
     _complete_config(directory / "config.json", model.stored_dtype, note, entries)
+    save_k_policy(model.k_policy, directory)
     if ragged:
         RaggedNote(
             moe_layers=tuple(layer.index for layer in model.layers),

@@ -63,12 +63,12 @@ def losses_without(oracle: LayerOracle, index: int | None) -> list[float]:
     """
     whole_model(oracle.home, "the loss without an expert")
     if index is None:
-        return [_loss(oracle, len(oracle.home.layers))]
+        return [loss_from(oracle, len(oracle.home.layers))]
     (layer,) = (layer for layer in oracle.moe.layers if layer.index == index)
     losses = []
     for expert in range(layer.num_experts):
         with layer.changed(_tensors_without(layer, expert)):
-            losses.append(_loss(oracle, index))
+            losses.append(loss_from(oracle, index))
     return losses
 
 
@@ -85,8 +85,20 @@ def _tensors_without(layer: MoeLayer, expert: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _loss(oracle: LayerOracle, first: int) -> float:
-    """Measure the loss of a model that is changed from one decoder layer on."""
+def loss_from(oracle: LayerOracle, first: int) -> float:
+    """Measure the loss of a model that is changed from one decoder layer on.
+
+    Args:
+        oracle: The model, in memory whole, and the tokens, open; what the layers before return
+            must have been asked for where they are changed, too.
+        first: Decoder layer from which on it is changed.
+
+    Returns:
+        Mean cross-entropy in nats per token.
+
+    Raises:
+        StreamingError: The family cannot be run layer by layer.
+    """
     total, count = 0.0, 0
     states = oracle.states_before(first)
     with from_layer(oracle.moe.model, oracle.home.layers, first) as finish:

@@ -11,7 +11,8 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.errors import PlanError
+from edgemoe.errors import CheckpointError, PlanError
+from edgemoe.k_policy import KPolicy
 from edgemoe.lines import read_digests
 from edgemoe.plans.factors import Factors
 from edgemoe.plans.layer_plan import (
@@ -55,6 +56,8 @@ class Plan:
             :func:`edgemoe.lines.write_digests` writes them: no score may be of these.
         factors: How the experts are written as products of thinner matrices, where layers have
             ranks.
+        k_policy: How many of the experts that are left each token uses; None where that stays
+            the router's top_k.
     """
 
     method: str
@@ -67,6 +70,7 @@ class Plan:
     edgemoe_version: str | None = None
     calibration_lines: str | None = None
     factors: Factors | None = None
+    k_policy: KPolicy | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -160,6 +164,25 @@ class Plan:
             layer.check(layer_shape)
             shares_bases = self.factors is not None and self.factors.shares_bases
             layer.check_widths(shape, shares_bases=shares_bases)
+        self._check_k_policy()
+
+    def _check_k_policy(self) -> None:
+        """Check that tokens find as many experts as they are to use."""
+        if self.k_policy is None:
+            return
+        planned = tuple(layer.layer for layer in self.layers)
+        if self.k_policy.layers != planned:
+            raise PlanError(
+                f"a k policy must name the plan's layers {list(planned)}, got "
+                f"{list(self.k_policy.layers)}. Make it again with `edgemoe allocate`."
+            )
+        for layer, rule in zip(self.layers, self.k_policy.rules, strict=True):
+            if rule.slots > len(layer.experts):
+                raise PlanError(
+                    f"layer {layer.layer}: a token must use at most the {len(layer.experts)} "
+                    f"experts that are kept, got k={rule.slots}. Make the k policy again with "
+                    "`edgemoe allocate --plan`."
+                )
 
     def to_json(self) -> str:
         """Write the plan with one expert a line.
@@ -182,6 +205,8 @@ class Plan:
             head["calibration_lines"] = self.calibration_lines
         if self.factors is not None:
             head["factors"] = self.factors.to_json()
+        if self.k_policy is not None:
+            head["k_policy"] = self.k_policy.to_json()
         lines = [f"  {json.dumps(key)}: {_dump(value)}," for key, value in head.items()]
         layers = ",\n".join(write_layer(layer) for layer in self.layers)
         return "{\n" + "\n".join(lines) + '\n  "layers": [\n' + layers + "\n  ]\n}\n"
@@ -205,6 +230,7 @@ class Plan:
         reader.expect("version", _VERSION)
         layers = tuple(read_layer(layer) for layer in reader.objects("layers"))
         factors = reader.optional_object("factors")
+        k_policy = reader.optional_object("k_policy")
         plan = reader.build(
             cls,
             method=reader.string("method"),
@@ -217,6 +243,7 @@ class Plan:
             calibration_lines=reader.optional_string("calibration_lines"),
             layers=layers,
             factors=None if factors is None else Factors.from_json(factors),
+            k_policy=None if k_policy is None else _read_k_policy(k_policy),
         )
         reader.finish()
         return plan
@@ -259,6 +286,13 @@ class Plan:
         """
         with staged_file(path, force=force) as staged:
             staged.write_text(self.to_json(), encoding="utf-8")
+
+
+def _read_k_policy(reader: PlanReader) -> KPolicy:
+    try:
+        return KPolicy.from_json(reader.left, reader.place)
+    except CheckpointError as error:
+        raise PlanError(str(error)) from error
 
 
 def _dump(value: object) -> str:

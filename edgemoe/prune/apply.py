@@ -17,6 +17,7 @@ from edgemoe.decompose.walk import FactoringWalk
 from edgemoe.errors import PlanError
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.factored import product_shapes
+from edgemoe.models.k_policy import following, put_k_policy
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.oracle.homes import MemoryHome
 from edgemoe.plans.layer_plan import stored_width
@@ -59,6 +60,7 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
     sha256 = model.sha256
     plan.validate(model.shape, sha256)
     check_neurons(plan, model)
+    refuse_k_policy(plan, model)
     if plan.factors is not None:
         _factor(model, plan)
     pairs = list(zip(model.layers, plan.layers, strict=True))
@@ -66,7 +68,9 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
         if layer_plan.ranks is None and not keeps_all(layer_plan, layer.num_experts):
             apply_layer(layer, layer_plan)
     set_expert_counts(model)
-    return replace(model, path=None, provenance=describe_plan(plan, model, sha256))
+    found = replace(model, path=None, provenance=describe_plan(plan, model, sha256))
+    put_k_policy(found, plan.k_policy)
+    return found
 
 
 @contextlib.contextmanager
@@ -88,6 +92,8 @@ def applied(model: MoeModel, plan: Plan) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer, layer_plan in zip(model.layers, plan.layers, strict=True):
             stack.enter_context(applied_layer(layer, layer_plan))
+        if plan.k_policy is not None:
+            stack.enter_context(following(model, plan.k_policy))
         yield
 
 
@@ -133,6 +139,8 @@ def describe_plan(plan: Plan, model: MoeModel, checkpoint_sha256: str) -> dict[s
     }
     if plan.factors is not None:
         found["factors"] = plan.factors.describe()
+    if plan.k_policy is not None:
+        found["k_policy"] = plan.k_policy.describe()
     return found
 
 
@@ -179,6 +187,28 @@ def check_neurons(plan: Plan, model: MoeModel) -> None:
     for layer, layer_plan in zip(model.layers, plan.layers, strict=True):
         if layer_plan.is_narrowing:
             refuse_neurons(layer, model.family)
+
+
+def refuse_k_policy(plan: Plan, model: MoeModel) -> None:
+    """Refuse to change the experts of a model whose tokens are shared out among these.
+
+    Args:
+        plan: The plan, validated for the model's shape.
+        model: The model, possibly on the meta device.
+
+    Raises:
+        PlanError: The model has a k policy, and the plan changes anything.
+    """
+    changes = plan.k_policy is not None or any(
+        layer_plan.ranks is not None or not keeps_all(layer_plan, layer.num_experts)
+        for layer, layer_plan in zip(model.layers, plan.layers, strict=True)
+    )
+    if model.k_policy is not None and changes:
+        raise PlanError(
+            "a plan must be carried out before k is allocated, got a checkpoint with the k "
+            f"policy {model.k_policy.name}. Start from the checkpoint that it was made from, "
+            "and give the plan to `edgemoe allocate --plan`."
+        )
 
 
 def refuse_neurons(layer: MoeLayer, family: str) -> None:

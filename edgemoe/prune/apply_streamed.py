@@ -19,6 +19,7 @@ from transformers.core_model_loading import dot_natural_key
 from edgemoe.decompose.registry import find_method
 from edgemoe.models.factored import Ranks, empty_factors
 from edgemoe.models.fingerprint import FileHashes
+from edgemoe.models.k_policy import save_k_policy
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.saving import float32_names, save_settings
 from edgemoe.models.shards import (
@@ -37,6 +38,7 @@ from edgemoe.prune.apply import (
     check_ranks,
     describe_plan,
     keeps_all,
+    refuse_k_policy,
 )
 from edgemoe.prune.factor_streamed import factor_streamed, read_factors
 from edgemoe.resume import publish, resumable
@@ -114,6 +116,7 @@ def apply_streamed(
     plan.validate(streamed.moe.shape)
     check_ranks(plan, streamed.moe.layers)
     check_neurons(plan, streamed.moe)
+    refuse_k_policy(plan, streamed.moe)
     widths = plan.widths(streamed.moe.shape)
     hashes = FileHashes(path)
     key = {
@@ -140,6 +143,7 @@ def apply_streamed(
         directory.mkdir(exist_ok=True)
         _write_shards(streamed, shards, changes, work, method)
         write_index(shards, directory)
+        save_k_policy(plan.k_policy, directory)
         save_settings(
             streamed.moe,
             directory,

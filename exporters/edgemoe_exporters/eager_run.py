@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load, save
 
 from edgemoe.models.hooks import observe
-from edgemoe.models.routers import is_near_tie
+from edgemoe.models.routers import is_near_tie, mass_of, select
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,12 +65,21 @@ class EagerRows:
         self._tied = [torch.zeros(rows.size, dtype=torch.bool) for rows in self.rows]
         self._logits: list[np.ndarray[Any, np.dtype[np.float32]]] = []
 
-    def note_ties(self, layer: MoeLayer, _: torch.Tensor, routing: Routing, __: object) -> None:
+    def note_ties(
+        self, layer: MoeLayer, hidden: torch.Tensor, routing: Routing, _: object
+    ) -> None:
         """Watch a layer; for :func:`edgemoe.models.hooks.observe`."""
-        if layer.rule is not None:
-            self._tied[self.current] |= is_near_tie(
-                routing.logits, layer.correction_bias, layer.rule, layer.top_k
-            )
+        if layer.rule is None:
+            return
+        used = (routing.indices < layer.num_experts).sum(dim=-1)
+        tied = is_near_tie(routing.logits, layer.correction_bias, layer.rule, used)
+        if layer.k_rule is not None and not layer.k_rule.is_fixed:
+            chosen = select(
+                routing.logits, layer.correction_bias, layer.rule, layer.slots
+            ).indices
+            mass = mass_of(routing.logits, layer.rule).gather(-1, chosen)
+            tied |= layer.k_rule.is_near_tie(hidden, mass)
+        self._tied[self.current] |= tied
 
     def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """Return the ties so far; see :class:`edgemoe.models.streamed_pass.PassState`."""

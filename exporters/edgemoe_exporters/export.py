@@ -18,6 +18,7 @@ from edgemoe.prune.apply import check_neurons
 from edgemoe.prune.registry import count_for, make_plan
 from edgemoe.staging import require_space
 from edgemoe_exporters import lower_ort, lower_tensorrt
+from edgemoe_exporters.bind_policy import count_experts_used, full_k, has_policies
 from edgemoe_exporters.bundle import (
     BundleWriter,
     copy_model_files,
@@ -167,7 +168,10 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         # quantised is remembered in another.
         require_space(steps.staged, int(needed * (3 if len(plans) > 1 else 1)) - written)
         graphs = road.write_graphs(plans, layouts)
-        reports = {name: road.judge(name, graphs.eager[name], before) for name in plans}
+        reports = {
+            name: road.judge(name, plan, graphs.eager[name], before)
+            for name, plan in plans.items()
+        }
         # Reading a large checkpoint only to hash it takes as long as copying it.
         source.moe.sha256 = steps.fingerprint(hashes)
         road.write_manifest(plans, layouts, graphs, reports)
@@ -227,10 +231,6 @@ class _Road:
     def model(self) -> MoeModel:
         return self.source.moe
 
-    @property
-    def full_k(self) -> tuple[int, ...]:
-        return tuple(layer.top_k for layer in self.model.layers)
-
     def choose_plans(self, counts: tuple[int, ...]) -> dict[str, Plan]:
         """Return the plan of every task, in the order of the request."""
         plans = {}
@@ -284,10 +284,13 @@ class _Road:
                     eager[name] = self.steps.eager(
                         name, partial(small.run_eager, self._parity_tokens(name))
                     )
-                    lowered = lower(small.bind(traced), self.precision)
+                    bound = small.bind(traced)
+                    if has_policies(self.model, plans.values()):
+                        count_experts_used(bound)
+                    lowered = lower(bound, self.precision)
                     if self.target.flavour == "ort":
                         # optimum does not know this input, and opens bundles all the same.
-                        set_default_input(lowered, "k_cap", self.full_k)
+                        set_default_input(lowered, "k_cap", full_k(self.model, plan))
                     inputs = tensor_specs(lowered.graph.inputs)
                     outputs = tensor_specs(lowered.graph.outputs)
                     depth = int(self.model.config.num_hidden_layers)
@@ -305,19 +308,20 @@ class _Road:
             )
 
     def judge(
-        self, name: str, eager: list[EagerRun], before: Mapping[str, Evaluation]
+        self, name: str, plan: Plan, eager: list[EagerRun], before: Mapping[str, Evaluation]
     ) -> TaskReport:
         """Compare a written graph with the eager model, and its score with the one before."""
+        most = full_k(self.model, plan)
         self.say(f"compare the graph of {name} with the eager model")
         runner = self._open_graph(self.steps.staged / f"{name}.onnx")
-        parity = self.steps.parity(name, partial(measure_parity, runner, eager, self.full_k))
+        parity = self.steps.parity(name, partial(measure_parity, runner, eager, most))
         check_parity(parity, self.precision, name)
         quality = None
         if name in before:
             self.say(f"evaluate the graph of {name}")
             held_out = self.data.held_out[name]
             longest = int(self.model.config.max_position_embeddings)
-            scorer = GraphScorer(runner, self.full_k, longest)
+            scorer = GraphScorer(runner, most, longest)
             after = self.steps.evaluation(
                 name, "after", partial(self._evaluate, scorer, held_out)
             )
@@ -349,7 +353,7 @@ class _Road:
             tasks={
                 name: TaskEntry(
                     graph=f"{name}.onnx",
-                    top_k=max(self.full_k),
+                    top_k=max(full_k(self.model, plan)),
                     experts_per_layer=plan.experts_per_layer,
                     experts=self._experts(name, plan, layouts),
                     plan=describe_plan(plan, self.model),
@@ -360,7 +364,7 @@ class _Road:
             },
             inputs=graphs.inputs,
             outputs=graphs.outputs,
-            k_ladder=(KRung(name="full", k_cap=self.full_k),),
+            k_ladder=(KRung(name="full", k_cap=full_k(self.model, *plans.values())),),
             size=graphs.size,
             files=list_files(self.steps.staged),
         ).save(self.steps.staged)

@@ -28,28 +28,77 @@ def lower_route(emit: Emitter, route: RouteNode) -> list[ir.Value]:
         route: A Route node; its weights are float32 already.
 
     Returns:
-        Gates, float32 ``[T, k]``, 0 beyond the cap, and expert ids, int64 ``[T, k]``.
+        Gates, float32 ``[T, k]``, 0 beyond the cap, and expert ids, int64 ``[T, k]``; where the
+        node counts, also the number of experts that its tokens use, int64 ``[1]``.
     """
     rule = route.rule
     rows = emit.call("Unsqueeze", emit.wide(route.hidden), emit.integers(1))
-    products = emit.call("Mul", rows, route.weight)
-    logits = emit.call("ReduceSum", products, emit.integers(-1), keepdims=0)
+    logits = _project(emit, rows, route.weight)
     if route.logit_bias is not None:
         logits = emit.call("Add", logits, route.logit_bias)
     cap = emit.call("Gather", route.k_cap, emit.integers(route.k_cap_index), axis=0)
-    used = emit.call("Less", emit.integers(*range(route.top_k)), cap)
+    slots = emit.integers(*range(route.top_k))
+    if route.allocator is not None:
+        # The first row stands for one expert, so the largest's place is below its number.
+        scores = _project(emit, rows, route.allocator)
+        scores = emit.call("Add", scores, route.allocator_bias)
+        most = emit.call("ArgMax", scores, axis=-1, keepdims=1)
+        cap = emit.call("Min", cap, emit.call("Add", most, emit.integers(1)))
+    used = emit.call("Less", slots, cap)
     if rule.scoring == "sparsemixer":
         gates, indices = sparsemixer(emit, logits, rule.jitter, route.top_k)
+        used = _reach(emit, route, logits, indices, used)
         gates = where(emit, used, gates, 0.0)
     else:
-        gates, indices = _choose(emit, route, logits, used)
+        gates, indices, used = _choose(emit, route, logits, used)
     if route.expert_scale is not None:
         scale = emit.call("Gather", route.expert_scale, indices, axis=0)
         gates = emit.call("Mul", gates, scale)
     if rule.scaling_factor != 1.0:
         gates = emit.call("Mul", gates, emit.number(rule.scaling_factor))
     gates.type = ir.TensorType(FLOAT32)
-    return [gates, indices]
+    return [gates, indices, *([_count(emit, used, indices)] if route.counts else [])]
+
+
+def _count(emit: Emitter, used: ir.Value, indices: ir.Value) -> ir.Value:
+    """Count the slots that are used; ``used`` may be the same for all tokens."""
+    whole = emit.call("Expand", used, emit.call("Shape", indices))
+    ones = emit.call("Cast", whole, to=ir.DataType.INT64)
+    return emit.call("ReduceSum", emit.call("Reshape", ones, emit.integers(-1)), keepdims=1)
+
+
+def _project(emit: Emitter, rows: ir.Value, weight: ir.Value) -> ir.Value:
+    """Multiply ``[T, 1, H]`` by ``[N, H]`` to ``[T, N]``, without a matrix product."""
+    return emit.call("ReduceSum", emit.call("Mul", rows, weight), emit.integers(-1), keepdims=0)
+
+
+def _reach(
+    emit: Emitter, route: RouteNode, logits: ir.Value, indices: ir.Value, used: ir.Value
+) -> ir.Value:
+    """Tell which slots are used, of those that already are, where a share of mass is asked."""
+    if not route.top_p:
+        return used
+    mass = emit.call("GatherElements", mass_of(emit, route.rule, logits), indices, axis=1)
+    before = emit.call("CumSum", mass, emit.integer(1), exclusive=1)
+    return emit.call("And", emit.call("Less", before, emit.number(route.top_p)), used)
+
+
+def mass_of(emit: Emitter, rule: RouterRule, logits: ir.Value) -> ir.Value:
+    """Share a token's attention to experts out, as :func:`edgemoe.models.routers.mass_of`.
+
+    Args:
+        emit: Takes the nodes.
+        rule: How experts are chosen.
+        logits: float32 ``[T, E]``.
+
+    Returns:
+        float32 ``[T, E]``.
+    """
+    if rule.scoring in ("sigmoid", "sqrtsoftplus"):
+        scores = _scores(emit, rule, logits)
+        total = emit.call("ReduceSum", scores, emit.integers(-1), keepdims=1)
+        return emit.call("Div", scores, total)
+    return emit.call("Softmax", logits, axis=-1)
 
 
 def where(emit: Emitter, condition: ir.Value, value: ir.Value, otherwise: float) -> ir.Value:
@@ -88,11 +137,12 @@ def sparsemixer(
 
 def _choose(
     emit: Emitter, route: RouteNode, logits: ir.Value, used: ir.Value
-) -> tuple[ir.Value, ir.Value]:
+) -> tuple[ir.Value, ir.Value, ir.Value]:
     rule = route.rule
     scores = _scores(emit, rule, logits)
     choice = _choice(emit, route, logits, scores)
     _, indices = emit.call_many("TopK", 2, choice, emit.integers(route.top_k), axis=-1)
+    used = _reach(emit, route, logits, indices, used)
     gates = emit.call("GatherElements", scores, indices, axis=1)
     if rule.softmax_of_chosen:
         gates = emit.call("Softmax", where(emit, used, gates, _LOW), axis=-1)
@@ -102,7 +152,7 @@ def _choose(
         if rule.sum_epsilon:
             total = emit.call("Add", total, emit.number(rule.sum_epsilon))
         gates = emit.call("Div", gates, total)
-    return gates, indices
+    return gates, indices, used
 
 
 def _scores(emit: Emitter, rule: RouterRule, logits: ir.Value) -> ir.Value:

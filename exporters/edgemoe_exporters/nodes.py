@@ -31,8 +31,12 @@ class RouteNode:
         expert_scale: float ``[E]``.
         k_cap: int64 ``[L]``.
         k_cap_index: Which element of ``k_cap`` is this layer's.
-        top_k: Experts per token without a cap.
+        top_k: Most experts of a token without a cap.
         rule: How experts are chosen.
+        top_p: Share of the router's mass that a token's experts must reach; 0 asks for none.
+        allocator: Rows that say how many experts a token uses, float32 ``[top_k, H]``.
+        allocator_bias: What is added to their products, float32 ``[top_k]``.
+        counts: Whether it also tells how many experts its tokens use.
     """
 
     hidden: ir.Value
@@ -44,12 +48,18 @@ class RouteNode:
     k_cap_index: int
     top_k: int
     rule: RouterRule
+    top_p: float = 0.0
+    allocator: ir.Value | None = None
+    allocator_bias: ir.Value | None = None
+    counts: bool = False
 
     @classmethod
     def of(cls, node: ir.Node) -> RouteNode:
         """Read a node."""
-        hidden, weight, logit_bias, correction, scale, k_cap = node.inputs
+        # What comes after the cap is what a policy added.
+        hidden, weight, logit_bias, correction, scale, k_cap, *rest = node.inputs
         attributes = node.attributes
+        top_p = attributes.get("top_p")
         if correction is not None and np.ptp(weight_of(correction)) == 0:
             correction = None
         assert hidden is not None
@@ -64,6 +74,10 @@ class RouteNode:
             k_cap=k_cap,
             k_cap_index=attributes["k_cap_index"].as_int(),
             top_k=attributes["top_k"].as_int(),
+            top_p=0.0 if top_p is None else top_p.as_float(),
+            allocator=rest[0] if rest else None,
+            allocator_bias=rest[1] if rest else None,
+            counts=len(node.outputs) > 2,
             rule=RouterRule(
                 scoring=cast("Scoring", attributes["scoring"].as_string()),
                 softmax_over=cast(

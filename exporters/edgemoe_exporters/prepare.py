@@ -12,6 +12,7 @@ from edgemoe.errors import EdgemoeError, ExportError
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.checkpoint import read_config
 from edgemoe.models.discovery import build_skeleton
+from edgemoe.models.k_policy import following
 from edgemoe.models.ragged import read_ragged_note
 from edgemoe.models.registry import FAMILIES
 from edgemoe_exporters import ops
@@ -185,6 +186,8 @@ def prepared(model: MoeModel) -> Iterator[TraceModule]:
     attention_before = lm.config._attn_implementation
     register()
     with contextlib.ExitStack() as stack:
+        # A policy is bound to each task's graph, after the trace.
+        stack.enter_context(following(model, None))
         ACTIVE.append(module.attender)
         stack.callback(ACTIVE.pop)
         lm.config._attn_implementation = ATTENTION

@@ -15,12 +15,14 @@ from edgemoe.calibrate.streamed import collect_streamed
 from edgemoe.errors import ExportError
 from edgemoe.evaluate.streamed_scorer import StreamedScorer
 from edgemoe.models.hooks import observe
+from edgemoe.models.k_policy import following
 from edgemoe.models.layer_width import widened_shapes
 from edgemoe.models.streamed_pass import Batch, run_batches
 from edgemoe.oracle.homes import StreamedHome
 from edgemoe.plans.layer_plan import stored_width
-from edgemoe.prune.apply import check_neurons, expert_tensors
+from edgemoe.prune.apply import check_neurons, expert_tensors, refuse_k_policy
 from edgemoe.resume import WorkDirectory
+from edgemoe_exporters.bind_policy import bind_policy
 from edgemoe_exporters.deferred import Deferred, Latest
 from edgemoe_exporters.eager_run import EagerRows
 from edgemoe_exporters.task_experts import order_experts
@@ -104,7 +106,9 @@ class StreamedSource:
             layer.index: order_experts(layer_plan, layouts.get(layer.index), task)
             for layer, layer_plan in zip(self.moe.layers, plan.layers, strict=True)
         }
-        yield StreamedTask(self._streamed, experts, self._work, task)
+        refuse_k_policy(plan, self.moe)
+        with following(self.moe, plan.k_policy or self.moe.k_policy):
+            yield StreamedTask(self._streamed, experts, self._work, task)
 
 
 class StreamedTask:
@@ -160,6 +164,7 @@ class StreamedTask:
             tensor = Deferred(shape, from_torch_dtype(stored.dtype), read).tensor(name)
             value.const_value = tensor
             value.shape = ir.Shape(shape)
+        bind_policy(graph, self._streamed.moe.k_policy)
         return graph
 
     def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:

@@ -9,10 +9,12 @@ import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 
 from edgemoe.errors import ExportError
+from edgemoe.models.k_policy import drop_k_policy
 from edgemoe.models.layer_width import entry_size
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.prune.apply import apply_plan
 from edgemoe.prune.registry import find_method
+from edgemoe_exporters.bind_policy import bind_policy
 from edgemoe_exporters.sharing import ExpertKey, StackLayout, lay_out
 from edgemoe_exporters.trace import EXPERT_AXIS
 
@@ -173,6 +175,8 @@ def compressed(
         PlanError: The plan does not fit the model.
     """
     whole = [layer.tensors() for layer in model.layers]
+    # What a plan makes of the model must not be left behind with it.
+    small = None
     try:
         small = apply_plan(model, plan)
         for layer, layer_plan in zip(small.layers, plan.layers, strict=True):
@@ -181,6 +185,8 @@ def compressed(
                 _permute(layer, order)
         yield small
     finally:
+        if small is not None and plan.k_policy is not None:
+            drop_k_policy(small)
         for layer, tensors in zip(model.layers, whole, strict=True):
             layer.replace(tensors)
         set_expert_counts(model)
@@ -206,6 +212,7 @@ def bind_experts(traced: ir.Model, model: MoeModel) -> ir.Model:
             tensor = TorchTensor(tensors[name], name=name)
             value.const_value = tensor
             value.shape = ir.Shape(tensor.shape.numpy())
+    bind_policy(graph, model.k_policy)
     return graph
 
 

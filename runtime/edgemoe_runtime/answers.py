@@ -25,8 +25,8 @@ class Generation:
         new_tokens: number of `tokens`.
         seconds: wall-clock time of the whole request.
         prefill_seconds: the part of it before the first new token.
-        experts_per_token: experts that a token ran through per MoE layer, averaged over
-            layers: the mean of min(top_k, cap).
+        experts_per_token: experts that a token of prompt and answer ran through per MoE layer,
+            averaged over layers and, where tokens choose their number, over tokens.
         k_cap: cap of experts per token, by MoE layer.
         backend: engine and provider that ran.
         fallbacks: engines that could not be used, with reasons.

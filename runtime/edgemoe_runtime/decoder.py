@@ -7,28 +7,68 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemoe_runtime.errors import RequestError
+from edgemoe_runtime.k_cap import experts_per_token
 from edgemoe_runtime.sampling import FloatArray, log_probabilities
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemoe_runtime.backends.base import Backend, CacheMark, LogitArray
+    from edgemoe_runtime.backends.base import (
+        Backend,
+        CacheMark,
+        LogitArray,
+        LogitRows,
+        TokenArray,
+    )
 
 
 class Decoder:
     """One backend together with the caps and limits of a session."""
 
     def __init__(
-        self, backend: Backend, k_cap: Sequence[int], *, max_length: int, vocab_size: int
+        self,
+        backend: Backend,
+        k_cap: Sequence[int],
+        *,
+        top_k: int,
+        max_length: int,
+        vocab_size: int,
     ) -> None:
         self._backend = backend
         self._k_cap = np.array(k_cap, dtype=np.int64)
+        self._top_k = top_k
         self.max_length = max_length
         self._vocab_size = vocab_size
+        self._experts_used = 0
+        self._tokens_run = 0
 
     def use_k_cap(self, k_cap: Sequence[int]) -> None:
         """Set the cap of experts per token for the runs that follow."""
         self._k_cap = np.array(k_cap, dtype=np.int64)
+        self._experts_used = self._tokens_run = 0
+
+    @property
+    def experts_per_token(self) -> float:
+        """Experts that a token ran through per MoE layer, averaged.
+
+        The mean over layers and over the tokens that ran since the cache was empty; before any
+        did, and where all tokens use as many, what the caps allow.
+        """
+        if not self._tokens_run or not len(self._k_cap):
+            return experts_per_token(self._k_cap.tolist(), self._top_k)
+        return self._experts_used / (self._tokens_run * len(self._k_cap))
+
+    def _begin(self) -> None:
+        self._backend.reset()
+        self._experts_used = self._tokens_run = 0
+
+    def _run(self, tokens: TokenArray, rows: LogitRows) -> LogitArray:
+        logits = self._backend.run(tokens, self._k_cap, rows)
+        used = self._backend.experts_used()
+        if used is not None:
+            self._experts_used += int(used.sum())
+            self._tokens_run += len(tokens)
+        return logits
 
     @property
     def free(self) -> int:
@@ -48,17 +88,17 @@ class Decoder:
             RequestError: when the prompt is empty or too long, or an id is unknown.
         """
         self.check(ids)
-        self._backend.reset()
+        self._begin()
         chunks = self._chunks(ids)
         for chunk in chunks[:-1]:
-            self._backend.run(chunk, self._k_cap, "none")
-        row: LogitArray = self._backend.run(chunks[-1], self._k_cap, "last")[0]
+            self._run(chunk, "none")
+        row: LogitArray = self._run(chunks[-1], "last")[0]
         return row
 
     def step(self, token: int) -> LogitArray:
         """Run one token and return the logits after it, float32 ``[vocabulary]``."""
         ids = np.array([token], dtype=np.int64)
-        row: LogitArray = self._backend.run(ids, self._k_cap, "last")[0]
+        row: LogitArray = self._run(ids, "last")[0]
         return row
 
     def mark(self) -> CacheMark:
@@ -84,7 +124,7 @@ class Decoder:
         likely = [log_probabilities(first[None], targets[:1])]
         done = 1
         for chunk in self._chunks(ids[:-1]):
-            logits = self._backend.run(chunk, self._k_cap, "all")
+            logits = self._run(chunk, "all")
             likely.append(log_probabilities(logits, targets[done : done + len(chunk)]))
             done += len(chunk)
         return np.concatenate(likely)
@@ -103,14 +143,14 @@ class Decoder:
                 f"start must be in [1, {len(ids)}] (the number of ids), got {start}: the first"
                 " token has nothing before it."
             )
-        self._backend.reset()
+        self._begin()
         targets = np.array(ids, dtype=np.int64)
         likely: list[FloatArray] = [np.empty(0)]
         position = 0
         for chunk in self._chunks(ids[:-1]):
             first = max(start - 1 - position, 0)  # first row whose next token is wanted
             wanted = targets[position + 1 : position + 1 + len(chunk)][first:]
-            logits = self._backend.run(chunk, self._k_cap, "all" if len(wanted) else "none")
+            logits = self._run(chunk, "all" if len(wanted) else "none")
             if len(wanted):
                 likely.append(log_probabilities(logits[first:], wanted))
             position += len(chunk)

@@ -27,7 +27,8 @@ class Explanation:
         k_cap: cap of experts per token, by MoE layer.
         ladder_position: name of the ladder's rung with these caps, or None.
         top_k: experts per token at full quality.
-        experts_per_token: experts per token and MoE layer in use, averaged over layers.
+        experts_per_token: experts per token and MoE layer, averaged: those of the latest
+            request where tokens choose their number, else what the caps allow.
         threads: CPU threads asked for, or None where the engine chooses.
         max_length: tokens that fit into the cache.
         kv_cache: form of the cache.
@@ -69,7 +70,7 @@ class Explanation:
         lines += [f"  not     {fallback}" for fallback in self.fallbacks]
         rung = f"rung {self.ladder_position}" if self.ladder_position else "no rung"
         lines.append(
-            f"experts   {self.experts_per_token:g} of {self.top_k} per token"
+            f"experts   {self.experts_per_token:.3g} of {self.top_k} per token"
             f" (k_cap {compact(self.k_cap)}, {rung} of the ladder)"
         )
         threads = "engine's choice" if self.threads is None else str(self.threads)

@@ -55,6 +55,7 @@ class GenerationProgress:
     finish_reason: str = "length"
     seconds: float = 0.0
     prefill_seconds: float = 0.0
+    experts_per_token: float = 0.0
 
 
 class TextStream(Iterator[str]):
@@ -132,6 +133,8 @@ def generate_pieces(
     logits = decoder.prefill(request.prompt)
     progress.prefill_seconds = time.perf_counter() - begin
     while True:
+        # here, for the decoder may serve another request before this one is told
+        progress.experts_per_token = decoder.experts_per_token
         token = choose_token(logits, request.sampling, generator)
         progress.tokens.append(token)
         if token in request.eos_token_ids:

@@ -10,6 +10,9 @@ from edgemoe_runtime.json_fields import Json, Value
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+EXPERTS_USED = "experts_used"
+"""Output of graphs whose tokens choose their number of experts; see `Backend.experts_used`."""
+
 ExpertGroup = int | tuple[int, ...]
 """One expert of a task: an id of the checkpoint, or the ids that were merged into it."""
 

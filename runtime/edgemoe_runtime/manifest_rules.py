@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from edgemoe_runtime.errors import ManifestError
+from edgemoe_runtime.manifest_parts import EXPERTS_USED
 
 if TYPE_CHECKING:
     from edgemoe_runtime.manifest import Manifest
@@ -119,9 +120,10 @@ def _check_task(manifest: Manifest, name: str, task: TaskEntry) -> None:
         f" ({len(manifest.model.moe_layers)})",
         len(counts),
     )
+    # tokens may use fewer in some layers, which then need not have as many
     _require(
-        all(count >= task.top_k for count in counts),
-        f"experts_per_layer of task {name} must be at least top_k {task.top_k}",
+        max(counts, default=task.top_k) >= task.top_k,
+        f"experts_per_layer of task {name} must be at least top_k {task.top_k} somewhere",
         list(counts),
     )
     if task.experts is not None:
@@ -138,6 +140,9 @@ def _check_tensors(manifest: Manifest) -> None:
     if manifest.model.moe_layers:
         inputs.append("k_cap")
     outputs = ["logits", *(tensor.present for tensor in cached)]
+    if any(spec.name == EXPERTS_USED for spec in manifest.outputs):
+        # only bundles whose tokens choose their number of experts have it
+        outputs.append(EXPERTS_USED)
     for label, specs, expected in (
         ("inputs", manifest.inputs, inputs),
         ("outputs", manifest.outputs, outputs),
@@ -197,6 +202,14 @@ def _check_sizes(manifest: Manifest) -> None:
             cap.dtype == "int64" and cap.shape == (layers,),
             f"k_cap must be int64 with one value per MoE layer ({layers})",
             [cap.dtype, *cap.shape],
+        )
+    used = specs.get(EXPERTS_USED)
+    if used is not None:
+        layers = len(manifest.model.moe_layers)
+        _require(
+            used.dtype == "int64" and used.shape == (layers,),
+            f"{EXPERTS_USED} must be int64 with one value per MoE layer ({layers})",
+            [used.dtype, *used.shape],
         )
 
 

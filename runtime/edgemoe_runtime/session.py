@@ -16,7 +16,7 @@ from edgemoe_runtime.generation import (
     TextStream,
     generate_pieces,
 )
-from edgemoe_runtime.k_cap import check_k_cap, experts_per_token, ladder_position
+from edgemoe_runtime.k_cap import check_k_cap, ladder_position
 from edgemoe_runtime.opening import OpenedTask, open_task
 from edgemoe_runtime.sampling import FloatArray, Sampling
 from edgemoe_runtime.scoring import score_completions
@@ -50,6 +50,7 @@ class Session:
         self._decoder = Decoder(
             opened.backend,
             opened.k_cap,
+            top_k=opened.manifest.tasks[opened.task].top_k,
             max_length=opened.max_length,
             vocab_size=opened.manifest.model.vocab_size,
         )
@@ -213,7 +214,7 @@ class Session:
                 new_tokens=len(progress.tokens),
                 seconds=progress.seconds,
                 prefill_seconds=progress.prefill_seconds,
-                experts_per_token=experts_per_token(k_cap, self._top_k),
+                experts_per_token=progress.experts_per_token,
                 k_cap=k_cap,
                 backend=self._opened.backend.name,
                 fallbacks=self._opened.fallbacks,
@@ -346,7 +347,7 @@ class Session:
             k_cap=self._k_cap,
             ladder_position=ladder_position(self.manifest, self._k_cap),
             top_k=self._top_k,
-            experts_per_token=experts_per_token(self._k_cap, self._top_k),
+            experts_per_token=self._decoder.experts_per_token,
             threads=self._opened.threads,
             max_length=self._opened.max_length,
             kv_cache=self.manifest.kv_cache.form,

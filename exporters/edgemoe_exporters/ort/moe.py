@@ -76,6 +76,9 @@ def lower_moe(editor: Editor, precision: Precision) -> None:
             continue
         caps = caps or _split_caps(editor, routes)
         choice = choose(editor, route_node, route, caps, precision)
+        if route.counts:
+            count = choice.count(editor, route_node, caps[route.k_cap_index])
+            editor.replace(route_node.outputs[2], count)
         lower = _quantised if precision.bits else _plain
         lower(_Fusing(editor, node, experts, route, choice, _Shared(caps, rows), precision))
 

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
 from edgemoe_exporters.lower_tensorrt_emit import FLOAT32, Emitter
-from edgemoe_exporters.lower_tensorrt_route import sparsemixer
+from edgemoe_exporters.lower_tensorrt_route import mass_of, sparsemixer
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from edgemoe_exporters.nodes import RouteNode
     from edgemoe_exporters.ort.editor import Editor
     from edgemoe_exporters.ort.precision import Precision
+
+
+_INT64 = ir.DataType.INT64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,7 @@ class Choice:
     Attributes:
         experts: Number of experts of the layer.
         indices: Their ids, int64 ``[T, n]``.
+        used: Which of them the token uses, bool ``[T, n]``; None where it uses all.
         logits: float32 ``[T, n]`` whose softmax is the weights, where there is such.
         raw: float32 ``[T, n]``: the scores, or logits for sigmoid scores, of the chosen.
         sigmoid: Whether ``raw`` still has to pass through a sigmoid.
@@ -42,6 +45,7 @@ class Choice:
     sigmoid: bool = False
     sums_to_one: bool = False
     sum_epsilon: float = 0.0
+    used: ir.Value | None = None
 
     def weights(self, editor: Editor, before: ir.Node) -> ir.Value:
         """Compute the weights without what scales each expert.
@@ -56,6 +60,9 @@ class Choice:
         values = self.raw
         if self.sigmoid:
             (values,) = editor.add(before, "Sigmoid", [values])
+        if self.used is not None:
+            zero = editor.constant("zero", np.array(0, dtype=np.float32))
+            (values,) = editor.add(before, "Where", [self.used, values, zero])
         if self.sums_to_one:
             axis = editor.constant("ints_1", np.array([1], dtype=np.int64))
             (total,) = editor.add(before, "ReduceSum", [values, axis], {"keepdims": 1})
@@ -65,6 +72,25 @@ class Choice:
                 total = editor.add(before, "Add", [total, editor.constant(name, tiny)])[0]
             (values,) = editor.add(before, "Div", [values, total])
         return values
+
+    def count(self, editor: Editor, before: ir.Node, cap: ir.Value) -> ir.Value:
+        """Count the experts that the tokens use together.
+
+        Args:
+            editor: The graph.
+            before: The node that it comes before.
+            cap: n, int64 ``[1]``.
+
+        Returns:
+            int64 ``[1]``.
+        """
+        if self.used is None:
+            (tokens,) = editor.add(before, "Shape", [self.indices], {"start": 0, "end": 1})
+            return editor.add(before, "Mul", [tokens, cap])[0]
+        (ones,) = editor.add(before, "Cast", [self.used], {"to": int(_INT64)})
+        flat = editor.constant("ints_n1", np.array([-1], dtype=np.int64))
+        (ones,) = editor.add(before, "Reshape", [ones, flat])
+        return editor.add(before, "ReduceSum", [ones], {"keepdims": 1})[0]
 
 
 def choose(
@@ -94,7 +120,7 @@ def choose(
         inputs.append(route.logit_bias)
     (logits,) = editor.add(node, "Gemm", inputs, {"transB": 1})
     if rule.scoring == "sparsemixer":
-        return _mix(editor, node, route, logits, cap)
+        return _mix(editor, node, route, hidden, logits, cap)
     sigmoid = rule.scoring == "sigmoid"
     # Sigmoid and softmax keep the order, so logits choose as well as scores, but for scores
     # that are rounded to the same number: those tie, and the model takes the first.
@@ -126,10 +152,16 @@ def choose(
     source = logits if softmax_of_chosen else scores
     if not plain_choice or source is not choice_scores:
         (chosen,) = editor.add(node, "GatherElements", [source, indices], {"axis": 1})
+    used = _used(editor, node, route, hidden, logits, indices, cap)
+    kept = chosen
+    if used is not None and softmax_of_chosen:
+        low = editor.constant("minus_infinity", np.array(-np.inf, dtype=np.float32))
+        (kept,) = editor.add(node, "Where", [used, chosen, low])
     return Choice(
         experts=route.experts,
         indices=indices,
-        logits=chosen if softmax_of_chosen else None,
+        used=used,
+        logits=kept if softmax_of_chosen else None,
         raw=chosen,
         sigmoid=sigmoid and scores is logits,
         sums_to_one=rule.renormalise or softmax_of_chosen,
@@ -137,8 +169,49 @@ def choose(
     )
 
 
+def _used(
+    editor: Editor,
+    node: ir.Node,
+    route: RouteNode,
+    hidden: ir.Value,
+    logits: ir.Value,
+    indices: ir.Value,
+    cap: ir.Value,
+) -> ir.Value | None:
+    """Tell which of the chosen experts each token uses; None where a cap is all there is."""
+    used: ir.Value | None = None
+    if route.allocator is not None:
+        inputs = [hidden, route.allocator, route.allocator_bias]
+        (scores,) = editor.add(node, "Gemm", inputs, {"transB": 1})
+        (last,) = editor.add(node, "ArgMax", [scores], {"axis": 1, "keepdims": 1})
+        places = editor.constant(
+            f"places_{route.top_k}", np.arange(route.top_k, dtype=np.int64)
+        )
+        zero = editor.constant("ints_0", np.array([0], dtype=np.int64))
+        (places,) = editor.add(node, "Slice", [places, zero, cap])
+        (used,) = editor.add(node, "LessOrEqual", [places, last])
+    if route.top_p:
+        emit = Emitter(editor.graph, FLOAT32, f"{node.name}/mass")
+        mass = mass_of(emit, route.rule, logits)
+        editor.graph.insert_before(node, emit.nodes)
+        (mass,) = editor.add(node, "GatherElements", [mass, indices], {"axis": 1})
+        axis = editor.constant("one_int64", np.array(1, dtype=np.int64))
+        (before,) = editor.add(node, "CumSum", [mass, axis], {"exclusive": 1})
+        share = editor.constant(
+            f"share_{route.top_p!r}", np.array(route.top_p, dtype=np.float32)
+        )
+        (wanted,) = editor.add(node, "Less", [before, share])
+        used = wanted if used is None else editor.add(node, "And", [wanted, used])[0]
+    return used
+
+
 def _mix(
-    editor: Editor, node: ir.Node, route: RouteNode, logits: ir.Value, cap: ir.Value
+    editor: Editor,
+    node: ir.Node,
+    route: RouteNode,
+    hidden: ir.Value,
+    logits: ir.Value,
+    cap: ir.Value,
 ) -> Choice:
     emit = Emitter(editor.graph, FLOAT32, f"{node.name}/mix")
     gates, indices = sparsemixer(emit, logits, route.rule.jitter, route.top_k)
@@ -147,7 +220,8 @@ def _mix(
     zero = editor.constant("ints_0", np.array([0], dtype=np.int64))
     (gates,) = editor.add(node, "Slice", [gates, zero, cap, axis])
     (indices,) = editor.add(node, "Slice", [indices, zero, cap, axis])
-    return Choice(experts=route.experts, indices=indices, logits=None, raw=gates)
+    used = _used(editor, node, route, hidden, logits, indices, cap)
+    return Choice(experts=route.experts, indices=indices, logits=None, raw=gates, used=used)
 
 
 def _sigmoid(editor: Editor, before: ir.Node, logits: ir.Value) -> ir.Value:

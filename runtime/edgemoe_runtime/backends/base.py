@@ -103,6 +103,15 @@ class Backend(Protocol):
         """
         ...
 
+    def experts_used(self) -> TokenArray | None:
+        """Tell how many experts the tokens of the latest `run` used, summed over them.
+
+        Returns:
+            int64 ``[moe layers]``; None where the graph does not say, because every token uses
+            as many as the cap allows.
+        """
+        ...
+
     def mark(self) -> CacheMark:
         """Return the state of the cache; the latest mark is valid until `reset`."""
         ...

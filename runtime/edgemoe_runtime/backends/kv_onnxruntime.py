@@ -17,7 +17,7 @@ _ONNX_BFLOAT16 = 16
 
 
 class KvBinding(Protocol):
-    """A cache bound to an IOBinding whose first output is the logits."""
+    """A cache bound to an IOBinding whose first outputs are the logits and their like."""
 
     def attach(self, binding: Any) -> None:
         """Bind to an IOBinding instead of the last one."""
@@ -43,7 +43,9 @@ class KvBinding(Protocol):
         ...
 
 
-def make_kv_cache(ort: Any, cache: KvCache, max_length: int, device: str) -> KvBinding:
+def make_kv_cache(
+    ort: Any, cache: KvCache, max_length: int, device: str, *, first_output: int = 1
+) -> KvBinding:
     """Allocate the cache in the form that the graph has.
 
     Args:
@@ -51,13 +53,14 @@ def make_kv_cache(ort: Any, cache: KvCache, max_length: int, device: str) -> KvB
         cache: form, type and shapes.
         max_length: tokens to hold.
         device: `cpu` or `cuda`.
+        first_output: outputs that are bound before those of the cache.
     """
     if cache.form != "shared_buffer":
-        return ConcatKvBinding(ort, cache.tensors(0), device)
+        return ConcatKvBinding(ort, cache.tensors(0), device, first_output)
     shared = SharedKvBinding(ort, cache.pairs(max_length), device)
     if not cache.states:
         return shared
-    first = 1 + len(cache.pairs(0))
+    first = first_output + len(cache.pairs(0))
     return MixedKvBinding(shared, ConcatKvBinding(ort, cache.others(0), device, first))
 
 
@@ -101,7 +104,7 @@ class ConcatKvBinding:
     """Each run's present values become the next run's past values, wherever they lie."""
 
     def __init__(
-        self, ort: Any, tensors: Sequence[CacheTensor], device: str, first_output: int = 1
+        self, ort: Any, tensors: Sequence[CacheTensor], device: str, first_output: int
     ) -> None:
         self._binding: Any = None
         self._device = device
@@ -121,7 +124,7 @@ class ConcatKvBinding:
             self._binding.bind_output(present, self._device)
 
     def after_run(self) -> None:
-        """Keep the present values; what is bound before them are the logits and others."""
+        """Keep the present values; the logits and others are bound before them."""
         self._past = self._binding.get_outputs()[self._first_output :]
 
     def mark(self) -> object:

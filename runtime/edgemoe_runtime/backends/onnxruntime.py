@@ -13,6 +13,7 @@ from edgemoe_runtime.backends.base import CacheMark
 from edgemoe_runtime.backends.kv_onnxruntime import make_kv_cache
 from edgemoe_runtime.engine_cache import graph_fingerprint
 from edgemoe_runtime.errors import BackendError, BackendUnavailableError
+from edgemoe_runtime.manifest_parts import EXPERTS_USED
 from edgemoe_runtime.onnx_wire import read_graph
 
 if TYPE_CHECKING:
@@ -61,8 +62,15 @@ class OnnxRuntimeBackend:
             (1, self.chunk_tokens, model.vocab_size), dtype=np.float16 if half else np.float32
         )
         self._mask = np.ones((1, request.max_length), dtype=np.int64)
+        self._used: NDArray[np.int64] | None = None
+        if EXPERTS_USED in dtypes:
+            self._used = np.zeros(len(model.moe_layers), dtype=np.int64)
         self._cache: Any = make_kv_cache(
-            ort, request.manifest.kv_cache, request.max_length, device
+            ort,
+            request.manifest.kv_cache,
+            request.max_length,
+            device,
+            first_output=1 if self._used is None else 2,
         )
         self._binding: Any = self._new_binding()
 
@@ -100,6 +108,10 @@ class OnnxRuntimeBackend:
         first = {"none": count, "last": count - 1, "all": 0}[rows]
         return self._logits[0, first:count].astype(np.float32, copy=False)
 
+    def experts_used(self) -> TokenArray | None:
+        """Tell how many experts the latest run used; see `Backend.experts_used`."""
+        return self._used
+
     def mark(self) -> CacheMark:
         """Return the state of the cache."""
         state = self._cache.mark()
@@ -133,7 +145,12 @@ class OnnxRuntimeBackend:
 
     def _new_binding(self) -> Any:
         binding = self._session.io_binding()
-        self._bind_logits(binding, 1)  # first, for the cache takes the outputs after it
+        # these first, for the cache takes the outputs after them
+        self._bind_logits(binding, 1)
+        if self._used is not None:
+            binding.bind_output(
+                EXPERTS_USED, "cpu", 0, np.int64, self._used.shape, self._used.ctypes.data
+            )
         self._cache.attach(binding)
         return binding
 

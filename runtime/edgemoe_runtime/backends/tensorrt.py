@@ -16,9 +16,12 @@ from edgemoe_runtime.backends.base import CacheMark
 from edgemoe_runtime.backends.cuda_memory import CudaRuntime
 from edgemoe_runtime.engine_cache import find_engine
 from edgemoe_runtime.errors import BackendError, BackendUnavailableError
+from edgemoe_runtime.manifest_parts import EXPERTS_USED
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from numpy.typing import NDArray
 
     from edgemoe_runtime.backends.base import LogitArray, LogitRows, OpenRequest, TokenArray
     from edgemoe_runtime.engine_cache import EngineKey
@@ -137,6 +140,9 @@ class TensorRtBackend:
                 "a TensorRT graph must have a concat cache and float32 or float16 logits, got"
                 f" {cache.form} and {dtypes['logits']}; export the bundle again"
             )
+        self._used: NDArray[np.int64] | None = None
+        if EXPERTS_USED in dtypes:
+            self._used = np.zeros(len(model.moe_layers), dtype=np.int64)
         self._logit_type = np.dtype(np.float16 if dtypes["logits"] == "float16" else np.float32)
         self._context: Any = engine.create_execution_context()
         if self._context is None:
@@ -165,6 +171,7 @@ class TensorRtBackend:
         self._logits = self._allocate(
             self._logit_type.itemsize * self.chunk_tokens * self._vocabulary
         )
+        self._used_address = 0 if self._used is None else self._allocate(self._used.nbytes)
         self._sets = [self._allocate_cache(), self._allocate_cache()]
         self._past: dict[str, int] = self._sets[0]
         self._pinned: dict[str, int] | None = None
@@ -190,6 +197,8 @@ class TensorRtBackend:
             self._bind(name, self._inputs[name], array.shape)
         present = self._spare_set()
         self._bind("logits", self._logits, None)
+        if self._used is not None:
+            self._bind(EXPERTS_USED, self._used_address, None)
         for tensor in self._cache.tensors(self._length):
             self._bind(tensor.past, self._past[tensor.name], tensor.shape)
             self._bind(tensor.present, present[tensor.name], None)
@@ -203,10 +212,16 @@ class TensorRtBackend:
         if logits.size:
             offset = first * self._vocabulary * self._logit_type.itemsize
             self._cuda.download(logits, self._logits + offset, self._stream)
+        if self._used is not None:
+            self._cuda.download(self._used, self._used_address, self._stream)
         self._cuda.synchronise(self._stream)
         self._past = present
         self._length = total
         return logits.astype(np.float32, copy=False)
+
+    def experts_used(self) -> TokenArray | None:
+        """Tell how many experts the latest run used; see `Backend.experts_used`."""
+        return self._used
 
     def mark(self) -> CacheMark:
         """Return the state of the cache."""

@@ -244,7 +244,7 @@ def test_checkpoints_are_opened_and_judged_end_to_end(
     rng = np.random.Generator(np.random.PCG64(0))
     lines = [rng.integers(1, 96, size=size).tolist() for size in (100, 5, 40)]
     task = write_task(tmp_path, [text(*line) for line in lines])
-    with open_subject(path) as (scorer, tokenizer, _):
+    with open_subject(path) as (scorer, tokenizer, *_):
         found = evaluate(scorer, task, tokenizer)
     import transformers
 
@@ -260,7 +260,7 @@ def test_checkpoints_are_opened_and_judged_end_to_end(
             tokens += ids.shape[1] - 1
     assert found.tokens == tokens
     assert found.value == pytest.approx(math.exp(losses / tokens), rel=1e-4)
-    with open_subject(path, k_cap=1) as (scorer, tokenizer, _):
+    with open_subject(path, k_cap=1) as (scorer, tokenizer, *_):
         assert evaluate(scorer, task, tokenizer).value != pytest.approx(found.value, rel=1e-4)
 
 
@@ -281,7 +281,7 @@ def test_dense_checkpoints_are_judged(
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**size)).save_pretrained(path)
     words.save(str(path / "tokenizer.json"))
     task = write_task(tmp_path, [text(1, 2, 3)])
-    with open_subject(path) as (scorer, tokenizer, _):
+    with open_subject(path) as (scorer, tokenizer, *_):
         assert evaluate(scorer, task, tokenizer).value == pytest.approx(96, rel=0.2)
     with pytest.raises(CheckpointError, match="dense"), open_subject(path, k_cap=1):
         pass

@@ -53,7 +53,7 @@ def test_completions_that_the_model_makes_match(
     # The tiny model has 64 positions; the last prompt loses its beginning.
     made = [greedy(model, prompt[-(64 - NEW_TOKENS) :]) for prompt in PROMPTS]
     wrong = [made[0], [made[1][0], made[1][1], made[1][2] ^ 1], made[2]]
-    with open_subject(path) as (scorer, tokenizer, generate):
+    with open_subject(path) as (scorer, tokenizer, generate, _):
         all_right = evaluate(
             scorer, task_of(tmp_path / "a.jsonl", made), tokenizer, generate=generate
         )
@@ -63,7 +63,7 @@ def test_completions_that_the_model_makes_match(
     assert (all_right.metric, all_right.value, all_right.n) == ("exact_match", 1.0, 3)
     assert (two_right.value, two_right.ci95) == (2 / 3, wilson_interval(2, 3))
     assert two_right.perplexity > all_right.perplexity
-    with open_subject(path, k_cap=1) as (scorer, tokenizer, generate):
+    with open_subject(path, k_cap=1) as (scorer, tokenizer, generate, _):
         capped = evaluate(
             scorer, task_of(tmp_path / "c.jsonl", made), tokenizer, generate=generate
         )
@@ -127,7 +127,7 @@ def test_text_has_nothing_to_generate(
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "w1 w2 w3"}))
     task = TaskFile.load("t", tmp_path / "t.jsonl")
     with (
-        open_subject(make_checkpoint("qwen2_moe")) as (scorer, tokenizer, generate),
+        open_subject(make_checkpoint("qwen2_moe")) as (scorer, tokenizer, generate, _),
         pytest.raises(TaskFileError, match=r"kind text.*--generate"),
     ):
         evaluate(scorer, task, tokenizer, generate=generate)

@@ -171,7 +171,7 @@ class Job:
     def log_likelihoods(self, kind: str) -> list[list[float]]:
         """Of each line and each of its continuations; of a text as a whole."""
         window = int(self.options[1]) if self.options else None
-        with open_subject(self.checkpoint) as (scorer, tokenizer, _):
+        with open_subject(self.checkpoint) as (scorer, tokenizer, *_):
             questions = build_questions(
                 TaskFile.load(kind, self.file(kind)),
                 tokenizer,
@@ -237,7 +237,7 @@ def write_task(folder: Path, kind: str, rows: list[dict[str, Any]]) -> None:
 def find_greedy_rows(checkpoint: Path) -> list[dict[str, str]]:
     """Prompts with the token that the model gives next, where no other tokens spell the two."""
     rows = []
-    with open_subject(checkpoint) as (_, tokenizer, generate):
+    with open_subject(checkpoint) as (_, tokenizer, generate, _):
         for length in range(1, len(LONG) // 2):
             prompt = LONG[:length]
             text = generate(prompt, 1)

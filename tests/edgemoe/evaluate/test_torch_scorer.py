@@ -10,11 +10,16 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgemoe.allocate.usage import count_experts
+from edgemoe.calibrate.sample import Window
 from edgemoe.errors import CheckpointError, EdgemoeError
 from edgemoe.evaluate.scorer import Request, token_logprobs
 from edgemoe.evaluate.session_scorer import SessionScorer
 from edgemoe.evaluate.torch_scorer import TorchScorer
+from edgemoe.k_policy import KPolicy
+from edgemoe.k_rule import KRule
 from edgemoe.models import adapt_model, limit_k
+from edgemoe.models.k_policy import put_k_policy
 
 FAMILIES = ("glm4_moe", "mixtral", "qwen2_moe")
 
@@ -147,3 +152,27 @@ def test_a_session_is_asked_for_each_continuation() -> None:
     scored = [[list(part) for part in parts] for parts in scorer.score(requests)]
     assert scored == [[[3, 4], [5]], [[7]]]
     assert scorer.max_length == 7
+
+
+def test_tokens_tell_how_many_experts_they_used_and_padding_does_not(
+    make_model: Callable[..., Any], dense_model: Any
+) -> None:
+    model = adapt_model(make_model("glm4_moe"))
+    random = np.random.Generator(np.random.PCG64(7))
+    requests = [draw_request(random, 1) for _ in range(6)]
+    assert TorchScorer(dense_model).experts_per_token is None
+    assert TorchScorer(model).experts_per_token == 3
+    assert TorchScorer(model, k_cap=[2, 9]).experts_per_token == 2.5
+    rules = tuple(KRule(slots=5, top_p=0.4) for _ in model.layers)
+    layers = tuple(layer.index for layer in model.layers)
+    put_k_policy(model, KPolicy(name="top-p", layers=layers, rules=rules))
+    scorer = TorchScorer(model)
+    assert scorer.experts_per_token is None
+    scorer.score(requests)
+    # A line's last token is scored, and not read.
+    rows = [[*request.context, *request.continuations[0]][:-1] for request in requests]
+    assert len({len(row) for row in rows}) > 1
+    windows = [Window(line=n, start=0, ids=row) for n, row in enumerate(rows)]
+    expected = count_experts(model, windows).mean()
+    assert scorer.experts_per_token == pytest.approx(expected, abs=1e-12)
+    assert 1 < expected < 5

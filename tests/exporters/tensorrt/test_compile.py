@@ -17,6 +17,10 @@ from tokenizers.models import WordLevel
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from edgemoe.errors import CompileError, MissingDependencyError
+from edgemoe.k_policy import KPolicy
+from edgemoe.k_rule import KRule
+from edgemoe.models import read_shape
+from edgemoe.plans.keep_all import keep_all
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
 from edgemoe_exporters.tensorrt.api import TensorrtApi
@@ -98,6 +102,27 @@ def test_engine_is_built_once_and_found_by_the_runtime(bundle: Path) -> None:
     (again,) = compile_bundle(bundle, "tensorrt-rtx", compute_capabilities=[86], machine=BARE)
     assert again.cached
     assert again.path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_engine_is_built_whose_tokens_choose_their_number_of_experts(
+    checkpoint: Path, tmp_path: Path, precision: str
+) -> None:
+    rule = KRule(slots=3, top_p=0.5, allocator=torch.randn(3, 65).numpy())
+    policy = KPolicy(name="by hand", layers=(0,), rules=(rule,))
+    replace(keep_all(read_shape(checkpoint)), k_policy=policy).save(tmp_path / "plan.json")
+    request = ExportRequest(
+        model=checkpoint,
+        output=tmp_path / "bundle",
+        target="tensorrt-rtx",
+        precision=precision,
+        plans={"model": tmp_path / "plan.json"},
+    )
+    output = export_bundle(request).output
+    (built,) = compile_bundle(output, "tensorrt-rtx", compute_capabilities=[86], machine=BARE)
+    assert built.path.stat().st_size > 10_000
+    graph = onnx.load(output / "model.onnx", load_external_data=False).graph
+    assert "experts_used" in [value.name for value in graph.output]
 
 
 def test_command_by_hand_is_a_script(bundle: Path) -> None:

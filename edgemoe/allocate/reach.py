@@ -1,0 +1,86 @@
+"""What share of its router's mass a token has reached before each of its experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from edgemoe.errors import AllocationError
+from edgemoe.models.routers import mass_of, select
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from edgemoe.oracle.oracle import LayerOracle, LayerView
+
+_STEPS = 40
+
+
+def reach_of(oracle: LayerOracle, most: Sequence[int]) -> list[NDArray[np.float32]]:
+    """Measure what share of the mass comes before each expert that a token may use.
+
+    Args:
+        oracle: The model and the tokens.
+        most: Most experts of a token, for each MoE layer.
+
+    Returns:
+        For each MoE layer float32 [tokens, most], ascending, the first column 0: a token uses
+        the experts whose number here is below p.
+
+    Raises:
+        AllocationError: A router follows no known rule.
+        StreamingError: The family cannot be run layer by layer.
+    """
+    views = oracle.walk("weigh experts")
+    return [_before(view, slots) for view, slots in zip(views, most, strict=True)]
+
+
+def find_share(reach: Sequence[NDArray[np.float32]], mean_k: float) -> float:
+    """Find the smallest share with which tokens use as many experts as asked.
+
+    Args:
+        reach: What :func:`reach_of` returns.
+        mean_k: Experts per token and layer.
+
+    Returns:
+        p, in (0, 1]; 1 where no share is enough.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        if mean_of(reach, middle) >= mean_k:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def mean_of(reach: Sequence[NDArray[np.float32]], share: float) -> float:
+    """Count the experts that a share takes.
+
+    Args:
+        reach: What :func:`reach_of` returns.
+        share: p, in (0, 1].
+
+    Returns:
+        Experts per token and layer.
+    """
+    return float(np.mean([(layer < share).sum(axis=1).mean() for layer in reach]))
+
+
+def _before(view: LayerView, slots: int) -> NDArray[np.float32]:
+    layer, logits = view.layer, view.routing.logits
+    if layer.rule is None:
+        raise AllocationError(
+            "a share of mass must be of routers that follow a known rule, got one that does "
+            f"not in layer {layer.index}. Use --policy fixed."
+        )
+    chosen = select(logits, layer.correction_bias, layer.rule, slots).indices
+    mass = mass_of(logits, layer.rule).gather(-1, chosen)
+    before = torch.nn.functional.pad(mass.cumsum(dim=-1)[:, :-1], (1, 0))
+    found: NDArray[np.float32] = before.cpu().numpy()
+    return found

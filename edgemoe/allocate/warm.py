@@ -1,0 +1,98 @@
+"""P-Warm: heads learn the numbers that a share of the router's mass would give.
+
+The first of the two steps of Ada-K's training (https://arxiv.org/abs/2410.10456): for token i
+
+    n_i(p) = min { n : the n best experts have at least p of the router's mass }
+
+with p such that the mean of n_i is what is asked; heads are trained by cross-entropy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from edgemoe.allocate.reach import find_share, reach_of
+from edgemoe.allocate.rollout import see_states
+from edgemoe.progress import telling
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgemoe.allocate.heads import Heads
+    from edgemoe.oracle.oracle import LayerOracle
+
+_BATCH_TOKENS = 256
+_DECAY = 0.1
+
+
+def warm_up(
+    oracle: LayerOracle,
+    heads: Heads,
+    mean_k: float,
+    *,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+) -> float:
+    """Train heads to do what a share of mass does.
+
+    Args:
+        oracle: The model, following no policy, and the tokens.
+        heads: The heads; they are changed.
+        mean_k: Experts per token and layer that the share is chosen for.
+        epochs: Passes over the tokens.
+        learning_rate: Of AdamW, at the beginning; half a cosine leads to 0.
+        seed: Of the order of tokens.
+
+    Returns:
+        The share.
+
+    Raises:
+        AllocationError: A router follows no known rule.
+        StreamingError: The family cannot be run layer by layer.
+    """
+    reach = reach_of(oracle, heads.slots)
+    share = find_share(reach, mean_k)
+    wanted = torch.from_numpy(np.stack([(layer < share).sum(axis=1) for layer in reach])) - 1
+    inputs = see_states(oracle.moe, oracle.windows)
+    _fit(heads, inputs, wanted, epochs, learning_rate, seed)
+    return share
+
+
+def _fit(
+    heads: Heads,
+    inputs: torch.Tensor,
+    wanted: torch.Tensor,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """Train by cross-entropy; inputs [layers, tokens, hidden], wanted [layers, tokens]."""
+    optimizer = torch.optim.AdamW([heads.weight], lr=learning_rate, weight_decay=_DECAY)
+    tokens = inputs.shape[1]
+    steps = epochs * -(-tokens // _BATCH_TOKENS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    draw = torch.Generator().manual_seed(seed)
+    with telling(epochs, "warm up") as tell:
+        for _ in range(epochs):
+            losses: list[float] = []
+            order = torch.randperm(tokens, generator=draw)
+            for chosen in _batches(order):
+                found = heads.log_probabilities(inputs[:, chosen])
+                loss = functional.nll_loss(
+                    found.flatten(0, 1), wanted[:, chosen].flatten(), reduction="mean"
+                )
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                schedule.step()
+                losses.append(loss.item())
+            tell(f"cross-entropy {np.mean(losses):.3f}")
+
+
+def _batches(order: torch.Tensor) -> Sequence[torch.Tensor]:
+    return torch.split(order, _BATCH_TOKENS)

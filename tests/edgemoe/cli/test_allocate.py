@@ -1,0 +1,119 @@
+"""``edgemoe allocate`` on the way from a plan to a bundle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import pytest
+
+from edgemoe.plans.plan import Plan
+from edgemoe_runtime import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from click.testing import Result
+
+    Answer: TypeAlias = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def plan(road: Path, answer: Answer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plan that merges eight experts to five, for code."""
+    folder = tmp_path_factory.mktemp("plan")
+    task = f"--task=code={road}/code.jsonl"
+    answer("calibrate", road / "moe", task, "-o", folder / "stats")
+    asked = ("--stats", folder / "stats", "--task", "code", "--method", "ream")
+    answer("prune", road / "moe", *asked, "--keep-experts", 5, "-o", folder / "plan.json")
+    return folder / "plan.json"
+
+
+@pytest.mark.fused
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("fixed", ["--set", "k=2,1"]),
+        ("alloc-l", ["--mean-k", "1.5"]),
+        ("top-p", ["--mean-k", "1.5"]),
+        ("top-p", ["--set", "p=0.35", "--set", "k_max=4"]),
+        ("ada-k", ["--mean-k", "1.5", "--set", "steps=3", "--set", "batch_tokens=200"]),
+    ],
+)
+def test_a_merged_model_follows_the_policy_to_the_device(
+    road: Path, plan: Path, answer: Answer, tmp_path: Path, policy: str, options: list[str]
+) -> None:
+    task = f"--task=code={road}/code.jsonl"
+    both = tmp_path / "both.json"
+    asked = ("--policy", policy, *options, "--plan", plan, "-o", both)
+    told = answer("allocate", road / "moe", task, *asked)
+    assert told["mean_k_before"] == 2
+    if "--mean-k" in options:
+        assert told["mean_k"] == pytest.approx(1.5, abs=0.1)
+    described = answer("inspect", both)
+    assert described["method"] == "ream"
+    assert described["k_policy"]["policy"] == policy
+    assert described["k_policy"]["most_k"] == told["most_k_per_layer"]
+    assert Plan.load(both).layers == Plan.load(plan).layers
+
+    applied = answer("apply", road / "moe", "--plan", both, "-o", tmp_path / "small")
+    assert applied["k_policy"] == policy
+    small = answer("inspect", tmp_path / "small")
+    assert small["k_policy"] == described["k_policy"]
+    assert small["experts_per_layer"] == [5, 5]
+    score = answer("evaluate", tmp_path / "small", f"--task=prose={road}/prose.jsonl")
+    assert score["experts_per_token"] == pytest.approx(told["mean_k"], abs=0.4)
+    bundle = tmp_path / "bundle"
+    answer("export", tmp_path / "small", "-o", bundle, "--target", "cpu", "--precision", "fp32")
+    with Session.open(bundle) as session:
+        made = session.generate("def add(first, second):", max_new_tokens=8)
+        assert 1 <= made.experts_per_token <= max(told["most_k_per_layer"])
+    ran = answer("evaluate", bundle, f"--task=prose={road}/prose.jsonl")
+    assert ran["value"] == pytest.approx(score["value"], rel=1e-4)
+
+
+def test_lines_that_chose_k_judge_nothing_and_experts_stay(
+    road: Path, answer: Answer, invoke: Callable[..., Result], tmp_path: Path
+) -> None:
+    task = f"--task=code={road}/code.jsonl"
+    output = tmp_path / "k.json"
+    answer("allocate", road / "moe", task, "--policy", "top-p", "-o", output)
+    answer("apply", road / "moe", "--plan", output, "-o", tmp_path / "small")
+    refused = invoke("evaluate", tmp_path / "small", task)
+    assert refused.exit_code == 1
+    assert "12 of 12 lines" in refused.stderr
+    # Its tokens are shared out among these experts: others are for the whole model.
+    answer("calibrate", tmp_path / "small", task, "-o", tmp_path / "stats")
+    asked = ("--stats", tmp_path / "stats", "--task", "code", "--method", "reap")
+    target = tmp_path / "cut.json"
+    answer("prune", tmp_path / "small", *asked, "--keep", 0.5, "-o", target)
+    refused = invoke("apply", tmp_path / "small", "--plan", target, "-o", tmp_path / "less")
+    assert refused.exit_code == 1
+    assert "before k is allocated" in refused.stderr
+    assert not (tmp_path / "less").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policy", "nope"], "policy must be one of"),
+        (["--policy", "fixed", "--set", "k=3,x"], "k must be integers"),
+        (["--policy", "fixed", "--set", "p=1"], "an option of fixed must be"),
+        (["--policy", "top-p", "--mean-k", "7"], r"--mean-k must be in [1, 2]"),
+        (["--policy", "fixed", "--set", "k=6"], "between 1 and 5 experts"),
+    ],
+)
+def test_refusals_leave_nothing(
+    road: Path,
+    plan: Path,
+    invoke: Callable[..., Result],
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+) -> None:
+    task = f"--task=code={road}/code.jsonl"
+    asked = ("--plan", plan, "-o", tmp_path / "k.json")
+    result = invoke("allocate", road / "moe", task, *options, *asked)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
