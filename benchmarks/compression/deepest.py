@@ -3,8 +3,10 @@
 The method chooses what stays, least squares repair it on every calibration line that there is,
 and LoRA trains what comes of that. The unpruned model gets the same training beside it, though
 without a teacher, which would be itself: whoever trains on a task's text learns the task,
-whether anything was cut or not, and a cut that is called free because of that is not. Run it from the repository's root, with the demo's model and
-a folder that benchmarks/reference_moe/corpus.py wrote::
+whether anything was cut or not, and a cut that is called free because of that is not.
+
+Run it from the repository's root, with the demo's model and a folder that
+benchmarks/reference_moe/corpus.py wrote::
 
     python benchmarks/compression/deepest.py demo/moe --tasks demo/domains --work deepest
 
