@@ -55,7 +55,7 @@ def bench(
     text = "\n".join(
         (
             f"{bundle}, task {result['task']}, {result['precision']}, {result['backend']}, "
-            f"{result['threads']} threads, {result['experts_per_token']:g} experts per token",
+            f"{result['threads']} threads, {result['experts_per_token']:.3g} experts per token",
             f"load     {result['load_s']:.2f} s",
             f"size     {human_bytes(result['bundle_bytes'])} on disk, "
             f"{human_bytes(result['peak_rss_bytes'])} of memory at most",
@@ -97,7 +97,7 @@ def _summarise(session: Session, runs: list[Generation]) -> dict[str, Any]:
         "backend": explanation.backend,
         "fallbacks": [fallback.to_dict() for fallback in explanation.fallbacks],
         "threads": explanation.threads or len(os.sched_getaffinity(0)),
-        "experts_per_token": explanation.experts_per_token,
+        "experts_per_token": runs[-1].experts_per_token,
         "repeat": len(runs),
         "prompt_tokens": runs[0].prompt_tokens,
         "new_tokens": runs[0].new_tokens,

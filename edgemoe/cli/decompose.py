@@ -73,12 +73,13 @@ def decompose(
     from edgemoe.oracle.homes import open_home
     from edgemoe.plans.keep_all import keep_all
     from edgemoe.plans.plan import Plan
-    from edgemoe.prune.apply import planned_tensors
+    from edgemoe.prune.apply import planned_tensors, refuse_changes
     from edgemoe.staging import refuse_existing
 
     refuse_existing(output, force=force, directory=False)
     chosen = read_options(method, options)
     structure = read_structure(model)
+    refuse_changes(structure)
     plan = keep_all(structure.shape) if plan_path is None else Plan.load(plan_path)
     sha256 = fingerprint_checkpoint(model)
     plan.validate(structure.shape, sha256)

@@ -139,11 +139,12 @@ def prune(
 
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.errors import PlanError, StatisticsError
-    from edgemoe.models import read_shape
+    from edgemoe.models.checkpoint import read_structure
     from edgemoe.models.fingerprint import fingerprint_checkpoint
     from edgemoe.models.opening import open_streamed
     from edgemoe.oracle.homes import StreamedHome, open_home
     from edgemoe.oracle.oracle import LayerOracle
+    from edgemoe.prune.apply import refuse_changes
     from edgemoe.prune.keep import count_kept, parse_keep_experts
     from edgemoe.prune.registry import count_for, find_method, make_plan, read_options
     from edgemoe.staging import refuse_existing
@@ -168,7 +169,9 @@ def prune(
             f"{method} must be told a fraction of the neurons, since it keeps all experts, got "
             f"--keep-experts {keep_experts}. Use --keep."
         )
-    shape = read_shape(model)
+    structure = read_structure(model)
+    refuse_changes(structure)
+    shape = structure.shape
     if keep is not None:
         counts = count_for(method, shape, keep)
     else:

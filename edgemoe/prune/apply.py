@@ -199,11 +199,23 @@ def refuse_k_policy(plan: Plan, model: MoeModel) -> None:
     Raises:
         PlanError: The model has a k policy, and the plan changes anything.
     """
-    changes = plan.k_policy is not None or any(
+    if plan.k_policy is not None or any(
         layer_plan.ranks is not None or not keeps_all(layer_plan, layer.num_experts)
         for layer, layer_plan in zip(model.layers, plan.layers, strict=True)
-    )
-    if model.k_policy is not None and changes:
+    ):
+        refuse_changes(model)
+
+
+def refuse_changes(model: MoeModel) -> None:
+    """Refuse any plan for a model with a k policy, before one is made.
+
+    Args:
+        model: The model, possibly on the meta device.
+
+    Raises:
+        PlanError: It has a k policy.
+    """
+    if model.k_policy is not None:
         raise PlanError(
             "a plan must be carried out before k is allocated, got a checkpoint with the k "
             f"policy {model.k_policy.name}. Start from the checkpoint that it was made from, "

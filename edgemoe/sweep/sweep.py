@@ -9,9 +9,10 @@ from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.shards import calibrate_in_shards
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import StreamingError, SweepError
-from edgemoe.models.checkpoint import load_model, load_tokenizer, read_config, read_shape
+from edgemoe.models.checkpoint import load_model, load_tokenizer, read_config, read_structure
 from edgemoe.models.fingerprint import FileHashes, hash_file
 from edgemoe.plans.keep_all import keep_all
+from edgemoe.prune.apply import refuse_changes
 from edgemoe.resume import publish, resumable
 from edgemoe.spread.agreement import threads_of
 from edgemoe.spread.workers import Processes, RayCluster, open_workers
@@ -70,7 +71,9 @@ def run_sweep(request: SweepRequest, place: Place) -> Outcome:
         OutputError: The output exists, or the disk refuses.
     """
     request.check()
-    shape = read_shape(request.model)
+    structure = read_structure(request.model)
+    refuse_changes(structure)
+    shape = structure.shape
     cuts, impossible = list_cuts(request, shape)
     lines = load_lines(request.tasks, request.held_out)
     config = read_config(request.model)[1]

@@ -14,7 +14,7 @@ from edgemoe.models.memory import default_limit
 from edgemoe.models.opening import open_larger
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.keep_all import keep_all
-from edgemoe.prune.apply import check_neurons
+from edgemoe.prune.apply import check_neurons, refuse_changes, refuse_k_policy
 from edgemoe.prune.registry import count_for, make_plan
 from edgemoe.staging import require_space
 from edgemoe_exporters import lower_ort, lower_tensorrt
@@ -126,6 +126,9 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         plan.validate(shape)
         refuse_factors(name, plan)
         check_neurons(plan, structure)
+        refuse_k_policy(plan, structure)
+    if request.pruned_here and request.keep_or_default < 1:
+        refuse_changes(structure)
     if target.flavour == "ort":
         check_block_sizes(shape, precision)
     counts = (

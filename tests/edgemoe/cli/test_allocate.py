@@ -83,14 +83,22 @@ def test_lines_that_chose_k_judge_nothing_and_experts_stay(
     assert refused.exit_code == 1
     assert "12 of 12 lines" in refused.stderr
     # Its tokens are shared out among these experts: others are for the whole model.
-    answer("calibrate", tmp_path / "small", task, "-o", tmp_path / "stats")
-    asked = ("--stats", tmp_path / "stats", "--task", "code", "--method", "reap")
-    target = tmp_path / "cut.json"
-    answer("prune", tmp_path / "small", *asked, "--keep", 0.5, "-o", target)
-    refused = invoke("apply", tmp_path / "small", "--plan", target, "-o", tmp_path / "less")
-    assert refused.exit_code == 1
-    assert "before k is allocated" in refused.stderr
-    assert not (tmp_path / "less").exists()
+    small, left = tmp_path / "small", sorted(tmp_path.iterdir())
+    stats = ("--stats", tmp_path / "none", "--task", "code")
+    plan = tmp_path / "cut.json"
+    plan.write_text(Plan.load(output).to_json())
+    for words in (
+        ("prune", small, *stats, "--method", "reap", "--keep", 0.5),
+        ("decompose", small, *stats, "--method", "svd", "--param-ratio", 0.5),
+        ("sweep", small, task, "--method", "reap"),
+        ("export", small, task, "--target", "cpu"),
+        ("apply", small, "--plan", plan),
+    ):
+        refused = invoke(*words, "-o", tmp_path / "less")
+        assert refused.exit_code == 1
+        assert "before k is allocated" in refused.stderr
+    plan.unlink()
+    assert sorted(tmp_path.iterdir()) == left
 
 
 @pytest.mark.parametrize(
