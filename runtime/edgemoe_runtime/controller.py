@@ -1,0 +1,248 @@
+"""Which rung of the ladder to run on: a decision from what was measured, and nothing else.
+
+A rung is a cap of experts per token, with the time that a token takes on it relative to the
+first rung, which is the full k. Two things push down the ladder, their absence back up:
+
+- the deadline. The median of the last three tokens' times, each divided by the cost of its
+  rung, says how fast the machine is now. When half of the headroom is used up, the best rung
+  that leaves all of it is taken at once. Upwards it goes one rung at a time, and only when the
+  rung above has left all of it for a while: a machine at the edge of a rung does not swing.
+- the machine. A throttle alert, a temperature near the trip point of its own zone, a new
+  over-current event, more power than allowed, or little free memory take one rung a second
+  away, until all are well clear; then one rung comes back every few seconds.
+
+`decide` is pure: the same state and signals give the same answer, on any machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from edgemoe_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgemoe_runtime.sensors import Sensors
+
+_SAMPLES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What is too much, and how long to wait.
+
+    Attributes:
+        headroom: share of the deadline that a rung must leave, in [0, 0.5).
+        climb_seconds: how long the rung above must have left it.
+        pressure_seconds: how long each rung down lasts at least while the machine suffers.
+        relief_seconds: how long the machine must be well before a rung comes back.
+        trip_margin_celsius: how near a trip point is too near.
+        clear_margin_celsius: how far below that is well again.
+        power_mw: most power of all rails together, or None.
+        memory_bytes: least free memory, or None.
+    """
+
+    headroom: float = 0.1
+    climb_seconds: float = 2.0
+    pressure_seconds: float = 1.0
+    relief_seconds: float = 5.0
+    trip_margin_celsius: float = 3.0
+    clear_margin_celsius: float = 5.0
+    power_mw: int | None = None
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.headroom < 0.5:
+            raise RequestError(f"headroom must be in [0, 0.5), got {self.headroom}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """What was measured since the last decision.
+
+    Attributes:
+        seconds: a clock that never goes back.
+        token_ms: time of each new token since, on the rung in force; may be none.
+        allowed_ms: time that a token may take from now on, or None without a deadline.
+        sensors: a reading, or None where none was taken.
+    """
+
+    seconds: float
+    token_ms: Sequence[float] = ()
+    allowed_ms: float | None = None
+    sensors: Sensors | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlState:
+    """What the controller remembers.
+
+    Attributes:
+        rung: the rung in force; 0 is the full k.
+        unit_ms: the last times of a token, each divided by the cost of its rung.
+        fresh: tokens measured since the last move.
+        roomy_since: since when the rung above would do, or None.
+        pressed: rungs that the machine's state takes away.
+        pressed_at: when that number last changed, or when the machine last was not well.
+        over_current: counters of the last reading.
+        impossible: whether no rung is fast enough for the deadline.
+    """
+
+    rung: int = 0
+    unit_ms: tuple[float, ...] = ()
+    fresh: int = 0
+    roomy_since: float | None = None
+    pressed: int = 0
+    pressed_at: float | None = None
+    over_current: Mapping[str, int] = field(default_factory=dict)
+    impossible: bool = False
+
+
+@dataclass(frozen=True)
+class Move:
+    """A change of rung, and why."""
+
+    before: int
+    after: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"rung {self.before} to {self.after}: {self.reason}"
+
+
+def decide(
+    state: ControlState, signals: Signals, costs: Sequence[float], limits: Limits
+) -> tuple[ControlState, Move | None]:
+    """Choose the rung for the tokens that follow.
+
+    Args:
+        state: what was remembered; `ControlState()` at the start.
+        signals: what was measured since.
+        costs: time of a token on each rung, relative to the first one: falling, in (0, 1].
+        limits: what is too much.
+
+    Returns:
+        What to remember, and the move, or None where the rung stays.
+
+    Raises:
+        RequestError: when the costs do not fall, or the state is of another ladder.
+    """
+    _check(state, costs)
+    state = _measure(state, signals, costs)
+    state, troubles = _feel(state, signals, limits, len(costs))
+    wanted, why = _by_deadline(state, signals, costs, limits)
+    state = replace(state, impossible=why == _NO_RUNG)
+    if state.pressed > wanted:
+        wanted, why = state.pressed, ", ".join(troubles) or "the machine has to recover"
+    if wanted > state.rung:
+        return _move(state, wanted, why or "deadline")
+    if wanted == state.rung:
+        return replace(state, roomy_since=None), None
+    since = signals.seconds if state.roomy_since is None else state.roomy_since
+    if signals.seconds - since < limits.climb_seconds:
+        return replace(state, roomy_since=since), None
+    return _move(state, state.rung - 1, "there is room again")
+
+
+_NO_RUNG = "no rung is fast enough for the deadline"
+
+
+def _check(state: ControlState, costs: Sequence[float]) -> None:
+    falling = all(a > b for a, b in itertools.pairwise(costs))
+    if not costs or not falling or not 0 < costs[-1] <= costs[0] <= 1:
+        raise RequestError(f"costs of a ladder must fall, in (0, 1], got {list(costs)}.")
+    if not 0 <= state.rung < len(costs):
+        raise RequestError(
+            f"a controller's rung must be in [0, {len(costs)}), got {state.rung}. Begin with a"
+            " new state when the ladder changes."
+        )
+
+
+def _measure(state: ControlState, signals: Signals, costs: Sequence[float]) -> ControlState:
+    """Take the new tokens' times in."""
+    units = [milliseconds / costs[state.rung] for milliseconds in signals.token_ms]
+    return replace(
+        state,
+        unit_ms=(*state.unit_ms, *units)[-_SAMPLES:],
+        fresh=state.fresh + len(units),
+    )
+
+
+def _by_deadline(
+    state: ControlState, signals: Signals, costs: Sequence[float], limits: Limits
+) -> tuple[int, str]:
+    """Return the rung that the deadline asks for, and why it is not a better one."""
+    if signals.allowed_ms is None:
+        return 0, ""
+    if not state.unit_ms or state.fresh < min(_SAMPLES, len(state.unit_ms)):
+        # What was measured is mostly of the rung before: it waits.
+        return state.rung, ""
+    unit, last = statistics.median(state.unit_ms), len(costs) - 1
+    why = f"{unit * costs[state.rung]:.1f} ms a token, {signals.allowed_ms:.1f} allowed"
+    for rung, cost in enumerate(costs):
+        # The rung in force is left later than another is entered, so that it does not swing.
+        spare = limits.headroom * (0.5 if rung == state.rung else 1)
+        if unit * cost <= signals.allowed_ms * (1 - spare):
+            return rung, why
+    return last, _NO_RUNG if unit * costs[last] > signals.allowed_ms else why
+
+
+def _feel(
+    state: ControlState, signals: Signals, limits: Limits, rungs: int
+) -> tuple[ControlState, list[str]]:
+    """Take a reading in: how many rungs the machine's state takes away, and why."""
+    reading = signals.sensors
+    if reading is None:
+        return state, []
+    troubles, is_well = _examine(state, reading, limits)
+    state = replace(state, over_current=dict(reading.over_current_events))
+    since = state.pressed_at
+    waited = float("inf") if since is None else signals.seconds - since
+    if troubles:
+        if state.pressed == 0 or waited >= limits.pressure_seconds:
+            pressed = min(rungs - 1, state.pressed + 1)
+            state = replace(state, pressed=pressed, pressed_at=signals.seconds)
+    elif not is_well:
+        state = replace(state, pressed_at=signals.seconds)
+    elif state.pressed and waited >= limits.relief_seconds:
+        state = replace(state, pressed=state.pressed - 1, pressed_at=signals.seconds)
+    return state, troubles
+
+
+def _examine(state: ControlState, reading: Sensors, limits: Limits) -> tuple[list[str], bool]:
+    """Return what is wrong with the machine, and whether all is well clear of that."""
+    troubles = [f"{alert} is active" for alert in reading.throttling]
+    is_well = True
+    for zone in reading.zones:
+        if zone.trip_celsius is None:
+            continue
+        near = zone.trip_celsius - limits.trip_margin_celsius
+        if zone.celsius >= near:
+            slows = f"{zone.trip_celsius:.0f}"
+            troubles.append(f"{zone.name} has {zone.celsius:.0f} °C, slows down at {slows}")
+        is_well = is_well and zone.celsius <= near - limits.clear_margin_celsius
+    for name, count in reading.over_current_events.items():
+        if name in state.over_current and count > state.over_current[name]:
+            troubles.append(f"over-current event {name}")
+    power = sum(reading.power_mw.values())
+    if limits.power_mw is not None and reading.power_mw:
+        if power > limits.power_mw:
+            troubles.append(f"{power / 1000:.1f} W, {limits.power_mw / 1000:.1f} allowed")
+        is_well = is_well and power <= 0.9 * limits.power_mw
+    free = reading.memory_available_bytes
+    if limits.memory_bytes is not None and free is not None:
+        if free < limits.memory_bytes:
+            troubles.append(
+                f"{free / 1e6:.0f} MB of memory free, {limits.memory_bytes / 1e6:.0f} wanted"
+            )
+        is_well = is_well and free >= 1.25 * limits.memory_bytes
+    return troubles, is_well and not troubles
+
+
+def _move(state: ControlState, rung: int, reason: str) -> tuple[ControlState, Move]:
+    moved = replace(state, rung=rung, fresh=0, roomy_since=None)
+    return moved, Move(state.rung, rung, reason)

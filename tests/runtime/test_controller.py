@@ -1,0 +1,242 @@
+"""The controller on simulated machines: hot ones, slow ones, such with little memory."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgemoe_runtime.controller import ControlState, Limits, Move, Signals, decide
+from edgemoe_runtime.errors import RequestError
+from edgemoe_runtime.sensors import Sensors, ThermalZone
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+COSTS = (1.0, 0.85, 0.7, 0.55, 0.4)
+NOTHING = Sensors(
+    memory_total_bytes=None,
+    memory_available_bytes=None,
+    swap_total_bytes=None,
+    zones=(),
+    throttling=(),
+    over_current_events={},
+    power_mw={},
+    gpu_clock_fraction=None,
+    absent=("memory", "temperature"),
+)
+
+
+@dataclass
+class Run:
+    """What came of a simulation."""
+
+    tokens: list[tuple[float, float, int]] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
+    state: ControlState = field(default_factory=ControlState)
+
+    def kept(self, deadline: float, possible: Callable[[float], bool]) -> float:
+        """Share of tokens in time, of those for which some rung is fast enough."""
+        told = [ms <= deadline for at, ms, _ in self.tokens if possible(at)]
+        return sum(told) / len(told)
+
+
+def simulate(
+    unit_of: Callable[[float], float],
+    seconds: float,
+    deadline: float | None,
+    *,
+    sensors: Callable[[float, int], Sensors] | None = None,
+    limits: Limits | None = None,
+    noise: float = 0.03,
+    controlled: bool = True,
+    costs: Sequence[float] = COSTS,
+) -> Run:
+    """Make tokens one after the other; ``unit_of`` tells what one takes at full k, in ms."""
+    draw = random.Random(0)
+    run, clock = Run(), 0.0
+    while clock < seconds:
+        rung = run.state.rung
+        took = unit_of(clock) * costs[rung] * draw.gauss(1, noise)
+        run.tokens.append((clock, took, rung))
+        clock += took / 1000
+        reading = None if sensors is None else sensors(clock, rung)
+        signals = Signals(seconds=clock, token_ms=(took,), allowed_ms=deadline, sensors=reading)
+        if controlled:
+            run.state, move = decide(run.state, signals, costs, limits or Limits())
+            run.moves += [] if move is None else [move]
+    return run
+
+
+def test_a_slower_clock_is_answered_and_full_k_comes_back() -> None:
+    def unit(at: float) -> float:
+        return 17.0 if 20 <= at < 60 else 10.0
+
+    run = simulate(unit, 100, 12.0)
+    alone = simulate(unit, 100, 12.0, controlled=False)
+    assert run.kept(12.0, lambda _: True) > 0.995
+    assert alone.kept(12.0, lambda _: True) < 0.8
+    # Down once, and up rung by rung: nothing swings.
+    assert len(run.moves) <= 6
+    assert run.state.rung == 0
+    back = next(at for at, _, rung in run.tokens if at > 60 and rung == 0)
+    assert back < 60 + 10
+    # The deadline leaves no more than was needed: 17 ms at 0.55 is 9.4 ms.
+    assert {rung for at, _, rung in run.tokens if 22 < at < 59} == {3}
+
+
+def test_a_single_slow_token_changes_nothing() -> None:
+    calls = iter(range(10**6))
+
+    def unit(_: float) -> float:
+        return 60.0 if next(calls) % 50 == 25 else 10.0
+
+    run = simulate(unit, 30, 12.0)
+    assert run.moves == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(1, 6), st.floats(5, 40)), min_size=1, max_size=6),
+    st.floats(4, 30),
+)
+def test_whatever_happens_a_rung_that_is_fast_enough_is_found_in_six_tokens(
+    parts: list[tuple[float, float]], deadline: float
+) -> None:
+    ends: list[tuple[float, float]] = []
+    for length, unit in parts:
+        ends.append((length + (ends[-1][0] if ends else 0.0), unit))
+
+    def unit_of(at: float) -> float:
+        return next((unit for end, unit in ends if at < end), ends[-1][1])
+
+    run = simulate(unit_of, ends[-1][0], deadline, noise=0.0)
+    since, last = 0, None
+    changed: list[int] = []
+    for number, (at, ms, rung) in enumerate(run.tokens):
+        assert 0 <= rung < len(COSTS)
+        unit = unit_of(at)
+        since = since + 1 if unit == last else 0
+        last = unit
+        if since >= 6 and unit * COSTS[-1] <= 0.9 * deadline:
+            assert ms <= deadline
+        if number and rung != run.tokens[number - 1][2]:
+            changed.append(number)
+    # Two moves by the deadline have three tokens of the new rung between them.
+    assert all(b - a >= 3 for a, b in itertools.pairwise(changed))
+
+
+def test_what_no_rung_can_do_is_told() -> None:
+    run = simulate(lambda _: 40.0, 5, 10.0)
+    assert run.state.impossible
+    assert run.state.rung == len(COSTS) - 1
+    assert run.moves[-1].reason == "no rung is fast enough for the deadline"
+    assert not simulate(lambda _: 10.0, 5, 12.0).state.impossible
+
+
+def hot_machine(ambient: Callable[[float], float]) -> Any:
+    """A body that the work heats and the air cools; its GPU slows down at 90 °C."""
+    body = {"celsius": 40.0, "at": 0.0}
+
+    def read(at: float, rung: int) -> Sensors:
+        seconds = at - body["at"]
+        rest = ambient(at) + 60 * COSTS[rung]
+        body["celsius"] += (rest - body["celsius"]) * min(1.0, seconds / 12)
+        body["at"] = at
+        zone = ThermalZone("gpu-thermal", body["celsius"], 90.0)
+        alerts = ("gpu-throttle-alert",) if body["celsius"] >= 90 else ()
+        return replace(NOTHING, zones=(zone,), throttling=alerts)
+
+    return read, body
+
+
+def test_a_jetson_in_the_sun_does_not_throttle_and_recovers_in_the_shade() -> None:
+    def ambient(at: float) -> float:
+        return 50.0 if 30 <= at < 200 else 20.0
+
+    read, body = hot_machine(ambient)
+    hottest = 0.0
+
+    def unit(_: float) -> float:
+        nonlocal hottest
+        hottest = max(hottest, body["celsius"])
+        return 18.0 if body["celsius"] >= 90 else 10.0
+
+    run = simulate(unit, 300, None, sensors=read)
+    assert hottest < 90
+    assert run.state.rung == 0
+    assert any("slows down at 90" in move.reason for move in run.moves)
+    # A rung a second at most, down or up.
+    assert len(run.moves) < 60
+    read, body = hot_machine(ambient)
+    hottest = 0.0
+    alone = simulate(unit, 300, None, sensors=read, controlled=False)
+    assert hottest >= 90
+    warm = [ms for at, ms, _ in alone.tokens if 100 < at < 200]
+    cared = [ms for at, ms, _ in run.tokens if 100 < at < 200]
+    assert sum(cared) / len(cared) < sum(warm) / len(warm)
+
+
+def test_little_memory_and_too_much_power_push_down_until_they_end() -> None:
+    limits = Limits(memory_bytes=500_000_000, power_mw=15_000)
+
+    def squeeze(at: float, _: int) -> Sensors:
+        return replace(
+            NOTHING,
+            memory_available_bytes=200_000_000 if 5 <= at < 20 else 900_000_000,
+            power_mw={"VDD_IN": 18_000 if 40 <= at < 50 else 9_000},
+        )
+
+    run = simulate(lambda _: 10.0, 90, None, sensors=squeeze, limits=limits)
+    rungs = {second: rung for at, _, rung in run.tokens for second in [int(at)]}
+    assert rungs[4] == 0
+    assert rungs[18] == len(COSTS) - 1
+    assert rungs[39] < len(COSTS) - 1
+    assert rungs[49] == len(COSTS) - 1
+    assert run.state.rung == 0
+    reasons = [move.reason for move in run.moves]
+    assert any(r == "200 MB of memory free, 500 wanted" for r in reasons)
+    assert any(r == "18.0 W, 15.0 allowed" for r in reasons)
+
+
+def test_new_over_current_events_count_and_old_ones_do_not() -> None:
+    def events(at: float, _: int) -> Sensors:
+        return replace(NOTHING, over_current_events={"oc3": 7 + int(at >= 10)})
+
+    run = simulate(lambda _: 10.0, 30, None, sensors=events)
+    assert [str(move) for move in run.moves] == [
+        "rung 0 to 1: over-current event oc3",
+        "rung 1 to 0: there is room again",
+    ]
+
+
+def test_a_machine_without_sensors_is_left_alone() -> None:
+    run = simulate(lambda _: 10.0, 20, None, sensors=lambda *_: NOTHING)
+    assert run.moves == []
+
+
+def test_the_same_signals_give_the_same_answer_and_change_no_state() -> None:
+    state = ControlState()
+    signals = Signals(seconds=1.0, token_ms=(20.0, 21.0, 19.0), allowed_ms=15.0)
+    first = decide(state, signals, COSTS, Limits())
+    assert first == decide(state, signals, COSTS, Limits())
+    assert state == ControlState()
+    assert first[1] == Move(0, 3, "20.0 ms a token, 15.0 allowed")
+
+
+@pytest.mark.parametrize("costs", [(), (1.0, 1.0), (0.5, 0.7), (1.2, 0.5), (1.0, 0.0)])
+def test_ladders_that_do_not_fall_are_refused(costs: tuple[float, ...]) -> None:
+    with pytest.raises(RequestError, match="must fall"):
+        decide(ControlState(), Signals(seconds=0.0), costs, Limits())
+
+
+def test_a_state_of_another_ladder_and_a_wild_headroom_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"rung must be in \[0, 2\)"):
+        decide(ControlState(rung=2), Signals(seconds=0.0), (1.0, 0.5), Limits())
+    with pytest.raises(RequestError, match="headroom"):
+        Limits(headroom=0.6)
