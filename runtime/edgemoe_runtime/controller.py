@@ -98,7 +98,7 @@ class ControlState:
     roomy_since: float | None = None
     pressed: int = 0
     pressed_at: float | None = None
-    over_current: Mapping[str, int] = field(default_factory=dict)
+    over_current: Mapping[str, int] = field(default_factory=dict[str, int])
     impossible: bool = False
 
 
