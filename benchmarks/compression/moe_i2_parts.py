@@ -64,7 +64,7 @@ def main(
     stats = work / "stats.safetensors"
     limit = ("--max-tokens", calibration_tokens)
     commands.make(stats.name, "calibrate", model, "--task", lines, *limit)
-    importance = _measure(model, stats, task, work / "importance.json", importance_tokens)
+    importance = _measure(model, stats, task, work / "measured.json", importance_tokens)
     shares = _plan_by_importance(stats, task, importance, keep, work)
 
     prune = ("prune", model, "--stats", stats, "--task", task)
