@@ -17,9 +17,13 @@ of the time.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from commands import Commands, megabytes, show_drop, show_score, write_table
+
+if TYPE_CHECKING:
+    from edgemoe.evaluate.evaluation import Evaluation
 
 
 @click.command()
@@ -54,12 +58,15 @@ def main(
     trained = ("--method", "lora", "--steps", steps, "--batch-tokens", 1024)
     held_out = tasks / f"{task}.test.jsonl"
     before = commands.judge("unpruned", model, held_out, held_out_tokens)
-    rows = [["all", "none", megabytes(model), show_score(before), ""]]
+    rows = [["all", "none", megabytes(model), show_score(before), "", ""]]
+    trained_alike: list[Evaluation] = []
 
     def judge(name: str, keep: str, recovery: str) -> None:
         score = commands.judge(name, work / name, held_out, held_out_tokens)
-        drop = show_drop(before, score)
-        rows.append([keep, recovery, megabytes(work / name), show_score(score), drop])
+        trained_alike[:] = trained_alike or [score]
+        size, drops = megabytes(work / name), (before, trained_alike[0])
+        beside = [show_drop(other, score) for other in drops]
+        rows.append([keep, recovery, size, show_score(score), *beside])
 
     teacher = ("--teacher", model, "--task", lines)
     commands.make("unpruned-lora", "recover", model, "--task", lines, *trained)
@@ -75,7 +82,8 @@ def main(
         repaired = work / f"{name}-squares"
         commands.make(f"{name}-lora", "recover", repaired, *teacher, *trained)
         judge(f"{name}-lora", shown, f"least squares, then LoRA, {steps} steps")
-    write_table(["keep", "recovery", "MB", "perplexity [95%]", "rise [95%]"], rows)
+    heading = ["keep", "recovery", "MB", "perplexity [95%]", "rise over unpruned [95%]"]
+    write_table([*heading, "over unpruned with LoRA [95%]"], rows)
 
 
 if __name__ == "__main__":
