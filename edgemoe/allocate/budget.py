@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from edgemoe.models.layer import MoeLayer
 
 
+def two_thirds(layer: MoeLayer) -> int:
+    """Return ceil(2 K / 3) of a layer's top_k K."""
+    return math.ceil(2 * layer.top_k / 3)
+
+
 def default_mean(layers: Sequence[MoeLayer]) -> float:
     """Return the mean k that policies share where none is asked for: that of ``fixed``.
 
@@ -22,7 +27,7 @@ def default_mean(layers: Sequence[MoeLayer]) -> float:
     Returns:
         Mean of ceil(2 K / 3) over the layers.
     """
-    return math.fsum(math.ceil(2 * layer.top_k / 3) for layer in layers) / len(layers)
+    return math.fsum(map(two_thirds, layers)) / len(layers)
 
 
 def check_mean(mean_k: float, most: Sequence[int]) -> float:

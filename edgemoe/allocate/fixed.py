@@ -10,10 +10,9 @@ Expert Pruning", https://arxiv.org/abs/2609.25809).
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-from edgemoe.allocate.budget import spend_evenly
+from edgemoe.allocate.budget import spend_evenly, two_thirds
 from edgemoe.errors import AllocationError
 from edgemoe.k_rule import KRule
 from edgemoe.models.k_policy import most_slots
@@ -49,7 +48,7 @@ def fixed(
     if k:
         counts = _read_table(k, len(layers))
     elif mean_k is None:
-        counts = [math.ceil(2 * layer.top_k / 3) for layer in layers]
+        counts = [two_thirds(layer) for layer in layers]
     else:
         counts = spend_evenly(mean_k, [most_slots(layer) for layer in layers])
     return tuple(KRule(slots=count) for count in counts)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from edgemoe.errors import AllocationError
-from edgemoe.models.routers import mass_of, select
+from edgemoe.models.routers import mass_before, select
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +79,5 @@ def _before(view: LayerView, slots: int) -> NDArray[np.float32]:
             f"not in layer {layer.index}. Use --policy fixed."
         )
     chosen = select(logits, layer.correction_bias, layer.rule, slots).indices
-    mass = mass_of(logits, layer.rule).gather(-1, chosen)
-    before = torch.nn.functional.pad(mass.cumsum(dim=-1)[:, :-1], (1, 0))
-    found: NDArray[np.float32] = before.cpu().numpy()
+    found: NDArray[np.float32] = mass_before(logits, chosen, layer.rule).cpu().numpy()
     return found

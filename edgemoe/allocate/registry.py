@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from edgemoe.errors import AllocationError, CheckpointError
 from edgemoe.k_policy import KPolicy
 from edgemoe.lines import write_digests
 from edgemoe.models.k_policy import check_k_policy
-from edgemoe.plans.options import parse_options
+from edgemoe.plans.options import options_of, parse_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,8 +41,7 @@ class Policy:
     @property
     def options(self) -> dict[str, Any]:
         """Options by name, with their defaults."""
-        parameters = inspect.signature(self.decide).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return options_of(self.decide)
 
 
 POLICIES: dict[str, Policy] = {

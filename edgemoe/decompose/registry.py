@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from edgemoe.errors import PlanError
 from edgemoe.models.factored import factor_layer, factored
 from edgemoe.models.shared_basis import base_layer, based
 from edgemoe.plans.factors import SHARED_BASIS
+from edgemoe.plans.options import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,8 +61,7 @@ class Method:
     @property
     def options(self) -> dict[str, Any]:
         """Options by name, with their defaults."""
-        parameters = inspect.signature(self.factor).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return options_of(self.factor)
 
 
 METHODS: dict[str, Method] = {

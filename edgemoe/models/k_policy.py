@@ -107,8 +107,6 @@ def following(model: MoeModel, policy: KPolicy | None) -> Iterator[None]:
     Raises:
         CheckpointError: The policy does not fit the model; then nothing has changed.
     """
-    if policy is not None:
-        check_k_policy(policy, model.layers)
     own = model.k_policy
     drop_k_policy(model)
     try:

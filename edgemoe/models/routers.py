@@ -138,6 +138,21 @@ def mass_of(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor:
     return torch.nn.functional.softmax(logits, dim=-1)
 
 
+def mass_before(logits: torch.Tensor, indices: torch.Tensor, rule: RouterRule) -> torch.Tensor:
+    """Add up the mass of the experts that come before each chosen one.
+
+    Args:
+        logits: [tokens, experts].
+        indices: Chosen experts, best first, int64 [tokens, slots].
+        rule: How the family chooses.
+
+    Returns:
+        float32 [tokens, slots], ascending, the first column 0.
+    """
+    mass = mass_of(logits, rule).gather(-1, indices)
+    return torch.nn.functional.pad(mass.cumsum(dim=-1)[..., :-1], (1, 0))
+
+
 def _reach(
     logits: torch.Tensor,
     indices: torch.Tensor,
@@ -148,10 +163,8 @@ def _reach(
     """Tell which slots are used, of those that already are."""
     if top_p is None:
         return used
-    mass = mass_of(logits, rule).gather(-1, indices)
     # The first slot has nothing before it, so a token always has an expert.
-    before = torch.nn.functional.pad(mass.cumsum(dim=-1)[..., :-1], (1, 0))
-    wanted = before < top_p
+    wanted = mass_before(logits, indices, rule) < top_p
     return wanted if used is None else wanted & used
 
 

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import PlanError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+
+def options_of(decide: Callable[..., Any]) -> dict[str, Any]:
+    """List a method's options: the keyword arguments of the function that decides.
+
+    Args:
+        decide: The function.
+
+    Returns:
+        Options by name, with their defaults.
+    """
+    parameters = inspect.signature(decide).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def parse_options(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,7 +10,7 @@ from edgemoe import __version__
 from edgemoe.calibrate.mixture import mix
 from edgemoe.errors import PlanError
 from edgemoe.lines import write_digests
-from edgemoe.plans.options import parse_options
+from edgemoe.plans.options import options_of, parse_options
 from edgemoe.plans.plan import LayerPlan, Plan
 from edgemoe.prune.camera import camera
 from edgemoe.prune.frequency import frequency
@@ -67,8 +66,7 @@ class Method:
     @property
     def options(self) -> dict[str, Any]:
         """Options by name, with their defaults."""
-        parameters = inspect.signature(self.decide).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return options_of(self.decide)
 
 
 METHODS: dict[str, Method] = {
