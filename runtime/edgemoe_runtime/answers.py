@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from edgemoe_runtime.chain import Fallback
     from edgemoe_runtime.json_fields import Json
+    from edgemoe_runtime.pace import KMove
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +28,14 @@ class Generation:
         prefill_seconds: the part of it before the first new token.
         experts_per_token: experts that a token of prompt and answer ran through per MoE layer,
             averaged over layers and, where tokens choose their number, over tokens.
-        k_cap: cap of experts per token, by MoE layer.
+        k_cap: cap of experts per token that was in force at the end, by MoE layer.
         backend: engine and provider that ran.
-        fallbacks: engines that could not be used, with reasons.
+        fallbacks: engines that could not be used, and a deadline that no rung of the k ladder
+            could keep, with reasons.
         finish_reason: `stop` (stop string), `eos`, `length` (max_new_tokens), or `max_length`
             (the cache is full).
         deadline_ms: the session's deadline, or None.
+        k_moves: changes of the cap during this request, with reasons.
     """
 
     text: str
@@ -47,6 +50,7 @@ class Generation:
     fallbacks: tuple[Fallback, ...]
     finish_reason: str
     deadline_ms: float | None
+    k_moves: tuple[KMove, ...] = ()
 
     @property
     def ms_per_token(self) -> float:
@@ -63,7 +67,6 @@ class Generation:
 
     def to_dict(self) -> dict[str, Json]:
         """Return the JSON object; k_cap is one number where all layers have the same."""
-        k_cap = compact(self.k_cap)
         return {
             "text": self.text,
             "tokens": list(self.tokens),
@@ -73,12 +76,13 @@ class Generation:
             "prefill_seconds": self.prefill_seconds,
             "ms_per_token": self.ms_per_token,
             "experts_per_token": self.experts_per_token,
-            "k_cap": k_cap if isinstance(k_cap, int) else list(k_cap),
+            "k_cap": _as_json(self.k_cap),
             "backend": self.backend,
             "fallbacks": [dict(fallback.to_dict()) for fallback in self.fallbacks],
             "finish_reason": self.finish_reason,
             "deadline_ms": self.deadline_ms,
             "deadline_met": self.deadline_met,
+            "k_moves": [move.to_dict() for move in self.k_moves],
         }
 
 
@@ -120,6 +124,11 @@ class Classification(str):
         values: what was compared: the scores in total, or per token or character.
         seconds: wall-clock time of the request.
         deadline_ms: the session's deadline, or None.
+        experts_per_token: experts that a token ran through per MoE layer, averaged.
+        k_cap: cap of experts per token that was in force at the end, by MoE layer.
+        fallbacks: engines that could not be used, answers that were too near to each other,
+            and a deadline that no rung of the k ladder could keep, with reasons.
+        k_moves: changes of the cap before this request, with reasons.
     """
 
     choice_index: int
@@ -128,6 +137,10 @@ class Classification(str):
     values: tuple[float, ...]
     seconds: float
     deadline_ms: float | None
+    experts_per_token: float
+    k_cap: tuple[int, ...]
+    fallbacks: tuple[Fallback, ...]
+    k_moves: tuple[KMove, ...]
 
     def __new__(
         cls,
@@ -137,6 +150,10 @@ class Classification(str):
         *,
         seconds: float,
         deadline_ms: float | None,
+        experts_per_token: float,
+        k_cap: tuple[int, ...],
+        fallbacks: tuple[Fallback, ...],
+        k_moves: tuple[KMove, ...],
     ) -> Classification:
         """Choose the choice with the highest value; the first of equals."""
         best = max(range(len(values)), key=lambda index: values[index])
@@ -147,6 +164,10 @@ class Classification(str):
         answer.values = tuple(values)
         answer.seconds = seconds
         answer.deadline_ms = deadline_ms
+        answer.experts_per_token = experts_per_token
+        answer.k_cap = k_cap
+        answer.fallbacks = fallbacks
+        answer.k_moves = k_moves
         return answer
 
     @property
@@ -174,7 +195,16 @@ class Classification(str):
             "seconds": self.seconds,
             "deadline_ms": self.deadline_ms,
             "deadline_met": self.deadline_met,
+            "experts_per_token": self.experts_per_token,
+            "k_cap": _as_json(self.k_cap),
+            "fallbacks": [dict(fallback.to_dict()) for fallback in self.fallbacks],
+            "k_moves": [move.to_dict() for move in self.k_moves],
         }
+
+
+def _as_json(k_cap: Sequence[int]) -> Json:
+    short = compact(k_cap)
+    return short if isinstance(short, int) else list(short)
 
 
 def meets_deadline(seconds: float, deadline_ms: float | None) -> bool | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from edgemoe_runtime.backends.onnxruntime import CPU, CUDA, PROVIDERS, TENSORRT, TENSORRT_RTX
 from edgemoe_runtime.backends.registry import BACKENDS
@@ -35,19 +35,32 @@ class Candidate:
         return self.backend if self.provider is None else f"{self.backend}:{self.provider}"
 
 
+FallbackKind = Literal["engine", "confidence", "deadline", "allocator"]
+
+
 @dataclass(frozen=True)
 class Fallback:
-    """A step down the chain: what could not be used, and why."""
+    """What could not be used or kept, and why.
+
+    Attributes:
+        backend: what was left: an engine; of the other kinds the rung of the k ladder.
+        reason: why.
+        kind: `engine`: the next one of the chain serves. `confidence`: an answer was too near
+            to another, so it was asked for again at the full k. `deadline`: no rung is fast
+            enough. `allocator`: the graph does not choose k by token, a fixed table does.
+    """
 
     backend: str
     reason: str
+    kind: FallbackKind = "engine"
 
     def __str__(self) -> str:
-        return f"{self.backend}: {self.reason}"
+        name = self.backend if self.kind == "engine" else f"{self.kind}, {self.backend}"
+        return f"{name}: {self.reason}"
 
     def to_dict(self) -> dict[str, str]:
         """Return the JSON object."""
-        return {"backend": self.backend, "reason": self.reason}
+        return {"backend": self.backend, "reason": self.reason, "kind": self.kind}
 
 
 _ON_CPU = (Candidate("onnxruntime", CPU),)

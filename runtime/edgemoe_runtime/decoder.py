@@ -31,28 +31,35 @@ class Decoder:
         k_cap: Sequence[int],
         *,
         top_k: int,
-        max_length: int,
         vocab_size: int,
     ) -> None:
         self._backend = backend
         self._k_cap = np.array(k_cap, dtype=np.int64)
         self._top_k = top_k
-        self.max_length = max_length
         self._vocab_size = vocab_size
         self._experts_used = 0
         self._tokens_run = 0
 
     def use_k_cap(self, k_cap: Sequence[int]) -> None:
-        """Set the cap of experts per token for the runs that follow."""
-        self._k_cap = np.array(k_cap, dtype=np.int64)
+        """Set the cap of experts per token for the requests that follow."""
+        self.move_k_cap(k_cap)
         self._experts_used = self._tokens_run = 0
+
+    def move_k_cap(self, k_cap: Sequence[int]) -> None:
+        """Set the cap of experts per token for the runs that follow, within a request too."""
+        self._k_cap = np.array(k_cap, dtype=np.int64)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the cache holds."""
+        return self._backend.max_length
 
     @property
     def experts_per_token(self) -> float:
         """Experts that a token ran through per MoE layer, averaged.
 
         The mean over layers and over the tokens that ran since the cache was empty; before any
-        did, and where all tokens use as many, what the caps allow.
+        did, what the caps allow.
         """
         if not self._tokens_run or not len(self._k_cap):
             return experts_per_token(self._k_cap.tolist(), self._top_k)
@@ -65,9 +72,13 @@ class Decoder:
     def _run(self, tokens: TokenArray, rows: LogitRows) -> LogitArray:
         logits = self._backend.run(tokens, self._k_cap, rows)
         used = self._backend.experts_used()
-        if used is not None:
-            self._experts_used += int(used.sum())
-            self._tokens_run += len(tokens)
+        if used is None:
+            # Every token uses what the caps allow.
+            total = len(tokens) * int(np.minimum(self._k_cap, self._top_k).sum())
+        else:
+            total = int(used.sum())
+        self._experts_used += total
+        self._tokens_run += len(tokens)
         return logits
 
     @property

@@ -10,6 +10,9 @@ from edgemoe_runtime.k_cap import compact
 if TYPE_CHECKING:
     from edgemoe_runtime.chain import Fallback
     from edgemoe_runtime.json_fields import Json
+    from edgemoe_runtime.pace import KMove
+
+_SHOWN_MOVES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +26,16 @@ class Explanation:
         target: what the bundle was exported for.
         precision: of the weights.
         backend: engine and provider in use.
-        fallbacks: engines that were tried before it, with reasons.
+        fallbacks: engines that were tried before it or failed, and the latest requests that
+            were asked again or could not keep their deadline, with reasons.
         k_cap: cap of experts per token, by MoE layer.
         ladder_position: name of the ladder's rung with these caps, or None.
+        ladder: names of the rungs that the session moves on.
+        k_moves: the latest changes of the cap, oldest first, with reasons.
+        k_move_count: all changes.
         top_k: experts per token at full quality.
         experts_per_token: experts per token and MoE layer, averaged: those of the latest
-            request where tokens choose their number, else what the caps allow.
+            request, before the first what the caps allow.
         threads: CPU threads asked for, or None where the engine chooses.
         max_length: tokens that fit into the cache.
         kv_cache: form of the cache.
@@ -36,6 +43,9 @@ class Explanation:
         verified: whether digests were compared on opening.
         requests: requests answered.
         last_seconds: time of the last one, or None.
+        mean_seconds: time of a request on average, or None.
+        new_tokens: tokens that all requests made together.
+        asked_again: requests that were asked again at the full k, for want of confidence.
         deadline_ms: deadline of a request, or None.
         deadlines_met: requests that ended in time.
     """
@@ -49,6 +59,9 @@ class Explanation:
     fallbacks: tuple[Fallback, ...]
     k_cap: tuple[int, ...]
     ladder_position: str | None
+    ladder: tuple[str, ...]
+    k_moves: tuple[KMove, ...]
+    k_move_count: int
     top_k: int
     experts_per_token: float
     threads: int | None
@@ -58,6 +71,9 @@ class Explanation:
     verified: bool
     requests: int
     last_seconds: float | None
+    mean_seconds: float | None
+    new_tokens: int
+    asked_again: int
     deadline_ms: float | None
     deadlines_met: int
 
@@ -77,11 +93,18 @@ class Explanation:
         lines.append(
             f"limits    {self.max_length} tokens ({self.kv_cache} cache), threads: {threads}"
         )
-        if self.deadline_ms is None:
-            lines.append(f"requests  {self.requests}, no deadline")
-        else:
+        if len(self.ladder) > 1 or self.k_moves:
+            lines.append(f"ladder    {' > '.join(self.ladder)}, {self.k_move_count} moves")
+            lines += [f"  {move}" for move in self.k_moves[-_SHOWN_MOVES:]]
+        met = "no deadline"
+        if self.deadline_ms is not None:
             met = f"{self.deadlines_met} within {self.deadline_ms:g} ms"
-            lines.append(f"requests  {self.requests}, {met}")
+        lines.append(f"requests  {self.requests}, {met}")
+        if self.mean_seconds is not None:
+            lines.append(
+                f"          {self.mean_seconds:.3g} s and {self.new_tokens / self.requests:.3g}"
+                f" new tokens each, {self.asked_again} asked again at full k"
+            )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Json]:
@@ -96,6 +119,9 @@ class Explanation:
             "fallbacks": [dict(fallback.to_dict()) for fallback in self.fallbacks],
             "k_cap": list(self.k_cap),
             "ladder_position": self.ladder_position,
+            "ladder": list(self.ladder),
+            "k_moves": [move.to_dict() for move in self.k_moves],
+            "k_move_count": self.k_move_count,
             "top_k": self.top_k,
             "experts_per_token": self.experts_per_token,
             "threads": self.threads,
@@ -105,6 +131,9 @@ class Explanation:
             "verified": self.verified,
             "requests": self.requests,
             "last_seconds": self.last_seconds,
+            "mean_seconds": self.mean_seconds,
+            "new_tokens": self.new_tokens,
+            "asked_again": self.asked_again,
             "deadline_ms": self.deadline_ms,
             "deadlines_met": self.deadlines_met,
         }

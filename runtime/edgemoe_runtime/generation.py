@@ -17,6 +17,7 @@ from edgemoe_runtime.tokenizer import Detokenizer, Tokenizer
 if TYPE_CHECKING:
     from edgemoe_runtime.answers import Generation
     from edgemoe_runtime.decoder import Decoder
+    from edgemoe_runtime.pace import Pace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ def generate_pieces(
     tokenizer: Tokenizer,
     progress: GenerationProgress,
     check_turn: Callable[[], None],
+    pace: Pace,
 ) -> Iterator[str]:
     """Yield the pieces of a text that are not empty.
 
@@ -125,13 +127,17 @@ def generate_pieces(
         tokenizer: turns them into text.
         progress: is filled along the way.
         check_turn: raises when the decoder's cache belongs to another request by now.
+        pace: chooses the rung of the k ladder, of this request from now on.
     """
     generator = np.random.default_rng(request.seed)
     text, stop = Detokenizer(tokenizer, request.prompt), StopFilter(request.stop)
     begin = time.perf_counter()
     check_turn()
+    pace.begin()
+    pace.before_prompt(len(request.prompt), request.max_new_tokens)
     logits = decoder.prefill(request.prompt)
     progress.prefill_seconds = time.perf_counter() - begin
+    pace.after_prompt(len(request.prompt), progress.prefill_seconds)
     while True:
         # here, for the decoder may serve another request before this one is told
         progress.experts_per_token = decoder.experts_per_token
@@ -151,7 +157,10 @@ def generate_pieces(
             progress.finish_reason = "max_length"
             break
         check_turn()
+        begin = time.perf_counter()
+        pace.before_step(request.max_new_tokens - len(progress.tokens))
         logits = decoder.step(token)
+        pace.after_step(time.perf_counter() - begin)
     rest = stop.push(text.flush())
     if stop.stopped:
         progress.finish_reason = "stop"

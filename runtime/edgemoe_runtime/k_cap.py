@@ -56,9 +56,9 @@ def experts_per_token(k_cap: Sequence[int], top_k: int) -> float:
     return sum(min(top_k, cap) for cap in k_cap) / len(k_cap)
 
 
-def ladder_position(manifest: Manifest, k_cap: Sequence[int]) -> str | None:
-    """Return the name of the ladder's rung with these caps, or None."""
-    for rung in manifest.k_ladder:
+def ladder_position(manifest: Manifest, task: str, k_cap: Sequence[int]) -> str | None:
+    """Return the name of the rung with these caps on a task's ladder, or None."""
+    for rung in manifest.ladder(task):
         if rung.k_cap == tuple(k_cap):
             return rung.name
     return None

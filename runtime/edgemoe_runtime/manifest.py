@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from edgemoe_runtime.errors import ManifestError, RequestError
 from edgemoe_runtime.json_fields import Json, Value, parse_json, read_plain_text
 from edgemoe_runtime.manifest_cache import KvCache
+from edgemoe_runtime.manifest_ladder import KRung
 from edgemoe_runtime.manifest_parts import (
     FileEntry,
-    KRung,
     ModelInfo,
     SizeReport,
     TaskEntry,
@@ -61,7 +61,8 @@ class Manifest:
         tasks: one graph per task; a single unnamed task is called "model".
         inputs: graph inputs, the same for every task.
         outputs: graph outputs, the same for every task.
-        k_ladder: steps of the experts-per-token cap, the first one is the full k.
+        k_ladder: steps of the experts-per-token cap for tasks without a ladder of their own,
+            the first one is the full k.
         size: bytes on disk.
         files: every file of the bundle but manifest.json and engines/, by POSIX path.
     """
@@ -195,6 +196,15 @@ class Manifest:
                 f"task must be one of {', '.join(sorted(self.tasks))}, got {name!r}."
             )
         return name, self.tasks[name]
+
+    def ladder(self, task: str) -> tuple[KRung, ...]:
+        """Return the ladder of one task: its own, or what of the bundle's its graph takes."""
+        entry = self.tasks[task]
+        if entry.k_ladder is not None:
+            return entry.k_ladder
+        return tuple(
+            rung for rung in self.k_ladder if max(rung.k_cap, default=0) <= entry.top_k
+        )
 
 
 def _check_version(document: Json) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe_runtime.json_fields import Json, Value
+from edgemoe_runtime.manifest_ladder import KRung
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -220,6 +221,10 @@ class TaskEntry:
         plan: provenance of the plan that chose them, or None.
         parity: how far the graph is from eager, or None where not measured.
         quality: the score before and after, or None where not measured.
+        k_table: for a graph whose tokens choose their number of experts, how many they use on
+            average, by MoE layer and rounded up: what serves where the graph cannot choose.
+        k_ladder: steps of the experts-per-token cap for this task, the first one is the full
+            k; None where they were not measured.
     """
 
     graph: str
@@ -229,13 +234,23 @@ class TaskEntry:
     plan: Mapping[str, Json] | None = None
     parity: ParityReport | None = None
     quality: QualityReport | None = None
+    k_table: tuple[int, ...] | None = None
+    k_ladder: tuple[KRung, ...] | None = None
 
     @classmethod
     def read(cls, value: Value) -> TaskEntry:
         """Read from JSON."""
         fields = value.fields(
-            "graph", "top_k", "experts_per_layer", "experts", "plan", "parity", "quality"
+            "graph",
+            "top_k",
+            "experts_per_layer",
+            "experts",
+            "plan",
+            "parity",
+            "quality",
+            *(name for name in ("k_table", "k_ladder") if name in value.mapping()),
         )
+        table, ladder = fields.get("k_table"), fields.get("k_ladder")
         return cls(
             graph=fields["graph"].text(),
             top_k=fields["top_k"].integer(1),
@@ -244,6 +259,8 @@ class TaskEntry:
             plan=fields["plan"].optional(Value.free_form),
             parity=fields["parity"].optional(ParityReport.read),
             quality=fields["quality"].optional(QualityReport.read),
+            k_table=None if table is None else _integers(table, 1),
+            k_ladder=None if ladder is None else tuple(map(KRung.read, ladder.items())),
         )
 
     def to_json(self) -> dict[str, Json]:
@@ -254,6 +271,7 @@ class TaskEntry:
                 [list(group) if isinstance(group, tuple) else group for group in layer]
                 for layer in self.experts
             ]
+        ladder: list[Json] = [rung.to_json() for rung in self.k_ladder or ()]
         return {
             "graph": self.graph,
             "top_k": self.top_k,
@@ -262,25 +280,9 @@ class TaskEntry:
             "plan": None if self.plan is None else dict(self.plan),
             "parity": None if self.parity is None else self.parity.to_json(),
             "quality": None if self.quality is None else self.quality.to_json(),
+            **({} if self.k_table is None else {"k_table": list(self.k_table)}),
+            **({} if self.k_ladder is None else {"k_ladder": ladder}),
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class KRung:
-    """One step of the ladder: the cap of experts per token for every MoE layer."""
-
-    name: str
-    k_cap: tuple[int, ...]
-
-    @classmethod
-    def read(cls, value: Value) -> KRung:
-        """Read from JSON."""
-        fields = value.fields("name", "k_cap")
-        return cls(name=fields["name"].text(), k_cap=_integers(fields["k_cap"], 1))
-
-    def to_json(self) -> dict[str, Json]:
-        """Return the JSON object."""
-        return {"name": self.name, "k_cap": list(self.k_cap)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
@@ -10,7 +11,10 @@ from edgemoe_runtime.errors import ManifestError
 from edgemoe_runtime.manifest_parts import EXPERTS_USED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgemoe_runtime.manifest import Manifest
+    from edgemoe_runtime.manifest_ladder import KRung
     from edgemoe_runtime.manifest_parts import TaskEntry
 
 TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "jetson-orin", "jetson-thor")
@@ -38,7 +42,7 @@ def check_manifest(manifest: Manifest) -> None:
     for name, task in manifest.tasks.items():
         _check_task(manifest, name, task)
     _check_tensors(manifest)
-    _check_ladder(manifest)
+    _check_ladders(manifest)
     for path in manifest.files:
         check_relative_path(path)
     unknown = sorted(set(manifest.size.task_bytes) - set(manifest.tasks))
@@ -213,17 +217,39 @@ def _check_sizes(manifest: Manifest) -> None:
         )
 
 
-def _check_ladder(manifest: Manifest) -> None:
-    names = [rung.name for rung in manifest.k_ladder]
-    _require(len(set(names)) == len(names), "k_ladder must have distinct names", names)
+def _check_ladders(manifest: Manifest) -> None:
     highest = max(task.top_k for task in manifest.tasks.values())
-    for rung in manifest.k_ladder:
+    _check_ladder(manifest, "k_ladder", manifest.k_ladder, highest)
+    for name, task in manifest.tasks.items():
+        table, layers = task.k_table, len(manifest.model.moe_layers)
+        _require(
+            table is None or (len(table) == layers and max(table) <= task.top_k),
+            f"k_table of task {name} must have one value in [1, {task.top_k}] per MoE layer",
+            table,
+        )
+        if task.k_ladder is not None:
+            _check_ladder(manifest, f"k_ladder of task {name}", task.k_ladder, task.top_k)
+
+
+def _check_ladder(
+    manifest: Manifest, label: str, ladder: Sequence[KRung], highest: int
+) -> None:
+    names = [rung.name for rung in ladder]
+    _require(len(set(names)) == len(names), f"{label} must have distinct names", names)
+    for rung in ladder:
         _require(
             len(rung.k_cap) == len(manifest.model.moe_layers)
             and all(1 <= cap <= highest for cap in rung.k_cap),
             f"k_cap of rung {rung.name} must have one value in [1, {highest}] per MoE layer",
             list(rung.k_cap),
         )
+    costs = [rung.cost.decode for rung in ladder if rung.cost is not None]
+    falling = all(before > after for before, after in itertools.pairwise(costs))
+    _require(
+        not costs or (len(costs) == len(ladder) and costs[0] == 1 and falling),
+        f"{label} must have a cost on every rung or on none, from 1 on falling",
+        costs,
+    )
 
 
 def _require(holds: bool, rule: str, value: object) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgemoe_runtime.backends.base import Backend, OpenRequest
-from edgemoe_runtime.chain import Fallback, open_first, plan_chain
+from edgemoe_runtime.backends.base import OpenRequest
+from edgemoe_runtime.chain import Fallback, plan_chain
+from edgemoe_runtime.engine import Engine
 from edgemoe_runtime.errors import BundleError, RequestError
 from edgemoe_runtime.integrity import verify_bundle
 from edgemoe_runtime.k_cap import check_k_cap
 from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.manifest_parts import EXPERTS_USED
+from edgemoe_runtime.pace import Pacing, check_pacing
 from edgemoe_runtime.tokenizer import TOKENIZER_FILE, Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from edgemoe_runtime.manifest_parts import TaskEntry
+
+_LOG = logging.getLogger(__name__)
 DEFAULT_MAX_LENGTH = 4096
 
 
@@ -28,13 +35,14 @@ class OpenedTask:
     bundle: Path
     manifest: Manifest
     task: str
-    backend: Backend
+    engine: Engine
     fallbacks: tuple[Fallback, ...]
     tokenizer: Tokenizer
-    k_cap: tuple[int, ...]
-    max_length: int
+    k_cap: tuple[int, ...] | None
+    k_table: tuple[int, ...] | None
+    pacing: Pacing
+    adapts: bool
     threads: int | None
-    deadline_ms: float | None
     verified: bool
     load_seconds: float
 
@@ -43,13 +51,14 @@ def open_task(
     bundle: Path,
     task: str | None,
     *,
-    deadline_ms: float | None,
-    backend: str | None,
-    providers: Sequence[str] | None,
-    threads: int | None,
-    k_cap: int | Sequence[int] | None,
-    max_length: int | None,
-    verify: bool,
+    pacing: Pacing | None = None,
+    adapts: bool = False,
+    backend: str | None = None,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    k_cap: int | Sequence[int] | None = None,
+    max_length: int | None = None,
+    verify: bool = True,
 ) -> OpenedTask:
     """Check a bundle and the arguments, then open an engine; see `Session.open`.
 
@@ -64,8 +73,10 @@ def open_task(
     name, entry = manifest.task(task)
     caps = check_k_cap(k_cap, top_k=entry.top_k, layers=len(manifest.model.moe_layers))
     chain = plan_chain(manifest.target, backend, providers)
-    _check_positive("deadline_ms", deadline_ms)
-    _check_positive("threads", threads)
+    pacing = pacing or Pacing()
+    check_pacing(pacing)
+    if threads is not None and threads < 1:
+        raise RequestError(f"threads must be above 0, got {threads}.")
     length = _check_length(manifest, max_length)
     if TOKENIZER_FILE not in manifest.files:
         raise BundleError(
@@ -82,18 +93,20 @@ def open_task(
         threads=threads,
         needs_length=max_length is not None,
     )
-    opened, fallbacks = open_first(chain, request)
+    engine = Engine(chain, request)
+    k_table, fallbacks = _stand_in(manifest, entry)
     return OpenedTask(
         bundle=bundle,
         manifest=manifest,
         task=name,
-        backend=opened,
+        engine=engine,
         fallbacks=fallbacks,
         tokenizer=tokenizer,
-        k_cap=caps,
-        max_length=opened.max_length,
+        k_cap=None if k_cap is None else caps,
+        k_table=k_table,
+        pacing=pacing,
+        adapts=adapts,
         threads=threads,
-        deadline_ms=deadline_ms,
         verified=verify,
         load_seconds=time.perf_counter() - begin,
     )
@@ -110,6 +123,12 @@ def _check_length(manifest: Manifest, max_length: int | None) -> int:
     return length
 
 
-def _check_positive(name: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise RequestError(f"{name} must be above 0, got {value}.")
+def _stand_in(
+    manifest: Manifest, entry: TaskEntry
+) -> tuple[tuple[int, ...] | None, tuple[Fallback, ...]]:
+    """Return the fixed table of a task whose tokens cannot choose k themselves."""
+    if entry.k_table is None or any(spec.name == EXPERTS_USED for spec in manifest.outputs):
+        return None, ()
+    reason = f"the graph has no output {EXPERTS_USED}, so the table of mean k serves"
+    _LOG.warning("k policy of %s: %s", entry.graph, reason)
+    return entry.k_table, (Fallback("k policy", reason, "allocator"),)

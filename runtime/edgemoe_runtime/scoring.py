@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,17 +17,37 @@ if TYPE_CHECKING:
     from edgemoe_runtime.tokenizer import Tokenizer
 
 
-def score_completions(
+@dataclass(frozen=True)
+class Comparison:
+    """Completions of one prompt, as tokens.
+
+    Attributes:
+        context: tokens that all begin with, at least one.
+        continuations: what each goes on with, at least one token each.
+        characters: characters of each completion.
+    """
+
+    context: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+    characters: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that run: the last one of a continuation is scored but never run."""
+        return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
+
+
+def compare_completions(
     decoder: Decoder, tokenizer: Tokenizer, prompt: str, completions: Sequence[str]
-) -> list[Score]:
-    """Return the log-likelihood of each completion after the prompt.
+) -> Comparison:
+    """Turn completions of a prompt into tokens.
 
     Each completion is tokenised together with the prompt, as `edgemoe evaluate` and lm-eval
     do it; the tokens that all begin with run once. White space at the prompt's end counts to
     the completions, and so does a token that crosses the border.
 
     Args:
-        decoder: runs the tokens; what its cache held is lost.
+        decoder: is to run the tokens.
         tokenizer: of the bundle.
         prompt: text before the completions.
         completions: texts, at least one, none empty.
@@ -54,20 +75,34 @@ def score_completions(
             "A prompt and its completion must be two or more tokens together, got one. "
             "Lengthen the prompt."
         )
-    context = wholes[0][:shared]
-    continuations = [whole[shared:] for whole in wholes]
     for whole in wholes:
         # a completion's last token is scored but never run
         decoder.check(whole, -1)
-    first = np.array(decoder.prefill(context), dtype=np.float32)
+    return Comparison(
+        context=tuple(wholes[0][:shared]),
+        continuations=tuple(tuple(whole[shared:]) for whole in wholes),
+        characters=tuple(map(len, completions)),
+    )
+
+
+def score_completions(decoder: Decoder, comparison: Comparison) -> list[Score]:
+    """Return the log-likelihood of each completion after the prompt, which runs once.
+
+    Args:
+        decoder: runs the tokens; what its cache held is lost.
+        comparison: the tokens.
+    """
+    first = np.array(decoder.prefill(comparison.context), dtype=np.float32)
     mark = decoder.mark()
     return [
         Score(
             log_likelihood=float(decoder.continuation(mark, first, tokens).sum()),
             tokens=len(tokens),
-            characters=len(text),
+            characters=characters,
         )
-        for text, tokens in zip(completions, continuations, strict=True)
+        for tokens, characters in zip(
+            comparison.continuations, comparison.characters, strict=True
+        )
     ]
 
 

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
-from edgemoe_runtime.answers import Classification, Generation, Score, meets_deadline
-from edgemoe_runtime.decoder import Decoder
+from edgemoe_runtime.controller import Limits
 from edgemoe_runtime.errors import RequestError, SessionClosedError
 from edgemoe_runtime.explanation import Explanation
-from edgemoe_runtime.generation import (
-    GenerationProgress,
-    GenerationRequest,
-    TextStream,
-    generate_pieces,
-)
-from edgemoe_runtime.k_cap import check_k_cap, ladder_position
+from edgemoe_runtime.generation import GenerationRequest, TextStream
+from edgemoe_runtime.k_cap import ladder_position
 from edgemoe_runtime.opening import OpenedTask, open_task
+from edgemoe_runtime.pace import Pacing
 from edgemoe_runtime.sampling import FloatArray, Sampling
-from edgemoe_runtime.scoring import score_completions
+from edgemoe_runtime.sensors import read_sensors
+from edgemoe_runtime.service import Service
 from edgemoe_runtime.stopping import check_stop
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
     from types import TracebackType
+
+    from edgemoe_runtime.answers import Classification, Generation, Score
 
 
 DEFAULT_TEMPLATE = "{text}\nAnswer: "
@@ -34,7 +33,8 @@ DEFAULT_TEMPLATE = "{text}\nAnswer: "
 class Session:
     """One task of one bundle, ready to answer. Open it with `Session.open`.
 
-    A session has one key-value cache and answers one request at a time, from one thread.
+    A session has one key-value cache and answers one request at a time, from one thread. Its
+    moves along the k ladder and its fall-backs go to the logger `edgemoe_runtime`.
     """
 
     def __init__(self, opened: OpenedTask) -> None:
@@ -42,22 +42,10 @@ class Session:
         self.bundle = opened.bundle
         self.manifest = opened.manifest
         self.task = opened.task
-        self.deadline_ms = opened.deadline_ms
+        self.deadline_ms = opened.pacing.deadline_ms
         self._opened = opened
         self._closed = False
-        self._tokenizer = opened.tokenizer
-        self._k_cap = opened.k_cap
-        self._decoder = Decoder(
-            opened.backend,
-            opened.k_cap,
-            top_k=opened.manifest.tasks[opened.task].top_k,
-            max_length=opened.max_length,
-            vocab_size=opened.manifest.model.vocab_size,
-        )
-        self._turn = 0
-        self._requests = 0
-        self._deadlines_met = 0
-        self._last_seconds: float | None = None
+        self._service = Service(opened)
 
     @classmethod
     def open(
@@ -66,6 +54,10 @@ class Session:
         task: str | None = None,
         *,
         deadline_ms: float | None = None,
+        token_ms: float | None = None,
+        adapt: bool | None = None,
+        limits: Limits | None = None,
+        sensors_root: str | os.PathLike[str] = "/",
         backend: str | None = None,
         providers: Sequence[str] | None = None,
         threads: int | None = None,
@@ -78,8 +70,15 @@ class Session:
         Args:
             path: directory of the bundle.
             task: which task; may be left out where the bundle has one.
-            deadline_ms: wall-clock time that a request should take at most. It is measured
-                and reported; nothing is cut short.
+            deadline_ms: wall-clock time that a request should take at most, for all of
+                `max_new_tokens`. The session moves down the bundle's k ladder to keep it, says
+                so when no rung can, and cuts nothing short.
+            token_ms: the same for one new token.
+            adapt: whether to move along the k ladder; None moves where one of the two times
+                or limits are given. A session that moves reads the machine's sensors once a
+                second, and goes down while it throttles, is hot or lacks power or memory.
+            limits: what is too much, and how long to wait; None for `Limits()`.
+            sensors_root: where the file system of the sensors starts.
             backend: `onnxruntime`, `tensorrt` or `tensorrt_rtx`; None tries what the
                 bundle's target allows, best first.
             providers: onnxruntime execution providers to try, by full name or as `cpu`,
@@ -87,7 +86,7 @@ class Session:
             threads: CPU threads within an operator; None takes the physical cores, or those
                 that this process may use where they are fewer.
             k_cap: experts per token at most, in [1, top_k]: one number, or one per MoE
-                layer; None for the full k.
+                layer, which then stays; None for the full k, or what the ladder says.
             max_length: tokens of prompt and answer together at most; None for the model's
                 limit, but at most 4096.
             verify: whether to compare the digests of the files. Paths, sizes, external data
@@ -99,11 +98,21 @@ class Session:
             RequestError: when an argument is out of range.
             BackendError: when no engine works here; the message gives every reason.
         """
+        wished = (deadline_ms, token_ms, limits)
+        adapts = any(wish is not None for wish in wished) if adapt is None else adapt
+        root = Path(sensors_root)
+        pacing = Pacing(
+            deadline_ms=deadline_ms,
+            token_ms=token_ms,
+            limits=limits or Limits(),
+            read=partial(read_sensors, root) if adapts else None,
+        )
         return cls(
             open_task(
                 Path(path),
                 task,
-                deadline_ms=deadline_ms,
+                pacing=pacing,
+                adapts=adapts,
                 backend=backend,
                 providers=providers,
                 threads=threads,
@@ -193,39 +202,7 @@ class Session:
             stop=check_stop(stop),
             eos_token_ids=frozenset(self.manifest.model.eos_token_ids),
         )
-        self._decoder.check(request.prompt)
-        turn = self._next_turn()
-        k_cap = self._k_cap
-
-        def check_turn() -> None:
-            self._check_open()
-            if self._turn != turn:
-                raise RequestError(
-                    "A stream must be read to its end before the session takes another"
-                    " request. Open a second session to run two at once."
-                )
-
-        def finish(progress: GenerationProgress) -> Generation:
-            self._count(progress.seconds)
-            return Generation(
-                text=progress.text,
-                tokens=tuple(progress.tokens),
-                prompt_tokens=len(request.prompt),
-                new_tokens=len(progress.tokens),
-                seconds=progress.seconds,
-                prefill_seconds=progress.prefill_seconds,
-                experts_per_token=progress.experts_per_token,
-                k_cap=k_cap,
-                backend=self._opened.backend.name,
-                fallbacks=self._opened.fallbacks,
-                finish_reason=progress.finish_reason,
-                deadline_ms=self.deadline_ms,
-            )
-
-        progress = GenerationProgress(tokens=[])
-        pieces = generate_pieces(request, self._decoder, self._tokenizer, progress, check_turn)
-        answer = TextStream(pieces, progress, finish)
-        progress.seconds = time.perf_counter() - begin
+        answer = self._service.generate(request, begin, self._check_open)
         if stream:
             return answer
         for _ in answer:
@@ -270,17 +247,7 @@ class Session:
         if "{text}" not in pattern:
             raise RequestError(f"template must contain {{text}}, got {pattern!r}.")
         begin = time.perf_counter()
-        scores = self._score_all(pattern.replace("{text}", text), choices)
-        values = {
-            "total": [score.log_likelihood for score in scores],
-            "token": [score.per_token for score in scores],
-            "character": [score.per_character for score in scores],
-        }[by]
-        seconds = time.perf_counter() - begin
-        self._count(seconds)
-        return Classification(
-            choices, scores, values, seconds=seconds, deadline_ms=self.deadline_ms
-        )
+        return self._service.classify(pattern.replace("{text}", text), choices, by, begin)
 
     def score(self, prompt: str, completion: str) -> Score:
         """Return how likely a completion is after a prompt.
@@ -293,13 +260,10 @@ class Session:
             BackendError: when the engine fails.
         """
         self._check_open()
-        begin = time.perf_counter()
-        score = self._score_all(prompt, [completion])[0]
-        self._count(time.perf_counter() - begin)
-        return score
+        return self._service.score(prompt, completion, time.perf_counter())
 
     def token_logprobs(self, ids: Sequence[int], start: int) -> FloatArray:
-        """Return log p(ids[t] | ids[:t]) for t = start .. len(ids) - 1.
+        """Return log p(ids[t] | ids[:t]) for t = start .. len(ids) - 1, at the full k.
 
         Args:
             ids: token ids, at most max_length + 1: the last one is scored but never run.
@@ -313,57 +277,63 @@ class Session:
             BackendError: when the engine fails.
         """
         self._check_open()
-        self._next_turn()
-        return self._decoder.token_logprobs(ids, start)
+        return self._service.token_logprobs(ids, start)
 
     def set_k_cap(self, k_cap: int | Sequence[int] | None) -> None:
-        """Change the cap of experts per token for the requests that follow.
+        """Fix the cap of experts per token for the requests that follow.
+
+        None gives it back to the ladder, or to the full k where the session does not adapt.
 
         Raises:
             RequestError: when it is outside [1, top_k] or has a wrong number of values.
         """
         self._check_open()
-        layers = len(self.manifest.model.moe_layers)
-        self._k_cap = check_k_cap(k_cap, top_k=self._top_k, layers=layers)
-        self._next_turn()
-        self._decoder.use_k_cap(self._k_cap)
+        self._service.use_k_cap(k_cap)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a prompt, as `generate` runs them."""
-        ids = self._tokenizer.encode(text)
+        ids = self._opened.tokenizer.encode(text)
         begin = self.manifest.model.bos_token_id
         return [begin] if not ids and begin is not None else ids
 
     def explain(self) -> Explanation:
         """Tell which engine runs, what was tried before, and how deadlines were kept."""
+        service, opened = self._service, self._opened
+        tally, pace = service.tally, service.pace
         return Explanation(
             bundle=str(self.bundle),
             task=self.task,
             model=self.manifest.model.name,
             target=self.manifest.target,
             precision=self.manifest.precision,
-            backend=self._opened.backend.name,
-            fallbacks=self._opened.fallbacks,
-            k_cap=self._k_cap,
-            ladder_position=ladder_position(self.manifest, self._k_cap),
-            top_k=self._top_k,
-            experts_per_token=self._decoder.experts_per_token,
-            threads=self._opened.threads,
-            max_length=self._opened.max_length,
+            backend=opened.engine.name,
+            fallbacks=service.fallbacks,
+            k_cap=pace.rung.k_cap,
+            ladder_position=ladder_position(self.manifest, self.task, pace.rung.k_cap),
+            ladder=tuple(rung.name for rung in pace.ladder),
+            k_moves=tuple(pace.moves),
+            k_move_count=pace.move_count,
+            top_k=self.manifest.tasks[self.task].top_k,
+            experts_per_token=service.decoder.experts_per_token,
+            threads=opened.threads,
+            max_length=opened.engine.max_length,
             kv_cache=self.manifest.kv_cache.form,
-            load_seconds=self._opened.load_seconds,
-            verified=self._opened.verified,
-            requests=self._requests,
-            last_seconds=self._last_seconds,
+            load_seconds=opened.load_seconds,
+            verified=opened.verified,
+            requests=tally.requests,
+            last_seconds=tally.last_seconds,
+            mean_seconds=tally.seconds / tally.requests if tally.requests else None,
+            new_tokens=tally.new_tokens,
+            asked_again=tally.asked_again,
             deadline_ms=self.deadline_ms,
-            deadlines_met=self._deadlines_met,
+            deadlines_met=tally.deadlines_met,
         )
 
     def close(self) -> None:
         """Free the engine; calling it twice is allowed."""
         if not self._closed:
             self._closed = True
-            self._opened.backend.close()
+            self._opened.engine.close()
 
     def __enter__(self) -> Session:
         return self
@@ -375,23 +345,6 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    @property
-    def _top_k(self) -> int:
-        return self.manifest.tasks[self.task].top_k
-
-    def _score_all(self, prompt: str, completions: Sequence[str]) -> list[Score]:
-        self._next_turn()
-        return score_completions(self._decoder, self._tokenizer, prompt, completions)
-
-    def _next_turn(self) -> int:
-        self._turn += 1
-        return self._turn
-
-    def _count(self, seconds: float) -> None:
-        self._requests += 1
-        self._last_seconds = seconds
-        self._deadlines_met += meets_deadline(seconds, self.deadline_ms) is True
 
     def _check_open(self) -> None:
         if self._closed:

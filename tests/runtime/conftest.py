@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from edgemoe_runtime.manifest import Manifest
 from edgemoe_runtime.manifest_cache import KvCache, KvLayer
+from edgemoe_runtime.manifest_ladder import KRung
 from edgemoe_runtime.manifest_parts import (
     FileEntry,
-    KRung,
     ModelInfo,
     SizeReport,
     TaskEntry,

@@ -69,18 +69,22 @@ class CacheMark:
 
 
 class Backend(Protocol):
-    """One opened graph. Use it as a context manager, or close it.
+    """One opened graph. Use it as a context manager, or close it."""
 
-    Attributes:
-        name: engine and provider, such as "onnxruntime:CPUExecutionProvider".
-        chunk_tokens: most tokens that one `run` takes.
-        max_length: most tokens that the cache holds; an engine may be built for fewer than
-            were asked for.
-    """
+    @property
+    def name(self) -> str:
+        """Engine and provider, such as "onnxruntime:CPUExecutionProvider"."""
+        ...
 
-    name: str
-    chunk_tokens: int
-    max_length: int
+    @property
+    def chunk_tokens(self) -> int:
+        """Most tokens that one `run` takes."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that the cache holds; it may be fewer than were asked for."""
+        ...
 
     @property
     def length(self) -> int:

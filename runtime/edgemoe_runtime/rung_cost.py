@@ -1,0 +1,78 @@
+"""What a token costs on each rung of a ladder, measured on the engine that will run it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemoe_runtime.manifest_ladder import RungCost
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgemoe_runtime.backends.base import Backend
+
+_PROMPT_TOKENS = 64
+_NEW_TOKENS = 8
+_ROUNDS = 5
+
+
+def measure_costs(
+    backend: Backend,
+    caps: Sequence[Sequence[int]],
+    vocab_size: int,
+    *,
+    ids: Sequence[int] = (),
+    rounds: int = _ROUNDS,
+) -> list[RungCost]:
+    """Time every rung in turn, several times.
+
+    Other work on the machine slows all rungs down alike, so each round's times are divided by
+    the first rung's of that round, and the median of the quotients counts.
+
+    Args:
+        backend: the engine; what its cache held is lost.
+        caps: caps of experts per token of each rung, one for each MoE layer; the first rung
+            is what the others are compared with.
+        vocab_size: of the model.
+        ids: a prompt, of which up to 64 tokens are used; None takes tokens from all over the
+            vocabulary.
+        rounds: how often, after one that is not counted.
+
+    Returns:
+        The cost of each rung; 1 for the first.
+
+    Raises:
+        BackendError: when the engine fails.
+    """
+    most = min(_PROMPT_TOKENS, backend.chunk_tokens, backend.max_length - _NEW_TOKENS)
+    spread = [(7919 * position + 3) % vocab_size for position in range(_PROMPT_TOKENS)]
+    prompt = np.array((list(ids) or spread)[: max(1, most)], np.int64)
+    arrays = [np.array(cap, np.int64) for cap in caps]
+    times = [[_time(backend, prompt, cap) for cap in arrays] for _ in range(rounds + 1)][1:]
+    return [
+        RungCost(
+            prefill=statistics.median(turn[rung][0] / turn[0][0] for turn in times),
+            decode=statistics.median(turn[rung][1] / turn[0][1] for turn in times),
+        )
+        for rung in range(len(arrays))
+    ]
+
+
+def _time(
+    backend: Backend,
+    prompt: np.ndarray[tuple[int], np.dtype[np.int64]],
+    k_cap: np.ndarray[tuple[int], np.dtype[np.int64]],
+) -> tuple[float, float]:
+    """Return the seconds of a prompt, and of the tokens behind it."""
+    backend.reset()
+    begin = time.perf_counter()
+    backend.run(prompt, k_cap, "last")
+    middle = time.perf_counter()
+    room = backend.max_length - len(prompt)
+    for token in np.resize(prompt, min(_NEW_TOKENS, room)):
+        backend.run(np.array([token], np.int64), k_cap, "last")
+    return middle - begin, time.perf_counter() - middle

@@ -1,0 +1,287 @@
+"""Answers the requests of one session, one at a time, on one engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, Literal
+
+from edgemoe_runtime.answers import Classification, Generation, Score, meets_deadline
+from edgemoe_runtime.chain import Fallback
+from edgemoe_runtime.decoder import Decoder
+from edgemoe_runtime.errors import RequestError
+from edgemoe_runtime.generation import (
+    GenerationProgress,
+    GenerationRequest,
+    TextStream,
+    generate_pieces,
+)
+from edgemoe_runtime.k_cap import check_k_cap
+from edgemoe_runtime.manifest_ladder import KRung
+from edgemoe_runtime.pace import Pace
+from edgemoe_runtime.rung_cost import measure_costs
+from edgemoe_runtime.scoring import Comparison, compare_completions, score_completions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from edgemoe_runtime.opening import OpenedTask
+    from edgemoe_runtime.sampling import FloatArray
+
+_COUNTED = {
+    "total": attrgetter("log_likelihood"),
+    "token": attrgetter("per_token"),
+    "character": attrgetter("per_character"),
+}
+_LOG = logging.getLogger(__name__)
+_FALLBACKS_KEPT = 64
+
+
+@dataclass
+class Tally:
+    """What was answered so far.
+
+    Attributes:
+        requests: how many.
+        seconds: of all of them together.
+        new_tokens: that they made.
+        last_seconds: of the last one, or None.
+        deadlines_met: how many ended in time.
+        asked_again: how many were answered at the full k in the end, for want of confidence.
+    """
+
+    requests: int = 0
+    seconds: float = 0.0
+    new_tokens: int = 0
+    last_seconds: float | None = None
+    deadlines_met: int = 0
+    asked_again: int = 0
+
+    def add(self, seconds: float, new_tokens: int, deadline_ms: float | None) -> None:
+        """Count a request that was answered."""
+        self.requests += 1
+        self.seconds += seconds
+        self.new_tokens += new_tokens
+        self.last_seconds = seconds
+        self.deadlines_met += meets_deadline(seconds, deadline_ms) is True
+
+
+class Service:
+    """The decoder, the tokenizer and the pace of a session, and what they answered.
+
+    Attributes:
+        tally: what was answered so far.
+        pace: the rung in force, and what moved it.
+        decoder: runs the tokens.
+    """
+
+    def __init__(self, opened: OpenedTask) -> None:
+        """Take over what `open_task` has made ready."""
+        self.tally = Tally()
+        self._opened = opened
+        self._entry = opened.manifest.tasks[opened.task]
+        self._turn = 0
+        self._requested: deque[Fallback] = deque(maxlen=_FALLBACKS_KEPT)
+        self.decoder = Decoder(
+            opened.engine,
+            opened.k_cap or self._full,
+            top_k=self._entry.top_k,
+            vocab_size=opened.manifest.model.vocab_size,
+        )
+        self._ladder: tuple[KRung, ...] | None = None
+        self.use_k_cap(opened.k_cap)
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """Engines that could not be used, and the latest of other kinds."""
+        return (*self._opened.fallbacks, *self._opened.engine.fallbacks, *self._requested)
+
+    @property
+    def k_cap(self) -> tuple[int, ...]:
+        """The cap in force, by MoE layer."""
+        return self.pace.rung.k_cap
+
+    def use_k_cap(self, k_cap: int | Sequence[int] | None) -> None:
+        """Fix the cap for the requests that follow, or give it back to the ladder.
+
+        Raises:
+            RequestError: when it is outside [1, top_k] or has a wrong number of values.
+        """
+        if k_cap is None:
+            ladder = self._adaptive()
+        else:
+            caps = check_k_cap(k_cap, top_k=self._entry.top_k, layers=len(self._full))
+            ladder = (KRung(name="fixed", k_cap=caps),)
+        self.next_turn()
+        self.decoder.use_k_cap(ladder[0].k_cap)
+        self.pace = Pace(ladder, self.decoder.move_k_cap, self._opened.pacing)
+
+    def generate(
+        self, request: GenerationRequest, begin: float, check_open: Callable[[], None]
+    ) -> TextStream:
+        """Continue a prompt; the stream makes it piece by piece."""
+        self.decoder.check(request.prompt)
+        turn, engine, pace = self.next_turn(), self._opened.engine, self.pace
+
+        def check_turn() -> None:
+            check_open()
+            if self._turn != turn:
+                raise RequestError(
+                    "A stream must be read to its end before the session takes another"
+                    " request. Open a second session to run two at once."
+                )
+
+        def finish(progress: GenerationProgress) -> Generation:
+            own = pace.fallbacks
+            self._requested.extend(own)
+            self._count(progress.seconds, len(progress.tokens))
+            return Generation(
+                text=progress.text,
+                tokens=tuple(progress.tokens),
+                prompt_tokens=len(request.prompt),
+                new_tokens=len(progress.tokens),
+                seconds=progress.seconds,
+                prefill_seconds=progress.prefill_seconds,
+                experts_per_token=progress.experts_per_token,
+                k_cap=pace.rung.k_cap,
+                backend=engine.name,
+                fallbacks=(*self._opened.fallbacks, *engine.fallbacks, *own),
+                finish_reason=progress.finish_reason,
+                deadline_ms=self._opened.pacing.deadline_ms,
+                k_moves=tuple(pace.request_moves),
+            )
+
+        progress = GenerationProgress(tokens=[])
+        pieces = generate_pieces(
+            request, self.decoder, self._opened.tokenizer, progress, check_turn, pace
+        )
+        answer = TextStream(pieces, progress, finish)
+        progress.seconds = time.perf_counter() - begin
+        return answer
+
+    def classify(
+        self,
+        prompt: str,
+        choices: Sequence[str],
+        by: Literal["total", "token", "character"],
+        begin: float,
+    ) -> Classification:
+        """Choose the choice that is the most likely continuation of a prompt.
+
+        Args:
+            prompt: the whole prompt.
+            choices: what may follow it.
+            by: what of a score counts.
+            begin: when the request began.
+        """
+        comparison = self._compare(prompt, choices)
+        scores = self._score_paced(comparison)
+        own = list(self.pace.fallbacks)
+        rung, doubt = self.pace.rung, self._doubt(scores)
+        if doubt and self.pace.full_fits(comparison.tokens):
+            self.pace.use_full()
+            scores = score_completions(self.decoder, comparison)
+            self.tally.asked_again += 1
+            own.append(Fallback(rung.name, f"{doubt}: asked again at full k", "confidence"))
+        elif doubt:
+            own.append(Fallback(rung.name, f"{doubt}: no time for full k", "confidence"))
+        for fallback in own:
+            _LOG.info("%s", fallback)
+        self._requested.extend(own)
+        seconds = time.perf_counter() - begin
+        self._count(seconds, 0)
+        return Classification(
+            choices,
+            scores,
+            [_COUNTED[by](score) for score in scores],
+            seconds=seconds,
+            deadline_ms=self._opened.pacing.deadline_ms,
+            experts_per_token=self.decoder.experts_per_token,
+            k_cap=self.k_cap,
+            fallbacks=(*self._opened.fallbacks, *self._opened.engine.fallbacks, *own),
+            k_moves=tuple(self.pace.request_moves),
+        )
+
+    def score(self, prompt: str, completion: str, begin: float) -> Score:
+        """Return how likely a completion is after a prompt."""
+        (score,) = self._score_paced(self._compare(prompt, [completion]))
+        self._requested.extend(self.pace.fallbacks)
+        self._count(time.perf_counter() - begin, 0)
+        return score
+
+    def token_logprobs(self, ids: Sequence[int], start: int) -> FloatArray:
+        """Return how likely tokens are at the full k; see `Decoder.token_logprobs`."""
+        self.next_turn()
+        self.pace.use_full()
+        return self.decoder.token_logprobs(ids, start)
+
+    def next_turn(self) -> int:
+        """Take the cache from whatever request has it."""
+        self._turn += 1
+        return self._turn
+
+    @property
+    def _full(self) -> tuple[int, ...]:
+        """The cap that caps nothing, or what stands in for an allocator that is missing."""
+        opened, own = self._opened, self._entry.k_ladder
+        if opened.k_table is not None:
+            return opened.k_table
+        if own:
+            return own[0].k_cap
+        return (self._entry.top_k,) * len(opened.manifest.model.moe_layers)
+
+    def _adaptive(self) -> tuple[KRung, ...]:
+        """Return the ladder to move on: one rung where nothing asks for moves."""
+        if self._ladder is None:
+            opened, full = self._opened, self._full
+            ladder = opened.manifest.ladder(opened.task)
+            if not ladder or ladder[0].k_cap != full or opened.k_table is not None:
+                ladder = (KRung(name="full", k_cap=full),)
+            if not opened.adapts:
+                ladder = ladder[:1]
+            self._ladder = (
+                ladder if ladder[-1].cost or len(ladder) == 1 else self._measured(ladder)
+            )
+        return self._ladder
+
+    def _measured(self, ladder: Sequence[KRung]) -> tuple[KRung, ...]:
+        """Measure a ladder whose costs could not be measured where it was exported."""
+        engine, model = self._opened.engine, self._opened.manifest.model
+        costs = measure_costs(engine, [rung.k_cap for rung in ladder], model.vocab_size)
+        engine.reset()
+        kept: list[KRung] = []
+        for rung, cost in zip(ladder, costs, strict=True):
+            before = kept[-1].cost if kept else None
+            if before is None or cost.decode < before.decode:
+                kept.append(replace(rung, cost=cost))
+        _LOG.info("costs of the k ladder, measured here: %s", kept)
+        return tuple(kept)
+
+    def _compare(self, prompt: str, completions: Sequence[str]) -> Comparison:
+        self.next_turn()
+        return compare_completions(self.decoder, self._opened.tokenizer, prompt, completions)
+
+    def _score_paced(self, comparison: Comparison) -> list[Score]:
+        """Score completions on the rung that the controller wants."""
+        begin = time.perf_counter()
+        self.pace.begin()
+        self.pace.before_prompt(comparison.tokens, 0)
+        scores = score_completions(self.decoder, comparison)
+        self.pace.after_prompt(comparison.tokens, time.perf_counter() - begin)
+        return scores
+
+    def _doubt(self, scores: Sequence[Score]) -> str:
+        """Say why an answer of this rung may be another at the full k, if it may."""
+        quality = self.pace.rung.quality
+        if self.pace.rung is self.pace.ladder[0] or quality is None or len(scores) < 2:
+            return ""
+        second, best = sorted(score.log_likelihood for score in scores)[-2:]
+        if quality.margin is None or best - second > quality.margin:
+            return ""
+        return f"ahead by {best - second:.3g} nats, more than {quality.margin:.3g} needed"
+
+    def _count(self, seconds: float, new_tokens: int) -> None:
+        self.tally.add(seconds, new_tokens, self._opened.pacing.deadline_ms)
