@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from edgemoe.k_policy import KPolicy
     from edgemoe.models.contract import MoeModel
 
-_LISTS = ("ci95", "line_losses", "line_tokens", "line_hits")
-
 
 class Trial:
     """One model on one task, and what was found for it."""
@@ -94,7 +92,7 @@ class Trial:
                 staged.write_text(json.dumps(content) + "\n", encoding="utf-8")
         found_here: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         score = found_here["score"]
-        found_here["score"] = Evaluation(**{**score, **{k: tuple(score[k]) for k in _LISTS}})
+        found_here["score"] = Evaluation.from_json(score)
         return found_here
 
     def _decide(self, name: str, mean_k: float | None, options: str, tokens: int) -> KPolicy:

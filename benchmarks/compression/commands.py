@@ -27,8 +27,6 @@ from edgemoe.tasks import TaskFile
 if TYPE_CHECKING:
     from pathlib import Path
 
-_LISTS = ("ci95", "line_losses", "line_tokens", "line_hits")
-
 
 @dataclass(frozen=True)
 class Done:
@@ -143,7 +141,7 @@ class Commands:
                 score = evaluate(subject.scorer, task, subject.tokenizer, max_tokens=tokens)
             self._keep(file, asdict(score))
         found = json.loads(file.read_text(encoding="utf-8"))
-        return Evaluation(**{**found, **{key: tuple(found[key]) for key in _LISTS}})
+        return Evaluation.from_json(found)
 
     def _keep(self, file: Path, content: dict[str, Any]) -> None:
         with staged_file(file, force=True) as staged:

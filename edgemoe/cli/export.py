@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe_exporters.request import ExportReport
+    from edgemoe_runtime.manifest_ladder import KRung
 
 
 @click.command()
@@ -50,6 +51,12 @@ if TYPE_CHECKING:
 @click.option("--calibration-tokens", type=click.IntRange(1), default=16_384, show_default=True)
 @click.option("--held-out-tokens", type=click.IntRange(1), default=8_192, show_default=True)
 @click.option(
+    "--ladder/--no-ladder",
+    default=True,
+    show_default=True,
+    help="Measure which caps of experts per token are worth having, for tasks with lines.",
+)
+@click.option(
     "--memory-limit",
     type=click.FloatRange(0),
     metavar="GB",
@@ -71,6 +78,7 @@ def export(
     seed: int,
     calibration_tokens: int,
     held_out_tokens: int,
+    ladder: bool,
     memory_limit: float | None,
     force: bool,
     as_json: bool,
@@ -100,6 +108,7 @@ def export(
         seed=seed,
         calibration_tokens=calibration_tokens,
         held_out_tokens=held_out_tokens,
+        ladder=ladder,
         memory_limit_bytes=None if memory_limit is None else int(memory_limit * 1e9),
     )
     exported = export_bundle(request, on_stage=_show_stage)
@@ -146,4 +155,17 @@ def _text(exported: ExportReport) -> str:
                 f"{quality.after['value']:.4g} after"
             )
         lines.append(line)
+        lines += [f"    {_show_rung(rung)}" for rung in kept[name].k_ladder or ()]
     return "\n".join([*lines, *(f"  note: {note}" for note in exported.notes)])
+
+
+def _show_rung(rung: KRung) -> str:
+    """Say what a rung of the k ladder is, loses and costs."""
+    layers = max(len(rung.k_cap), 1)
+    shown = f"rung {rung.name}: {sum(rung.k_cap) / layers:.3g} experts per token"
+    if rung.quality is not None:
+        low, high = rung.quality.drop_ci95
+        shown += f", drop {rung.quality.drop:.3f} [{low:.3f}, {high:.3f}]"
+    if rung.cost is not None:
+        shown += f", time {rung.cost.decode:.2f} (prompts {rung.cost.prefill:.2f})"
+    return shown

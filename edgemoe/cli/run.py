@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 @click.option("--task", metavar="NAME", help="The task, where the bundle has several.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--k-cap", type=click.IntRange(1), help="At most so many experts per token.")
+@click.option(
+    "--deadline-ms",
+    type=click.FloatRange(0, min_open=True),
+    help="Time for the whole answer: the k ladder is used to keep it.",
+)
+@click.option(
+    "--token-ms", type=click.FloatRange(0, min_open=True), help="The same for a new token."
+)
+@click.option(
+    "--adapt/--no-adapt",
+    default=None,
+    help="Move along the k ladder; without, where a time is given.",
+)
 @click.option("--temperature", type=float, default=0.0, help="0, the default, is greedy.")
 @click.option("--top-p", type=float, default=1.0, help="With a temperature: (0, 1].")
 @click.option("--seed", type=int, help="With a temperature: repeat the same choices.")
@@ -34,6 +47,9 @@ def run(
     task: str | None,
     max_new_tokens: int,
     k_cap: int | None,
+    deadline_ms: float | None,
+    token_ms: float | None,
+    adapt: bool | None,
     temperature: float,
     top_p: float,
     seed: int | None,
@@ -47,7 +63,14 @@ def run(
     from edgemoe_runtime import Session
 
     with Session.open(
-        bundle, task=task, k_cap=k_cap, threads=threads, backend=backend
+        bundle,
+        task=task,
+        k_cap=k_cap,
+        deadline_ms=deadline_ms,
+        token_ms=token_ms,
+        adapt=adapt,
+        threads=threads,
+        backend=backend,
     ) as session:
         pieces = session.generate(
             prompt,
@@ -69,8 +92,13 @@ def run(
 
 def _summary(answer: Generation) -> str:
     lines = [f"[not {fallback}]" for fallback in answer.fallbacks]
+    lines += [f"[k {move}]" for move in answer.k_moves]
     lines.append(
         f"[{answer.new_tokens} tokens, {answer.ms_per_token:.1f} ms each, "
-        f"{answer.experts_per_token:g} experts per token, {answer.backend}]"
+        f"{answer.seconds:.2f} s in all, {answer.experts_per_token:.3g} experts per token, "
+        f"{answer.backend}]"
     )
+    if answer.deadline_met is not None:
+        kept = "kept" if answer.deadline_met else "missed"
+        lines.append(f"[deadline of {answer.deadline_ms:g} ms {kept}]")
     return "\n".join(lines)

@@ -40,6 +40,7 @@ class Evaluation:
         line_losses: Negative log-likelihood per line in nats, for paired comparisons.
         line_tokens: Scored tokens per line.
         line_hits: Per line of choices 1 where the right one is likeliest in total, else 0.
+        line_values: Per line of choices the log-likelihood of each in total, in nats.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Evaluation:
     line_losses: tuple[float, ...] = field(default=(), repr=False)
     line_tokens: tuple[int, ...] = field(default=(), repr=False)
     line_hits: tuple[int, ...] = field(default=(), repr=False)
+    line_values: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
 
     def to_dict(self, *, details: bool = False) -> dict[str, Any]:
         """Return what ``edgemoe evaluate --json`` answers.
@@ -73,6 +75,24 @@ class Evaluation:
             "tokens": self.tokens,
         }
         return {**value, "details": self.details} if details else value
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Evaluation:
+        """Read what :func:`dataclasses.asdict` and JSON made of an evaluation.
+
+        Args:
+            document: The JSON object.
+
+        Returns:
+            The evaluation; JSON has lists where it has tuples.
+        """
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in document.items()
+        }
+        values = tuple(tuple(line) for line in document.get("line_values", ()))
+        plain["line_values"] = values
+        return cls(**plain)
 
 
 def evaluate(
@@ -160,6 +180,7 @@ def evaluate(
         return Evaluation(
             metric="accuracy",
             line_hits=tuple(hits[:, 0].tolist()),
+            line_values=tuple(tuple(float(part.sum()) for part in row) for row in rows),
             value=total / n,
             ci95=wilson_interval(total, n),
             details={

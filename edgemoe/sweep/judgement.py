@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgemoe.evaluate.evaluation import Evaluation, evaluate
 from edgemoe.sweep.site import HELD_OUT, leave
@@ -59,7 +59,7 @@ class Judgement:
         """
         found = json.loads(file.read_text(encoding="utf-8"))
         return cls(
-            scores={name: _read_score(found["scores"][name]) for name in tasks},
+            scores={name: Evaluation.from_json(found["scores"][name]) for name in tasks},
             sizes=Sizes(**found["sizes"]),
             seconds=float(found["seconds"]),
             recover_seconds=float(found["recover_seconds"]),
@@ -94,8 +94,3 @@ def judge(
         for name in site.tasks
     }
     return scores, time.perf_counter() - began
-
-
-def _read_score(found: dict[str, Any]) -> Evaluation:
-    lists = ("ci95", "line_losses", "line_tokens", "line_hits")
-    return Evaluation(**{**found, **{name: tuple(found[name]) for name in lists}})

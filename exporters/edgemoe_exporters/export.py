@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgemoe.evaluate.evaluation import evaluate
-from edgemoe.models.checkpoint import load_model, load_tokenizer, read_structure
+from edgemoe.models.checkpoint import load_tokenizer, read_structure
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.memory import default_limit
 from edgemoe.models.opening import open_larger
@@ -29,6 +29,7 @@ from edgemoe_exporters.bundle import (
 from edgemoe_exporters.graph_runner import GraphRunner, check_engine
 from edgemoe_exporters.graph_scorer import GraphScorer
 from edgemoe_exporters.graph_slices import SlicedRunner, weight_bytes
+from edgemoe_exporters.ladder import LadderTask, floor_of, judge_rungs, time_ladders
 from edgemoe_exporters.manifest_writer import (
     CREATED_BY,
     describe_cache,
@@ -37,12 +38,12 @@ from edgemoe_exporters.manifest_writer import (
 )
 from edgemoe_exporters.ort.precision import PRECISIONS, check_block_sizes
 from edgemoe_exporters.parity import check_parity, measure_parity
+from edgemoe_exporters.parity_text import sample_tokens
 from edgemoe_exporters.prepare import check_exportable
 from edgemoe_exporters.quality import judge_quality
 from edgemoe_exporters.quantize_once import remembering
 from edgemoe_exporters.request import ExportReport, ExportRequest, TaskReport
-from edgemoe_exporters.source_in_memory import SourceInMemory
-from edgemoe_exporters.source_streamed import StreamedSource
+from edgemoe_exporters.source_opening import open_source
 from edgemoe_exporters.steps import key_of, open_steps
 from edgemoe_exporters.task_data import TaskData
 from edgemoe_exporters.task_experts import (
@@ -56,7 +57,8 @@ from edgemoe_exporters.task_experts import (
 from edgemoe_exporters.trace import trace
 from edgemoe_runtime.integrity import verify_bundle
 from edgemoe_runtime.manifest import Manifest
-from edgemoe_runtime.manifest_parts import KRung, TaskEntry
+from edgemoe_runtime.manifest_ladder import KRung
+from edgemoe_runtime.manifest_parts import TaskEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -69,7 +71,6 @@ if TYPE_CHECKING:
     from edgemoe.evaluate.evaluation import Evaluation
     from edgemoe.evaluate.scorer import Scorer
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.opening import StreamedModel
     from edgemoe.plans.plan import Plan
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.eager_run import EagerRun
@@ -90,11 +91,6 @@ _LOWERINGS: dict[str, Lowering] = {
 }
 # Bytes of a graph for each parameter, at most: embeddings stay wider than 4 bits.
 _BYTES_PER_PARAMETER = {"fp32": 4.1, "fp16": 2.1, "int8": 1.5, "int4": 1.2}
-_MIN_DISTINCT_TOKENS = 8
-_PARITY_TEXT = (
-    "The spindle of station 4 vibrates above its limit. Check the bearing, then the alignment, "
-    "and write down what you found: def median(values): return sorted(values)[len(values) // 2]"
-)
 
 
 def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> ExportReport:
@@ -146,7 +142,7 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         for plan in data.plans.values():
             plan.validate(shape, checkpoint)
         copy_model_files(request.model, steps.staged)
-        source = _open(request.model, larger, steps, hashes)
+        source = open_source(request.model, larger, steps.work, hashes)
         parameters = sum(parameter.numel() for parameter in source.moe.model.parameters())
         bytes_per_parameter = _BYTES_PER_PARAMETER[precision]
         written = steps.written_bytes()
@@ -193,15 +189,6 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         separate_stacks=graphs.separate_stacks,
         remarks=data.remarks,
     )
-
-
-def _open(
-    path: Path, larger: StreamedModel | None, steps: Steps, hashes: FileHashes
-) -> ModelSource:
-    if larger is None:
-        return SourceInMemory(load_model(path))
-    assert steps.work is not None
-    return StreamedSource(larger, path, steps.work, hashes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +272,7 @@ class _Road:
                 self.say(f"make the graph of {name}")
                 with self.source.of_task(plan, layouts, name) as small:
                     eager[name] = self.steps.eager(
-                        name, partial(small.run_eager, self._parity_tokens(name))
+                        name, partial(small.run_eager, self._sample(name))
                     )
                     bound = small.bind(traced)
                     if has_policies(self.model, plans.values()):
@@ -319,7 +306,10 @@ class _Road:
         runner = self._open_graph(self.steps.staged / f"{name}.onnx")
         parity = self.steps.parity(name, partial(measure_parity, runner, eager, most))
         check_parity(parity, self.precision, name)
-        quality = None
+        quality, table, ladder = None, None, None
+        whole = runner if isinstance(runner, GraphRunner) else None
+        if whole is not None:
+            table = whole.mean_experts(self._sample(name), most)
         if name in before:
             self.say(f"evaluate the graph of {name}")
             held_out = self.data.held_out[name]
@@ -329,7 +319,14 @@ class _Road:
                 name, "after", partial(self._evaluate, scorer, held_out)
             )
             quality = judge_quality(held_out, before[name], after, self.request.max_drop)
-        return TaskReport(parity=parity, quality=quality)
+            if self.request.ladder and most and whole is not None:
+                self.say(f"judge the k ladder of {name}")
+                judges = LadderTask(
+                    held_out, self.tokenizer, longest, self.request.held_out_tokens
+                )
+                floor = floor_of(self.request.max_drop, before[name], after)
+                ladder = judge_rungs(whole, judges, most, floor)
+        return TaskReport(parity=parity, quality=quality, k_table=table, k_ladder=ladder)
 
     def _open_graph(self, path: Path) -> Runner:
         """Open a written graph as a whole, or in slices where it is too large for that."""
@@ -346,7 +343,7 @@ class _Road:
         reports: Mapping[str, TaskReport],
     ) -> None:
         """Write manifest.json, last of all files."""
-        Manifest(
+        manifest = Manifest(
             created_by=CREATED_BY,
             model=describe_model(self.model, self.request.model.resolve().name),
             target=self.target.name,
@@ -362,6 +359,8 @@ class _Road:
                     plan=describe_plan(plan, self.model),
                     parity=reports[name].parity.to_report(),
                     quality=reports[name].quality,
+                    k_table=reports[name].k_table,
+                    k_ladder=reports[name].k_ladder,
                 )
                 for name, plan in plans.items()
             },
@@ -370,7 +369,10 @@ class _Road:
             k_ladder=(KRung(name="full", k_cap=full_k(self.model, *plans.values())),),
             size=graphs.size,
             files=list_files(self.steps.staged),
-        ).save(self.steps.staged)
+        )
+        if self.target.name == "cpu":
+            manifest = time_ladders(self.steps.staged, manifest, self.say)
+        manifest.save(self.steps.staged)
 
     def _experts(
         self, name: str, plan: Plan, layouts: Mapping[int, StackLayout]
@@ -380,21 +382,13 @@ class _Road:
         in_order = tuple(tuple(range(count)) for count in self.model.experts_per_layer)
         return None if listed == in_order else listed
 
+    def _sample(self, name: str) -> list[int]:
+        vocabulary = int(self.model.config.vocab_size)
+        return sample_tokens(self.data.held_out.get(name), self.tokenizer, vocabulary)
+
     def _collect(self, name: str) -> Statistics:
         limit = self.request.calibration_tokens
         return self.source.collect(self.data.calibration[name], self.tokenizer, limit)
 
     def _evaluate(self, scorer: Scorer, task: TaskFile) -> Evaluation:
         return evaluate(scorer, task, self.tokenizer, max_tokens=self.request.held_out_tokens)
-
-    def _parity_tokens(self, name: str) -> list[int]:
-        text = _PARITY_TEXT
-        if name in self.data.held_out:
-            records = self.data.held_out[name].records
-            text = "\n".join(record.calibration_text for record in records[:16])
-        vocabulary = int(self.model.config.vocab_size)
-        ids = [token for token in self.tokenizer.encode(text).ids if token < vocabulary]
-        if len(set(ids)) < _MIN_DISTINCT_TOKENS:
-            # A tokenizer that knows none of these words would show one token only.
-            ids = [(7 * position + 3) % vocabulary for position in range(vocabulary)]
-        return ids

@@ -11,6 +11,7 @@ from edgemoe.errors import ExportError
 from edgemoe.progress import track
 from edgemoe_exporters.graph_calls import cache_shape, last_uses
 from edgemoe_runtime.backends.onnxruntime import MINIMUM_VERSION
+from edgemoe_runtime.manifest_parts import EXPERTS_USED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,6 +62,7 @@ class GraphRunner:
         self._outputs = [output.name for output in self._session.get_outputs()]
         self.state: tuple[int, dict[str, np.ndarray[Any, Any]]] = (0, {})
         self._k_cap: np.ndarray[Any, Any] | None = None
+        self._used: np.ndarray[Any, Any] | None = None
 
     def start(self, batch: int, k_cap: Sequence[int]) -> None:
         """Forget what was seen.
@@ -112,8 +114,26 @@ class GraphRunner:
             name: results[name.replace("past_key_values.", "present.", 1)] for name in past
         }
         self.state = (total, present)
+        self._used = results.get(EXPERTS_USED)
         logits: np.ndarray[Any, np.dtype[np.float32]] = results["logits"].astype(np.float32)
         return logits
+
+    def mean_experts(self, ids: Sequence[int], k_cap: Sequence[int]) -> tuple[int, ...] | None:
+        """Measure how many experts tokens use where they choose their number.
+
+        Args:
+            ids: Tokens of one text, at least one.
+            k_cap: Most experts per token, for each MoE layer.
+
+        Returns:
+            For each MoE layer the mean over the tokens, rounded up; None where the graph does
+            not tell.
+        """
+        self.start(1, k_cap)
+        self.run(np.array([ids], np.int64))
+        if self._used is None:
+            return None
+        return tuple(max(1, -(-int(used) // len(ids))) for used in self._used)
 
     def run_calls(
         self,

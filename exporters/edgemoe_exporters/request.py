@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe_exporters.parity import Parity
+    from edgemoe_runtime.manifest_ladder import KRung
     from edgemoe_runtime.manifest_parts import QualityReport, SizeReport
 
 DEFAULT_KEEP = 0.75
@@ -47,6 +48,8 @@ class ExportRequest:
         memory_limit_bytes: Largest model, in float32, and largest graph that are opened as a
             whole, in [0, inf); others are read layer by layer and run slice by slice. None for
             half of the memory that this process may use.
+        ladder: Whether to measure a k ladder for tasks that have lines to judge by. Times are
+            measured for it, so a bundle with one is not the same bytes every time.
     """
 
     model: Path
@@ -63,6 +66,7 @@ class ExportRequest:
     calibration_tokens: int = 16_384
     held_out_tokens: int = 8_192
     memory_limit_bytes: int | None = None
+    ladder: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,10 +137,14 @@ class TaskReport:
     Attributes:
         parity: How far the graph is from the eager model with the same experts.
         quality: Scores before and after, where there were lines to judge by.
+        k_table: Mean experts per token by MoE layer, rounded up, where tokens choose.
+        k_ladder: Rungs that lose little enough, where there were lines to judge by.
     """
 
     parity: Parity
     quality: QualityReport | None
+    k_table: tuple[int, ...] | None = None
+    k_ladder: tuple[KRung, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,14 +106,12 @@ class Steps:
         Returns:
             Its score.
         """
-
-        def decode(content: bytes) -> Evaluation:
-            found = json.loads(content)
-            for name in ("ci95", "line_losses", "line_tokens", "line_hits"):
-                found[name] = tuple(found[name])
-            return Evaluation(**found)
-
-        score: Evaluation = self._kept(f"{task}.{when}.json", evaluate, _as_json, decode)
+        score: Evaluation = self._kept(
+            f"{task}.{when}.json",
+            evaluate,
+            _as_json,
+            lambda content: Evaluation.from_json(json.loads(content)),
+        )
         return score
 
     def eager(self, task: str, run: Callable[[], list[EagerRun]]) -> list[EagerRun]:
@@ -239,6 +237,7 @@ def key_of(
             request.seed,
             request.calibration_tokens,
             request.held_out_tokens,
+            request.ladder,
         ],
         "versions": {
             **library_versions(),

@@ -180,7 +180,7 @@ def _by_deadline(
         return 0, ""
     if not state.unit_ms or state.fresh < min(_SAMPLES, len(state.unit_ms)):
         # What was measured is mostly of the rung before: it waits.
-        return state.rung, ""
+        return state.rung, _NO_RUNG if state.impossible else ""
     unit, last = statistics.median(state.unit_ms), len(costs) - 1
     why = f"{unit * costs[state.rung]:.1f} ms a token, {signals.allowed_ms:.1f} allowed"
     for rung, cost in enumerate(costs):

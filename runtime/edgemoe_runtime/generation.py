@@ -134,7 +134,8 @@ def generate_pieces(
     begin = time.perf_counter()
     check_turn()
     pace.begin()
-    pace.before_prompt(len(request.prompt), request.max_new_tokens)
+    # the first new token comes out of the prompt
+    pace.before_prompt(len(request.prompt), request.max_new_tokens - 1)
     logits = decoder.prefill(request.prompt)
     progress.prefill_seconds = time.perf_counter() - begin
     pace.after_prompt(len(request.prompt), progress.prefill_seconds)

@@ -111,6 +111,7 @@ def pruned(
             tasks=tasks,
             keep=0.5,
             max_drop=100.0,
+            ladder=False,
         )
     )
 
@@ -181,6 +182,7 @@ def test_same_request_gives_the_same_bytes(
             tasks=tasks,
             keep=0.5,
             max_drop=100.0,
+            ladder=False,
         )
     )
     assert files_of(again.output) == files_of(pruned.output)

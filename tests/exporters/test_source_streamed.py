@@ -72,6 +72,7 @@ PLANS = {
 
 
 def compare(request: ExportRequest, tmp_path: Path) -> None:
+    request = replace(request, ladder=False)
     whole = export_bundle(replace(request, output=tmp_path / "whole"))
     streamed = export_bundle(
         replace(request, output=tmp_path / "streamed", memory_limit_bytes=NOTHING)

@@ -1,0 +1,218 @@
+"""The k ladder of a task: which caps of experts per token are worth having, measured.
+
+A rung costs time and quality, and both are measured here, offline, so that the runtime never
+guesses: quality on held-out lines with the graph that ships, time on the engine of the target
+where that is at hand. A cap that loses more than is allowed ends the ladder; one that another
+beats in both is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgemoe.evaluate.drop import measure_drop, paired_drop
+from edgemoe.evaluate.evaluation import evaluate
+from edgemoe_exporters.graph_scorer import GraphScorer
+from edgemoe_runtime.manifest_ladder import KRung, RungQuality
+from edgemoe_runtime.opening import open_task
+from edgemoe_runtime.rung_cost import measure_costs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from tokenizers import Tokenizer
+
+    from edgemoe.evaluate.evaluation import Evaluation
+    from edgemoe.tasks import TaskFile
+    from edgemoe_exporters.graph_calls import Runner
+    from edgemoe_runtime.manifest import Manifest
+    from edgemoe_runtime.manifest_parts import TaskEntry
+
+DEFAULT_FLOOR = 0.1
+"""Most that the last rung may lose against the first where there is no ``--max-drop``."""
+
+_MOST_RUNGS = 8
+_JUDGED_TOKENS = 2048
+# A rung that saves less than this is not worth its loss, nor told apart from noise.
+_LEAST_SAVING = 0.02
+
+
+@dataclass(frozen=True)
+class LadderTask:
+    """The lines that judge a task's rungs.
+
+    Attributes:
+        held_out: The lines; calibration never saw them.
+        tokenizer: The model's.
+        max_length: Longest sequence in tokens.
+        max_tokens: Most tokens that judge an export; a rung is judged by 2048 at most.
+    """
+
+    held_out: TaskFile
+    tokenizer: Tokenizer
+    max_length: int
+    max_tokens: int
+
+    def judge(self, runner: Runner, k_cap: Sequence[int]) -> Evaluation:
+        """Score a graph under a cap."""
+        scorer = GraphScorer(runner, k_cap, self.max_length)
+        return evaluate(
+            scorer, self.held_out, self.tokenizer, max_tokens=max(1, self.max_tokens // 4)
+        )
+
+
+def list_caps(full: Sequence[int]) -> list[tuple[int, ...]]:
+    """List the caps that are tried, the full k first.
+
+    Args:
+        full: Most experts per token at full quality, for each MoE layer.
+
+    Returns:
+        Uniform caps from one below the largest down to 1, at most eight rungs in all, evenly
+        spread where there are more; a layer keeps its own k where that is less.
+    """
+    highest = max(full, default=1)
+    steps = np.linspace(highest, 1, min(highest, _MOST_RUNGS)).round().astype(int)
+    return [tuple(full), *(tuple(min(own, int(k)) for own in full) for k in steps[1:])]
+
+
+def judge_rungs(
+    runner: Runner, task: LadderTask, full: Sequence[int], floor: float
+) -> tuple[KRung, ...]:
+    """Measure what rungs lose, from the full k down to the floor.
+
+    Args:
+        runner: The task's graph.
+        task: What judges it.
+        full: Most experts per token at full quality, for each MoE layer.
+        floor: Most that a rung may lose against the first: relative for perplexity, in points
+            of 1 for accuracy.
+
+    Returns:
+        The rungs above the floor, with their quality; the first is the full k.
+    """
+    caps = list_caps(full)
+    best = task.judge(runner, caps[0])
+    rungs = [_rung("full", caps[0], best, best)]
+    for cap in caps[1:]:
+        score = task.judge(runner, cap)
+        rung = _rung(f"k{max(cap)}", cap, best, score)
+        assert rung.quality is not None
+        if not rung.quality.drop <= floor:
+            break
+        rungs.append(rung)
+    return tuple(rungs)
+
+
+def floor_of(max_drop: float | None, before: Evaluation, after: Evaluation) -> float:
+    """Say how much a rung may lose against the first, of what the task may lose in all.
+
+    Args:
+        max_drop: What the exported task may lose against the checkpoint; None for any.
+        before: Score of the checkpoint.
+        after: Score of the exported task at the full k.
+
+    Returns:
+        The loss, in the units of ``max_drop``: relative losses of a perplexity multiply, points
+        of an accuracy add up.
+    """
+    if max_drop is None:
+        return DEFAULT_FLOOR
+    lost = measure_drop(before, after)
+    return (1 + max_drop) / (1 + lost) - 1 if after.metric == "perplexity" else max_drop - lost
+
+
+def time_ladders(staged: Path, manifest: Manifest, say: Callable[[str], None]) -> Manifest:
+    """Measure what the rungs of every task cost on this machine's CPU.
+
+    Args:
+        staged: The bundle, whole but for its manifest.
+        manifest: The manifest, of target ``cpu``, with rungs that have a quality.
+        say: Is told what comes.
+
+    Returns:
+        The manifest with costs, without rungs that another one beats in both.
+    """
+    manifest.save(staged)
+    tasks: dict[str, TaskEntry] = {}
+    for name, entry in manifest.tasks.items():
+        tasks[name] = entry
+        if entry.k_ladder is None or len(entry.k_ladder) < 2:
+            continue
+        say(f"time the rungs of {name}")
+        # The digests were made of these very files a moment ago.
+        opened = open_task(staged, name, verify=False)
+        with opened.engine as engine:
+            costs = measure_costs(
+                engine, [rung.k_cap for rung in entry.k_ladder], manifest.model.vocab_size
+            )
+        timed = [
+            replace(rung, cost=cost) for rung, cost in zip(entry.k_ladder, costs, strict=True)
+        ]
+        tasks[name] = replace(entry, k_ladder=without_dominated(timed))
+    return replace(manifest, tasks=tasks)
+
+
+def without_dominated(rungs: Sequence[KRung]) -> tuple[KRung, ...]:
+    """Leave out rungs that another one beats: as fast or faster, and as good or better.
+
+    Args:
+        rungs: Rungs with quality and cost, the full k first.
+
+    Returns:
+        The first, and those of the others that save time over all that lose less; times fall
+        by at least 2% from one to the next.
+    """
+
+    def of(rung: KRung) -> tuple[float, float]:
+        assert rung.cost is not None
+        assert rung.quality is not None
+        return rung.quality.drop, rung.cost.decode
+
+    kept = [rungs[0]]
+    for rung in sorted(rungs[1:], key=of):
+        if of(rung)[1] <= of(kept[-1])[1] * (1 - _LEAST_SAVING):
+            kept.append(rung)
+    return tuple(kept)
+
+
+def _rung(name: str, k_cap: tuple[int, ...], full: Evaluation, score: Evaluation) -> KRung:
+    drop = paired_drop(full, score)
+    quality = RungQuality(
+        metric=score.metric,
+        value=score.value,
+        ci95=score.ci95,
+        drop=drop.value,
+        drop_ci95=drop.ci95,
+        lines=score.n,
+        margin=find_margin(full.line_values, score.line_values),
+    )
+    return KRung(name=name, k_cap=k_cap, quality=quality)
+
+
+def find_margin(
+    full: Sequence[Sequence[float]], score: Sequence[Sequence[float]]
+) -> float | None:
+    """Find how far ahead an answer must be to be that of the full k, on held-out lines.
+
+    Args:
+        full: Log-likelihood of each choice of each line at the full k, in nats.
+        score: The same on a rung.
+
+    Returns:
+        The largest lead of the best choice over the second best among lines whose best choice
+        is another one at the full k; 0 where there is no such line, None where there are no
+        choices.
+    """
+    if not score:
+        return None
+    leads = [0.0]
+    for at_full, here in zip(full, score, strict=True):
+        if int(np.argmax(at_full)) != int(np.argmax(here)) and len(here) > 1:
+            second, best = sorted(here)[-2:]
+            leads.append(best - second)
+    return max(leads)

@@ -1,0 +1,178 @@
+"""Sessions that move along a k ladder, with the real engine and a recorded machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from edgemoe_runtime import Session
+from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.manifest_ladder import KRung, RungCost, RungQuality
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CHOICES = ["bearing", "alignment", "none"]
+QUALITY = RungQuality(
+    metric="accuracy", value=0.5, ci95=(0.4, 0.6), drop=0.0, drop_ci95=(0.0, 0.1), lines=9
+)
+FULL = KRung(name="full", k_cap=(3, 3), quality=QUALITY, cost=RungCost(1.0, 1.0))
+LOW = KRung(
+    name="low",
+    k_cap=(1, 1),
+    quality=replace(QUALITY, margin=0.0),
+    cost=RungCost(0.5, 0.5),
+)
+
+
+def with_ladder(folder: Path, *rungs: KRung, **more: Any) -> Path:
+    manifest = Manifest.load(folder)
+    entry = replace(manifest.tasks["model"], k_ladder=rungs or None, **more)
+    replace(manifest, tasks={"model": entry}).save(folder)
+    assert Manifest.load(folder).tasks["model"] == entry
+    return folder
+
+
+@pytest.fixture
+def hot(tmp_path: Path) -> Path:
+    """A recorded machine whose GPU throttles."""
+    device = tmp_path / "hot/sys/class/thermal/cooling_device0"
+    device.mkdir(parents=True)
+    (device / "type").write_text("gpu-throttle-alert\n")
+    (device / "cur_state").write_text("1\n")
+    return tmp_path / "hot"
+
+
+def test_a_hot_machine_gets_fewer_experts_and_says_so(
+    build_bundle: Any, hot: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = with_ladder(build_bundle(), FULL, LOW)
+    caplog.set_level(logging.INFO, logger="edgemoe_runtime")
+    with Session.open(folder, k_cap=1) as session:
+        expected = session.generate("It hums", max_new_tokens=5)
+    with Session.open(folder, adapt=True, sensors_root=hot) as session:
+        answer = session.generate("It hums", max_new_tokens=5)
+        explanation = session.explain()
+        # What evaluates asks for the full k.
+        full = session.token_logprobs([5, 6, 7, 8], 1)
+    assert answer.tokens == expected.tokens
+    assert answer.experts_per_token == 1.0
+    assert answer.k_cap == (1, 1)
+    assert [move.phase for move in answer.k_moves] == ["prompt", "decode"]
+    assert answer.k_moves[0].reason == "gpu-throttle-alert is active"
+    assert answer.to_dict()["k_moves"][0] == {  # type: ignore[index,call-overload]
+        "phase": "prompt",
+        "from": "full",
+        "to": "low",
+        "reason": "gpu-throttle-alert is active",
+    }
+    assert explanation.ladder == ("full", "low")
+    assert explanation.ladder_position == "low"
+    assert explanation.k_move_count == 2
+    assert "prompt: full to low: gpu-throttle-alert is active" in str(explanation)
+    assert "gpu-throttle-alert" in caplog.text
+    json.dumps(explanation.to_dict())
+    with Session.open(folder) as session:
+        assert session.token_logprobs([5, 6, 7, 8], 1).tolist() == full.tolist()
+        assert session.explain().ladder == ("full",)
+
+
+@pytest.mark.parametrize(
+    ("options", "moves"),
+    [
+        ({}, 0),
+        ({"adapt": False, "deadline_ms": 1e6}, 0),
+        ({"k_cap": 3, "deadline_ms": 1e6}, 0),
+        ({"deadline_ms": 1e6}, 1),
+        ({"token_ms": 1e6}, 1),
+        ({"adapt": True}, 1),
+    ],
+)
+def test_who_adapts(build_bundle: Any, hot: Path, options: Any, moves: int) -> None:
+    folder = with_ladder(build_bundle(), FULL, LOW)
+    with Session.open(folder, sensors_root=hot, **options) as session:
+        assert len(session.classify("It hums", CHOICES).k_moves) == moves
+
+
+@pytest.mark.parametrize(("margin", "again"), [(0.0, False), (1e6, True), (None, False)])
+def test_an_answer_that_is_too_near_to_another_is_asked_again(
+    build_bundle: Any, hot: Path, margin: float | None, again: bool
+) -> None:
+    low = replace(LOW, quality=replace(QUALITY, margin=margin))
+    folder = with_ladder(build_bundle(), FULL, low)
+    with Session.open(folder, k_cap=3 if again else 1) as session:
+        expected = session.classify("It hums", CHOICES)
+    with Session.open(folder, adapt=True, sensors_root=hot) as session:
+        answer = session.classify("It hums", CHOICES)
+        explanation = session.explain()
+    assert answer.values == expected.values
+    assert answer.experts_per_token == (3.0 if again else 1.0)
+    assert explanation.asked_again == again
+    if again:
+        (fallback,) = answer.fallbacks
+        assert (fallback.kind, fallback.backend) == ("confidence", "low")
+        assert "more than 1e+06 needed: asked again at full k" in fallback.reason
+        assert fallback in explanation.fallbacks
+        assert answer.to_dict()["fallbacks"] == [fallback.to_dict()]
+    else:
+        assert answer.fallbacks == ()
+
+
+def test_a_deadline_that_no_rung_can_keep_is_told(
+    build_bundle: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = with_ladder(build_bundle(), FULL, LOW)
+    low = replace(LOW, quality=replace(QUALITY, margin=1e6))
+    with Session.open(folder, deadline_ms=0.001) as session:
+        for _ in range(2):
+            answer = session.generate("It hums", max_new_tokens=12)
+        assert session.classify("It hums", CHOICES).deadline_met is False
+    assert answer.deadline_met is False
+    assert [fallback.kind for fallback in answer.fallbacks] == ["deadline"]
+    assert "no rung is fast enough for the deadline" in answer.fallbacks[0].reason
+    assert answer.new_tokens == 12
+    assert "no rung is fast enough" in caplog.text
+    with Session.open(with_ladder(folder, FULL, low), deadline_ms=0.001) as session:
+        for _ in range(3):
+            last = session.classify("It hums", CHOICES)
+        assert [f.kind for f in last.fallbacks] == ["deadline", "confidence"]
+        assert "no time for full k" in last.fallbacks[1].reason
+        assert session.explain().asked_again == 0
+
+
+def test_rungs_without_a_cost_are_timed_where_they_run(build_bundle: Any) -> None:
+    rungs = (replace(FULL, cost=None), replace(LOW, cost=None))
+    folder = with_ladder(build_bundle(), *rungs)
+    with Session.open(folder, token_ms=1e6) as session:
+        assert session.explain().ladder in (("full",), ("full", "low"))
+        answer = session.generate("It hums", max_new_tokens=5)
+    with Session.open(folder) as session:
+        assert session.generate("It hums", max_new_tokens=5).tokens == answer.tokens
+
+
+def test_a_table_stands_in_for_an_allocator_that_is_missing(build_bundle: Any) -> None:
+    folder = with_ladder(build_bundle(), FULL, LOW, k_table=(2, 1))
+    with Session.open(folder, k_cap=[2, 1]) as session:
+        expected = session.generate("It hums", max_new_tokens=5)
+    with Session.open(folder, adapt=True) as session:
+        answer = session.generate("It hums", max_new_tokens=5)
+        assert session.explain().k_cap == (2, 1)
+    assert answer.tokens == expected.tokens
+    assert answer.experts_per_token == 1.5
+    (fallback,) = answer.fallbacks
+    assert fallback.kind == "allocator"
+    assert "no output experts_used" in fallback.reason
+
+
+def test_time_is_told_by_finished_request(build_bundle: Any) -> None:
+    with Session.open(build_bundle()) as session:
+        answers = [session.generate("It hums", max_new_tokens=count) for count in (3, 5)]
+        explanation = session.explain()
+    assert explanation.requests == 2
+    assert explanation.new_tokens == 8
+    assert explanation.mean_seconds == pytest.approx(sum(a.seconds for a in answers) / 2)
+    assert "4 new tokens each" in str(explanation)

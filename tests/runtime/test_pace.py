@@ -1,0 +1,174 @@
+"""The pace of a session on a clock of its own: which rung, and why."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgemoe_runtime.controller import Limits
+from edgemoe_runtime.errors import RequestError
+from edgemoe_runtime.manifest_ladder import KRung, RungCost
+from edgemoe_runtime.pace import Pace, Pacing, check_pacing, falling
+from edgemoe_runtime.sensors import Sensors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+COSTS = (1.0, 0.8, 0.6, 0.4)
+LADDER = tuple(
+    KRung(
+        name=f"k{4 - index}",
+        k_cap=(4 - index,) * 2,
+        # On prompts the rungs save half as much.
+        cost=RungCost(prefill=(1 + cost) / 2, decode=cost),
+    )
+    for index, cost in enumerate(COSTS)
+)
+COOL = Sensors(
+    memory_total_bytes=None,
+    memory_available_bytes=None,
+    swap_total_bytes=None,
+    zones=(),
+    throttling=(),
+    over_current_events={},
+    power_mw={},
+    gpu_clock_fraction=None,
+    absent=(),
+)
+
+
+class Machine:
+    """A machine whose tokens take as long as the rung in force costs."""
+
+    def __init__(self, pacing: Pacing, token_ms: float, prompt_ms: float = 1.0) -> None:
+        self.seconds = 0.0
+        self.token_ms, self.prompt_ms = token_ms, prompt_ms
+        self.caps: list[tuple[int, ...]] = []
+        self.pace = Pace(LADDER, self.caps.append, pacing, lambda: self.seconds)
+
+    def answer(self, prompt: int, new: int) -> tuple[float, list[str]]:
+        """Return milliseconds of a request, and the rung of each of its runs."""
+        begin, rungs = self.seconds, []
+        self.pace.begin()
+        self.pace.before_prompt(prompt, new - 1)
+        cost = self.pace.rung.cost
+        assert cost is not None
+        self._spend(prompt * self.prompt_ms * cost.prefill, self.pace.after_prompt, prompt)
+        rungs.append(self.pace.rung.name)
+        for made in range(1, new):
+            self.pace.before_step(new - made)
+            cost = self.pace.rung.cost
+            assert cost is not None
+            self._spend(self.token_ms * cost.decode, self.pace.after_step)
+            rungs.append(self.pace.rung.name)
+        return 1000 * (self.seconds - begin), rungs
+
+    def _spend(self, ms: float, tell: Callable[..., None], *arguments: int) -> None:
+        self.seconds += ms / 1000
+        tell(*arguments, ms / 1000)
+
+
+def test_a_request_deadline_moves_down_and_is_kept() -> None:
+    machine = Machine(Pacing(deadline_ms=400), token_ms=10)
+    # 64 + 49 * 10 ms at the full k: too long by a third.
+    for _ in range(4):
+        took, rungs = machine.answer(64, 50)
+        assert took <= 400
+    assert "k4" not in rungs[10:]
+    assert machine.caps
+    assert machine.pace.fallbacks == ()
+    assert {move.phase for move in machine.pace.moves} <= {"prompt", "decode"}
+    assert all("allowed" in m.reason or "room" in m.reason for m in machine.pace.moves)
+    assert machine.pace.move_count == len(machine.pace.moves)
+
+
+def test_the_first_request_knows_nothing_and_the_next_one_does() -> None:
+    machine = Machine(Pacing(deadline_ms=90), token_ms=10, prompt_ms=1)
+    # A prompt of 100 tokens takes 100 ms, on the lowest rung 70.
+    assert machine.answer(100, 1) == (pytest.approx(100), ["k4"])
+    took, rungs = machine.answer(100, 1)
+    assert took < 90
+    assert rungs != ["k4"]
+
+
+def test_a_token_deadline_holds_for_new_tokens_only() -> None:
+    machine = Machine(Pacing(token_ms=9), token_ms=10)
+    _, rungs = machine.answer(64, 40)
+    assert rungs[0] == "k4"
+    assert set(rungs[10:]) == {"k3"}
+    assert machine.pace.fallbacks == ()
+
+
+def test_what_no_rung_can_do_is_said_once_in_each_request() -> None:
+    machine = Machine(Pacing(deadline_ms=100), token_ms=10)
+    machine.answer(10, 50)
+    (fallback,) = machine.pace.fallbacks
+    assert fallback.kind == "deadline"
+    assert "no rung is fast enough" in fallback.reason
+    assert "4.00 ms" in fallback.reason
+    machine.token_ms = 0.1
+    machine.answer(10, 50)
+    assert machine.answer(10, 50)[0] < 100
+    assert machine.pace.fallbacks == ()
+
+
+def test_a_throttled_machine_takes_rungs_from_prompts_and_tokens() -> None:
+    reading = {"now": replace(COOL, throttling=("gpu-throttle-alert",))}
+    reads = []
+
+    def read() -> Sensors:
+        reads.append(machine.seconds)
+        return reading["now"]
+
+    limits = Limits(relief_seconds=2.0)
+    machine = Machine(Pacing(read=read, limits=limits), token_ms=20)
+    machine.answer(10, 400)
+    assert machine.pace.rung.name == "k1"
+    _, rungs = machine.answer(10, 2)
+    assert rungs == ["k1", "k1"]
+    reading["now"] = COOL
+    for _ in range(20):
+        _, rungs = machine.answer(10, 100)
+    assert rungs == ["k4"] * 100
+    assert all(b - a >= 1 for a, b in itertools.pairwise(reads))
+    assert any("gpu-throttle-alert is active" in move.reason for move in machine.pace.moves)
+
+
+def test_a_single_rung_never_moves_and_still_tells_the_truth() -> None:
+    caps: list[tuple[int, ...]] = []
+    pace = Pace(LADDER[:1], caps.append, Pacing(deadline_ms=5), lambda: 0.0)
+    for _ in range(2):
+        pace.begin()
+        pace.before_prompt(10, 0)
+        pace.after_prompt(10, 0.1)
+    assert caps == []
+    assert pace.fallbacks[0].kind == "deadline"
+
+
+def test_asking_again_needs_the_time_for_it() -> None:
+    machine = Machine(Pacing(deadline_ms=30), token_ms=1)
+    machine.answer(10, 1)
+    machine.answer(10, 1)
+    assert machine.pace.full_fits(10)
+    assert not machine.pace.full_fits(40)
+
+
+@given(st.lists(st.floats(0.01, 3.0), min_size=1, max_size=9))
+def test_costs_of_prompts_fall_whatever_was_measured(costs: list[float]) -> None:
+    found = falling(costs)
+    assert found[0] == 1
+    assert all(a > b for a, b in itertools.pairwise(found))
+    for cost, made in zip(costs[1:], found[1:], strict=True):
+        assert made <= max(1.0, cost)
+
+
+@pytest.mark.parametrize("name", ["deadline_ms", "token_ms"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan")])
+def test_times_are_above_zero(name: str, value: float) -> None:
+    with pytest.raises(RequestError, match=f"{name} must be above 0"):
+        check_pacing(Pacing(**{name: value}))  # type: ignore[arg-type]
