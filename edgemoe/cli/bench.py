@@ -62,6 +62,7 @@ def bench(
             f"prefill  {result['prefill_tokens_per_s']:.1f} tokens/s "
             f"({result['prompt_tokens']} tokens)",
             f"decode   {_rate(result['decode_tokens_per_s'])} ({result['new_tokens']} tokens)",
+            f"request  {result['request_s']:.3f} s, from the prompt to the last token",
         )
     )
     report(result, text, as_json=as_json)
@@ -106,6 +107,7 @@ def _summarise(session: Session, runs: list[Generation]) -> dict[str, Any]:
         "prefill_tokens_per_s": runs[0].prompt_tokens / prefill_s,
         # None where the model ended its text with the first token.
         "decode_tokens_per_s": statistics.median(decode_rates) if decode_rates else None,
+        "request_s": statistics.median(run.seconds for run in runs),
         "peak_rss_bytes": _peak_rss_bytes(),
         "bundle_bytes": session.manifest.size.total_bytes,
     }

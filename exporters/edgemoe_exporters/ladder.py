@@ -18,7 +18,7 @@ from edgemoe.evaluate.evaluation import evaluate
 from edgemoe_exporters.graph_scorer import GraphScorer
 from edgemoe_runtime.manifest_ladder import KRung, RungQuality
 from edgemoe_runtime.opening import open_task
-from edgemoe_runtime.rung_cost import measure_costs
+from edgemoe_runtime.rung_cost import measure_costs, without_dominated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,8 +37,6 @@ DEFAULT_FLOOR = 0.1
 
 _MOST_RUNGS = 8
 _JUDGED_TOKENS = 2048
-# A rung that saves less than this is not worth its loss, nor told apart from noise.
-_LEAST_SAVING = 0.02
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,8 @@ class LadderTask:
     def judge(self, runner: Runner, k_cap: Sequence[int]) -> Evaluation:
         """Score a graph under a cap."""
         scorer = GraphScorer(runner, k_cap, self.max_length)
-        return evaluate(
-            scorer, self.held_out, self.tokenizer, max_tokens=max(1, self.max_tokens // 4)
-        )
+        tokens = min(self.max_tokens, _JUDGED_TOKENS)
+        return evaluate(scorer, self.held_out, self.tokenizer, max_tokens=tokens)
 
 
 def list_caps(full: Sequence[int]) -> list[tuple[int, ...]]:
@@ -155,29 +152,6 @@ def time_ladders(staged: Path, manifest: Manifest, say: Callable[[str], None]) -
         ]
         tasks[name] = replace(entry, k_ladder=without_dominated(timed))
     return replace(manifest, tasks=tasks)
-
-
-def without_dominated(rungs: Sequence[KRung]) -> tuple[KRung, ...]:
-    """Leave out rungs that another one beats: as fast or faster, and as good or better.
-
-    Args:
-        rungs: Rungs with quality and cost, the full k first.
-
-    Returns:
-        The first, and those of the others that save time over all that lose less; times fall
-        by at least 2% from one to the next.
-    """
-
-    def of(rung: KRung) -> tuple[float, float]:
-        assert rung.cost is not None
-        assert rung.quality is not None
-        return rung.quality.drop, rung.cost.decode
-
-    kept = [rungs[0]]
-    for rung in sorted(rungs[1:], key=of):
-        if of(rung)[1] <= of(kept[-1])[1] * (1 - _LEAST_SAVING):
-            kept.append(rung)
-    return tuple(kept)
 
 
 def _rung(name: str, k_cap: tuple[int, ...], full: Evaluation, score: Evaluation) -> KRung:

@@ -178,10 +178,12 @@ def _by_deadline(
     """Return the rung that the deadline asks for, and why it is not a better one."""
     if signals.allowed_ms is None:
         return 0, ""
-    if not state.unit_ms or state.fresh < min(_SAMPLES, len(state.unit_ms)):
-        # What was measured is mostly of the rung before: it waits.
-        return state.rung, _NO_RUNG if state.impossible else ""
+    if not state.unit_ms:
+        return state.rung, ""
     unit, last = statistics.median(state.unit_ms), len(costs) - 1
+    if state.fresh < min(_SAMPLES, len(state.unit_ms)):
+        # What was measured is mostly of the rung before: it waits.
+        return state.rung, _NO_RUNG if unit * costs[last] > signals.allowed_ms else ""
     why = f"{unit * costs[state.rung]:.1f} ms a token, {signals.allowed_ms:.1f} allowed"
     for rung, cost in enumerate(costs):
         # The rung in force is left later than another is entered, so that it does not swing.

@@ -1,4 +1,4 @@
-"""What a token costs on each rung of a ladder, measured on the engine that will run it."""
+"""What a token costs on each rung of a ladder, on the engine that will run it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemoe_runtime.backends.base import Backend
+    from edgemoe_runtime.manifest_ladder import KRung
 
 _PROMPT_TOKENS = 64
-_NEW_TOKENS = 8
-_ROUNDS = 5
+_NEW_TOKENS = 16
+_ROUNDS = 7
+# A rung that saves less than this is not worth its loss, nor told apart from noise.
+_LEAST_SAVING = 0.02
 
 
 def measure_costs(
@@ -60,6 +63,31 @@ def measure_costs(
         )
         for rung in range(len(arrays))
     ]
+
+
+def without_dominated(rungs: Sequence[KRung]) -> tuple[KRung, ...]:
+    """Leave out rungs that another one beats: as fast or faster, and as good or better.
+
+    Args:
+        rungs: rungs with a cost, the full k first.
+
+    Returns:
+        The first, and those of the others that save time over all that lose less: at least 2%
+        of a prompt or of a new token, and never more of either. Of rungs without a quality a
+        later one is taken to lose more.
+    """
+    others = list(rungs[1:])
+    if all(rung.quality is not None for rung in others):
+        others.sort(key=lambda rung: rung.quality.drop if rung.quality else 0.0)
+    kept = [rungs[0]]
+    for rung in others:
+        before, after = kept[-1].cost, rung.cost
+        assert before is not None
+        assert after is not None
+        prefill, decode = after.prefill / before.prefill, after.decode / before.decode
+        if decode < 1 and prefill <= 1 and min(prefill, decode) <= 1 - _LEAST_SAVING:
+            kept.append(rung)
+    return tuple(kept)
 
 
 def _time(

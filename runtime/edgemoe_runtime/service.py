@@ -22,7 +22,7 @@ from edgemoe_runtime.generation import (
 from edgemoe_runtime.k_cap import check_k_cap
 from edgemoe_runtime.manifest_ladder import KRung
 from edgemoe_runtime.pace import Pace
-from edgemoe_runtime.rung_cost import measure_costs
+from edgemoe_runtime.rung_cost import measure_costs, without_dominated
 from edgemoe_runtime.scoring import Comparison, compare_completions, score_completions
 
 if TYPE_CHECKING:
@@ -252,13 +252,10 @@ class Service:
         engine, model = self._opened.engine, self._opened.manifest.model
         costs = measure_costs(engine, [rung.k_cap for rung in ladder], model.vocab_size)
         engine.reset()
-        kept: list[KRung] = []
-        for rung, cost in zip(ladder, costs, strict=True):
-            before = kept[-1].cost if kept else None
-            if before is None or cost.decode < before.decode:
-                kept.append(replace(rung, cost=cost))
+        timed = [replace(rung, cost=cost) for rung, cost in zip(ladder, costs, strict=True)]
+        kept = without_dominated(timed)
         _LOG.info("costs of the k ladder, measured here: %s", kept)
-        return tuple(kept)
+        return kept
 
     def _compare(self, prompt: str, completions: Sequence[str]) -> Comparison:
         self.next_turn()

@@ -64,7 +64,7 @@ def test_a_hot_machine_gets_fewer_experts_and_says_so(
     assert answer.k_cap == (1, 1)
     assert [move.phase for move in answer.k_moves] == ["prompt", "decode"]
     assert answer.k_moves[0].reason == "gpu-throttle-alert is active"
-    assert answer.to_dict()["k_moves"][0] == {  # type: ignore[index,call-overload]
+    assert answer.to_dict()["k_moves"][0] == {  # type: ignore[index]
         "phase": "prompt",
         "from": "full",
         "to": "low",

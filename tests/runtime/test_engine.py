@@ -17,11 +17,11 @@ from edgemoe_runtime.engine import Engine
 from edgemoe_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 IDS = np.random.default_rng(5).integers(0, 256, 40)
 GOOD = Candidate("onnxruntime", CPU)
-Install = "Callable[..., None]"
 
 
 class Failing:
@@ -44,7 +44,7 @@ class Failing:
 
 
 @pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that makes engines fail after so many runs, best first."""
 
     def put(*runs: int, most: int = 10**6, last: bool = True) -> None:

@@ -90,7 +90,9 @@ def test_a_request_deadline_moves_down_and_is_kept() -> None:
 def test_the_first_request_knows_nothing_and_the_next_one_does() -> None:
     machine = Machine(Pacing(deadline_ms=90), token_ms=10, prompt_ms=1)
     # A prompt of 100 tokens takes 100 ms, on the lowest rung 70.
-    assert machine.answer(100, 1) == (pytest.approx(100), ["k4"])
+    took, rungs = machine.answer(100, 1)
+    assert took == pytest.approx(100)
+    assert rungs == ["k4"]
     took, rungs = machine.answer(100, 1)
     assert took < 90
     assert rungs != ["k4"]

@@ -1,0 +1,173 @@
+"""The k ladder of an export: what its rungs lose and cost, and which are worth having."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgemoe.evaluate.drop import paired_drop
+from edgemoe.evaluate.evaluation import Evaluation, evaluate
+from edgemoe.evaluate.subject import open_subject
+from edgemoe.models.tiny import write_tiny_checkpoint
+from edgemoe.tasks import ChoiceRecord, TaskFile
+from edgemoe_exporters.export import export_bundle
+from edgemoe_exporters.ladder import find_margin, floor_of, list_caps
+from edgemoe_exporters.quality import split_task
+from edgemoe_exporters.request import ExportRequest
+from edgemoe_runtime import Session
+from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.manifest_ladder import RungCost
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def score(value: float, metric: str = "perplexity") -> Evaluation:
+    return Evaluation(
+        task="t",
+        metric=metric,  # type: ignore[arg-type]
+        value=value,
+        ci95=(value, value),
+        n=1,
+        perplexity=value,
+        tokens=1,
+    )
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6))
+def test_caps_go_down_from_the_full_k_to_one(full: list[int]) -> None:
+    caps = list_caps(full)
+    assert caps[0] == tuple(full)
+    assert caps[-1] == (1,) * len(full) or max(full) == 1
+    assert len(caps) == min(8, max(full))
+    for before, after in itertools.pairwise(caps):
+        assert max(after) < max(before)
+        assert all(1 <= b <= a for a, b in zip(before, after, strict=True))
+
+
+def test_margins_are_the_largest_lead_of_another_answer() -> None:
+    full = [(0.0, -1.0, -5.0), (-3.0, -1.0, -2.0), (0.0, -9.0, -9.0)]
+    assert find_margin(full, full) == 0
+    other = [(-2.0, -1.5, -9.0), (-1.0, -4.0, -9.0), (0.0, -0.1, -9.0)]
+    # Line 1 changed with a lead of 0.5, line 2 with 3; line 3 did not.
+    assert find_margin(full, other) == pytest.approx(3.0)
+    assert find_margin(full[:1], other[:1]) == pytest.approx(0.5)
+    assert find_margin((), ()) is None
+
+
+def test_floors_count_what_is_lost_already() -> None:
+    assert floor_of(None, score(10), score(11)) == 0.1
+    # 10 -> 11 -> 12 is all that 20% allow.
+    assert 11 * (1 + floor_of(0.2, score(10), score(11))) == pytest.approx(12)
+    assert floor_of(0.05, score(0.9, "accuracy"), score(0.88, "accuracy")) == pytest.approx(
+        0.03
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    write_tiny_checkpoint("qwen3_moe", path, num_experts_per_tok=4)
+    return path
+
+
+@pytest.fixture(scope="module")
+def choices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("task") / "choices.jsonl"
+    lines = [
+        {
+            "prompt": " ".join(f"w{(line * 7 + word) % 60 + 3}" for word in range(9)),
+            "choices": [" w5 w6", " w40", " w17 w9"],
+            "answer": line % 3,
+        }
+        for line in range(40)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path, choices: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("bundle") / "bundle"
+    request = ExportRequest(
+        model=checkpoint,
+        output=output,
+        target="cpu",
+        precision="fp32",
+        tasks={"choices": choices},
+        max_drop=2.0,
+        keep=1.0,
+    )
+    export_bundle(request)
+    return output
+
+
+@pytest.mark.fused
+def test_an_export_measures_what_its_rungs_lose(
+    bundle: Path, choices: Path, checkpoint: Path
+) -> None:
+    manifest = Manifest.load(bundle)
+    assert [rung.name for rung in manifest.k_ladder] == ["full"]
+    ladder = manifest.tasks["choices"].k_ladder
+    assert ladder is not None
+    assert ladder[0].name == "full"
+    assert ladder[0].k_cap == (4,) * len(manifest.model.moe_layers)
+    assert ladder[0].cost == RungCost(1.0, 1.0)
+    _, held_out = split_task(TaskFile.load("choices", choices))
+    with open_subject(checkpoint) as whole:
+        best = evaluate(whole.scorer, held_out, whole.tokenizer, max_tokens=2048)
+    for each in ladder:
+        with open_subject(checkpoint, k_cap=each.k_cap) as small:
+            expected = evaluate(small.scorer, held_out, small.tokenizer, max_tokens=2048)
+        assert each.quality is not None
+        assert each.quality.value == expected.value
+        assert each.quality.lines == 10
+        assert each.quality.drop == pytest.approx(paired_drop(best, expected).value)
+        assert each.quality.margin == pytest.approx(
+            find_margin(best.line_values, expected.line_values), abs=1e-3
+        )
+
+
+@pytest.mark.fused
+def test_answers_above_the_margin_are_those_of_the_full_k(bundle: Path, choices: Path) -> None:
+    _, held_out = split_task(TaskFile.load("choices", choices))
+    ladder = Manifest.load(bundle).tasks["choices"].k_ladder
+    assert ladder is not None
+    with Session.open(bundle) as session:
+        for each in ladder:
+            assert each.quality is not None
+            assert each.quality.margin is not None
+            for record in held_out.records:
+                assert isinstance(record, ChoiceRecord)
+                answers = []
+                for cap in (None, each.k_cap):
+                    session.set_k_cap(cap)
+                    answers.append(
+                        session.classify(record.prompt, record.choices, template="{text}")
+                    )
+                if answers[1].margin > each.quality.margin + 1e-3:
+                    assert answers[0] == answers[1]
+
+
+@pytest.mark.fused
+def test_who_wants_no_ladder_gets_none(checkpoint: Path, choices: Path, tmp_path: Path) -> None:
+    request = ExportRequest(
+        model=checkpoint,
+        output=tmp_path / "a",
+        target="jetson-orin",
+        tasks={"choices": choices},
+        keep=1.0,
+    )
+    export_bundle(request)
+    # Of a target that is not at hand quality is measured, time is not.
+    ladder = Manifest.load(tmp_path / "a").tasks["choices"].k_ladder
+    assert ladder is not None
+    assert all(each.cost is None and each.quality is not None for each in ladder)
+    export_bundle(replace(request, output=tmp_path / "b", ladder=False))
+    assert Manifest.load(tmp_path / "b").tasks["choices"].k_ladder is None

@@ -1,0 +1,81 @@
+"""Costs of a ladder's rungs, and which rungs they make worth having."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgemoe_runtime.backends.base import OpenRequest
+from edgemoe_runtime.backends.onnxruntime import open_onnxruntime
+from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.manifest_ladder import KRung, RungCost, RungQuality
+from edgemoe_runtime.rung_cost import measure_costs, without_dominated
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def rung(drop: float, cost: float, name: str = "x", prefill: float | None = None) -> KRung:
+    return KRung(
+        name=name,
+        k_cap=(1,),
+        quality=RungQuality(
+            metric="perplexity",
+            value=1.0 + drop,
+            ci95=(0.0, 9.0),
+            drop=drop,
+            drop_ci95=(drop, drop),
+            lines=5,
+        ),
+        cost=RungCost(prefill=cost if prefill is None else prefill, decode=cost),
+    )
+
+
+@given(st.lists(st.tuples(st.floats(-0.1, 0.5), st.floats(0.05, 1.5)), min_size=0, max_size=9))
+def test_what_is_left_out_is_beaten_and_what_stays_is_not(
+    measured: list[tuple[float, float]],
+) -> None:
+    rungs = [
+        rung(0, 1, "full"),
+        *(rung(d, c, str(i)) for i, (d, c) in enumerate(measured)),
+    ]
+    kept = without_dominated(rungs)
+    assert kept[0] is rungs[0]
+    costs = [each.cost.decode for each in kept if each.cost]
+    assert all(after <= 0.98 * before for before, after in itertools.pairwise(costs))
+    drops = [each.quality.drop for each in kept[1:] if each.quality]
+    assert drops == sorted(drops)
+    for left in rungs:
+        # No slower by more than what counts as the same, and no worse.
+        assert any(
+            each.cost.decode * 0.98 <= left.cost.decode  # type: ignore[union-attr]
+            and (each is rungs[0] or each.quality.drop <= left.quality.drop)  # type: ignore[union-attr]
+            for each in kept
+        )
+
+
+def test_a_rung_may_save_on_prompts_alone() -> None:
+    full = rung(0, 1, "full")
+    assert len(without_dominated([full, rung(0.1, 0.99, prefill=0.9)])) == 2
+    assert len(without_dominated([full, rung(0.1, 0.99, prefill=0.99)])) == 1
+    assert len(without_dominated([full, rung(0.1, 0.9, prefill=1.1)])) == 1
+
+
+def test_costs_are_of_the_engine_at_hand(bundle: Path) -> None:
+    manifest = Manifest.load(bundle)
+    request = OpenRequest(
+        bundle=bundle, manifest=manifest, task="model", max_length=48, threads=1
+    )
+    with open_onnxruntime(request) as backend:
+        costs = measure_costs(backend, [(3, 3), (1, 1)], manifest.model.vocab_size, rounds=2)
+        few = measure_costs(backend, [(3, 3)], manifest.model.vocab_size, ids=[5, 6], rounds=1)
+    assert costs[0] == few[0] == RungCost(1.0, 1.0)
+    assert 0 < costs[1].decode < 10
+
+
+def test_of_rungs_without_a_quality_the_later_loses_more() -> None:
+    rungs = [KRung(name=str(c), k_cap=(1,), cost=RungCost(c, c)) for c in (1.0, 0.8, 0.9, 0.7)]
+    assert [each.name for each in without_dominated(rungs)] == ["1.0", "0.8", "0.7"]
