@@ -1,0 +1,176 @@
+"""The controller while other programs take the processor: how many tokens are in time?
+
+A session generates tokens for three periods. In the second one, busy processes compete for the
+cores. The deadline of a token is what it takes at the full k on the idle machine, and some
+room. The same is done by a session that stays at the full k, in turn, several times. A token
+counts as possible where the lowest rung would have been fast enough, by the ladder's costs. Run
+it from the repository's root on a machine that is otherwise idle::
+
+    python benchmarks/adaptive_k/under_load.py --work load
+
+The model is random, its experts dominate (hidden size 1024, 8 layers of 16 experts, top-4).
+Markdown goes to stdout, progress to stderr; --work keeps the bundle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from wide_model import write_wide_model
+
+from edgemoe_runtime import Session
+
+sys.path.append(str(Path(__file__).parents[1] / "compression"))
+from commands import Commands, write_table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from edgemoe_runtime.pace import Pace
+
+_PROMPT = "w5 w9 w17 w33 w65 w7 w14 w28"
+_TOKENS_OF_A_REQUEST = 64
+
+
+@dataclass
+class Seen:
+    """Every token of one session.
+
+    Attributes:
+        milliseconds: how long it took.
+        at: when it ended.
+        rungs: its rung's number on the ladder.
+    """
+
+    milliseconds: list[float] = field(default_factory=list)
+    at: list[float] = field(default_factory=list)
+    rungs: list[int] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Keep processors busy."""
+    loop = [sys.executable, "-c", "while True: pass"]
+    started = [subprocess.Popen(loop) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def watch(session: Session) -> Seen:
+    """Note every new token of a session from now on."""
+    seen = Seen()
+    pace: Pace = session._service.pace
+    take = pace.after_step
+
+    def note(seconds: float) -> None:
+        seen.milliseconds.append(1000 * seconds)
+        seen.at.append(time.monotonic())
+        seen.rungs.append(pace.ladder.index(pace.rung))
+        take(seconds)
+
+    pace.after_step = note  # type: ignore[method-assign]
+    return seen
+
+
+def generate_for(session: Session, seconds: float) -> None:
+    """Answer requests for a while."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        session.generate(_PROMPT, max_new_tokens=_TOKENS_OF_A_REQUEST)
+
+
+@click.command()
+@click.option("--work", type=click.Path(path_type=Path), required=True)
+@click.option("--precision", default="int4", show_default=True)
+@click.option("--room", default=1.25, show_default=True, help="Deadline over the idle time.")
+@click.option("--seconds", default=10.0, show_default=True, help="Of each period.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--busy", "processes", default=len(os.sched_getaffinity(0)), show_default=True)
+@click.option("--threads", default=len(os.sched_getaffinity(0)), show_default=True)
+def main(
+    work: Path,
+    precision: str,
+    room: float,
+    seconds: float,
+    rounds: int,
+    processes: int,
+    threads: int,
+) -> None:
+    """Load the machine, and count tokens in time."""
+    work.mkdir(parents=True, exist_ok=True)
+    model, lines = write_wide_model(work)
+    commands = Commands(work, threads)
+    asked = ("--target", "cpu", "--precision", precision, "--keep", 1, "--max-drop", 1e6)
+    commands.make(f"bundle-{precision}", "export", model, *asked, "--task", f"wide={lines}")
+    bundle = work / f"bundle-{precision}"
+
+    with Session.open(bundle, threads=threads) as session:
+        seen = watch(session)
+        generate_for(session, seconds)
+        idle_ms = statistics.median(seen.milliseconds)
+        ladder = session.manifest.ladder("wide")
+    deadline = room * idle_ms
+    costs = [1.0 if rung.cost is None else rung.cost.decode for rung in ladder]
+    shown = [f"{rung.name} {cost:.2f}" for rung, cost in zip(ladder, costs, strict=True)]
+    click.echo(
+        f"{idle_ms:.1f} ms a token at the full k, {deadline:.1f} ms allowed; rungs "
+        f"{', '.join(shown)}\n"
+    )
+    rows = []
+    for number in range(rounds):
+        for adapts in (False, True):
+            click.echo(f"round {number + 1}, adapts: {adapts}", err=True)
+            with Session.open(
+                bundle, threads=threads, token_ms=deadline, adapt=adapts
+            ) as session:
+                generate_for(session, 1.0)
+                seen = watch(session)
+                generate_for(session, seconds)
+                with busy(processes):
+                    generate_for(session, seconds)
+                    free_at = time.monotonic()
+                generate_for(session, seconds)
+                moves = session.explain().k_move_count
+            possible = [
+                ms <= deadline
+                for ms, rung in zip(seen.milliseconds, seen.rungs, strict=True)
+                if ms / costs[rung] * costs[-1] <= deadline
+            ]
+            back = next(
+                (
+                    at - free_at
+                    for at, rung in zip(seen.at, seen.rungs, strict=True)
+                    if at > free_at and rung == 0
+                ),
+                None,
+            )
+            rows.append(
+                [
+                    str(number + 1),
+                    "yes" if adapts else "no",
+                    str(len(seen.milliseconds)),
+                    f"{sum(ms <= deadline for ms in seen.milliseconds) / len(seen.at):.1%}",
+                    f"{sum(possible) / max(len(possible), 1):.1%}",
+                    str(moves),
+                    "never" if back is None else f"{back:.1f} s" if adapts else "",
+                ]
+            )
+    heading = ["round", "adapts", "tokens", "in time", "in time where a rung allows it"]
+    write_table([*heading, "moves", "back at the full k after"], rows)
+
+
+if __name__ == "__main__":
+    main()
