@@ -247,6 +247,32 @@ def test_run_prints_the_text_and_streams_the_same(
     assert "1 experts per token" in whole.stderr
 
 
+def test_run_tells_how_a_deadline_was_kept(
+    bundle: Path, answer: Answer, invoke: Callable[..., Any]
+) -> None:
+    asked = ("run", bundle, "--task=code", "--prompt=def add(", "--max-new-tokens=6")
+
+    met = answer(*asked, "--deadline-ms", 600_000, "--token-ms", 600_000)
+    assert met["deadline_met"] is True
+    assert met["k_moves"] == met["fallbacks"] == []
+    missed = invoke(*asked, "--deadline-ms", 0.001)
+    assert "deadline, " in missed.stderr
+    assert "no rung is fast enough for the deadline" in missed.stderr
+    assert "[deadline of 0.001 ms missed]" in missed.stderr
+
+
+def test_export_shows_the_rungs_that_it_measured(
+    road: Path, invoke: Callable[..., Any], answer: Answer, tmp_path: Path
+) -> None:
+    asked = ("export", road / "moe", "--target=cpu", f"--task=code={road}/code.jsonl")
+
+    told = invoke(*asked, "-o", tmp_path / "a", "--max-drop", 9)
+    assert "rung full: 2 experts per token, drop 0.000" in told.stdout
+    ladder = answer("inspect", tmp_path / "a")["tasks"]["code"]["k_ladder"]
+    assert ladder[0]["cost"] == {"prefill": 1.0, "decode": 1.0}
+    assert "rung full" not in invoke(*asked, "-o", tmp_path / "b", "--no-ladder").stdout
+
+
 def test_bench_answers_the_contract(bundle: Path, answer: Answer) -> None:
     asked = ("--prompt-tokens=16", "--new-tokens=4", "--repeat=2", "--threads=1")
     told = answer("bench", bundle, "--task=code", *asked)
