@@ -1,0 +1,95 @@
+"""What Ada-K's paper leaves open: gamma, the clip, and whether the likeliest number counts.
+
+Heads are trained with each gamma and each clip, the rest as always, and judged on lines that
+nothing has read: perplexity with the likeliest numbers, and with drawn ones, both at what the
+tokens really used. Run it from the repository's root, with the demo's model and a folder that
+benchmarks/reference_moe/corpus.py wrote::
+
+    python benchmarks/adaptive_k/ablation.py demo/moe --tasks demo/domains --work policies
+
+Markdown goes to stdout, progress to stderr; --work keeps what is finished, and may be that of
+policies.py.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import click
+import torch
+from trial import Trial
+
+from edgemoe.allocate.heads import Heads
+from edgemoe.allocate.rollout import draw, reward_of
+from edgemoe.calibrate.windows import cut_tasks
+from edgemoe.models import load_model, load_tokenizer
+from edgemoe.models.k_policy import following
+from edgemoe.tasks import TaskFile
+
+sys.path.append(str(Path(__file__).parents[1] / "compression"))
+from commands import show_drop, show_score, write_table
+
+_VARIANTS = ("gamma=1", "gamma=0.98", "gamma=0.9", "clip=0.05", "clip=0.4", "steps=0")
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--task", default="code", show_default=True)
+@click.option("--work", type=click.Path(path_type=Path), required=True)
+@click.option("--mean-k", default=4.0, show_default=True)
+@click.option("--variant", "variants", multiple=True, default=_VARIANTS)
+@click.option("--tokens", default=16384, show_default=True)
+@click.option("--held-out-tokens", default=4096, show_default=True)
+@click.option("--threads", default=1, show_default=True)
+def main(
+    model: Path,
+    tasks: Path,
+    task: str,
+    work: Path,
+    mean_k: float,
+    variants: tuple[str, ...],
+    tokens: int,
+    held_out_tokens: int,
+    threads: int,
+) -> None:
+    """Train heads for MODEL with other choices."""
+    torch.set_num_threads(threads)
+    work.mkdir(parents=True, exist_ok=True)
+    opened, tokenizer = load_model(model), load_tokenizer(model)
+    trial = Trial(opened, tokenizer, task, tasks, work)
+    before = trial.judge("", None, "", tokens, held_out_tokens)
+    held_out = TaskFile.load(task, tasks / f"{task}.test.jsonl")
+    cut = cut_tasks(opened, [held_out], tokenizer, max_tokens=held_out_tokens)
+    windows = [window for window in cut.by_task[task] if len(window.ids) > 1]
+    rows = [["router's top-k", f"{before['used']:.2f}", show_score(before["score"]), "", ""]]
+    for variant in variants:
+        found = trial.judge("ada-k", mean_k, variant, tokens, held_out_tokens)
+        rules = found["policy"].rules
+        slots = [rule.slots for rule in rules]
+        heads = Heads.zeros(slots, opened.shape.hidden_size)
+        with torch.no_grad():
+            for layer, rule in enumerate(rules):
+                heads.weight[layer, : rule.slots] = torch.from_numpy(rule.allocator)
+        rollout = draw(opened, windows, heads, torch.Generator().manual_seed(0))
+        with following(opened, found["policy"]):
+            likeliest = float(reward_of(opened, windows).mean())
+        drawn = float(rollout.rewards.mean())
+        mean = float(rollout.numbers.float().mean()) + 1
+        rows.append(
+            [
+                f"`{variant}`",
+                f"{found['used']:.2f}",
+                show_score(found["score"]),
+                show_drop(before["score"], found["score"]),
+                f"{math.exp(likeliest - drawn) - 1:+.1%} at {mean:.2f}",
+            ]
+        )
+    heading = ["training", "experts per token", "perplexity [95%]", "rise over top-k [95%]"]
+    write_table([*heading, "drawn numbers against the likeliest"], rows)
+
+
+if __name__ == "__main__":
+    main()

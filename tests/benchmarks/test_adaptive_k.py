@@ -1,0 +1,90 @@
+"""The benchmarks of adaptive k on a tiny random model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from edgemoe.models.tiny import write_tiny_checkpoint
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "adaptive_k"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function from a script's name to its module."""
+    monkeypatch.syspath_prepend(FOLDER.parent / "compression")
+    monkeypatch.syspath_prepend(FOLDER)
+    for name in ("commands", "trial"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    def load(name: str) -> Any:
+        specification = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+        assert specification is not None
+        assert specification.loader is not None
+        module = importlib.util.module_from_spec(specification)
+        monkeypatch.setitem(sys.modules, name, module)
+        specification.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_policies_are_judged_once_and_told_apart(tmp_path: Path, load: Any) -> None:
+    write_tiny_checkpoint("qwen3_moe", tmp_path / "moe", num_experts_per_tok=4)
+    for part, shift in (("train", 0), ("test", 5)):
+        lines = [
+            {"text": " ".join(f"w{3 + (n * m + shift) % 90}" for m in range(1, 40))}
+            for n in range(20)
+        ]
+        path = tmp_path / f"code.{part}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common: tuple[object, ...] = ("--tasks", tmp_path, "--task", "code")
+    common = (*common, "--work", tmp_path / "work")
+    common = (*common, "--mean-k", 3, "--tokens", 300, "--held-out-tokens", 200)
+    judged = []
+
+    def run(name: str, *more: object) -> str:
+        module = load(name)
+        judged.append(name)
+        words = [str(word) for word in (tmp_path / "moe", *common, *more)]
+        result = CliRunner().invoke(module.main, words, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    policies = ("--policy", "fixed", "--policy", "ada-k:steps=1")
+    table = run("policies", *policies)
+    assert "| `fixed` | 3.00 |" in table
+    kept = {path.name for path in (tmp_path / "work").glob("*.json")}
+    assert kept == {
+        "code-top-k-None.json",
+        "code-fixed-3.0.json",
+        "code-ada-k-3.0-steps=1.json",
+    }
+    assert run("policies", *policies) == table
+    assert "steps=1" in run("ablation", "--variant", "steps=1")
+    told = run("who_gets_more", "--plot", tmp_path / "a.png", "--policy", "ada-k:steps=1")
+    assert "| `ada-k:steps=1` | code |" in told
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in (tmp_path / "work").glob("*.json")} == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (" the", "begins a word"),
+        ("ing", "goes on in a word"),
+        (" 42", "number"),
+        ("():", "punctuation"),
+        ("\n\n  ", "white space"),
+        (" x1", "begins a word"),
+    ],
+)
+def test_tokens_have_a_kind(load: Any, text: str, kind: str) -> None:
+    assert load("who_gets_more").kind_of(text) == kind
