@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
     from edgemoe.evaluate.evaluation import Evaluation
@@ -156,6 +157,7 @@ def time_ladders(staged: Path, manifest: Manifest, say: Callable[[str], None]) -
 
 def _rung(name: str, k_cap: tuple[int, ...], full: Evaluation, score: Evaluation) -> KRung:
     drop = paired_drop(full, score)
+    margin = None if score is full else find_margin(full, score)
     quality = RungQuality(
         metric=score.metric,
         value=score.value,
@@ -163,30 +165,41 @@ def _rung(name: str, k_cap: tuple[int, ...], full: Evaluation, score: Evaluation
         drop=drop.value,
         drop_ci95=drop.ci95,
         lines=score.n,
-        margin=find_margin(full.line_values, score.line_values),
+        margin=margin,
+        asked_again=0.0 if margin is None else float(np.mean(leads_of(score) <= margin)),
     )
     return KRung(name=name, k_cap=k_cap, quality=quality)
 
 
-def find_margin(
-    full: Sequence[Sequence[float]], score: Sequence[Sequence[float]]
-) -> float | None:
+def find_margin(full: Evaluation, score: Evaluation) -> float | None:
     """Find how far ahead an answer must be to be that of the full k, on held-out lines.
 
     Args:
-        full: Log-likelihood of each choice of each line at the full k, in nats.
+        full: Score at the full k, of choices.
         score: The same on a rung.
 
     Returns:
-        The largest lead of the best choice over the second best among lines whose best choice
-        is another one at the full k; 0 where there is no such line, None where there are no
-        choices.
+        The largest lead of the best choice over the second best, in nats, among lines whose
+        best choice is another one at the full k; below 0 where there is no such line, None
+        where there are no choices.
     """
-    if not score:
+    if not score.line_values:
         return None
-    leads = [0.0]
-    for at_full, here in zip(full, score, strict=True):
-        if int(np.argmax(at_full)) != int(np.argmax(here)) and len(here) > 1:
-            second, best = sorted(here)[-2:]
-            leads.append(best - second)
-    return max(leads)
+    changed = [
+        int(np.argmax(at_full)) != int(np.argmax(here))
+        for at_full, here in zip(full.line_values, score.line_values, strict=True)
+    ]
+    return float(max(leads_of(score)[changed], default=-1.0))
+
+
+def leads_of(score: Evaluation) -> NDArray[np.float64]:
+    """Return how far the best choice is ahead of the second best, in nats.
+
+    Args:
+        score: A score of choices.
+
+    Returns:
+        float64 [lines]; infinite where there is one choice only.
+    """
+    ordered = [sorted(line)[-2:] for line in score.line_values]
+    return np.array([line[1] - line[0] if len(line) > 1 else np.inf for line in ordered])

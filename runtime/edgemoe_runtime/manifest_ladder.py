@@ -23,6 +23,8 @@ class RungQuality:
         lines: lines that were scored.
         margin: of a task of choices: every held-out line whose best choice was ahead of the
             second best by more than so many nats got the answer of the full k, or None.
+        asked_again: share of the held-out lines that were not so far ahead, which a session
+            asks again at the full k; 0 where there is no margin.
     """
 
     metric: str
@@ -32,11 +34,14 @@ class RungQuality:
     drop_ci95: tuple[float, float]
     lines: int
     margin: float | None = None
+    asked_again: float = 0.0
 
     @classmethod
     def read(cls, value: Value) -> RungQuality:
         """Read from JSON."""
-        fields = value.fields("metric", "value", "ci95", "drop", "drop_ci95", "lines", "margin")
+        fields = value.fields(
+            "metric", "value", "ci95", "drop", "drop_ci95", "lines", "margin", "asked_again"
+        )
         return cls(
             metric=fields["metric"].one_of("perplexity", "accuracy"),
             value=fields["value"].number(),
@@ -45,6 +50,7 @@ class RungQuality:
             drop_ci95=_interval(fields["drop_ci95"]),
             lines=fields["lines"].integer(1),
             margin=fields["margin"].optional(lambda item: item.number()),
+            asked_again=fields["asked_again"].number(),
         )
 
     def to_json(self) -> dict[str, Json]:
@@ -57,6 +63,7 @@ class RungQuality:
             "drop_ci95": list(self.drop_ci95),
             "lines": self.lines,
             "margin": self.margin,
+            "asked_again": self.asked_again,
         }
 
 

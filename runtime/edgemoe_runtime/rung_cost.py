@@ -73,21 +73,28 @@ def without_dominated(rungs: Sequence[KRung]) -> tuple[KRung, ...]:
 
     Returns:
         The first, and those of the others that save time over all that lose less: at least 2%
-        of a prompt or of a new token, and never more of either. Of rungs without a quality a
-        later one is taken to lose more.
+        of a prompt or of a new token, and never more of either. A prompt costs what it takes
+        on the rung, and the share of prompts that is asked again at the full k. Of rungs
+        without a quality a later one is taken to lose more.
     """
     others = list(rungs[1:])
     if all(rung.quality is not None for rung in others):
         others.sort(key=lambda rung: rung.quality.drop if rung.quality else 0.0)
-    kept = [rungs[0]]
+    kept, least = [rungs[0]], _time_of(rungs[0])
     for rung in others:
-        before, after = kept[-1].cost, rung.cost
-        assert before is not None
-        assert after is not None
-        prefill, decode = after.prefill / before.prefill, after.decode / before.decode
-        if decode < 1 and prefill <= 1 and min(prefill, decode) <= 1 - _LEAST_SAVING:
+        prompt, token = _time_of(rung)
+        prompts, tokens = prompt / least[0], token / least[1]
+        if tokens < 1 and prompts <= 1 and min(prompts, tokens) <= 1 - _LEAST_SAVING:
             kept.append(rung)
+            least = prompt, token
     return tuple(kept)
+
+
+def _time_of(rung: KRung) -> tuple[float, float]:
+    """Return the time of a prompt and of a new token, over those of the first rung."""
+    assert rung.cost is not None
+    again = 0.0 if rung.quality is None else rung.quality.asked_again
+    return rung.cost.prefill + again, rung.cost.decode
 
 
 def _time(

@@ -17,7 +17,7 @@ from edgemoe.evaluate.subject import open_subject
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.tasks import ChoiceRecord, TaskFile
 from edgemoe_exporters.export import export_bundle
-from edgemoe_exporters.ladder import find_margin, floor_of, list_caps
+from edgemoe_exporters.ladder import find_margin, floor_of, leads_of, list_caps
 from edgemoe_exporters.quality import split_task
 from edgemoe_exporters.request import ExportRequest
 from edgemoe_runtime import Session
@@ -40,6 +40,10 @@ def score(value: float, metric: str = "perplexity") -> Evaluation:
     )
 
 
+def chosen(*values: tuple[float, ...]) -> Evaluation:
+    return replace(score(0.5, "accuracy"), line_values=values)
+
+
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6))
 def test_caps_go_down_from_the_full_k_to_one(full: list[int]) -> None:
     caps = list_caps(full)
@@ -52,13 +56,13 @@ def test_caps_go_down_from_the_full_k_to_one(full: list[int]) -> None:
 
 
 def test_margins_are_the_largest_lead_of_another_answer() -> None:
-    full = [(0.0, -1.0, -5.0), (-3.0, -1.0, -2.0), (0.0, -9.0, -9.0)]
-    assert find_margin(full, full) == 0
-    other = [(-2.0, -1.5, -9.0), (-1.0, -4.0, -9.0), (0.0, -0.1, -9.0)]
+    full = chosen((0.0, -1.0, -5.0), (-3.0, -1.0, -2.0), (0.0, -9.0, -9.0))
+    assert find_margin(full, full) == -1
+    other = chosen((-2.0, -1.5, -9.0), (-1.0, -4.0, -9.0), (0.0, -0.1, -9.0))
     # Line 1 changed with a lead of 0.5, line 2 with 3; line 3 did not.
     assert find_margin(full, other) == pytest.approx(3.0)
-    assert find_margin(full[:1], other[:1]) == pytest.approx(0.5)
-    assert find_margin((), ()) is None
+    assert leads_of(other) == pytest.approx([0.5, 3.0, 0.1])
+    assert find_margin(score(3.0), score(4.0)) is None
 
 
 def test_floors_count_what_is_lost_already() -> None:
@@ -129,9 +133,14 @@ def test_an_export_measures_what_its_rungs_lose(
         assert each.quality.value == expected.value
         assert each.quality.lines == 10
         assert each.quality.drop == pytest.approx(paired_drop(best, expected).value)
-        assert each.quality.margin == pytest.approx(
-            find_margin(best.line_values, expected.line_values), abs=1e-3
-        )
+        if each is ladder[0]:
+            assert (each.quality.margin, each.quality.asked_again) == (None, 0)
+            continue
+        margin = find_margin(best, expected)
+        assert margin is not None
+        assert each.quality.margin == pytest.approx(margin, abs=1e-3)
+        again = [line <= margin + 1e-3 for line in leads_of(expected)]
+        assert each.quality.asked_again == pytest.approx(sum(again) / len(again))
 
 
 @pytest.mark.fused
@@ -140,7 +149,7 @@ def test_answers_above_the_margin_are_those_of_the_full_k(bundle: Path, choices:
     ladder = Manifest.load(bundle).tasks["choices"].k_ladder
     assert ladder is not None
     with Session.open(bundle) as session:
-        for each in ladder:
+        for each in ladder[1:]:
             assert each.quality is not None
             assert each.quality.margin is not None
             for record in held_out.records:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hypothesis import given
@@ -62,6 +63,14 @@ def test_a_rung_may_save_on_prompts_alone() -> None:
     assert len(without_dominated([full, rung(0.1, 0.99, prefill=0.9)])) == 2
     assert len(without_dominated([full, rung(0.1, 0.99, prefill=0.99)])) == 1
     assert len(without_dominated([full, rung(0.1, 0.9, prefill=1.1)])) == 1
+
+
+def test_what_is_asked_again_costs_time() -> None:
+    full, low = rung(0, 1, "full"), rung(0.1, 0.7, "low")
+    assert low.quality is not None
+    for again, length in ((0.25, 2), (0.35, 1)):
+        asked = replace(low, quality=replace(low.quality, asked_again=again))
+        assert len(without_dominated([full, asked])) == length
 
 
 def test_costs_are_of_the_engine_at_hand(bundle: Path) -> None:
