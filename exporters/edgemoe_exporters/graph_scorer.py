@@ -65,10 +65,20 @@ class GraphScorer:
         def take(number: int, logits: np.ndarray[Any, np.dtype[np.float32]]) -> None:
             if number in wanted:
                 index, skipped, continuation = wanted[number]
-                answers[index].append(_pick(logits[0, skipped:], np.array(continuation)))
+                rows = logits[0, skipped:]
+                self.see(requests[index], rows)
+                answers[index].append(_pick(rows, np.array(continuation)))
 
         self._runner.run_calls(calls, self._k_cap, take)
         return answers
+
+    def see(self, request: Request, logits: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        """Look at the logits of a continuation's positions.
+
+        Args:
+            request: Whose continuation it is.
+            logits: Float32 ``[tokens of the continuation, vocabulary]``.
+        """
 
 
 def _pick(

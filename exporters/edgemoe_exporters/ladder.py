@@ -15,7 +15,8 @@ import numpy as np
 
 from edgemoe.evaluate.drop import measure_drop, paired_drop
 from edgemoe.evaluate.evaluation import evaluate
-from edgemoe_exporters.graph_scorer import GraphScorer
+from edgemoe.evaluate.requests import build_questions
+from edgemoe_exporters.leads import WatchingScorer, answers_of_choices, find_margin
 from edgemoe_runtime.manifest_ladder import KRung, RungQuality
 from edgemoe_runtime.opening import open_task
 from edgemoe_runtime.rung_cost import measure_costs, without_dominated
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
     from edgemoe.evaluate.evaluation import Evaluation
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.graph_calls import Runner
+    from edgemoe_exporters.leads import Answers
     from edgemoe_runtime.manifest import Manifest
     from edgemoe_runtime.manifest_parts import TaskEntry
 
@@ -56,11 +57,17 @@ class LadderTask:
     max_length: int
     max_tokens: int
 
-    def judge(self, runner: Runner, k_cap: Sequence[int]) -> Evaluation:
-        """Score a graph under a cap."""
-        scorer = GraphScorer(runner, k_cap, self.max_length)
+    def judge(self, runner: Runner, k_cap: Sequence[int]) -> tuple[Evaluation, Answers]:
+        """Score a graph under a cap, and see what it answers."""
+        scorer = WatchingScorer(runner, k_cap, self.max_length)
         tokens = min(self.max_tokens, _JUDGED_TOKENS)
-        return evaluate(scorer, self.held_out, self.tokenizer, max_tokens=tokens)
+        score = evaluate(scorer, self.held_out, self.tokenizer, max_tokens=tokens)
+        if self.held_out.kind == "choice":
+            return score, answers_of_choices(score)
+        asked = build_questions(
+            self.held_out, self.tokenizer, max_length=self.max_length, max_tokens=tokens
+        )
+        return score, scorer.answers(asked)
 
 
 def list_caps(full: Sequence[int]) -> list[tuple[int, ...]]:
@@ -94,15 +101,17 @@ def judge_rungs(
         The rungs above the floor, with their quality; the first is the full k.
     """
     caps = list_caps(full)
-    best = task.judge(runner, caps[0])
-    rungs = [_rung("full", caps[0], best, best)]
+    best, expected = task.judge(runner, caps[0])
+    rungs = [KRung(name="full", k_cap=caps[0], quality=_quality(best, best))]
     for cap in caps[1:]:
-        score = task.judge(runner, cap)
-        rung = _rung(f"k{max(cap)}", cap, best, score)
-        assert rung.quality is not None
-        if not rung.quality.drop <= floor:
+        score, answers = task.judge(runner, cap)
+        quality = _quality(best, score)
+        if not quality.drop <= floor:
             break
-        rungs.append(rung)
+        margin = find_margin(expected, answers)
+        again = float(np.mean(answers.leads <= margin))
+        quality = replace(quality, margin=margin, asked_again=again)
+        rungs.append(KRung(name=f"k{max(cap)}", k_cap=cap, quality=quality))
     return tuple(rungs)
 
 
@@ -155,51 +164,13 @@ def time_ladders(staged: Path, manifest: Manifest, say: Callable[[str], None]) -
     return replace(manifest, tasks=tasks)
 
 
-def _rung(name: str, k_cap: tuple[int, ...], full: Evaluation, score: Evaluation) -> KRung:
+def _quality(full: Evaluation, score: Evaluation) -> RungQuality:
     drop = paired_drop(full, score)
-    margin = None if score is full else find_margin(full, score)
-    quality = RungQuality(
+    return RungQuality(
         metric=score.metric,
         value=score.value,
         ci95=score.ci95,
         drop=drop.value,
         drop_ci95=drop.ci95,
         lines=score.n,
-        margin=margin,
-        asked_again=0.0 if margin is None else float(np.mean(leads_of(score) <= margin)),
     )
-    return KRung(name=name, k_cap=k_cap, quality=quality)
-
-
-def find_margin(full: Evaluation, score: Evaluation) -> float | None:
-    """Find how far ahead an answer must be to be that of the full k, on held-out lines.
-
-    Args:
-        full: Score at the full k, of choices.
-        score: The same on a rung.
-
-    Returns:
-        The largest lead of the best choice over the second best, in nats, among lines whose
-        best choice is another one at the full k; below 0 where there is no such line, None
-        where there are no choices.
-    """
-    if not score.line_values:
-        return None
-    changed = [
-        int(np.argmax(at_full)) != int(np.argmax(here))
-        for at_full, here in zip(full.line_values, score.line_values, strict=True)
-    ]
-    return float(max(leads_of(score)[changed], default=-1.0))
-
-
-def leads_of(score: Evaluation) -> NDArray[np.float64]:
-    """Return how far the best choice is ahead of the second best, in nats.
-
-    Args:
-        score: A score of choices.
-
-    Returns:
-        float64 [lines]; infinite where there is one choice only.
-    """
-    ordered = [sorted(line)[-2:] for line in score.line_values]
-    return np.array([line[1] - line[0] if len(line) > 1 else np.inf for line in ordered])

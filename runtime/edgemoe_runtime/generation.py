@@ -31,6 +31,7 @@ class GenerationRequest:
         seed: of the random generator; None takes a new one.
         stop: strings that end the text.
         eos_token_ids: tokens that end the text.
+        watched: whether to measure how far the likeliest tokens are ahead.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +40,7 @@ class GenerationRequest:
     seed: int | None
     stop: tuple[str, ...]
     eos_token_ids: frozenset[int]
+    watched: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -49,7 +51,10 @@ class GenerationRequest:
 
 @dataclass(kw_only=True)
 class GenerationProgress:
-    """What the loop has done so far; the seconds do not count time outside the loop."""
+    """What the loop has done so far; the seconds do not count time outside the loop.
+
+    The lead is that of the likeliest token over the second, in nats, summed over new tokens.
+    """
 
     tokens: list[int]
     text: str = ""
@@ -57,6 +62,7 @@ class GenerationProgress:
     seconds: float = 0.0
     prefill_seconds: float = 0.0
     experts_per_token: float = 0.0
+    lead: float = 0.0
 
 
 class TextStream(Iterator[str]):
@@ -142,6 +148,9 @@ def generate_pieces(
     while True:
         # here, for the decoder may serve another request before this one is told
         progress.experts_per_token = decoder.experts_per_token
+        if request.watched:
+            second, best = np.partition(logits, -2)[-2:].tolist()
+            progress.lead += best - second
         token = choose_token(logits, request.sampling, generator)
         progress.tokens.append(token)
         if token in request.eos_token_ids:

@@ -21,10 +21,11 @@ class RungQuality:
             of 1 for accuracy.
         drop_ci95: the 95% interval of that, over pairs of lines.
         lines: lines that were scored.
-        margin: of a task of choices: every held-out line whose best choice was ahead of the
-            second best by more than so many nats got the answer of the full k, or None.
+        margin: every held-out line whose answer was ahead of the second best by more than so
+            many nats got the answer of the full k: of choices the choice, of texts three
+            quarters of the likeliest tokens, whose mean lead counts. None on the first rung.
         asked_again: share of the held-out lines that were not so far ahead, which a session
-            asks again at the full k; 0 where there is no margin.
+            asks again at the full k.
     """
 
     metric: str

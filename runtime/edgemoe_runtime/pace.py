@@ -8,6 +8,7 @@ on the one may save little on the other; both feel the machine's state.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import statistics
@@ -21,7 +22,7 @@ from edgemoe_runtime.controller import ControlState, Limits, Signals, decide
 from edgemoe_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from edgemoe_runtime.controller import Move
     from edgemoe_runtime.json_fields import Json
@@ -120,6 +121,7 @@ class Pace:
         self._in_force = ladder[0]
         self._spent_ms = 0.0
         self._impossible = ""
+        self._held = False
 
     @property
     def rung(self) -> KRung:
@@ -175,14 +177,32 @@ class Pace:
         """Take in how long a new token took."""
         self._take("decode", 1000 * seconds, 1000 * seconds)
 
-    def full_fits(self, tokens: int) -> bool:
-        """Ask whether a prompt can run once more, at the full k, in what is left."""
-        left, unit = self._left_ms(), self._unit_ms("prompt")
-        return left is None or unit is None or tokens * unit <= left
+    def full_fits(self, tokens: int, new: int = 0) -> bool:
+        """Ask whether a request can run once more, at the full k, in what is left.
+
+        Args:
+            tokens: tokens of the prompt.
+            new: new tokens; the first one comes out of the prompt.
+        """
+        left = self._left_ms()
+        if left is None:
+            return True
+        prompt, decode = self._unit_ms("prompt") or 0.0, self._unit_ms("decode") or 0.0
+        return tokens * prompt + max(new - 1, 0) * decode <= left
 
     def use_full(self) -> None:
         """Put the first rung in force, until the next choice."""
         self._put(0)
+
+    @contextlib.contextmanager
+    def held_at_full(self) -> Iterator[None]:
+        """Stay on the first rung, and forget no move, while a request runs once more."""
+        moves, self._held = self.request_moves, True
+        try:
+            yield
+        finally:
+            self._held = False
+            self.request_moves = moves
 
     def _left_ms(self) -> float | None:
         if self._pacing.deadline_ms is None:
@@ -197,10 +217,14 @@ class Pace:
         return statistics.median(units) if units else None
 
     def _take(self, phase: Phase, unit_ms: float, spent_ms: float) -> None:
-        self._times[phase].append(unit_ms)
+        if not self._held:
+            self._times[phase].append(unit_ms)
         self._spent_ms += spent_ms
 
     def _choose(self, phase: Phase, allowed_ms: float | None) -> None:
+        if self._held:
+            self._put(0)
+            return
         now, costs = self._clock(), self._costs[phase]
         signals = Signals(
             seconds=now,

@@ -73,9 +73,9 @@ def without_dominated(rungs: Sequence[KRung]) -> tuple[KRung, ...]:
 
     Returns:
         The first, and those of the others that save time over all that lose less: at least 2%
-        of a prompt or of a new token, and never more of either. A prompt costs what it takes
-        on the rung, and the share of prompts that is asked again at the full k. Of rungs
-        without a quality a later one is taken to lose more.
+        of a prompt or of a new token, and never more of either. Where choices are compared, a
+        prompt costs what it takes on the rung, and the share that is asked again at the full
+        k. Of rungs without a quality a later one is taken to lose more.
     """
     others = list(rungs[1:])
     if all(rung.quality is not None for rung in others):
@@ -93,7 +93,8 @@ def without_dominated(rungs: Sequence[KRung]) -> tuple[KRung, ...]:
 def _time_of(rung: KRung) -> tuple[float, float]:
     """Return the time of a prompt and of a new token, over those of the first rung."""
     assert rung.cost is not None
-    again = 0.0 if rung.quality is None else rung.quality.asked_again
+    compares = rung.quality is not None and rung.quality.metric == "accuracy"
+    again = rung.quality.asked_again if rung.quality is not None and compares else 0.0
     return rung.cost.prefill + again, rung.cost.decode
 
 

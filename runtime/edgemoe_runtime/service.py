@@ -119,12 +119,12 @@ class Service:
         self.decoder.use_k_cap(ladder[0].k_cap)
         self.pace = Pace(ladder, self.decoder.move_k_cap, self._opened.pacing)
 
-    def generate(
+    def stream(
         self, request: GenerationRequest, begin: float, check_open: Callable[[], None]
     ) -> TextStream:
         """Continue a prompt; the stream makes it piece by piece."""
         self.decoder.check(request.prompt)
-        turn, engine, pace = self.next_turn(), self._opened.engine, self.pace
+        turn, pace = self.next_turn(), self.pace
 
         def check_turn() -> None:
             check_open()
@@ -135,24 +135,7 @@ class Service:
                 )
 
         def finish(progress: GenerationProgress) -> Generation:
-            own = pace.fallbacks
-            self._requested.extend(own)
-            self._count(progress.seconds, len(progress.tokens))
-            return Generation(
-                text=progress.text,
-                tokens=tuple(progress.tokens),
-                prompt_tokens=len(request.prompt),
-                new_tokens=len(progress.tokens),
-                seconds=progress.seconds,
-                prefill_seconds=progress.prefill_seconds,
-                experts_per_token=progress.experts_per_token,
-                k_cap=pace.rung.k_cap,
-                backend=engine.name,
-                fallbacks=(*self._opened.fallbacks, *engine.fallbacks, *own),
-                finish_reason=progress.finish_reason,
-                deadline_ms=self._opened.pacing.deadline_ms,
-                k_moves=tuple(pace.request_moves),
-            )
+            return self._finish(request, progress, pace)
 
         progress = GenerationProgress(tokens=[])
         pieces = generate_pieces(
@@ -161,6 +144,67 @@ class Service:
         answer = TextStream(pieces, progress, finish)
         progress.seconds = time.perf_counter() - begin
         return answer
+
+    def generate(
+        self, request: GenerationRequest, begin: float, check_open: Callable[[], None]
+    ) -> Generation:
+        """Continue a prompt, and do it again at the full k where the answer is in doubt."""
+        self.decoder.check(request.prompt)
+        self.next_turn()
+        request = replace(request, watched=self._margin("perplexity") is not None)
+        pace, progress = self.pace, GenerationProgress(tokens=[])
+
+        def make() -> None:
+            pieces = generate_pieces(
+                request, self.decoder, self._opened.tokenizer, progress, check_open, pace
+            )
+            progress.text = "".join(pieces)
+
+        make()
+        first, own = progress, list(pace.fallbacks)
+        lead = progress.lead / len(progress.tokens)
+        doubt = self._doubt("perplexity", lead)
+        tokens = len(request.prompt), len(progress.tokens)
+        if doubt and pace.full_fits(*tokens):
+            own.append(
+                Fallback(pace.rung.name, f"{doubt}: asked again at full k", "confidence")
+            )
+            progress = GenerationProgress(tokens=[])
+            with pace.held_at_full():
+                make()
+            progress.prefill_seconds += first.prefill_seconds
+            self.tally.asked_again += 1
+        elif doubt:
+            own.append(Fallback(pace.rung.name, f"{doubt}: no time for full k", "confidence"))
+        progress.seconds = time.perf_counter() - begin
+        return self._finish(request, progress, pace, own)
+
+    def _finish(
+        self,
+        request: GenerationRequest,
+        progress: GenerationProgress,
+        pace: Pace,
+        fallbacks: Sequence[Fallback] | None = None,
+    ) -> Generation:
+        own = pace.fallbacks if fallbacks is None else fallbacks
+        self._requested.extend(own)
+        self._count(progress.seconds, len(progress.tokens))
+        engine = self._opened.engine
+        return Generation(
+            text=progress.text,
+            tokens=tuple(progress.tokens),
+            prompt_tokens=len(request.prompt),
+            new_tokens=len(progress.tokens),
+            seconds=progress.seconds,
+            prefill_seconds=progress.prefill_seconds,
+            experts_per_token=progress.experts_per_token,
+            k_cap=pace.rung.k_cap,
+            backend=engine.name,
+            fallbacks=(*self._opened.fallbacks, *engine.fallbacks, *own),
+            finish_reason=progress.finish_reason,
+            deadline_ms=self._opened.pacing.deadline_ms,
+            k_moves=tuple(pace.request_moves),
+        )
 
     def classify(
         self,
@@ -180,7 +224,9 @@ class Service:
         comparison = self._compare(prompt, choices)
         scores = self._score_paced(comparison)
         own = list(self.pace.fallbacks)
-        rung, doubt = self.pace.rung, self._doubt(scores)
+        values = sorted(score.log_likelihood for score in scores)
+        lead = values[-1] - values[-2] if len(values) > 1 else float("inf")
+        rung, doubt = self.pace.rung, self._doubt("accuracy", lead)
         if doubt and self.pace.full_fits(comparison.tokens):
             self.pace.use_full()
             scores = score_completions(self.decoder, comparison)
@@ -270,15 +316,20 @@ class Service:
         self.pace.after_prompt(comparison.tokens, time.perf_counter() - begin)
         return scores
 
-    def _doubt(self, scores: Sequence[Score]) -> str:
+    def _margin(self, metric: str) -> float | None:
+        """Return how far ahead answers must be on any rung, where that was measured."""
+        qualities = [rung.quality for rung in self.pace.ladder if rung.quality is not None]
+        margins = [each.margin for each in qualities if each.metric == metric]
+        return max((margin for margin in margins if margin is not None), default=None)
+
+    def _doubt(self, metric: str, lead: float) -> str:
         """Say why an answer of this rung may be another at the full k, if it may."""
         quality = self.pace.rung.quality
-        if self.pace.rung is self.pace.ladder[0] or quality is None or len(scores) < 2:
+        if self.pace.rung is self.pace.ladder[0] or quality is None:
             return ""
-        second, best = sorted(score.log_likelihood for score in scores)[-2:]
-        if quality.margin is None or best - second > quality.margin:
+        if quality.margin is None or quality.metric != metric or lead > quality.margin:
             return ""
-        return f"ahead by {best - second:.3g} nats, more than {quality.margin:.3g} needed"
+        return f"ahead by {lead:.3g} nats, more than {quality.margin:.3g} needed"
 
     def _count(self, seconds: float, new_tokens: int) -> None:
         self.tally.add(seconds, new_tokens, self._opened.pacing.deadline_ms)

@@ -202,12 +202,9 @@ class Session:
             stop=check_stop(stop),
             eos_token_ids=frozenset(self.manifest.model.eos_token_ids),
         )
-        answer = self._service.generate(request, begin, self._check_open)
         if stream:
-            return answer
-        for _ in answer:
-            pass
-        return answer.generation
+            return self._service.stream(request, begin, self._check_open)
+        return self._service.generate(request, begin, self._check_open)
 
     def classify(
         self,

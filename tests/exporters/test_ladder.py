@@ -7,17 +7,21 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemoe.evaluate.drop import paired_drop
 from edgemoe.evaluate.evaluation import Evaluation, evaluate
 from edgemoe.evaluate.subject import open_subject
+from edgemoe.models import limit_k, load_model, load_tokenizer
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.tasks import ChoiceRecord, TaskFile
 from edgemoe_exporters.export import export_bundle
-from edgemoe_exporters.ladder import find_margin, floor_of, leads_of, list_caps
+from edgemoe_exporters.ladder import floor_of, list_caps
+from edgemoe_exporters.leads import Answers, answers_of_choices, find_margin
 from edgemoe_exporters.quality import split_task
 from edgemoe_exporters.request import ExportRequest
 from edgemoe_runtime import Session
@@ -40,8 +44,8 @@ def score(value: float, metric: str = "perplexity") -> Evaluation:
     )
 
 
-def chosen(*values: tuple[float, ...]) -> Evaluation:
-    return replace(score(0.5, "accuracy"), line_values=values)
+def chosen(*values: tuple[float, ...]) -> Answers:
+    return answers_of_choices(replace(score(0.5, "accuracy"), line_values=values))
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6))
@@ -61,8 +65,17 @@ def test_margins_are_the_largest_lead_of_another_answer() -> None:
     other = chosen((-2.0, -1.5, -9.0), (-1.0, -4.0, -9.0), (0.0, -0.1, -9.0))
     # Line 1 changed with a lead of 0.5, line 2 with 3; line 3 did not.
     assert find_margin(full, other) == pytest.approx(3.0)
-    assert leads_of(other) == pytest.approx([0.5, 3.0, 0.1])
-    assert find_margin(score(3.0), score(4.0)) is None
+    assert other.leads == pytest.approx([0.5, 3.0, 0.1])
+    assert chosen((-2.0,)).leads == [float("inf")]
+
+
+def test_a_text_is_another_when_a_quarter_of_its_tokens_is() -> None:
+    tokens = (np.arange(8), np.arange(8), np.arange(8))
+    full = Answers(tokens, np.array([1.0, 2.0, 3.0]))
+    two, three = np.arange(8), np.arange(8)
+    two[:2] = three[:3] = 99
+    here = Answers((two, three, two), np.array([0.5, 0.7, 0.9]))
+    assert find_margin(full, here) == pytest.approx(0.7)
 
 
 def test_floors_count_what_is_lost_already() -> None:
@@ -136,10 +149,10 @@ def test_an_export_measures_what_its_rungs_lose(
         if each is ladder[0]:
             assert (each.quality.margin, each.quality.asked_again) == (None, 0)
             continue
-        margin = find_margin(best, expected)
-        assert margin is not None
+        answers = answers_of_choices(expected)
+        margin = find_margin(answers_of_choices(best), answers)
         assert each.quality.margin == pytest.approx(margin, abs=1e-3)
-        again = [line <= margin + 1e-3 for line in leads_of(expected)]
+        again = [line <= margin + 1e-3 for line in answers.leads]
         assert each.quality.asked_again == pytest.approx(sum(again) / len(again))
 
 
@@ -180,3 +193,44 @@ def test_who_wants_no_ladder_gets_none(checkpoint: Path, choices: Path, tmp_path
     assert all(each.cost is None and each.quality is not None for each in ladder)
     export_bundle(replace(request, output=tmp_path / "b", ladder=False))
     assert Manifest.load(tmp_path / "b").tasks["choices"].k_ladder is None
+
+
+@pytest.mark.fused
+def test_leads_of_texts_are_those_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "texts.jsonl"
+    texts = [" ".join(f"w{3 + (n * m) % 90}" for m in range(1, 30)) for n in range(1, 41)]
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    request = ExportRequest(
+        model=checkpoint,
+        output=tmp_path / "bundle",
+        target="jetson-orin",
+        precision="fp32",
+        tasks={"texts": lines},
+        keep=1.0,
+        max_drop=100.0,
+    )
+    export_bundle(request)
+    ladder = Manifest.load(tmp_path / "bundle").tasks["texts"].k_ladder
+    assert ladder is not None
+    assert [each.name for each in ladder] == ["full", "k3", "k2", "k1"]
+    _, held_out = split_task(TaskFile.load("texts", lines))
+    model = load_model(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    found = {}
+    for each in ladder:
+        chosen, leads = [], []
+        for record in held_out.records:
+            ids = torch.tensor([tokenizer.encode(record.calibration_text).ids])
+            with limit_k(model, each.k_cap), torch.inference_mode():
+                rows = model.model(input_ids=ids).logits[0, :-1].double()
+            top = rows.log_softmax(-1).topk(2)
+            chosen.append(top.indices[:, 0].numpy())
+            leads.append(float((top.values[:, 0] - top.values[:, 1]).mean()))
+        found[each.name] = Answers(tuple(chosen), np.array(leads))
+        if each is ladder[0]:
+            continue
+        assert each.quality is not None
+        margin = find_margin(found["full"], found[each.name])
+        assert each.quality.margin == pytest.approx(margin, abs=1e-4)
+        again = np.mean(found[each.name].leads <= margin)
+        assert each.quality.asked_again == pytest.approx(again, abs=0.11)

@@ -122,6 +122,37 @@ def test_an_answer_that_is_too_near_to_another_is_asked_again(
         assert answer.fallbacks == ()
 
 
+@pytest.mark.parametrize(("margin", "again"), [(-1.0, False), (1e6, True), (None, False)])
+def test_a_text_that_is_in_doubt_is_made_again(
+    build_bundle: Any, hot: Path, margin: float | None, again: bool
+) -> None:
+    low = replace(LOW, quality=replace(QUALITY, metric="perplexity", margin=margin))
+    folder = with_ladder(build_bundle(), FULL, low)
+    with Session.open(folder, k_cap=3 if again else 1) as session:
+        expected = session.generate("It hums", max_new_tokens=6)
+        choice = session.classify("It hums", CHOICES)
+    with Session.open(folder, adapt=True, sensors_root=hot) as session:
+        answer = session.generate("It hums", max_new_tokens=6)
+        explanation = session.explain()
+        stream = session.generate("It hums", max_new_tokens=6, stream=True)
+        assert "".join(stream) == stream.generation.text
+        assert stream.generation.k_cap == (1, 1)
+        assert stream.generation.fallbacks == ()
+        # The margin of texts says nothing of choices.
+        compared = session.classify("It hums", CHOICES)
+        assert compared.fallbacks == ()
+        assert (compared.values == choice.values) is not again
+    assert (answer.tokens, answer.text) == (expected.tokens, expected.text)
+    assert answer.experts_per_token == (3.0 if again else 1.0)
+    assert explanation.requests == 1
+    assert explanation.asked_again == again
+    assert [move.after for move in answer.k_moves] == ["low", "low"]
+    if again:
+        (fallback,) = answer.fallbacks
+        assert fallback.kind == "confidence"
+        assert "more than 1e+06 needed: asked again at full k" in fallback.reason
+
+
 def test_a_deadline_that_no_rung_can_keep_is_told(
     build_bundle: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -142,6 +173,12 @@ def test_a_deadline_that_no_rung_can_keep_is_told(
         assert [f.kind for f in last.fallbacks] == ["deadline", "confidence"]
         assert "no time for full k" in last.fallbacks[1].reason
         assert session.explain().asked_again == 0
+    low = replace(low, quality=replace(QUALITY, metric="perplexity", margin=1e6))
+    with Session.open(with_ladder(folder, FULL, low), deadline_ms=0.001) as session:
+        for _ in range(3):
+            text = session.generate("It hums", max_new_tokens=9)
+        assert [f.kind for f in text.fallbacks] == ["deadline", "confidence"]
+        assert "no time for full k" in text.fallbacks[1].reason
 
 
 def test_rungs_without_a_cost_are_timed_where_they_run(build_bundle: Any) -> None:
