@@ -19,10 +19,10 @@ from pathlib import Path
 
 import click
 import numpy as np
-from wide_model import write_wide_model
 
 sys.path.append(str(Path(__file__).parents[1] / "compression"))
 from commands import Commands, write_table
+from wide_model import write_wide_model
 
 _TOP_K = 4
 _KINDS = ("prefill", "decode")

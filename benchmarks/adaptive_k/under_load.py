@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from wide_model import write_wide_model
 
 from edgemoe_runtime import Session
 
 sys.path.append(str(Path(__file__).parents[1] / "compression"))
 from commands import Commands, write_table
+from wide_model import write_wide_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

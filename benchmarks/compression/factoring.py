@@ -14,16 +14,13 @@ Markdown goes to stdout, progress to stderr; --work keeps what is finished.
 
 from __future__ import annotations
 
-import json
-import random
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from commands import Commands, megabytes, show_drop, show_score, write_table
-
-from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
+from wide_model import write_wide_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,17 +28,6 @@ if TYPE_CHECKING:
 _METHODS = ("svd", "svd-whitened", "shared-basis")
 # One of the two that are stored in the same way.
 _FACTORED, _BASED = "svd-whitened", "shared-basis"
-_WIDE = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "moe_intermediate_size": 1024,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "max_position_embeddings": 1024,
-}
 
 
 @click.command()
@@ -81,14 +67,7 @@ def main(
             rows.append([method, f"{ratio:g}", megabytes(small), show_score(score), drop])
     write_table(["experts", "ratio", "MB", "perplexity [95%]", "rise [95%]"], rows)
 
-    wide, text = work / "wide", work / "wide.jsonl"
-    if not wide.exists():
-        write_tiny_checkpoint("qwen3_moe", wide, **_WIDE)
-    draw = random.Random(0)
-    words = [
-        " ".join(f"w{draw.randrange(3, VOCAB_SIZE)}" for _ in range(64)) for _ in range(32)
-    ]
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
+    wide, text = write_wide_model(work, num_hidden_layers=4, moe_intermediate_size=1024)
     commands.make("wide.safetensors", "calibrate", wide, "--task", f"wide={text}")
     speeds = []
     for shown, whole, stats, of in (

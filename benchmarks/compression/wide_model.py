@@ -24,18 +24,20 @@ _SIZES = {
 }
 
 
-def write_wide_model(work: Path) -> tuple[Path, Path]:
+def write_wide_model(work: Path, **sizes: int) -> tuple[Path, Path]:
     """Write the model and a task file of random words, unless that was done.
 
     Args:
         work: Folder for both.
+        sizes: Entries of the configuration that are to be others: hidden size 1024, 8 layers
+            of 16 experts of 512 neurons, top-4.
 
     Returns:
         The checkpoint and the task file.
     """
     model, lines = work / "wide", work / "wide.jsonl"
     if not model.exists():
-        write_tiny_checkpoint("qwen3_moe", model, **_SIZES)
+        write_tiny_checkpoint("qwen3_moe", model, **{**_SIZES, **sizes})
     draw = random.Random(0)
     texts = [
         " ".join(f"w{draw.randrange(3, VOCAB_SIZE)}" for _ in range(64)) for _ in range(48)
