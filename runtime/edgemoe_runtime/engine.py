@@ -85,7 +85,7 @@ class Engine:
         except BackendError as error:
             self._step_down(error)
             return self.run(token_ids, k_cap, rows)
-        self._history.append((token_ids.copy(), k_cap.copy()))
+        self._history.append((np.array(token_ids), np.array(k_cap)))
         return logits
 
     def experts_used(self) -> TokenArray | None:
@@ -139,7 +139,9 @@ class Engine:
             for part in parts[:-1]:
                 self._backend.run(part, k_cap, "none")
             return self._backend.run(parts[-1], k_cap, rows)
-        return np.concatenate([self._backend.run(part, k_cap, rows).copy() for part in parts])
+        return np.concatenate(
+            [np.array(self._backend.run(part, k_cap, rows)) for part in parts]
+        )
 
     def _step_down(self, error: BackendError) -> None:
         """Open the next engine and give it what the failed one had.

@@ -22,7 +22,7 @@ from edgemoe_runtime.controller import ControlState, Limits, Signals, decide
 from edgemoe_runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from edgemoe_runtime.controller import Move
     from edgemoe_runtime.json_fields import Json
@@ -195,7 +195,7 @@ class Pace:
         self._put(0)
 
     @contextlib.contextmanager
-    def held_at_full(self) -> Iterator[None]:
+    def held_at_full(self) -> Generator[None]:
         """Stay on the first rung, and forget no move, while a request runs once more."""
         moves, self._held = self.request_moves, True
         try:
