@@ -10,7 +10,7 @@ import pytest
 from edgemoe.errors import EdgemoeError, ExportError, OutputError, PlanError, TaskFileError
 from edgemoe.models.contract import LayerShape, ModelShape
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
-from edgemoe_exporters import export
+from edgemoe_exporters import source_opening
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.graph_runner import check_engine
 from edgemoe_exporters.ort.precision import check_block_sizes
@@ -65,7 +65,7 @@ def test_refusals_come_before_the_checkpoint_is_opened(
     message: str,
 ) -> None:
     monkeypatch.setattr(
-        export, "load_model", lambda _: pytest.fail("the checkpoint was opened")
+        source_opening, "load_model", lambda _: pytest.fail("the checkpoint was opened")
     )
     inputs = tmp_path / "inputs"
     inputs.mkdir()
