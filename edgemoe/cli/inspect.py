@@ -33,11 +33,24 @@ def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
     lines: list[str] = []
     for name, value in shown.items():
         label = f"{indent}{name.replace('_', ' '):<{width}}"
+        value = _by_name(value)
         if isinstance(value, dict) and value:
             lines += [label.rstrip(), *_lines(value, f"{indent}  ")]
         else:
             lines.append(f"{label}  {_text(value)}")
     return lines
+
+
+def _by_name(value: Any) -> Any:
+    """Return a list of things that have names as a mapping, anything else as it is."""
+    if not isinstance(value, list) or not value:
+        return value
+    if not all(isinstance(item, dict) and "name" in item for item in value):
+        return value
+    return {
+        item["name"]: {key: fact for key, fact in item.items() if key != "name"}
+        for item in value
+    }
 
 
 def _text(value: object) -> str:

@@ -10,11 +10,13 @@ with Session.open("bundle", task="defects", deadline_ms=200) as session:
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from edgemoe_runtime.answers import Classification, Generation, Score
     from edgemoe_runtime.chain import Fallback
+    from edgemoe_runtime.controller import Limits
     from edgemoe_runtime.device import Device, inspect_device
     from edgemoe_runtime.errors import (
         BackendError,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from edgemoe_runtime.generation import TextStream
     from edgemoe_runtime.integrity import VerifiedBundle, verify_bundle
     from edgemoe_runtime.manifest import Manifest
+    from edgemoe_runtime.pace import KMove
     from edgemoe_runtime.session import Session
 
 _MODULES = {
@@ -43,6 +46,8 @@ _MODULES = {
     "Fallback": "chain",
     "Generation": "answers",
     "IntegrityError": "errors",
+    "KMove": "pace",
+    "Limits": "controller",
     "Manifest": "manifest",
     "ManifestError": "errors",
     "RequestError": "errors",
@@ -66,6 +71,8 @@ __all__ = [
     "Fallback",
     "Generation",
     "IntegrityError",
+    "KMove",
+    "Limits",
     "Manifest",
     "ManifestError",
     "RequestError",
@@ -77,6 +84,9 @@ __all__ = [
     "inspect_device",
     "verify_bundle",
 ]
+
+# Who wants the log configures it; without, fall-backs stand in answers and in explain().
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> object:
