@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from edgemoe_exporters.graph_calls import Call
 
+# More would need logits of gigabytes.
+_COUNTED_TOKENS = 512
 _NUMPY = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -122,18 +124,20 @@ class GraphRunner:
         """Measure how many experts tokens use where they choose their number.
 
         Args:
-            ids: Tokens of one text, at least one.
+            ids: Tokens of one text, at least one, of which the first 512 run.
             k_cap: Most experts per token, for each MoE layer.
 
         Returns:
             For each MoE layer the mean over the tokens, rounded up; None where the graph does
             not tell.
         """
-        self.start(1, k_cap)
-        self.run(np.array([ids], np.int64))
-        if self._used is None:
+        if EXPERTS_USED not in self._outputs:
             return None
-        return tuple(max(1, -(-int(used) // len(ids))) for used in self._used)
+        tokens = np.array([ids[:_COUNTED_TOKENS]], np.int64)
+        self.start(1, k_cap)
+        self.run(tokens)
+        assert self._used is not None
+        return tuple(max(1, -(-int(used) // tokens.size)) for used in self._used)
 
     def run_calls(
         self,
