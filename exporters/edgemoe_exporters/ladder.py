@@ -19,7 +19,7 @@ from edgemoe.evaluate.requests import build_questions
 from edgemoe_exporters.leads import WatchingScorer, answers_of_choices, find_margin
 from edgemoe_runtime.manifest_ladder import KRung, RungQuality
 from edgemoe_runtime.opening import open_task
-from edgemoe_runtime.rung_cost import measure_costs, without_dominated
+from edgemoe_runtime.rung_cost import time_rungs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -154,13 +154,8 @@ def time_ladders(staged: Path, manifest: Manifest, say: Callable[[str], None]) -
         # The digests were made of these very files a moment ago.
         opened = open_task(staged, name, verify=False)
         with opened.engine as engine:
-            costs = measure_costs(
-                engine, [rung.k_cap for rung in entry.k_ladder], manifest.model.vocab_size
-            )
-        timed = [
-            replace(rung, cost=cost) for rung, cost in zip(entry.k_ladder, costs, strict=True)
-        ]
-        tasks[name] = replace(entry, k_ladder=without_dominated(timed))
+            rungs = time_rungs(engine, entry.k_ladder, manifest.model.vocab_size)
+        tasks[name] = replace(entry, k_ladder=rungs)
     return replace(manifest, tasks=tasks)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,6 +64,27 @@ def measure_costs(
         )
         for rung in range(len(arrays))
     ]
+
+
+def time_rungs(backend: Backend, rungs: Sequence[KRung], vocab_size: int) -> tuple[KRung, ...]:
+    """Time the rungs of a ladder, and leave out those that are not worth having.
+
+    Args:
+        backend: the engine; what its cache held is lost.
+        rungs: rungs, the full k first.
+        vocab_size: of the model.
+
+    Returns:
+        What `without_dominated` keeps, with the costs that were measured.
+
+    Raises:
+        BackendError: when the engine fails.
+    """
+    costs = measure_costs(backend, [rung.k_cap for rung in rungs], vocab_size)
+    backend.reset()
+    return without_dominated(
+        [replace(rung, cost=cost) for rung, cost in zip(rungs, costs, strict=True)]
+    )
 
 
 def without_dominated(rungs: Sequence[KRung]) -> tuple[KRung, ...]:

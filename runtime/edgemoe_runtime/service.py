@@ -22,7 +22,7 @@ from edgemoe_runtime.generation import (
 from edgemoe_runtime.k_cap import check_k_cap
 from edgemoe_runtime.manifest_ladder import KRung
 from edgemoe_runtime.pace import Pace
-from edgemoe_runtime.rung_cost import measure_costs, without_dominated
+from edgemoe_runtime.rung_cost import time_rungs
 from edgemoe_runtime.scoring import Comparison, compare_completions, score_completions
 
 if TYPE_CHECKING:
@@ -295,11 +295,7 @@ class Service:
 
     def _measured(self, ladder: Sequence[KRung]) -> tuple[KRung, ...]:
         """Measure a ladder whose costs could not be measured where it was exported."""
-        engine, model = self._opened.engine, self._opened.manifest.model
-        costs = measure_costs(engine, [rung.k_cap for rung in ladder], model.vocab_size)
-        engine.reset()
-        timed = [replace(rung, cost=cost) for rung, cost in zip(ladder, costs, strict=True)]
-        kept = without_dominated(timed)
+        kept = time_rungs(self._opened.engine, ladder, self._opened.manifest.model.vocab_size)
         _LOG.info("costs of the k ladder, measured here: %s", kept)
         return kept
 
