@@ -39,7 +39,7 @@ _VARIANTS = ("gamma=1", "gamma=0.98", "gamma=0.9", "clip=0.05", "clip=0.4", "ste
 @click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--task", default="code", show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), required=True)
-@click.option("--mean-k", default=4.0, show_default=True)
+@click.option("--mean-k", default=3.9, show_default=True)
 @click.option("--variant", "variants", multiple=True, default=_VARIANTS)
 @click.option("--tokens", default=16384, show_default=True)
 @click.option("--held-out-tokens", default=4096, show_default=True)

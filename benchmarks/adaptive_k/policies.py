@@ -32,7 +32,7 @@ from commands import show_drop, show_score, write_table
 @click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--task", "names", multiple=True, default=("bible", "code", "logs"))
 @click.option("--work", type=click.Path(path_type=Path), required=True)
-@click.option("--mean-k", "means", type=float, multiple=True, default=(5.0, 4.0, 3.0))
+@click.option("--mean-k", "means", type=float, multiple=True, default=(5.0, 3.9, 3.0))
 @click.option(
     "--policy",
     "policies",

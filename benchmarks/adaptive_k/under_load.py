@@ -2,9 +2,10 @@
 
 A session generates tokens for three periods. In the second one, busy processes compete for the
 cores. The deadline of a token is what it takes at the full k on the idle machine, and some
-room. The same is done by a session that stays at the full k, in turn, several times. A token
-counts as possible where the lowest rung would have been fast enough, by the ladder's costs. Run
-it from the repository's root on a machine that is otherwise idle::
+room. The same is done by a session that stays at the full k, and by one that stays on the
+lowest rung, in turn, several times. A token counts as possible where the lowest rung would have
+been fast enough, by the ladder's costs. Run it from the repository's root on a machine that is
+otherwise idle::
 
     python benchmarks/adaptive_k/under_load.py --work load
 
@@ -22,9 +23,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
 from edgemoe_runtime import Session
 
@@ -96,6 +98,21 @@ def generate_for(session: Session, seconds: float) -> None:
         seed += 1
 
 
+def in_time(seen: Seen, costs: list[float], deadline: float) -> tuple[str, str]:
+    """Return the share of tokens in time, and that of those that some rung can keep in time."""
+    took = np.array(seen.milliseconds)
+    possible = took / np.array(costs)[seen.rungs] * costs[-1] <= deadline
+    return f"{np.mean(took <= deadline):.1%}", f"{np.mean(took[possible] <= deadline):.1%}"
+
+
+def back_at_full(seen: Seen, free_at: float) -> str:
+    """Return how long after the load the first token ran at the full k."""
+    for at, rung in zip(seen.at, seen.rungs, strict=True):
+        if at > free_at and rung == 0:
+            return f"{at - free_at:.1f} s"
+    return "never"
+
+
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--precision", default="fp32", show_default=True)
@@ -133,13 +150,16 @@ def main(
         f"{idle_ms:.1f} ms a token at the full k, {deadline:.1f} ms allowed; rungs "
         f"{', '.join(shown)}\n"
     )
+    arms: dict[str, dict[str, Any]] = {
+        "stays at the full k": {"adapt": False},
+        "adapts": {"token_ms": deadline},
+        "stays on the lowest rung": {"k_cap": ladder[-1].k_cap},
+    }
     rows = []
     for number in range(rounds):
-        for adapts in (False, True):
-            click.echo(f"round {number + 1}, adapts: {adapts}", err=True)
-            with Session.open(
-                bundle, threads=threads, token_ms=deadline, adapt=adapts
-            ) as session:
+        for name, given in arms.items():
+            click.echo(f"round {number + 1}, {name}", err=True)
+            with Session.open(bundle, threads=threads, **given) as session:
                 generate_for(session, 1.0)
                 seen = watch(session)
                 generate_for(session, seconds)
@@ -148,31 +168,12 @@ def main(
                     free_at = time.monotonic()
                 generate_for(session, seconds)
                 moves = session.explain().k_move_count
-            possible = [
-                ms <= deadline
-                for ms, rung in zip(seen.milliseconds, seen.rungs, strict=True)
-                if ms / costs[rung] * costs[-1] <= deadline
-            ]
-            back = next(
-                (
-                    at - free_at
-                    for at, rung in zip(seen.at, seen.rungs, strict=True)
-                    if at > free_at and rung == 0
-                ),
-                None,
-            )
-            rows.append(
-                [
-                    str(number + 1),
-                    "yes" if adapts else "no",
-                    str(len(seen.milliseconds)),
-                    f"{sum(ms <= deadline for ms in seen.milliseconds) / len(seen.at):.1%}",
-                    f"{sum(possible) / max(len(possible), 1):.1%}",
-                    str(moves),
-                    "never" if back is None else f"{back:.1f} s" if adapts else "",
-                ]
-            )
-    heading = ["round", "adapts", "tokens", "in time", "in time where a rung allows it"]
+            if name == "stays on the lowest rung":
+                seen.rungs = [len(ladder) - 1] * len(seen.at)
+            shares = in_time(seen, costs, deadline)
+            back = back_at_full(seen, free_at) if name == "adapts" else ""
+            rows.append([str(number + 1), name, str(len(seen.at)), *shares, str(moves), back])
+    heading = ["round", "session", "tokens", "in time", "in time where a rung allows it"]
     write_table([*heading, "moves", "back at the full k after"], rows)
 
 

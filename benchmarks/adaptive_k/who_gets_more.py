@@ -65,7 +65,7 @@ def kind_of(text: str) -> str:
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--plot", type=click.Path(path_type=Path), required=True)
 @click.option("--policy", "policies", multiple=True, default=("top-p", "ada-k"))
-@click.option("--mean-k", default=4.0, show_default=True)
+@click.option("--mean-k", default=3.9, show_default=True)
 @click.option("--tokens", default=16384, show_default=True)
 @click.option("--held-out-tokens", default=4096, show_default=True)
 @click.option("--threads", default=1, show_default=True)

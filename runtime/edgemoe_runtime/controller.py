@@ -1,12 +1,16 @@
 """Which rung of the ladder to run on: a decision from what was measured, and nothing else.
 
 A rung is a cap of experts per token, with the time that a token takes on it relative to the
-first rung, which is the full k. Two things push down the ladder, their absence back up:
+first rung, which is the full k. Three things push down the ladder, their absence back up:
 
-- the deadline. The median of the last three tokens' times, each divided by the cost of its
+- the speed. The median of the last three tokens' times, each divided by the cost of its
   rung, says how fast the machine is now. When half of the headroom is used up, the best rung
   that leaves all of it is taken at once. Upwards it goes one rung at a time, and only when the
   rung above has left all of it for a while: a machine at the edge of a rung does not swing.
+- the spread, where every single token has a time to keep. A token of the last hundred counts
+  against a rung on which it would have been late, if the last rung would have been in time.
+  The best rung that more of them do not count against than `Limits.in_time` allows is taken.
+  A median cannot see a machine that gives its cores away in slices, for every tenth token.
 - the machine. A throttle alert, a temperature near the trip point of its own zone, a new
   over-current event, more power than allowed, or little free memory take one rung a second
   away, until all are well clear; then one rung comes back every few seconds.
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from edgemoe_runtime.sensors import Sensors
 
 _SAMPLES = 3
+_WINDOW = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,7 @@ class Limits:
 
     Attributes:
         headroom: share of the deadline that a rung must leave, in [0, 0.5).
+        in_time: share of tokens to be in time, of those that some rung can, in (0, 1].
         climb_seconds: how long the rung above must have left it.
         pressure_seconds: how long each rung down lasts at least while the machine suffers.
         relief_seconds: how long the machine must be well before a rung comes back.
@@ -47,6 +53,7 @@ class Limits:
     """
 
     headroom: float = 0.1
+    in_time: float = 0.99
     climb_seconds: float = 2.0
     pressure_seconds: float = 1.0
     relief_seconds: float = 5.0
@@ -58,6 +65,8 @@ class Limits:
     def __post_init__(self) -> None:
         if not 0 <= self.headroom < 0.5:
             raise RequestError(f"headroom must be in [0, 0.5), got {self.headroom}.")
+        if not 0 < self.in_time <= 1:
+            raise RequestError(f"in_time must be in (0, 1], got {self.in_time}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +76,16 @@ class Signals:
     Attributes:
         seconds: a clock that never goes back.
         token_ms: time of each new token since, on the rung in force; may be none.
-        allowed_ms: time that a token may take from now on, or None without a deadline.
+        allowed_ms: time that a token may take from now on in the mean, or None without a
+            deadline.
+        each_ms: time that every single token may take, or None.
         sensors: a reading, or None where none was taken.
     """
 
     seconds: float
     token_ms: Sequence[float] = ()
     allowed_ms: float | None = None
+    each_ms: float | None = None
     sensors: Sensors | None = None
 
 
@@ -167,7 +179,7 @@ def _measure(state: ControlState, signals: Signals, costs: Sequence[float]) -> C
     units = [milliseconds / costs[state.rung] for milliseconds in signals.token_ms]
     return replace(
         state,
-        unit_ms=(*state.unit_ms, *units)[-_SAMPLES:],
+        unit_ms=(*state.unit_ms, *units)[-_WINDOW:],
         fresh=state.fresh + len(units),
     )
 
@@ -175,22 +187,56 @@ def _measure(state: ControlState, signals: Signals, costs: Sequence[float]) -> C
 def _by_deadline(
     state: ControlState, signals: Signals, costs: Sequence[float], limits: Limits
 ) -> tuple[int, str]:
-    """Return the rung that the deadline asks for, and why it is not a better one."""
-    if signals.allowed_ms is None:
+    """Return the rung that the deadlines ask for, and why it is not a better one."""
+    given = [each for each in (signals.allowed_ms, signals.each_ms) if each is not None]
+    if not given:
         return 0, ""
     if not state.unit_ms:
         return state.rung, ""
-    unit, last = statistics.median(state.unit_ms), len(costs) - 1
-    if state.fresh < min(_SAMPLES, len(state.unit_ms)):
+    by_speed = _by_speed(state, min(given), costs, limits)
+    if signals.each_ms is None:
+        return by_speed
+    by_spread = _by_spread(state, signals.each_ms, costs, limits)
+    return by_spread if by_spread[0] > by_speed[0] else by_speed
+
+
+def _by_speed(
+    state: ControlState, allowed_ms: float, costs: Sequence[float], limits: Limits
+) -> tuple[int, str]:
+    """Return the best rung on which tokens of the latest speed are in time."""
+    latest = state.unit_ms[-_SAMPLES:]
+    unit, last = statistics.median(latest), len(costs) - 1
+    if state.fresh < len(latest):
         # What was measured is mostly of the rung before: it waits.
-        return state.rung, _NO_RUNG if unit * costs[last] > signals.allowed_ms else ""
-    why = f"{unit * costs[state.rung]:.1f} ms a token, {signals.allowed_ms:.1f} allowed"
+        return state.rung, _NO_RUNG if unit * costs[last] > allowed_ms else ""
+    why = f"{unit * costs[state.rung]:.1f} ms a token, {allowed_ms:.1f} allowed"
     for rung, cost in enumerate(costs):
-        # The rung in force is left later than another is entered, so that it does not swing.
-        spare = limits.headroom * (0.5 if rung == state.rung else 1)
-        if unit * cost <= signals.allowed_ms * (1 - spare):
+        if unit * cost <= allowed_ms * (1 - _spare(rung, state, limits)):
             return rung, why
-    return last, _NO_RUNG if unit * costs[last] > signals.allowed_ms else why
+    return last, _NO_RUNG if unit * costs[last] > allowed_ms else why
+
+
+def _by_spread(
+    state: ControlState, each_ms: float, costs: Sequence[float], limits: Limits
+) -> tuple[int, str]:
+    """Return the best rung on which few enough of the last tokens would have been late."""
+    last = len(costs) - 1
+    # What is late on the last rung, too, is no reason to be there.
+    possible = [unit for unit in state.unit_ms if unit * costs[last] <= each_ms]
+    late = sum(unit * costs[state.rung] > each_ms for unit in possible)
+    why = f"{late} of the last {len(state.unit_ms)} tokens late, for {each_ms:.1f} ms"
+    for rung, cost in enumerate(costs[:last]):
+        # A rung is entered from below when it leaves the headroom, so that it does not swing.
+        spare = limits.headroom if rung < state.rung else 0
+        late = sum(unit * cost > each_ms * (1 - spare) for unit in possible)
+        if late <= (1 - limits.in_time) * _WINDOW + 1e-9:
+            return rung, why
+    return last, why
+
+
+def _spare(rung: int, state: ControlState, limits: Limits) -> float:
+    """Return the part of the headroom to leave: a rung is left later than it is entered."""
+    return limits.headroom * (0.5 if rung == state.rung else 1)
 
 
 def _feel(

@@ -168,10 +168,8 @@ class Pace:
             remaining: new tokens that may still come, this one included.
         """
         left = self._left_ms()
-        limits = [] if left is None else [left / remaining]
-        if self._pacing.token_ms is not None:
-            limits.append(self._pacing.token_ms)
-        self._choose("decode", min(limits, default=None))
+        allowed = None if left is None else left / remaining
+        self._choose("decode", allowed, self._pacing.token_ms)
 
     def after_step(self, seconds: float) -> None:
         """Take in how long a new token took."""
@@ -221,7 +219,9 @@ class Pace:
             self._times[phase].append(unit_ms)
         self._spent_ms += spent_ms
 
-    def _choose(self, phase: Phase, allowed_ms: float | None) -> None:
+    def _choose(
+        self, phase: Phase, allowed_ms: float | None, each_ms: float | None = None
+    ) -> None:
         if self._held:
             self._put(0)
             return
@@ -230,6 +230,7 @@ class Pace:
             seconds=now,
             token_ms=tuple(self._times[phase]),
             allowed_ms=allowed_ms,
+            each_ms=each_ms,
             sensors=self._fresh_reading(now),
         )
         self._times[phase] = []
@@ -249,10 +250,11 @@ class Pace:
             self._note(phase, move)
         if state.impossible and not self._impossible:
             fastest = (self._unit_ms(phase) or 0.0) * costs[-1]
+            given = [each for each in (allowed_ms, each_ms) if each is not None]
             self._impossible = (
                 f"no rung is fast enough for the deadline: on the fastest a token of the "
                 f"{'prompt' if phase == 'prompt' else 'answer'} takes {fastest:.2f} ms, "
-                f"{max(allowed_ms or 0.0, 0.0):.2f} are left for it"
+                f"{max(min(given), 0.0):.2f} are left for it"
             )
             _LOG.warning("%s", self._impossible)
         self._put(state.rung)

@@ -53,6 +53,7 @@ def simulate(
     *,
     sensors: Callable[[float, int], Sensors] | None = None,
     limits: Limits | None = None,
+    each: float | None = None,
     noise: float = 0.03,
     controlled: bool = True,
     costs: Sequence[float] = COSTS,
@@ -66,7 +67,13 @@ def simulate(
         run.tokens.append((clock, took, rung))
         clock += took / 1000
         reading = None if sensors is None else sensors(clock, rung)
-        signals = Signals(seconds=clock, token_ms=(took,), allowed_ms=deadline, sensors=reading)
+        signals = Signals(
+            seconds=clock,
+            token_ms=(took,),
+            allowed_ms=deadline,
+            each_ms=each,
+            sensors=reading,
+        )
         if controlled:
             run.state, move = decide(run.state, signals, costs, limits or Limits())
             run.moves += [] if move is None else [move]
@@ -98,6 +105,53 @@ def test_a_single_slow_token_changes_nothing() -> None:
 
     run = simulate(unit, 30, 12.0)
     assert run.moves == []
+
+
+def every(step: int, slow: float, begin: float = 0.0, end: float = 1e6) -> Any:
+    """Return the times of a machine that gives its core away in slices, turn by turn."""
+    calls = iter(range(10**6))
+
+    def unit(at: float) -> float:
+        is_lost = next(calls) % step == step - 1 and begin <= at < end
+        return slow if is_lost else 10.0
+
+    return unit
+
+
+def test_a_machine_that_loses_slices_is_in_time_all_the_same() -> None:
+    run = simulate(every(4, 18.0, 20, 60), 100, None, each=12.5)
+    late = [ms > 12.5 for at, ms, _ in run.tokens if 20 <= at < 60]
+    assert sum(late) / len(late) < 0.01
+    assert len(run.moves) <= 6
+    assert run.state.rung == 0
+    assert any("tokens late, for 12.5 ms" in move.reason for move in run.moves)
+    assert next(at for at, _, rung in run.tokens if at > 60 and rung == 0) < 60 + 12
+    # The median alone does not see it: that is how a request's share is judged.
+    median = simulate(every(4, 18.0, 20, 60), 100, 12.5)
+    late = [ms > 12.5 for at, ms, _ in median.tokens if 20 <= at < 60]
+    assert sum(late) / len(late) > 0.01
+
+
+def test_tokens_that_no_rung_can_save_are_no_reason_to_go_down() -> None:
+    assert simulate(every(20, 60.0), 30, None, each=12.5).moves == []
+    assert simulate(every(20, 24.0), 30, None, each=12.5).moves
+
+
+@given(
+    st.lists(st.floats(1, 60), min_size=1, max_size=150),
+    st.integers(0, len(COSTS) - 1),
+    st.floats(5, 40),
+    st.sampled_from([0.9, 0.95, 0.99, 1.0]),
+)
+def test_no_rung_is_kept_that_was_late_too_often(
+    units: list[float], rung: int, each: float, share: float
+) -> None:
+    state = ControlState(rung=rung, unit_ms=tuple(units[-100:]), fresh=len(units))
+    limits = Limits(in_time=share)
+    after, _ = decide(state, Signals(seconds=1.0, each_ms=each), COSTS, limits)
+    seen = units[-100:]
+    late = sum(each < unit * COSTS[after.rung] and unit * COSTS[-1] <= each for unit in seen)
+    assert late <= round(100 * (1 - share))
 
 
 @settings(max_examples=40, deadline=None)
@@ -240,3 +294,5 @@ def test_a_state_of_another_ladder_and_a_wild_headroom_are_refused() -> None:
         decide(ControlState(rung=2), Signals(seconds=0.0), (1.0, 0.5), Limits())
     with pytest.raises(RequestError, match="headroom"):
         Limits(headroom=0.6)
+    with pytest.raises(RequestError, match="in_time"):
+        Limits(in_time=0)
