@@ -19,6 +19,19 @@ class SupportsTokenLogprobs(Protocol):
         """Return log p(ids[t] | ids[:t]) for t in [start, len(ids))."""
         ...
 
+    def explain(self) -> SupportsExpertsPerToken:
+        """Tell what the latest tokens used."""
+        ...
+
+
+class SupportsExpertsPerToken(Protocol):
+    """What of ``edgemoe_runtime.Explanation`` scoring needs."""
+
+    @property
+    def experts_per_token(self) -> float:
+        """Experts per token and MoE layer of the latest tokens, averaged."""
+        ...
+
 
 class SessionScorer:
     """Scores with an open session, one sequence at a time."""
@@ -32,6 +45,7 @@ class SessionScorer:
         """
         self._session = session
         self._max_length = max_length
+        self._used, self._passed = 0.0, 0
 
     @property
     def max_length(self) -> int:
@@ -49,11 +63,22 @@ class SessionScorer:
             request and each of its continuations.
         """
         return [
-            [
-                self._session.token_logprobs(
-                    [*request.context, *continuation], len(request.context)
-                )
-                for continuation in request.continuations
-            ]
+            [self._score(request.context, one) for one in request.continuations]
             for request in track(requests, "evaluate", total=len(requests))
         ]
+
+    @property
+    def experts_per_token(self) -> float | None:
+        """Experts that the tokens scored so far used per MoE layer, averaged over both.
+
+        A context counts with each of its continuations. None before anything was scored.
+        """
+        return self._used / self._passed if self._passed else None
+
+    def _score(self, context: Sequence[int], continuation: Sequence[int]) -> Logprobs:
+        scored = self._session.token_logprobs([*context, *continuation], len(context))
+        # The last token is scored but never run.
+        ran = len(context) + len(continuation) - 1
+        self._used += ran * self._session.explain().experts_per_token
+        self._passed += ran
+        return scored

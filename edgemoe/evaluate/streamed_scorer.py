@@ -5,8 +5,15 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from edgemoe.evaluate.torch_scorer import BATCH_TOKENS, gather, make_batches, pad
-from edgemoe.models.hooks import check_k_cap, limit_k
+from edgemoe.evaluate.experts_used import ExpertCount
+from edgemoe.evaluate.torch_scorer import (
+    BATCH_TOKENS,
+    gather,
+    make_batches,
+    pad,
+    real_tokens,
+)
+from edgemoe.models.hooks import limit_k
 from edgemoe.models.streamed_pass import Batch, run_batches
 
 if TYPE_CHECKING:
@@ -48,9 +55,8 @@ class StreamedScorer:
         Raises:
             EdgemoeError: ``k_cap`` is out of range.
         """
-        if k_cap is not None:
-            check_k_cap(k_cap, len(streamed.moe.layers))
         self._k_cap = k_cap
+        self._count = ExpertCount(streamed.moe, k_cap)
         self._streamed = streamed
         self._work = work
         self._inside = inside
@@ -60,6 +66,15 @@ class StreamedScorer:
         """Most tokens that the model was built for."""
         config = self._streamed.moe.config
         return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+    @property
+    def experts_per_token(self) -> float | None:
+        """Experts that the tokens scored so far used per MoE layer, averaged over both.
+
+        A context counts with each of its continuations. None before anything was scored where
+        k depends on the token.
+        """
+        return self._count.mean
 
     def score(self, requests: Sequence[Request]) -> list[list[Logprobs]]:
         """Score every continuation of every request.
@@ -84,14 +99,14 @@ class StreamedScorer:
                     ]
                     for start in range(0, choices, at_once)
                 ]
-        batches, firsts = [], []
+        batches, firsts, real = [], [], []
         for batch in rows:
-            ids = pad(
-                [
-                    (requests[one].context + requests[one].continuations[choice])[:-1]
-                    for one, choice in batch
-                ]
-            )
+            lines = [
+                (requests[one].context + requests[one].continuations[choice])[:-1]
+                for one, choice in batch
+            ]
+            ids = pad(lines)
+            real.append(real_tokens(lines))
             first = min(len(requests[one].context) for one, _ in batch) - 1
             firsts.append(first)
             batches.append(Batch(ids, ids.shape[1] - first))
@@ -103,8 +118,12 @@ class StreamedScorer:
                 targets = requests[one].continuations[choice]
                 results[one].append(gather(row[start : start + len(targets)], targets))
 
+        def begin(number: int) -> None:
+            self._count.real = real[number]
+
         moe, k_cap = self._streamed.moe, self._k_cap
-        with contextlib.nullcontext() if k_cap is None else limit_k(moe, k_cap):
+        capped = contextlib.nullcontext() if k_cap is None else limit_k(moe, k_cap)
+        with capped, self._count.counting():
             run_batches(
                 self._streamed,
                 batches,
@@ -113,5 +132,7 @@ class StreamedScorer:
                 name="score",
                 description="evaluate",
                 inside=self._inside,
+                on_batch=begin,
+                state=self._count,
             )
         return results

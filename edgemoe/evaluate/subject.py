@@ -107,7 +107,7 @@ def _open_larger(
 
     with tempfile.TemporaryDirectory(prefix="edgemoe-evaluate-") as folder:
         scorer = StreamedScorer(streamed, WorkDirectory(Path(folder)), k_cap=k_cap)
-        yield Subject(scorer, tokenizer, generate)
+        yield Subject(scorer, tokenizer, generate, lambda: scorer.experts_per_token)
 
 
 def load_dense(path: Path) -> PreTrainedModel:
@@ -190,4 +190,5 @@ def _open_bundle(
         def generate(prompt: str, max_new_tokens: int) -> str:
             return session.generate(prompt, max_new_tokens=max_new_tokens).text
 
-        yield Subject(SessionScorer(session, max_length=max_length), tokenizer, generate)
+        scorer = SessionScorer(session, max_length=max_length)
+        yield Subject(scorer, tokenizer, generate, lambda: scorer.experts_per_token)

@@ -10,18 +10,17 @@ import torch
 from transformers import GenerationConfig
 
 from edgemoe.errors import CheckpointError
+from edgemoe.evaluate.experts_used import ExpertCount
 from edgemoe.models.contract import MoeModel
-from edgemoe.models.hooks import check_k_cap, limit_k, observe
+from edgemoe.models.hooks import limit_k
 from edgemoe.progress import track
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from transformers import PreTrainedModel
 
     from edgemoe.evaluate.scorer import Logprobs, Request
-    from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.routers import Routing
 
 BATCH_TOKENS = 512
 _CACHE_TOKENS = 4096
@@ -61,16 +60,12 @@ class TorchScorer:
         self._model: Any = model.model if isinstance(model, MoeModel) else model
         self._k_cap = k_cap
         self._batch_tokens = batch_tokens
-        self._used, self._passed = 0, 0
-        # Which tokens of the batch that runs are no padding, bool [rows, width].
-        self._real: torch.Tensor
-        if k_cap is not None:
-            if self._moe is None:
-                raise CheckpointError(
-                    f"k_cap needs a Mixture-of-Experts model, got {k_cap} for a dense one. "
-                    "Leave --k-cap out."
-                )
-            check_k_cap(k_cap, len(self._moe.layers))
+        if k_cap is not None and self._moe is None:
+            raise CheckpointError(
+                f"k_cap needs a Mixture-of-Experts model, got {k_cap} for a dense one. "
+                "Leave --k-cap out."
+            )
+        self._count = None if self._moe is None else ExpertCount(self._moe, k_cap)
 
     @property
     def max_length(self) -> int:
@@ -83,13 +78,7 @@ class TorchScorer:
 
         None for a dense model, and before anything was scored where k depends on the token.
         """
-        if self._moe is None:
-            return None
-        if self._moe.k_policy is None:
-            caps = check_k_cap(self._k_cap or self._moe.layers[0].top_k, len(self._moe.layers))
-            used = [min(n.top_k, cap) for n, cap in zip(self._moe.layers, caps, strict=True)]
-            return sum(used) / len(used)
-        return self._used / self._passed if self._passed else None
+        return None if self._count is None else self._count.mean
 
     def score(self, requests: Sequence[Request]) -> list[list[Logprobs]]:
         """Score every continuation of every request.
@@ -147,21 +136,8 @@ class TorchScorer:
             return contextlib.nullcontext()
         return limit_k(self._moe, self._k_cap)
 
-    @contextlib.contextmanager
-    def _counting(self) -> Iterator[None]:
-        """Count the experts that tokens use, where they choose their number."""
-        if self._moe is None or self._moe.k_policy is None:
-            yield
-            return
-
-        def count(layer: MoeLayer, _: torch.Tensor, routing: Routing, __: object) -> None:
-            used = (routing.indices < layer.num_experts).sum(dim=-1)
-            real = self._real.to(used.device)
-            self._used += int(used.reshape(real.shape)[real].sum())
-            self._passed += int(real.sum())
-
-        with observe(self._moe, count):
-            yield
+    def _counting(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._count is None else self._count.counting()
 
     def _score_batch(self, requests: list[Request]) -> list[Logprobs]:
         """Score requests of one continuation each, padded on the right."""
@@ -205,10 +181,9 @@ class TorchScorer:
         return scored
 
     def _pad(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        lengths = torch.tensor([len(row) for row in rows])
-        padded = pad(rows)
-        self._real = torch.arange(padded.shape[1]) < lengths[:, None]
-        return padded.to(self._model.device)
+        if self._count is not None:
+            self._count.real = real_tokens(rows)
+        return pad(rows).to(self._model.device)
 
 
 def pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -216,6 +191,12 @@ def pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     width = max(map(len, rows))
     padded = [[*row, *[_PAD] * (width - len(row))] for row in rows]
     return torch.tensor(padded, dtype=torch.int64)
+
+
+def real_tokens(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return which tokens of a padded batch are no padding, bool [rows, longest]."""
+    lengths = torch.tensor([len(row) for row in rows])
+    return torch.arange(int(lengths.max())) < lengths[:, None]
 
 
 def make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:

@@ -70,6 +70,8 @@ def test_a_merged_model_follows_the_policy_to_the_device(
         assert 1 <= made.experts_per_token <= max(told["most_k_per_layer"])
     ran = answer("evaluate", bundle, f"--task=prose={road}/prose.jsonl")
     assert ran["value"] == pytest.approx(score["value"], rel=1e-4)
+    # Rounding may turn a token that is at the edge of another number.
+    assert ran["experts_per_token"] == pytest.approx(score["experts_per_token"], abs=0.02)
 
 
 def test_lines_that_chose_k_judge_nothing_and_experts_stay(

@@ -12,7 +12,10 @@ from edgemoe.evaluate.scorer import Request
 from edgemoe.evaluate.streamed_scorer import StreamedScorer
 from edgemoe.evaluate.subject import open_subject
 from edgemoe.evaluate.torch_scorer import TorchScorer
+from edgemoe.k_policy import KPolicy
+from edgemoe.k_rule import KRule
 from edgemoe.models.checkpoint import load_model
+from edgemoe.models.k_policy import put_k_policy
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.resume import WorkDirectory
@@ -40,6 +43,27 @@ def test_scores_are_those_of_the_whole_model(family: str, tmp_path: Path) -> Non
     assert list((tmp_path / "work").iterdir()) == []
     # What was read is given back.
     assert all(parameter.is_meta for parameter in streamed.moe.model.parameters())
+
+
+def test_experts_that_tokens_use_are_counted_as_in_memory(tmp_path: Path) -> None:
+    write_tiny_checkpoint("qwen2_moe", tmp_path / "tiny")
+    (tmp_path / "work").mkdir()
+    streamed, whole = open_streamed(tmp_path / "tiny"), load_model(tmp_path / "tiny")
+    used: list[float | None] = []
+    for model in (streamed.moe, whole):
+        layers = tuple(layer.index for layer in model.layers)
+        rules = tuple(KRule(slots=4, top_p=0.3) for _ in layers)
+        put_k_policy(model, KPolicy(name="top-p", layers=layers, rules=rules))
+    for scorer in (
+        StreamedScorer(streamed, WorkDirectory(tmp_path / "work")),
+        TorchScorer(whole),
+    ):
+        assert scorer.experts_per_token is None
+        scorer.score(TEXTS)
+        used.append(scorer.experts_per_token)
+    assert used[0] == used[1]
+    assert used[0] is not None
+    assert used[0] != int(used[0])
 
 
 def test_a_checkpoint_that_is_larger_than_memory_is_judged_as_one_that_is_not(

@@ -145,13 +145,20 @@ def test_a_cap_limits_the_experts_and_full_k_changes_no_bit(
 def test_a_session_is_asked_for_each_continuation() -> None:
     class Session:
         def token_logprobs(self, ids: Any, start: int) -> Any:
+            self.experts_per_token = float(len(ids))
             return np.array([float(token) for token in ids[start:]])
 
+        def explain(self) -> Any:
+            return self
+
     scorer = SessionScorer(Session(), max_length=7)
+    assert scorer.experts_per_token is None
     requests = [Request((1, 2), ((3, 4), (5,))), Request((6,), ((7,),))]
     scored = [[list(part) for part in parts] for parts in scorer.score(requests)]
     assert scored == [[[3, 4], [5]], [[7]]]
     assert scorer.max_length == 7
+    # The last token never runs: 3 tokens, 2 and 1, in sequences of 4, 3 and 2.
+    assert scorer.experts_per_token == (3 * 4 + 2 * 3 + 1 * 2) / 6
 
 
 def test_tokens_tell_how_many_experts_they_used_and_padding_does_not(
