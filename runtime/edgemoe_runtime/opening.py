@@ -15,7 +15,7 @@ from edgemoe_runtime.integrity import verify_bundle
 from edgemoe_runtime.k_cap import check_k_cap
 from edgemoe_runtime.manifest import Manifest
 from edgemoe_runtime.manifest_parts import EXPERTS_USED
-from edgemoe_runtime.pace import Pacing, check_pacing
+from edgemoe_runtime.pace import Pacing
 from edgemoe_runtime.tokenizer import TOKENIZER_FILE, Tokenizer
 
 if TYPE_CHECKING:
@@ -74,7 +74,6 @@ def open_task(
     caps = check_k_cap(k_cap, top_k=entry.top_k, layers=len(manifest.model.moe_layers))
     chain = plan_chain(manifest.target, backend, providers)
     pacing = pacing or Pacing()
-    check_pacing(pacing)
     if threads is not None and threads < 1:
         raise RequestError(f"threads must be above 0, got {threads}.")
     length = _check_length(manifest, max_length)

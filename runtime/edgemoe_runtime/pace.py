@@ -68,6 +68,8 @@ class KMove:
 class Pacing:
     """What a session is to keep to.
 
+    A time that is not above 0 is refused with RequestError.
+
     Attributes:
         deadline_ms: wall-clock time of a request, or None.
         token_ms: wall-clock time of a new token, or None.
@@ -79,6 +81,11 @@ class Pacing:
     token_ms: float | None = None
     limits: Limits = field(default_factory=Limits)
     read: Callable[[], Sensors] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("deadline_ms", self.deadline_ms), ("token_ms", self.token_ms)):
+            if value is not None and not value > 0:
+                raise RequestError(f"{name} must be above 0, got {value}.")
 
 
 class Pace:
@@ -294,14 +301,3 @@ def falling(costs: Sequence[float]) -> list[float]:
         most * (1 - least * rung)
         for rung, most in enumerate(itertools.accumulate((1.0, *costs[1:]), min))
     ]
-
-
-def check_pacing(pacing: Pacing) -> None:
-    """Refuse times that are not above 0.
-
-    Raises:
-        RequestError: naming the one.
-    """
-    for name, value in (("deadline_ms", pacing.deadline_ms), ("token_ms", pacing.token_ms)):
-        if value is not None and not value > 0:
-            raise RequestError(f"{name} must be above 0, got {value}.")

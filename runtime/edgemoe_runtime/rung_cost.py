@@ -29,7 +29,6 @@ def measure_costs(
     caps: Sequence[Sequence[int]],
     vocab_size: int,
     *,
-    ids: Sequence[int] = (),
     rounds: int = _ROUNDS,
 ) -> list[RungCost]:
     """Time every rung in turn, several times.
@@ -42,8 +41,6 @@ def measure_costs(
         caps: caps of experts per token of each rung, one for each MoE layer; the first rung
             is what the others are compared with.
         vocab_size: of the model.
-        ids: a prompt, of which up to 64 tokens are used; None takes tokens from all over the
-            vocabulary.
         rounds: how often, after one that is not counted.
 
     Returns:
@@ -53,8 +50,8 @@ def measure_costs(
         BackendError: when the engine fails.
     """
     most = min(_PROMPT_TOKENS, backend.chunk_tokens, backend.max_length - _NEW_TOKENS)
-    spread = [(7919 * position + 3) % vocab_size for position in range(_PROMPT_TOKENS)]
-    prompt = np.array((list(ids) or spread)[: max(1, most)], np.int64)
+    # Tokens from all over the vocabulary.
+    prompt = (7919 * np.arange(max(1, most)) + 3) % vocab_size
     arrays = [np.array(cap, np.int64) for cap in caps]
     times = [[_time(backend, prompt, cap) for cap in arrays] for _ in range(rounds + 1)][1:]
     return [

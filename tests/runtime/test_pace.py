@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgemoe_runtime.controller import Limits
 from edgemoe_runtime.errors import RequestError
 from edgemoe_runtime.manifest_ladder import KRung, RungCost
-from edgemoe_runtime.pace import Pace, Pacing, check_pacing, falling
+from edgemoe_runtime.pace import Pace, Pacing, falling
 from edgemoe_runtime.sensors import Sensors
 
 if TYPE_CHECKING:
@@ -173,4 +173,4 @@ def test_costs_of_prompts_fall_whatever_was_measured(costs: list[float]) -> None
 @pytest.mark.parametrize("value", [0, -1.0, float("nan")])
 def test_times_are_above_zero(name: str, value: float) -> None:
     with pytest.raises(RequestError, match=f"{name} must be above 0"):
-        check_pacing(Pacing(**{name: value}))  # type: ignore[arg-type]
+        Pacing(**{name: value})  # type: ignore[arg-type]

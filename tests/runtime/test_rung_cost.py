@@ -83,8 +83,7 @@ def test_costs_are_of_the_engine_at_hand(bundle: Path) -> None:
     )
     with open_onnxruntime(request) as backend:
         costs = measure_costs(backend, [(3, 3), (1, 1)], manifest.model.vocab_size, rounds=2)
-        few = measure_costs(backend, [(3, 3)], manifest.model.vocab_size, ids=[5, 6], rounds=1)
-    assert costs[0] == few[0] == RungCost(1.0, 1.0)
+    assert costs[0] == RungCost(1.0, 1.0)
     assert 0 < costs[1].decode < 10
 
 
