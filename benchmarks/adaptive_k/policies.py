@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import torch
@@ -25,6 +26,9 @@ from edgemoe.models import load_model, load_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "compression"))
 from commands import show_drop, show_score, write_table
+
+if TYPE_CHECKING:
+    from edgemoe.k_policy import KPolicy
 
 
 @click.command()
@@ -61,7 +65,7 @@ def main(
     for task in names:
         trial = Trial(opened, tokenizer, task, tasks, work)
         before = trial.judge("", None, "", tokens, held_out_tokens)
-        rows = [["top-k", f"{before['used']:.2f}", show_score(before["score"]), "", ""]]
+        rows = [["top-k", f"{before['used']:.2f}", show_score(before["score"]), "", "", ""]]
         for asked in policies:
             name, _, options = asked.partition(":")
             for mean in means:
@@ -73,11 +77,18 @@ def main(
                         show_score(found["score"]),
                         show_drop(before["score"], found["score"]),
                         f"{found['seconds']:.0f}",
+                        _parameters(found["policy"]),
                     ]
                 )
         click.echo(f"\n**{task}**\n")
         heading = ["policy", "experts per token", "perplexity [95%]", "rise [95%]"]
-        write_table([*heading, "processor seconds"], rows)
+        write_table([*heading, "processor seconds", "parameters of heads"], rows)
+
+
+def _parameters(policy: KPolicy) -> str:
+    """Count the parameters of a policy's heads; nothing where it has none."""
+    heads = [rule.allocator for rule in policy.rules if rule.allocator is not None]
+    return f"{sum(head.size for head in heads):,}" if heads else ""
 
 
 if __name__ == "__main__":
