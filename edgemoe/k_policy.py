@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _NUMBER = np.dtype("<f4")
 _REMEDY = "Make it again with `edgemoe allocate`."
 _ENTRIES = {"policy", "layers", "provenance"}
+_LAYER_ENTRIES = {"layer", "k", "top_p", "allocator", "needs"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,13 +125,15 @@ def _write_rule(rule: KRule) -> dict[str, Any]:
     if rule.allocator is not None:
         numbers = rule.allocator.astype(_NUMBER)
         found["allocator"] = base64.b64encode(numbers.tobytes()).decode("ascii")
+    if rule.needs is not None:
+        found["needs"] = list(rule.needs)
     return found
 
 
 def _read_rule(entry: Any, source: str) -> tuple[int, KRule]:
-    if not isinstance(entry, dict) or set(entry) - {"layer", "k", "top_p", "allocator"}:
+    if not isinstance(entry, dict) or set(entry) - _LAYER_ENTRIES:
         raise CheckpointError(
-            f"{source}: a layer must have layer, k and perhaps top_p and allocator, got "
+            f"{source}: a layer must have layer, k and perhaps top_p, allocator and needs, got "
             f"{entry!r:.80}. {_REMEDY}"
         )
     index, slots, top_p = entry.get("layer"), entry.get("k"), entry.get("top_p")
@@ -146,8 +150,24 @@ def _read_rule(entry: Any, source: str) -> tuple[int, KRule]:
         slots=slots,
         top_p=None if top_p is None else float(top_p),
         allocator=_read_allocator(entry.get("allocator"), slots, source),
+        needs=_read_needs(entry.get("needs"), slots, source),
     )
     return index, rule
+
+
+def _read_needs(numbers: Any, slots: int, source: str) -> tuple[float, ...] | None:
+    if numbers is None:
+        return None
+    if (
+        not isinstance(numbers, list)
+        or len(numbers) < slots
+        or not all(isinstance(n, float | int) and math.isfinite(n) for n in numbers)
+    ):
+        raise CheckpointError(
+            f"{source}: needs must be a finite number for each k up to {slots} or beyond, got "
+            f"{numbers!r:.80}. {_REMEDY}"
+        )
+    return tuple(map(float, numbers))
 
 
 def _read_allocator(text: Any, slots: int, source: str) -> NDArray[np.float32] | None:

@@ -32,11 +32,14 @@ class KRule:
         allocator: A linear head over the router's input, float32 [slots, hidden + 1], the last
             column its bias: the largest score says how many experts the token uses, that of
             the first row one (Ada-K, https://arxiv.org/abs/2410.10456, equation 3).
+        needs: Perplexity with 1, 2, ... experts in this layer, where ``alloc-l`` has measured
+            it: from it an export makes the tables of its k ladder. Tokens do not depend on it.
     """
 
     slots: int
     top_p: float | None = None
     allocator: NDArray[np.float32] | None = None
+    needs: tuple[float, ...] | None = None
 
     @property
     def is_fixed(self) -> bool:

@@ -54,7 +54,7 @@ def alloc_l(
             theirs.
 
     Returns:
-        A rule for each MoE layer.
+        A rule for each MoE layer, with what was measured.
 
     Raises:
         AllocationError: The mean or an option is out of range.
@@ -73,7 +73,9 @@ def alloc_l(
 
     needs = oracle.once(("alloc-l", tokens, deeper), measure)
     counts = share_out(needs, budget)
-    return tuple(KRule(slots=count) for count in counts)
+    return tuple(
+        KRule(slots=count, needs=tuple(need)) for count, need in zip(counts, needs, strict=True)
+    )
 
 
 def perplexities_with(oracle: LayerOracle, job: tuple[int, str]) -> list[float]:

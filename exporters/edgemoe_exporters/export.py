@@ -325,7 +325,8 @@ class _Road:
                     held_out, self.tokenizer, longest, self.request.held_out_tokens
                 )
                 floor = floor_of(self.request.max_drop, before[name], after)
-                ladder = judge_rungs(whole, judges, most, floor)
+                policy = plan.k_policy or self.model.k_policy
+                ladder = judge_rungs(whole, judges, most, floor, policy)
         return TaskReport(parity=parity, quality=quality, k_table=table, k_ladder=ladder)
 
     def _open_graph(self, path: Path) -> Runner:

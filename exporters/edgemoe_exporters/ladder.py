@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgemoe.allocate.alloc_l import share_out
 from edgemoe.evaluate.drop import measure_drop, paired_drop
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.requests import build_questions
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from edgemoe.evaluate.evaluation import Evaluation
+    from edgemoe.k_policy import KPolicy
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.graph_calls import Runner
     from edgemoe_exporters.leads import Answers
@@ -70,23 +72,50 @@ class LadderTask:
         return score, scorer.answers(asked)
 
 
-def list_caps(full: Sequence[int]) -> list[tuple[int, ...]]:
+def list_caps(
+    full: Sequence[int], needs: Sequence[Sequence[float]] | None = None
+) -> list[tuple[int, ...]]:
     """List the caps that are tried, the full k first.
 
     Args:
         full: Most experts per token at full quality, for each MoE layer.
+        needs: Perplexity with 1, 2, ... experts in each layer, where ``alloc-l`` measured it.
 
     Returns:
-        Uniform caps from one below the largest down to 1, at most eight rungs in all, evenly
-        spread where there are more; a layer keeps its own k where that is less.
+        At most eight caps, evenly spread down to 1. With needs they are the tables of
+        ``alloc-l`` for as many budgets. Without, they are uniform, from one below the largest;
+        a layer keeps its own k where that is less.
     """
+    if needs is not None:
+        budgets = np.linspace(sum(full), len(full), _MOST_RUNGS).round().astype(int)
+        known = [need[:own] for need, own in zip(needs, full, strict=True)]
+        tables = [tuple(share_out(known, int(budget))) for budget in budgets[1:]]
+        return list(dict.fromkeys([tuple(full), *tables]))
     highest = max(full, default=1)
     steps = np.linspace(highest, 1, min(highest, _MOST_RUNGS)).round().astype(int)
     return [tuple(full), *(tuple(min(own, int(k)) for own in full) for k in steps[1:])]
 
 
+def needs_of(policy: KPolicy | None) -> list[tuple[float, ...]] | None:
+    """Return what a k policy has measured of every layer's need, if it has.
+
+    Args:
+        policy: The policy; None for none.
+
+    Returns:
+        Perplexity with 1, 2, ... experts, layer by layer.
+    """
+    found = [] if policy is None else [rule.needs for rule in policy.rules]
+    needs = [need for need in found if need is not None]
+    return needs if needs and len(needs) == len(found) else None
+
+
 def judge_rungs(
-    runner: Runner, task: LadderTask, full: Sequence[int], floor: float
+    runner: Runner,
+    task: LadderTask,
+    full: Sequence[int],
+    floor: float,
+    policy: KPolicy | None = None,
 ) -> tuple[KRung, ...]:
     """Measure what rungs lose, from the full k down to the floor.
 
@@ -96,11 +125,13 @@ def judge_rungs(
         full: Most experts per token at full quality, for each MoE layer.
         floor: Most that a rung may lose against the first: relative for perplexity, in points
             of 1 for accuracy.
+        policy: The graph's k policy, if it has one: one of ``alloc-l`` knows what layers need.
 
     Returns:
         The rungs above the floor, with their quality; the first is the full k.
     """
-    caps = list_caps(full)
+    needs = needs_of(policy)
+    caps = list_caps(full, needs)
     best, expected = task.judge(runner, caps[0])
     rungs = [KRung(name="full", k_cap=caps[0], quality=_quality(best, best))]
     for cap in caps[1:]:
@@ -111,7 +142,8 @@ def judge_rungs(
         margin = find_margin(expected, answers)
         again = float(np.mean(answers.leads <= margin))
         quality = replace(quality, margin=margin, asked_again=again)
-        rungs.append(KRung(name=f"k{max(cap)}", k_cap=cap, quality=quality))
+        name = f"k{max(cap)}" if needs is None else f"k{np.mean(cap):.2f}"
+        rungs.append(KRung(name=name, k_cap=cap, quality=quality))
     return tuple(rungs)
 
 

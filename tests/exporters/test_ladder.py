@@ -59,6 +59,39 @@ def test_caps_go_down_from_the_full_k_to_one(full: list[int]) -> None:
         assert all(1 <= b <= a for a, b in zip(before, after, strict=True))
 
 
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 6), st.lists(st.floats(1, 99), min_size=6, max_size=8).map(tuple)
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_layers_that_need_experts_keep_them(
+    layers: list[tuple[int, tuple[float, ...]]],
+) -> None:
+    full, needs = [k for k, _ in layers], [need for _, need in layers]
+    caps = list_caps(full, needs)
+    assert caps[0] == tuple(full)
+    assert caps[-1] == (1,) * len(full)
+    assert len(caps) <= 8
+    for before, after in itertools.pairwise(caps):
+        assert sum(after) < sum(before)
+    for cap in caps:
+        assert all(1 <= k <= own for k, own in zip(cap, full, strict=True))
+    for cap in caps[1:]:
+        # Of all tables with as many experts none has a smaller sum of needs.
+        choices = itertools.product(*(range(1, own + 1) for own in full))
+        sums = [
+            sum(need[k - 1] for need, k in zip(needs, table, strict=True))
+            for table in choices
+            if sum(table) == sum(cap)
+        ]
+        spent = sum(need[k - 1] for need, k in zip(needs, cap, strict=True))
+        assert spent == pytest.approx(min(sums))
+
+
 def test_margins_are_the_largest_lead_of_another_answer() -> None:
     full = chosen((0.0, -1.0, -5.0), (-3.0, -1.0, -2.0), (0.0, -9.0, -9.0))
     assert find_margin(full, full) == -1

@@ -8,6 +8,7 @@ import pytest
 
 from edgemoe.plans.plan import Plan
 from edgemoe_runtime import Session
+from edgemoe_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,6 +73,27 @@ def test_a_merged_model_follows_the_policy_to_the_device(
     assert ran["value"] == pytest.approx(score["value"], rel=1e-4)
     # Rounding may turn a token that is at the edge of another number.
     assert ran["experts_per_token"] == pytest.approx(score["experts_per_token"], abs=0.02)
+
+
+@pytest.mark.fused
+def test_a_ladder_has_the_tables_of_alloc_l(road: Path, answer: Answer, tmp_path: Path) -> None:
+    task, held_out = f"--task=code={road}/code.jsonl", f"--task=code={road}/prose.jsonl"
+    output = tmp_path / "k.json"
+    asked = ("--policy", "alloc-l", "--mean-k", 2, "--set", "tokens=200", "-o", output)
+    answer("allocate", road / "moe", task, *asked)
+    needs = [rule.needs for rule in Plan.load(output).k_policy.rules]  # type: ignore[union-attr]
+    assert [len(need) for need in needs if need] == [2, 2]
+    told = ("--target", "cpu", "--precision", "fp32", "--max-drop", 9, "--json")
+    answer("export", road / "moe", held_out, "--plan", f"code={output}", *told,
+           "-o", tmp_path / "bundle")  # fmt: skip
+    ladder = Manifest.load(tmp_path / "bundle").tasks["code"].k_ladder
+    assert ladder is not None
+    assert ladder[0].k_cap == (2, 2)
+    # Rungs that save no time on two small layers are left out; which, depends on the machine.
+    better = 0 if needs[0][0] - needs[0][1] < needs[1][0] - needs[1][1] else 1  # type: ignore[index]
+    tables = {"k1.50": (1, 2) if better == 0 else (2, 1), "k1.00": (1, 1)}
+    for rung in ladder[1:]:
+        assert rung.k_cap == tables[rung.name]
 
 
 def test_lines_that_chose_k_judge_nothing_and_experts_stay(
