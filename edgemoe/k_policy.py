@@ -29,7 +29,7 @@ class KPolicy:
     """A rule for every MoE layer, and where the rules come from.
 
     Attributes:
-        name: Name of the policy: ``fixed``, ``alloc-l``, ``top-p`` or ``ada-k``.
+        name: Name of the policy: ``fixed``, ``alloc-l``, ``top-p``, ``ada-k`` or ``fisher``.
         layers: Indices of the decoder layers with experts, ascending.
         rules: One for each of them.
         provenance: Task, options, seed and hashes; JSON values.

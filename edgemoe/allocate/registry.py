@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from edgemoe import __version__
 from edgemoe.allocate.ada_k import ada_k
 from edgemoe.allocate.alloc_l import alloc_l
+from edgemoe.allocate.fisher import fisher
 from edgemoe.allocate.fixed import fixed
 from edgemoe.allocate.top_p import top_p
 from edgemoe.errors import AllocationError, CheckpointError
@@ -47,6 +48,7 @@ class Policy:
 POLICIES: dict[str, Policy] = {
     "ada-k": Policy(ada_k, trains=True),
     "alloc-l": Policy(alloc_l),
+    "fisher": Policy(fisher),
     "fixed": Policy(fixed),
     "top-p": Policy(top_p),
 }

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 @click.argument("model", type=PATH)
 @click.option("--task", required=True, metavar="NAME=FILE", help="What k is decided on.")
 @click.option(
-    "--policy", "name", required=True, metavar="P", help="fixed, alloc-l, top-p or ada-k."
+    "--policy",
+    "name",
+    default="fisher",
+    show_default=True,
+    metavar="P",
+    help="fisher, fixed, alloc-l, top-p or ada-k.",
 )
 @click.option(
     "--plan",
@@ -40,8 +45,9 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="NAME=VALUE",
     help="An option of the policy, repeatable: k=4 or k=4,4,5,... for fixed; tokens=1024 and "
-    "deeper=one or all for alloc-l; p=0.7, k_max=8 and tokens=4096 for top-p; steps=64, "
-    "batch_tokens=1024, k_max, regulariser=0.003 and more for ada-k.",
+    "deeper=one or all for alloc-l; p=0.7, k_max=8 and tokens=4096 for top-p; ridge=0 and "
+    "tokens=16384 for fisher; steps=64, batch_tokens=1024, k_max, regulariser=0.003 and more "
+    "for ada-k.",
 )
 @click.option(
     "--max-tokens",

@@ -17,32 +17,28 @@ of each expert (``widths=equal``), and ``widths=ragged`` is the order itself.
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from edgemoe.models.checkpoint import quiet_transformers
-from edgemoe.models.hooks import observe
 from edgemoe.models.layer_width import neuron_outputs
+from edgemoe.oracle.gradients import take_gradients
 from edgemoe.oracle.homes import whole_model
-from edgemoe.oracle.oracle import inputs_of
 from edgemoe.progress import track
 from edgemoe.prune.apply import refuse_neurons
 from edgemoe.prune.widths import check_choice, keep_equal, keep_ragged, share_widths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
     from edgemoe.calibrate.sample import Window
     from edgemoe.calibrate.statistics import TaskStatistics
     from edgemoe.models.contract import ModelShape, MoeModel
-    from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.routers import Routing
+    from edgemoe.oracle.gradients import LayerGradient
     from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.plans.plan import LayerPlan
 
@@ -115,59 +111,16 @@ def importances(model: MoeModel, windows: Sequence[Window]) -> list[NDArray[np.f
             seen += len(window.ids)
             if len(window.ids) < 2:
                 continue
-            with _watching(model) as calls:
-                _backward(model, window, calls)
-            for number, layer in enumerate(model.layers):
-                _add(layer, calls[layer.index], inputs[number], gradients[number])
+            for number, call in enumerate(take_gradients(model, window)):
+                _add(call, inputs[number], gradients[number])
     pairs = zip(inputs, gradients, strict=True)
     return [(h / seen * (g / seen)).numpy() for h, g in pairs]
 
 
-class _Call:
-    """What one layer was given, and the gradient of the loss at what it gave."""
-
-    hidden: torch.Tensor
-    routing: Routing
-    delta: torch.Tensor
-
-
-@contextlib.contextmanager
-def _watching(model: MoeModel) -> Iterator[dict[int, _Call]]:
-    """Keep what layers are given, and make the gradient at their outputs known."""
-    calls: dict[int, _Call] = {layer.index: _Call() for layer in model.layers}
-
-    def keep(layer: MoeLayer, hidden: torch.Tensor, routing: Routing, _: Any) -> None:
-        call = calls[layer.index]
-        call.hidden = hidden.detach()
-        call.routing = routing._replace(weights=routing.weights.detach())
-
-    def add_nothing(layer: MoeLayer) -> Any:
-        def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
-            delta = torch.zeros_like(output, requires_grad=True)
-            calls[layer.index].delta = delta
-            return output + delta
-
-        return hook
-
-    with torch.enable_grad(), observe(model, keep), contextlib.ExitStack() as stack:
-        for layer in model.layers:
-            handle = layer.experts.register_forward_hook(add_nothing(layer))
-            stack.callback(handle.remove)
-        yield calls
-
-
-def _backward(model: MoeModel, window: Window, calls: dict[int, _Call]) -> None:
-    logits = model.model(**inputs_of(window)).logits[0]
-    target = torch.tensor(window.ids[1:], device=logits.device)
-    loss = functional.cross_entropy(logits[:-1].float(), target, reduction="sum")
-    found = torch.autograd.grad(loss, [call.delta for call in calls.values()])
-    for call, gradient in zip(calls.values(), found, strict=True):
-        call.delta = gradient
-
-
 @torch.no_grad()
-def _add(layer: MoeLayer, call: _Call, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+def _add(call: LayerGradient, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
     """Add the squares of a pass: of h_k, and of g . w_k."""
+    layer = call.layer
     for expert in range(layer.num_experts):
         tokens, slots = torch.where(call.routing.indices == expert)
         if not len(tokens):
@@ -176,7 +129,7 @@ def _add(layer: MoeLayer, call: _Call, inputs: torch.Tensor, gradients: torch.Te
         inputs[expert] += units.square().sum(dim=0)
         # The layer's output has the expert's times its gate in it.
         gates = call.routing.weights[tokens, slots, None].double()
-        at_output = call.delta[tokens].double() * gates
+        at_output = call.gradient[tokens].double() * gates
         columns = neuron_outputs(layer, expert).double()
         gradients[expert] += (at_output @ columns).square().sum(dim=0)
 

@@ -38,6 +38,7 @@ def plan(road: Path, answer: Answer, tmp_path_factory: pytest.TempPathFactory) -
         ("alloc-l", ["--mean-k", "1.5"]),
         ("top-p", ["--mean-k", "1.5"]),
         ("top-p", ["--set", "p=0.35", "--set", "k_max=4"]),
+        ("fisher", ["--mean-k", "1.5"]),
         ("ada-k", ["--mean-k", "1.5", "--set", "steps=3", "--set", "batch_tokens=200"]),
     ],
 )
