@@ -47,12 +47,13 @@ def ada_k(
     steps: int = 64,
     batch_tokens: int = 1024,
     passes: int = 2,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1e-4,
     clip: float = 0.2,
     gamma: float = 1.0,
     regulariser: float = 0.003,
     warm_epochs: int = 8,
     warm_tokens: int = 4096,
+    warm_rate: float = 1e-3,
 ) -> tuple[KRule, ...]:
     """Train a head for each layer.
 
@@ -66,12 +67,13 @@ def ada_k(
         steps: Draws of PPO; 0 leaves it at the warm-up.
         batch_tokens: Tokens of each draw.
         passes: Changes of the heads after each draw.
-        learning_rate: Of AdamW, in both steps.
+        learning_rate: Of AdamW, in PPO.
         clip: How far a pass may change how likely a number is, relative.
         gamma: What later layers' shares of a reward grow by, per layer, in (0, 1].
         regulariser: lambda: nats per token that an expert must be worth.
         warm_epochs: Passes of the warm-up over its tokens.
         warm_tokens: Tokens of the warm-up.
+        warm_rate: Learning rate of AdamW in the warm-up.
 
     Returns:
         A rule for each MoE layer.
@@ -91,6 +93,7 @@ def ada_k(
             raise AllocationError(f"{name} must be in [1, inf), got {value}.")
     for number, most_of, told in (
         (learning_rate, 1.0, "learning_rate must be in (0, 1]"),
+        (warm_rate, 1.0, "warm_rate must be in (0, 1]"),
         (clip, 1.0, "clip must be in (0, 1]"),
         (gamma, 1.0, "gamma must be in (0, 1]"),
     ):
@@ -110,7 +113,7 @@ def ada_k(
             heads,
             begun,
             epochs=warm_epochs,
-            learning_rate=learning_rate,
+            learning_rate=warm_rate,
             seed=seed,
         )
     options = PpoOptions(

@@ -7,8 +7,9 @@ a value network::
 
     A_il = gamma^(L - l) (log p(next | drawn numbers) - log p(next | top-k))
 
-With P' the heads as they were when numbers were drawn, heads are changed to minimise, over a
-few passes per draw::
+of which the mean over the drawn tokens is taken off: that changes no gradient in the mean, and
+takes noise out of it. With P' the heads as they were when numbers were drawn, heads are changed
+to minimise, over a few passes per draw::
 
     - mean_il min(r A, clip(r, 1 - eps, 1 + eps) A) + lambda mean_il sum_n n P_il(n),
       r = P_il(k_il) / P'_il(k_il)
@@ -168,14 +169,15 @@ def improve(
     Args:
         heads: The heads; they are changed.
         rollout: What was drawn.
-        gained: Rewards above the baseline's, float32 [tokens].
+        gained: Rewards above the baseline's, float32 [tokens], of any mean.
         optimizer: Of the heads.
         weight: lambda.
         options: How.
     """
     layers = len(heads.slots)
     shares = options.gamma ** torch.arange(layers - 1, -1, -1, dtype=torch.float32)
-    advantages = shares[:, None] * gained
+    # What all tokens have in common says nothing of one number against another: it is noise.
+    advantages = shares[:, None] * (gained - gained.mean())
     drawn = rollout.numbers[..., None]
     with torch.no_grad():
         before = heads.log_probabilities(rollout.states).gather(-1, drawn)[..., 0]

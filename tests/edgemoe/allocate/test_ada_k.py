@@ -119,14 +119,30 @@ def test_later_layers_earn_more_with_gamma_below_one() -> None:
         # Without Adam's scaling the step is the gradient.
         optimizer = torch.optim.SGD([heads.weight], lr=1.0)
         states = torch.ones(3, 4, 3)
-        rollout = Rollout(states, torch.ones(3, 4, dtype=torch.int64), torch.zeros(4))
-        improve(
-            heads, rollout, torch.ones(4), optimizer, 0.0, options_of(gamma=gamma, passes=1)
-        )
+        gained = torch.tensor([3.0, 3.0, 1.0, 1.0])
+        rollout = Rollout(states, torch.tensor([[1, 1, 0, 0]] * 3), torch.zeros(4))
+        improve(heads, rollout, gained, optimizer, 0.0, options_of(gamma=gamma, passes=1))
         moved[gamma] = heads.weight.detach()[:, 1, 0]
+    assert (moved[1.0] > 0.1).all()
     assert torch.allclose(moved[1.0], moved[1.0][0].expand(3))
     expected = moved[1.0] * torch.tensor([0.25, 0.5, 1.0])
     assert torch.allclose(moved[0.5], expected)
+
+
+def test_what_all_tokens_gain_moves_nothing() -> None:
+    moved = []
+    for common in (0.0, -7.0):
+        heads = Heads.zeros((3, 3), 4)
+        optimizer = torch.optim.SGD([heads.weight], lr=1.0)
+        random = torch.Generator().manual_seed(0)
+        states = torch.randn(2, 16, 4, generator=random)
+        numbers = torch.randint(0, 3, (2, 16), generator=random)
+        gained = torch.randn(16, generator=random)
+        rollout = Rollout(states, numbers, gained)
+        improve(heads, rollout, gained + common, optimizer, 0.0, options_of(passes=1))
+        moved.append(heads.weight.detach())
+    assert torch.allclose(moved[0], moved[1], atol=1e-6)
+    assert moved[0].abs().max() > 0.01
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "mixtral"])
@@ -257,6 +273,7 @@ def test_lambda_follows_the_mean_that_was_asked_for(
         ({"options": {"clip": 0.0}}, "clip must be"),
         ({"options": {"gamma": 1.5}}, "gamma must be"),
         ({"options": {"learning_rate": 2.0}}, "learning_rate must be"),
+        ({"options": {"warm_rate": 0.0}}, "warm_rate must be"),
         ({"options": {"regulariser": -1.0}}, "regulariser must be"),
         ({"mean_k": 7}, r"--mean-k must be in \[1, 6\]"),
     ],
