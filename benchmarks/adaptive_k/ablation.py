@@ -1,7 +1,7 @@
 """What Ada-K's paper leaves open: gamma, the clip, and whether the likeliest number counts.
 
-Heads are trained with each gamma and each clip, the rest as always, and judged on lines that
-nothing has read: perplexity with the likeliest numbers, and with drawn ones, both at what the
+Heads are trained with each gamma, clip and learning rate, the rest as always (gamma 1, clip 0.2,
+1e-4), and not at all after the warm-up, and judged on lines that nothing has read: perplexity with the likeliest numbers, and with drawn ones, both at what the
 tokens really used. Run it from the repository's root, with the demo's model and a folder that
 benchmarks/reference_moe/corpus.py wrote::
 
@@ -31,7 +31,15 @@ from edgemoe.tasks import TaskFile
 sys.path.append(str(Path(__file__).parents[1] / "compression"))
 from commands import show_drop, show_score, write_table
 
-_VARIANTS = ("gamma=1", "gamma=0.98", "gamma=0.9", "clip=0.05", "clip=0.4", "steps=0")
+_VARIANTS = (
+    "steps=0",
+    "",
+    "gamma=0.98",
+    "gamma=0.9",
+    "clip=0.05",
+    "clip=0.4",
+    "learning_rate=0.001",
+)
 
 
 @click.command()
@@ -80,7 +88,7 @@ def main(
         mean = float(rollout.numbers.float().mean()) + 1
         rows.append(
             [
-                f"`{variant}`",
+                f"`{variant}`" if variant else "as always",
                 f"{found['used']:.2f}",
                 show_score(found["score"]),
                 show_drop(before["score"], found["score"]),

@@ -64,7 +64,7 @@ def kind_of(text: str) -> str:
 @click.option("--task", "names", multiple=True, default=("bible", "code", "logs"))
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--plot", type=click.Path(path_type=Path), required=True)
-@click.option("--policy", "policies", multiple=True, default=("top-p", "ada-k"))
+@click.option("--policy", "policies", multiple=True, default=("fisher", "ada-k"))
 @click.option("--mean-k", default=3.9, show_default=True)
 @click.option("--tokens", default=16384, show_default=True)
 @click.option("--held-out-tokens", default=4096, show_default=True)
