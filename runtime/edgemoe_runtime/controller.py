@@ -4,13 +4,15 @@ A rung is a cap of experts per token, with the time that a token takes on it rel
 first rung, which is the full k. Three things push down the ladder, their absence back up:
 
 - the speed. The median of the last three tokens' times, each divided by the cost of its
-  rung, says how fast the machine is now. When half of the headroom is used up, the best rung
-  that leaves all of it is taken at once. Upwards it goes one rung at a time, and only when the
-  rung above has left all of it for a while: a machine at the edge of a rung does not swing.
+  rung, says how fast the machine is now. When half of the headroom is used up (all of it, where
+  the spread is looked at), the best rung that leaves all of it is taken at once. Upwards it
+  goes one rung at a time, and only when the rung above has left all of it for a while, by the
+  median of more tokens. Where that was too early, the next time takes twice as long: a machine
+  at the edge of a rung does not swing.
 - the spread, where every single token has a time to keep. A token of the last hundred counts
   against a rung on which it would have been late, if the last rung would have been in time.
-  The best rung that more of them do not count against than `Limits.in_time` allows is taken.
-  A median cannot see a machine that gives its cores away in slices, for every tenth token.
+  The best rung against which no more of them count than `Limits.in_time` allows is taken. A
+  median cannot see a machine that gives its cores away in slices, for every tenth token.
 - the machine. A throttle alert, a temperature near the trip point of its own zone, a new
   over-current event, more power than allowed, or little free memory take one rung a second
   away, until all are well clear; then one rung comes back every few seconds.
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from edgemoe_runtime.sensors import Sensors
 
 _SAMPLES = 3
+_STEADY = 25
 _WINDOW = 100
+_MOST_PATIENCE = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,8 @@ class Limits:
     Attributes:
         headroom: share of the deadline that a rung must leave, in [0, 0.5).
         in_time: share of tokens to be in time, of those that some rung can, in (0, 1].
-        climb_seconds: how long the rung above must have left it.
+        climb_seconds: how long the rung above must have left it; up to four times as long
+            when tokens were late soon after the last times.
         pressure_seconds: how long each rung down lasts at least while the machine suffers.
         relief_seconds: how long the machine must be well before a rung comes back.
         trip_margin_celsius: how near a trip point is too near.
@@ -96,8 +101,11 @@ class ControlState:
     Attributes:
         rung: the rung in force; 0 is the full k.
         unit_ms: the last times of a token, each divided by the cost of its rung.
+        rungs: the rung that each of them is of.
         fresh: tokens measured since the last move.
         roomy_since: since when the rung above would do, or None.
+        climbed_at: when the rung above was last taken, or None if it was left since.
+        patience: how many times `Limits.climb_seconds` to wait, in [1, 4].
         pressed: rungs that the machine's state takes away.
         pressed_at: when that number last changed, or when the machine last was not well.
         over_current: counters of the last reading.
@@ -106,8 +114,11 @@ class ControlState:
 
     rung: int = 0
     unit_ms: tuple[float, ...] = ()
+    rungs: tuple[int, ...] = ()
     fresh: int = 0
     roomy_since: float | None = None
+    climbed_at: float | None = None
+    patience: float = 1.0
     pressed: int = 0
     pressed_at: float | None = None
     over_current: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -150,13 +161,19 @@ def decide(
     state = replace(state, impossible=why == _NO_RUNG)
     if state.pressed > wanted:
         wanted, why = state.pressed, ", ".join(troubles) or "the machine has to recover"
+    elif wanted > state.rung:
+        state = _learn(state, signals.seconds, limits)
     if wanted > state.rung:
         return _move(state, wanted, why or "deadline")
     if wanted == state.rung:
         return replace(state, roomy_since=None), None
     since = signals.seconds if state.roomy_since is None else state.roomy_since
-    if signals.seconds - since < limits.climb_seconds:
+    waits = signals.seconds - since < state.patience * limits.climb_seconds
+    if waits or not _fits_now(state, signals, costs[state.rung - 1], limits):
         return replace(state, roomy_since=since), None
+    # Two steps up in a row: the first was not too early.
+    patience = state.patience if state.climbed_at is None else 1.0
+    state = replace(state, climbed_at=signals.seconds, patience=patience)
     return _move(state, state.rung - 1, "there is room again")
 
 
@@ -180,6 +197,7 @@ def _measure(state: ControlState, signals: Signals, costs: Sequence[float]) -> C
     return replace(
         state,
         unit_ms=(*state.unit_ms, *units)[-_WINDOW:],
+        rungs=(*state.rungs, *[state.rung] * len(units))[-_WINDOW:],
         fresh=state.fresh + len(units),
     )
 
@@ -188,32 +206,62 @@ def _by_deadline(
     state: ControlState, signals: Signals, costs: Sequence[float], limits: Limits
 ) -> tuple[int, str]:
     """Return the rung that the deadlines ask for, and why it is not a better one."""
-    given = [each for each in (signals.allowed_ms, signals.each_ms) if each is not None]
-    if not given:
+    allowed = _least(signals)
+    if allowed is None:
         return 0, ""
     if not state.unit_ms:
         return state.rung, ""
-    by_speed = _by_speed(state, min(given), costs, limits)
     if signals.each_ms is None:
-        return by_speed
+        return _by_speed(state, allowed, 0.5 * limits.headroom, costs, limits)
+    # Single tokens may be as late as they may: how many are is counted.
+    by_speed = _by_speed(state, allowed, 0.0, costs, limits)
     by_spread = _by_spread(state, signals.each_ms, costs, limits)
     return by_spread if by_spread[0] > by_speed[0] else by_speed
 
 
+def _least(signals: Signals) -> float | None:
+    """Return what a token may take by every deadline, or None without one."""
+    given = [each for each in (signals.allowed_ms, signals.each_ms) if each is not None]
+    return min(given, default=None)
+
+
+def _fits_now(state: ControlState, signals: Signals, cost: float, limits: Limits) -> bool:
+    """Ask whether the latest tokens, too, would leave all of the headroom at a cost."""
+    allowed = _least(signals)
+    if allowed is None or not state.unit_ms:
+        return True
+    unit = statistics.median(state.unit_ms[-_SAMPLES:])
+    return unit * cost <= allowed * (1 - limits.headroom)
+
+
 def _by_speed(
-    state: ControlState, allowed_ms: float, costs: Sequence[float], limits: Limits
+    state: ControlState,
+    allowed_ms: float,
+    kept: float,
+    costs: Sequence[float],
+    limits: Limits,
 ) -> tuple[int, str]:
-    """Return the best rung on which tokens of the latest speed are in time."""
+    """Return the best rung on which tokens of the latest speed are in time.
+
+    The rung in force is left where tokens leave less than the share ``kept`` of what is
+    allowed, and another entered where they leave all of the headroom: it does not swing.
+    """
     latest = state.unit_ms[-_SAMPLES:]
     unit, last = statistics.median(latest), len(costs) - 1
+    steady = statistics.median(state.unit_ms[-_STEADY:])
     if state.fresh < len(latest):
         # What was measured is mostly of the rung before: it waits.
         return state.rung, _NO_RUNG if unit * costs[last] > allowed_ms else ""
     why = f"{unit * costs[state.rung]:.1f} ms a token, {allowed_ms:.1f} allowed"
-    for rung, cost in enumerate(costs):
-        if unit * cost <= allowed_ms * (1 - _spare(rung, state, limits)):
-            return rung, why
-    return last, _NO_RUNG if unit * costs[last] > allowed_ms else why
+    if unit * costs[state.rung] > allowed_ms * (1 - kept):
+        below = range(state.rung + 1, len(costs))
+        fast = [n for n in below if unit * costs[n] <= allowed_ms * (1 - limits.headroom)]
+        if fast:
+            return fast[0], why
+        return last, _NO_RUNG if unit * costs[last] > allowed_ms else why
+    above = range(state.rung)
+    fast = [n for n in above if steady * costs[n] <= allowed_ms * (1 - limits.headroom)]
+    return min(fast, default=state.rung), why
 
 
 def _by_spread(
@@ -222,21 +270,35 @@ def _by_spread(
     """Return the best rung on which few enough of the last tokens would have been late."""
     last = len(costs) - 1
     # What is late on the last rung, too, is no reason to be there.
-    possible = [unit for unit in state.unit_ms if unit * costs[last] <= each_ms]
-    late = sum(unit * costs[state.rung] > each_ms for unit in possible)
-    why = f"{late} of the last {len(state.unit_ms)} tokens late, for {each_ms:.1f} ms"
-    for rung, cost in enumerate(costs[:last]):
-        # A rung is entered from below when it leaves the headroom, so that it does not swing.
-        spare = limits.headroom if rung < state.rung else 0
-        late = sum(unit * cost > each_ms * (1 - spare) for unit in possible)
-        if late <= (1 - limits.in_time) * _WINDOW + 1e-9:
+    possible = [
+        sample
+        for sample in zip(state.unit_ms, state.rungs, strict=True)
+        if sample[0] * costs[last] <= each_ms
+    ]
+    usual = statistics.median(state.unit_ms)
+
+    def count_late(rung: int) -> int:
+        return sum(
+            _expect(unit, measured, rung, usual, costs) > each_ms for unit, measured in possible
+        )
+
+    why = f"{count_late(state.rung)} of the last {len(state.unit_ms)} tokens late"
+    for rung in range(last):
+        if count_late(rung) <= (1 - limits.in_time) * _WINDOW + 1e-9:
             return rung, why
     return last, why
 
 
-def _spare(rung: int, state: ControlState, limits: Limits) -> float:
-    """Return the part of the headroom to leave: a rung is left later than it is entered."""
-    return limits.headroom * (0.5 if rung == state.rung else 1)
+def _expect(
+    unit_ms: float, measured: int, rung: int, usual_ms: float, costs: Sequence[float]
+) -> float:
+    """Say how long a token would have taken on another rung than the one it was measured on."""
+    scaled = unit_ms * costs[rung]
+    if rung >= measured:
+        return scaled
+    # A hiccup is no longer where tokens are, so what is beyond the usual does not grow.
+    beyond = (unit_ms - usual_ms) * costs[measured]
+    return min(scaled, usual_ms * costs[rung] + beyond)
 
 
 def _feel(
@@ -289,6 +351,14 @@ def _examine(state: ControlState, reading: Sensors, limits: Limits) -> tuple[lis
             )
         is_well = is_well and free >= 1.25 * limits.memory_bytes
     return troubles, is_well and not troubles
+
+
+def _learn(state: ControlState, seconds: float, limits: Limits) -> ControlState:
+    """Become more patient when the rung above was taken too early, less when it was not."""
+    waited = state.patience * limits.climb_seconds
+    too_early = state.climbed_at is not None and seconds - state.climbed_at < 2 * waited
+    patience = min(_MOST_PATIENCE, 2 * state.patience) if too_early else state.patience
+    return replace(state, patience=patience, climbed_at=None)
 
 
 def _move(state: ControlState, rung: int, reason: str) -> tuple[ControlState, Move]:

@@ -189,6 +189,9 @@ class Pace:
             tokens: tokens of the prompt.
             new: new tokens; the first one comes out of the prompt.
         """
+        if new > 1 and self._pacing.token_ms is not None and self._states["decode"].rung:
+            # The controller has left the full k for new tokens that would not be in time.
+            return False
         left = self._left_ms()
         if left is None:
             return True

@@ -122,10 +122,12 @@ def test_a_machine_that_loses_slices_is_in_time_all_the_same() -> None:
     run = simulate(every(4, 18.0, 20, 60), 100, None, each=12.5)
     late = [ms > 12.5 for at, ms, _ in run.tokens if 20 <= at < 60]
     assert sum(late) / len(late) < 0.01
-    assert len(run.moves) <= 6
+    # It tries the rung above again and again, and waits longer each time.
+    tries = [move for move in run.moves if move.after < move.before]
+    assert len(tries) <= 10
     assert run.state.rung == 0
-    assert any("tokens late, for 12.5 ms" in move.reason for move in run.moves)
-    assert next(at for at, _, rung in run.tokens if at > 60 and rung == 0) < 60 + 12
+    assert any("tokens late" in move.reason for move in run.moves)
+    assert next(at for at, _, rung in run.tokens if at > 60 and rung == 0) < 60 + 16
     # The median alone does not see it: that is how a request's share is judged.
     median = simulate(every(4, 18.0, 20, 60), 100, 12.5)
     late = [ms > 12.5 for at, ms, _ in median.tokens if 20 <= at < 60]
@@ -146,12 +148,17 @@ def test_tokens_that_no_rung_can_save_are_no_reason_to_go_down() -> None:
 def test_no_rung_is_kept_that_was_late_too_often(
     units: list[float], rung: int, each: float, share: float
 ) -> None:
-    state = ControlState(rung=rung, unit_ms=tuple(units[-100:]), fresh=len(units))
+    seen = units[-100:]
+    state = ControlState(
+        rung=rung, unit_ms=tuple(seen), rungs=(rung,) * len(seen), fresh=len(units)
+    )
     limits = Limits(in_time=share)
     after, _ = decide(state, Signals(seconds=1.0, each_ms=each), COSTS, limits)
-    seen = units[-100:]
-    late = sum(each < unit * COSTS[after.rung] and unit * COSTS[-1] <= each for unit in seen)
-    assert late <= round(100 * (1 - share))
+    if after.rung >= rung:
+        late = sum(
+            each < unit * COSTS[after.rung] and unit * COSTS[-1] <= each for unit in seen
+        )
+        assert late <= round(100 * (1 - share))
 
 
 @settings(max_examples=40, deadline=None)

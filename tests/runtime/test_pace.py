@@ -160,6 +160,18 @@ def test_asking_again_needs_the_time_for_it() -> None:
     assert not machine.pace.full_fits(40)
 
 
+def test_a_second_answer_does_not_break_the_time_of_a_token() -> None:
+    fast = Machine(Pacing(token_ms=12), token_ms=10)
+    fast.answer(10, 9)
+    assert fast.pace.full_fits(10, 9)
+    slow = Machine(Pacing(token_ms=12), token_ms=20)
+    slow.answer(10, 9)
+    assert slow.pace.rung is not LADDER[0]
+    assert not slow.pace.full_fits(10, 9)
+    # Choices make no new tokens.
+    assert slow.pace.full_fits(10)
+
+
 @given(st.lists(st.floats(0.01, 3.0), min_size=1, max_size=9))
 def test_costs_of_prompts_fall_whatever_was_measured(costs: list[float]) -> None:
     found = falling(costs)
