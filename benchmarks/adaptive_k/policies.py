@@ -1,4 +1,4 @@
-"""Quality against experts per token, for every policy, on tasks of the reference model.
+r"""Quality against experts per token, for every policy, on tasks of the reference model.
 
 Each policy decides on a task's calibration lines how many experts tokens use, for several
 means, and is judged on lines that nothing has read: perplexity against what the tokens really
@@ -6,10 +6,12 @@ used, and its rise over the router's own top-k with a 95% interval over paired l
 from the repository's root, with the demo's model and a folder that
 benchmarks/reference_moe/corpus.py wrote::
 
-    python benchmarks/adaptive_k/policies.py demo/moe --tasks demo/domains --work policies
+    python benchmarks/adaptive_k/policies.py demo/moe --tasks demo/domains --work policies \
+        --plot docs/images/policies.png
 
 Markdown goes to stdout, progress to stderr; --work keeps what is finished. The training of
-ada-k takes most of the time.
+ada-k takes most of the time. What a policy measures once for all means is in the seconds of the
+first.
 """
 
 from __future__ import annotations
@@ -19,13 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import matplotlib as mpl
 import torch
 from trial import Trial
 
+from edgemoe.evaluate.drop import paired_drop
 from edgemoe.models import load_model, load_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "compression"))
 from commands import show_drop, show_score, write_table
+
+mpl.use("agg")
+import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
     from edgemoe.k_policy import KPolicy
@@ -46,6 +53,7 @@ if TYPE_CHECKING:
 )
 @click.option("--tokens", default=16384, show_default=True)
 @click.option("--held-out-tokens", default=4096, show_default=True)
+@click.option("--plot", type=click.Path(path_type=Path), help="PNG of all curves.")
 @click.option("--threads", default=1, show_default=True)
 def main(
     model: Path,
@@ -56,20 +64,27 @@ def main(
     policies: tuple[str, ...],
     tokens: int,
     held_out_tokens: int,
+    plot: Path | None,
     threads: int,
 ) -> None:
     """Compare policies on MODEL."""
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     opened, tokenizer = load_model(model), load_tokenizer(model)
-    for task in names:
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(4.5 * len(names), 3.6), squeeze=False, layout="constrained"
+    )
+    for axis, task in zip(axes[0], names, strict=True):
         trial = Trial(opened, tokenizer, task, tasks, work)
         before = trial.judge("", None, "", tokens, held_out_tokens)
         rows = [["top-k", f"{before['used']:.2f}", show_score(before["score"]), "", "", ""]]
         for asked in policies:
             name, _, options = asked.partition(":")
+            curve = [(before["used"], 0.0)]
             for mean in means:
                 found = trial.judge(name, mean, options, tokens, held_out_tokens)
+                rise = paired_drop(before["score"], found["score"])
+                curve.append((found["used"], rise.value))
                 rows.append(
                     [
                         f"`{asked}`",
@@ -80,9 +95,18 @@ def main(
                         _parameters(found["policy"]),
                     ]
                 )
+            axis.plot(*zip(*curve, strict=True), marker="o", markersize=4, label=asked)
+        axis.set_title(task)
+        axis.set_xlabel("experts per token and layer, used")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+g}%")
+        axis.grid(alpha=0.3)
         click.echo(f"\n**{task}**\n")
         heading = ["policy", "experts per token", "perplexity [95%]", "rise [95%]"]
         write_table([*heading, "processor seconds", "parameters of heads"], rows)
+    axes[0][0].set_ylabel("rise of perplexity")
+    axes[0][0].legend(fontsize="small")
+    if plot is not None:
+        figure.savefig(plot, dpi=110)
 
 
 def _parameters(policy: KPolicy) -> str:

@@ -67,7 +67,8 @@ def test_policies_are_judged_once_and_told_apart(tmp_path: Path, load: Any) -> N
         "code-fixed-3.0.json",
         "code-ada-k-3.0-steps=1.json",
     }
-    assert run("policies", *policies) == table
+    assert run("policies", *policies, "--plot", tmp_path / "curves.png") == table
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "steps=1" in run("ablation", "--variant", "steps=1")
     told = run("who_gets_more", "--plot", tmp_path / "a.png", "--policy", "ada-k:steps=1")
     assert "| `ada-k:steps=1` | code |" in told
