@@ -47,9 +47,7 @@ def main(
         plans[name] = ("--policy", "fixed", "--set", f"k={k}")
     for mean in means:
         plans[f"top-p-{mean:g}"] = ("--policy", "top-p", "--mean-k", mean)
-        # The heads alone: what they cost is the same before and after PPO.
-        heads = ("--set", "steps=0", "--set", "k_max=4")
-        plans[f"ada-k-{mean:g}"] = ("--policy", "ada-k", "--mean-k", mean, *heads)
+        plans[f"fisher-{mean:g}"] = ("--policy", "fisher", "--mean-k", mean)
     for name, given in plans.items():
         commands.make(f"{name}.json", "allocate", model, "--task", f"wide={lines}", *given)
     rows = []
