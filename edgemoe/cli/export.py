@@ -162,7 +162,7 @@ def _text(exported: ExportReport) -> str:
 def _show_rung(rung: KRung) -> str:
     """Say what a rung of the k ladder is, loses and costs."""
     layers = max(len(rung.k_cap), 1)
-    shown = f"rung {rung.name}: {sum(rung.k_cap) / layers:.3g} experts per token"
+    shown = f"rung {rung.name}: {sum(rung.k_cap) / layers:.3g} experts per token at most"
     if rung.quality is not None:
         low, high = rung.quality.drop_ci95
         shown += f", drop {rung.quality.drop:.3f} [{low:.3f}, {high:.3f}]"
