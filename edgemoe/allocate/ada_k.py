@@ -11,11 +11,11 @@ that tokens use as many as asked), and then trained by PPO (:mod:`edgemoe.alloca
 numbers are drawn for every token and layer, and what the drawn numbers do to the probability of
 the next token, against the router's own top-k, rewards all layers of the token.
 
-What the paper leaves open is decided so (benchmarks/adaptive_k/ablation.py compares): gamma is 1,
-the clip 0.2, and in use the most likely number counts. With ``mean_k`` the weight of the term that makes experts
-dear follows the mean of the drawn numbers, so that the mean stays where it was asked, and at
-the end one bias for all layers brings the most likely numbers there; without, it is the paper's
-constant.
+What the paper leaves open is decided so (benchmarks/adaptive_k/ablation.py compares): gamma is
+1, the clip 0.2, and in use the most likely number counts. With ``mean_k`` the weight of the
+term that makes experts dear follows the mean of the drawn numbers, so that the mean stays
+where it was asked, and at the end one bias for all layers brings the most likely numbers
+there; without, it is the paper's constant.
 """
 
 from __future__ import annotations
