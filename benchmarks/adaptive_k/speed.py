@@ -2,9 +2,9 @@
 
 A random model whose experts dominate (hidden size 1024, 8 layers of 16 experts, top-4) is
 exported with every fixed k up to its top-k, and with policies whose tokens use different
-numbers. All bundles are timed in turn by ``edgemoe bench``, several times. A policy should take
-as long as a fixed k of the same mean would, between the two fixed k beside it. Run it from the
-repository's root on a machine that is otherwise idle::
+numbers. All bundles answer the same prompts of the task's words in turn, several times. A
+policy should take as long as a fixed k of the same mean would, between the two fixed k beside
+it. Run it from the repository's root on a machine that is otherwise idle::
 
     python benchmarks/adaptive_k/speed.py --work speed
 
@@ -13,6 +13,7 @@ Markdown goes to stdout, progress to stderr; --work keeps what is finished.
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -20,19 +21,21 @@ from pathlib import Path
 import click
 import numpy as np
 
+from edgemoe_runtime import Generation, Session
+
 sys.path.append(str(Path(__file__).parents[1] / "compression"))
 from commands import Commands, write_table
 from wide_model import write_wide_model
 
 _TOP_K = 4
-_KINDS = ("prefill", "decode")
+_NEW_TOKENS = 48
 
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--precision", "precisions", multiple=True, default=("fp32", "int4"))
 @click.option("--mean-k", "means", type=float, multiple=True, default=(2.5,))
-@click.option("--rounds", default=7, show_default=True)
+@click.option("--rounds", type=click.IntRange(1, 24), default=7, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 def main(
     work: Path, precisions: tuple[str, ...], means: tuple[float, ...], rounds: int, threads: int
@@ -41,7 +44,7 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     model, lines = write_wide_model(work)
     commands = Commands(work, threads)
-    plans = {}
+    plans: dict[str, tuple[object, ...]] = {}
     for k in range(1, _TOP_K + 1):
         name = f"fixed-{k}"
         plans[name] = ("--policy", "fixed", "--set", f"k={k}")
@@ -59,48 +62,72 @@ def main(
             asked = ("--target", "cpu", "--precision", precision, "--plan", plan)
             commands.make(bundle, "export", model, *asked)
             bundles[name] = work / bundle
-        rows += _time(commands, precision, bundles, rounds, threads)
-    heading = ["precision", "policy", "experts per token", "prefill / top-k"]
-    heading += ["prefill / fixed k of that mean", "decode / top-k"]
-    write_table([*heading, "decode / fixed k of that mean"], rows)
+        rows += _time(precision, bundles, read_prompts(lines, rounds), threads)
+    heading = ["precision", "policy"]
+    for kind in ("prompt", "new tokens"):
+        heading += [f"{kind}: experts per token", "time / top-k", "time / fixed k of that mean"]
+    write_table(heading, rows)
+
+
+def read_prompts(lines: Path, count: int) -> list[str]:
+    """Put two lines of the task together for each prompt, 128 tokens."""
+    texts = [json.loads(line)["text"] for line in lines.read_text().splitlines()]
+    return [f"{texts[2 * n]} {texts[2 * n + 1]}" for n in range(count)]
+
+
+def _answer(session: Session, prompt: str) -> list[Generation]:
+    """Answer a prompt until there are enough new tokens: a random model ends when it likes."""
+    answers: list[Generation] = []
+    while sum(answer.new_tokens - 1 for answer in answers) < _NEW_TOKENS:
+        # By chance, for the likeliest token of a random model is often the same.
+        answers.append(
+            session.generate(
+                prompt, max_new_tokens=_NEW_TOKENS, temperature=1.0, seed=len(answers)
+            )
+        )
+    return answers
+
+
+def _measure(bundle: Path, prompt: str, threads: int) -> tuple[list[float], list[float]]:
+    """Return seconds per token and experts per token, of the prompt and of new tokens."""
+    with Session.open(bundle, threads=threads, adapt=False) as session:
+        alone = session.generate(prompt, max_new_tokens=1)
+        answers = _answer(session, prompt)
+    # The last token of an answer is never fed.
+    fed = sum(one.new_tokens - 1 for one in answers)
+    prefill = statistics.median(one.prefill_seconds / one.prompt_tokens for one in answers)
+    decode = sum(one.seconds - one.prefill_seconds for one in answers) / fed
+    in_prompt = alone.experts_per_token
+    everywhere = sum(
+        one.experts_per_token * (one.prompt_tokens + one.new_tokens - 1) for one in answers
+    )
+    in_answers = (everywhere - in_prompt * sum(one.prompt_tokens for one in answers)) / fed
+    return [prefill, decode], [in_prompt, in_answers]
 
 
 def _time(
-    commands: Commands, precision: str, bundles: dict[str, Path], rounds: int, threads: int
+    precision: str, bundles: dict[str, Path], prompts: list[str], threads: int
 ) -> list[list[str]]:
     """Return what time each bundle takes, over that of top-k and that of a fixed k."""
-    asked = ("--prompt-tokens", 128, "--new-tokens", 32, "--repeat", 1, "--threads", threads)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in bundles}
-    used = {}
-    for number in range(rounds):
+    seconds: dict[str, list[list[float]]] = {name: [] for name in bundles}
+    experts: dict[str, list[list[float]]] = {name: [] for name in bundles}
+    for number, prompt in enumerate(prompts):
         for name, bundle in bundles.items():
-            key = f"bench-{precision}-{name}-{number}"
-            answer = commands.run(key, "bench", bundle, *asked).answer
-            used[name] = answer["experts_per_token"]
-            seconds[name].append(tuple(1 / answer[f"{kind}_tokens_per_s"] for kind in _KINDS))
-    # In each round every bundle ran beside the others: ratios are of one round.
-    shares = {
-        name: [
-            [
-                took / whole
-                for took, whole in zip(times, seconds[f"fixed-{_TOP_K}"][n], strict=True)
-            ]
-            for n, times in enumerate(found)
-        ]
-        for name, found in seconds.items()
-    }
-    medians = {
-        name: [statistics.median(turn[kind] for turn in found) for kind in range(len(_KINDS))]
-        for name, found in shares.items()
-    }
+            click.echo(f"{precision}, round {number + 1}, {name}", err=True)
+            took, used = _measure(bundle, prompt, threads)
+            seconds[name].append(took)
+            experts[name].append(used)
+    whole = np.array(seconds[f"fixed-{_TOP_K}"])
+    # In each round every bundle ran beside the others: quotients are of one round.
+    shares = {name: np.median(np.array(took) / whole, axis=0) for name, took in seconds.items()}
     steps = range(1, _TOP_K + 1)
     rows = []
-    for name, found in medians.items():
-        row = [precision, name, f"{used[name]:.2f}"]
-        for kind in range(len(_KINDS)):
-            fixed = [medians[f"fixed-{k}"][kind] for k in steps]
-            expected = float(np.interp(used[name], list(steps), fixed))
-            row += [f"{found[kind]:.2f}", f"{found[kind] / expected:.2f}"]
+    for name, found in shares.items():
+        row = [precision, name]
+        for kind, used in enumerate(np.mean(experts[name], axis=0)):
+            fixed = [shares[f"fixed-{k}"][kind] for k in steps]
+            expected = np.interp(used, steps, fixed)
+            row += [f"{used:.2f}", f"{found[kind]:.2f}", f"{found[kind] / expected:.2f}"]
         rows.append(row)
     return rows
 
