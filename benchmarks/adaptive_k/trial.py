@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from edgemoe.models.contract import MoeModel
 
 
+def ask_about(
+    model: MoeModel, tokenizer: Tokenizer, lines: TaskFile, tokens: int
+) -> LayerOracle:
+    """Return the oracle of a model in memory on the first tokens of a task's lines."""
+    cut = cut_tasks(model, [lines], tokenizer, max_tokens=tokens)
+    return LayerOracle(MemoryHome(model), cut.by_task[lines.name])
+
+
 class Trial:
     """One model on one task, and what was found for it."""
 
@@ -60,29 +68,50 @@ class Trial:
             click.echo(key, err=True)
             began = time.process_time()
             policy = self._decide(name, mean_k, options, tokens) if name else None
-            seconds = time.process_time() - began
-            with following(self._model, policy):
-                scorer = TorchScorer(self._model)
-                found = evaluate(scorer, self._held_out, self._tokenizer, max_tokens=held_out)
-                used = scorer.experts_per_token
-            content = {
-                "score": asdict(found),
-                "used": used,
-                "seconds": seconds,
-                "policy": None if policy is None else policy.to_json(),
-            }
-            with staged_file(file, force=True) as staged:
-                staged.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        found_here: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        found_here["score"] = Evaluation.from_json(found_here["score"])
-        if found_here["policy"] is not None:
-            found_here["policy"] = KPolicy.from_json(found_here["policy"], str(file))
-        return found_here
+            self._judge(file, policy, time.process_time() - began, held_out)
+        return self._read(file)
+
+    def follow(self, name: str, policy: KPolicy, held_out: int) -> dict[str, Any]:
+        """Judge a policy that other lines decided, or tell what was found.
+
+        Args:
+            name: What to remember it by.
+            policy: The policy.
+            held_out: Tokens to judge by.
+
+        Returns:
+            As :meth:`judge`; the seconds are 0.
+        """
+        file = self._work / f"{self._task}-{name}.json"
+        if not file.exists():
+            click.echo(file.stem, err=True)
+            self._judge(file, policy, 0.0, held_out)
+        return self._read(file)
+
+    def _judge(self, file: Path, policy: KPolicy | None, seconds: float, held_out: int) -> None:
+        with following(self._model, policy):
+            scorer = TorchScorer(self._model)
+            found = evaluate(scorer, self._held_out, self._tokenizer, max_tokens=held_out)
+            used = scorer.experts_per_token
+        content = {
+            "score": asdict(found),
+            "used": used,
+            "seconds": seconds,
+            "policy": None if policy is None else policy.to_json(),
+        }
+        with staged_file(file, force=True) as staged:
+            staged.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def _read(file: Path) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found["score"] = Evaluation.from_json(found["score"])
+        if found["policy"] is not None:
+            found["policy"] = KPolicy.from_json(found["policy"], str(file))
+        return found
 
     def _decide(self, name: str, mean_k: float | None, options: str, tokens: int) -> KPolicy:
         if self._oracle is None:
-            cut = cut_tasks(self._model, [self._lines], self._tokenizer, max_tokens=tokens)
-            windows = cut.by_task[self._task]
-            self._oracle = LayerOracle(MemoryHome(self._model), windows)
+            self._oracle = ask_about(self._model, self._tokenizer, self._lines, tokens)
         given = read_options(name, options.split(",") if options else [])
         return allocate(self._oracle, name, task=self._task, mean_k=mean_k, options=given)

@@ -74,6 +74,10 @@ def test_policies_are_judged_once_and_told_apart(tmp_path: Path, load: Any) -> N
     assert "| `ada-k:steps=1` | code |" in told
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (tmp_path / "work").glob("*.json")} == kept
+    row = run("harder_tasks", "--policy", "top-p").splitlines()[-1]
+    numbers = [float(cell) for cell in row.split("|")[3:7]]
+    assert all(1 <= number <= 4 for number in numbers)
+    assert min(numbers[1:]) - 0.1 <= numbers[0] <= max(numbers[1:]) + 0.1
 
 
 @pytest.mark.parametrize(
