@@ -60,7 +60,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Continue a prompt with BUNDLE. Needs no torch."""
-    from edgemoe_runtime import Session
+    from edgemoe_runtime import Session, TextStream
 
     with Session.open(
         bundle,
@@ -72,19 +72,21 @@ def run(
         threads=threads,
         backend=backend,
     ) as session:
-        pieces = session.generate(
+        answer = session.generate(
             prompt,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
             stop=stop,
-            stream=True,
+            stream=stream,
         )
-        for piece in pieces:
-            if stream and not as_json:
-                click.echo(piece, nl=False)
-        answer = pieces.generation
+        if isinstance(answer, TextStream):
+            # What was printed cannot be taken back, so a stream is never asked again.
+            for piece in answer:
+                if not as_json:
+                    click.echo(piece, nl=False)
+            answer = answer.generation
     report(answer.to_dict(), "" if stream else answer.text, as_json=as_json)
     if not as_json:
         click.echo(_summary(answer), err=True)

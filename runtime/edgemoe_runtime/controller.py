@@ -53,7 +53,7 @@ class Limits:
         relief_seconds: how long the machine must be well before a rung comes back.
         trip_margin_celsius: how near a trip point is too near.
         clear_margin_celsius: how far below that is well again.
-        power_mw: most power of all rails together, or None.
+        power_mw: most power of the board (`Sensors.total_power_mw`), or None.
         memory_bytes: least free memory, or None.
     """
 
@@ -338,8 +338,8 @@ def _examine(state: ControlState, reading: Sensors, limits: Limits) -> tuple[lis
     for name, count in reading.over_current_events.items():
         if name in state.over_current and count > state.over_current[name]:
             troubles.append(f"over-current event {name}")
-    power = sum(reading.power_mw.values())
-    if limits.power_mw is not None and reading.power_mw:
+    power = reading.total_power_mw
+    if limits.power_mw is not None and power is not None:
         if power > limits.power_mw:
             troubles.append(f"{power / 1000:.1f} W, {limits.power_mw / 1000:.1f} allowed")
         is_well = is_well and power <= 0.9 * limits.power_mw

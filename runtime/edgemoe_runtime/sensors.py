@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from edgemoe_runtime.sysfs import matching, read_integer, read_text
+from edgemoe_runtime.sysfs import matching, parse_integer, read_integer, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 _MEMINFO = re.compile(r"^(\w+):\s+(\d+) kB$", re.MULTILINE)
 _GPU_CLOCKS = ("17000000.gpu", "17000000.ga10b", "gpu-gpc-0")
+# Inputs of a whole board: Orin NX, Orin Nano and Xavier NX; Thor; Nano and TX2.
+_WHOLE_BOARD = ("VDD_IN", "VIN", "POM_5V_IN")
+# A warning that the case is hot to the touch: no clock is lowered for it.
+_TOUCH_WARNING = "hot-surface-alert"
 _RAILS = 6  # ina3221 has three channels and a sum in 7, which would count them twice
 
 
@@ -45,7 +49,7 @@ class Sensors:
         throttling: alerts that are active now, such as "gpu-throttle-alert".
         over_current_events: counters since boot (oc1 under-voltage, oc2 average, oc3
             instantaneous over-current).
-        power_mw: power of each supply rail in milliwatts.
+        power_mw: power of each supply rail in milliwatts; a rail may be part of another.
         gpu_clock_fraction: GPU clock over its highest, in [0, 1], or None.
         absent: kinds of sensors that this machine does not have or does not show.
     """
@@ -59,6 +63,15 @@ class Sensors:
     power_mw: Mapping[str, int]
     gpu_clock_fraction: float | None
     absent: tuple[str, ...]
+
+    @property
+    def total_power_mw(self) -> int | None:
+        """Power of the board in milliwatts, or None where no rail is known.
+
+        That of the rail that feeds all others where there is one, else of all together.
+        """
+        whole = [self.power_mw[name] for name in _WHOLE_BOARD if name in self.power_mw]
+        return max(whole) if whole else sum(self.power_mw.values()) if self.power_mw else None
 
     def to_dict(self) -> dict[str, Json]:
         """Return the JSON object."""
@@ -76,10 +89,9 @@ def read_sensors(root: Path) -> Sensors:
     Args:
         root: where the file system starts; "/" but in tests.
     """
-    meminfo = {
-        name: int(kilobytes) * 1024
-        for name, kilobytes in _MEMINFO.findall(read_text(root / "proc/meminfo") or "")
-    }
+    lines = _MEMINFO.findall(read_text(root / "proc/meminfo") or "")
+    kilobytes = {name: parse_integer(value) for name, value in lines}
+    meminfo = {name: 1024 * value for name, value in kilobytes.items() if value is not None}
     zones = _read_zones(root)
     alerts = _read_alerts(root)
     events = _read_over_current(root)
@@ -112,24 +124,38 @@ def _read_zones(root: Path) -> tuple[ThermalZone, ...]:
         millidegrees = read_integer(folder / "temp")
         if millidegrees is None:
             continue  # a zone whose device is asleep refuses to be read
-        trips: list[int] = []
-        for kind in matching(folder, "trip_point_*_type"):
-            trip = read_integer(kind.with_name(kind.name.replace("_type", "_temp")))
-            if trip is not None and trip > 0 and read_text(kind) in ("passive", "hot"):
-                trips.append(trip)
+        trips = _read_trips(folder, "passive") or _read_trips(folder, "hot")
         lowest = min(trips) / 1000 if trips else None
         name = read_text(folder / "type") or folder.name
         zones.append(ThermalZone(name, millidegrees / 1000, lowest))
     return tuple(zones)
 
 
+def _read_trips(zone: Path, kind: str) -> list[int]:
+    """Return the trip points of a kind, but those that only warn, in thousandths of °C."""
+    coolers: dict[int, set[str | None]] = {}
+    for path in matching(zone, "cdev*_trip_point"):
+        number = read_integer(path)
+        device = read_text(path.with_name(path.name.removesuffix("_trip_point")) / "type")
+        if number is not None:
+            coolers.setdefault(number, set()).add(device)
+    trips: list[int] = []
+    for path in matching(zone, "trip_point_*_type"):
+        number = parse_integer(path.name.removeprefix("trip_point_").removesuffix("_type"))
+        trip = read_integer(path.with_name(path.name.replace("_type", "_temp")))
+        warns = number is not None and coolers.get(number) == {_TOUCH_WARNING}
+        if trip is not None and trip > 0 and read_text(path) == kind and not warns:
+            trips.append(trip)
+    return trips
+
+
 def _read_alerts(root: Path) -> dict[str, bool]:
     alerts: dict[str, bool] = {}
     for folder in matching(root / "sys/class/thermal", "cooling_device*"):
-        # fans and cpufreq devices are cooling devices too, but no sign of throttling
+        # fans, cpufreq devices and warnings are cooling devices too, but no sign of throttling
         name = read_text(folder / "type") or ""
         state = read_integer(folder / "cur_state")
-        if name.endswith("-alert") and state is not None:
+        if name.endswith("throttle-alert") and state is not None:
             alerts[name] = state > 0
     return alerts
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MAX_BYTES = 1 << 16  # 64 KiB: these files hold a word or a page
+_MOST = 1 << 63  # what the kernel prints fits into 64 bits
 
 
 def read_text(path: Path) -> str | None:
@@ -24,10 +25,16 @@ def read_text(path: Path) -> str | None:
 def read_integer(path: Path) -> int | None:
     """Return a file's whole number, or None."""
     text = read_text(path)
+    return None if text is None else parse_integer(text)
+
+
+def parse_integer(text: str) -> int | None:
+    """Return a whole number of 64 bits, or None where a text is none."""
     try:
-        return None if text is None else int(text)
+        number = int(text)
     except ValueError:
         return None
+    return number if abs(number) < _MOST else None
 
 
 def matching(folder: Path, pattern: str) -> list[Path]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from edgemoe_runtime.device import find_problems, inspect_device
 from edgemoe_runtime.jetson import detect_jetson, jetpack_of
 from edgemoe_runtime.sensors import read_sensors
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ORIN = {
     "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic\n",
@@ -26,6 +24,13 @@ ORIN = {
     "sys/class/thermal/thermal_zone0/trip_point_0_temp": "104500\n",
     "sys/class/thermal/thermal_zone0/trip_point_1_type": "passive\n",
     "sys/class/thermal/thermal_zone0/trip_point_1_temp": "99000\n",
+    # A warning that the case is hot to the touch, which slows nothing down.
+    "sys/class/thermal/thermal_zone0/trip_point_2_type": "passive\n",
+    "sys/class/thermal/thermal_zone0/trip_point_2_temp": "70000\n",
+    "sys/class/thermal/thermal_zone0/cdev0/type": "cpu-throttle-alert\n",
+    "sys/class/thermal/thermal_zone0/cdev0_trip_point": "1\n",
+    "sys/class/thermal/thermal_zone0/cdev1/type": "hot-surface-alert\n",
+    "sys/class/thermal/thermal_zone0/cdev1_trip_point": "2\n",
     "sys/class/thermal/thermal_zone1/type": "cv0-thermal\n",  # asleep: no temp to be read
     "sys/class/thermal/cooling_device0/type": "pwm-fan\n",
     "sys/class/thermal/cooling_device0/cur_state": "3\n",
@@ -33,6 +38,8 @@ ORIN = {
     "sys/class/thermal/cooling_device1/cur_state": "1\n",
     "sys/class/thermal/cooling_device2/type": "cpu-throttle-alert\n",
     "sys/class/thermal/cooling_device2/cur_state": "0\n",
+    "sys/class/thermal/cooling_device3/type": "hot-surface-alert\n",
+    "sys/class/thermal/cooling_device3/cur_state": "1\n",
     "sys/class/hwmon/hwmon4/oc1_event_cnt": "0\n",
     "sys/class/hwmon/hwmon4/oc3_event_cnt": "7\n",
     "sys/bus/i2c/devices/1-0040/hwmon/hwmon2/in1_label": "VDD_GPU_SOC\n",
@@ -94,6 +101,38 @@ def test_garbage_in_sensors_is_no_reading(tmp_path: Path) -> None:
     assert sensors.throttling == ()
     assert sensors.memory_total_bytes is None
     assert "memory" in sensors.absent
+
+
+@pytest.mark.parametrize("digits", [30, 400, 5000])
+def test_numbers_that_no_kernel_prints_are_no_reading(tmp_path: Path, digits: int) -> None:
+    number = digits * "9"
+    words = ("type", "label")
+    huge = {
+        name: number for name in ORIN if name.startswith("sys/") and not name.endswith(words)
+    }
+    huge["proc/meminfo"] = f"MemTotal: {number} kB\nMemAvailable: 512000 kB\n"
+    sensors = read_sensors(plant(tmp_path, ORIN | huge))
+    assert (sensors.zones, sensors.power_mw, sensors.gpu_clock_fraction) == ((), {}, None)
+    assert sensors.memory_total_bytes is None
+    assert sensors.memory_available_bytes == 512000 * 1024
+
+
+def test_a_zone_that_only_warns_slows_nothing_down(tmp_path: Path) -> None:
+    files = {name: text for name, text in ORIN.items() if "trip_point_1" not in name}
+    (zone,) = read_sensors(plant(tmp_path, files)).zones
+    assert zone.trip_celsius is None
+    hot = {"sys/class/thermal/thermal_zone0/trip_point_0_type": "hot\n"}
+    (zone,) = read_sensors(plant(tmp_path, files | hot)).zones
+    assert zone.trip_celsius == 104.5
+
+
+def test_rails_of_a_rail_are_not_counted_twice() -> None:
+    sensors = read_sensors(Path("/nothing"))
+    assert sensors.total_power_mw is None
+    agx = {"VDD_GPU_SOC": 7600, "VDD_CPU_CV": 1200, "VIN_SYS_5V0": 4000}
+    assert replace(sensors, power_mw=agx).total_power_mw == 12800
+    nano = {"VDD_IN": 9000, "VDD_CPU_GPU_CV": 5000, "VDD_SOC": 2500}
+    assert replace(sensors, power_mw=nano).total_power_mw == 9000
 
 
 def test_a_machine_without_anything(tmp_path: Path) -> None:
