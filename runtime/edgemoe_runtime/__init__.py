@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from edgemoe_runtime.answers import Classification, Generation, Score
     from edgemoe_runtime.chain import Fallback
-    from edgemoe_runtime.controller import Limits
     from edgemoe_runtime.device import Device, inspect_device
     from edgemoe_runtime.errors import (
         BackendError,
@@ -31,8 +30,9 @@ if TYPE_CHECKING:
     from edgemoe_runtime.explanation import Explanation
     from edgemoe_runtime.generation import TextStream
     from edgemoe_runtime.integrity import VerifiedBundle, verify_bundle
+    from edgemoe_runtime.limits import Limits
     from edgemoe_runtime.manifest import Manifest
-    from edgemoe_runtime.pace import KMove
+    from edgemoe_runtime.pacing import KMove
     from edgemoe_runtime.session import Session
 
 _MODULES = {
@@ -47,7 +47,7 @@ _MODULES = {
     "Generation": "answers",
     "IntegrityError": "errors",
     "KMove": "pace",
-    "Limits": "controller",
+    "Limits": "limits",
     "Manifest": "manifest",
     "ManifestError": "errors",
     "RequestError": "errors",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from edgemoe_runtime.chain import Fallback
     from edgemoe_runtime.json_fields import Json
-    from edgemoe_runtime.pace import KMove
+    from edgemoe_runtime.pacing import KMove
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,8 @@ class Generation:
         finish_reason: `stop` (stop string), `eos`, `length` (max_new_tokens), or `max_length`
             (the cache is full).
         deadline_ms: the session's deadline, or None.
+        token_ms: what a new token may take, or None.
+        late_tokens: new tokens that took longer than that.
         k_moves: changes of the cap during this request, with reasons.
     """
 
@@ -50,6 +52,8 @@ class Generation:
     fallbacks: tuple[Fallback, ...]
     finish_reason: str
     deadline_ms: float | None
+    token_ms: float | None = None
+    late_tokens: int = 0
     k_moves: tuple[KMove, ...] = ()
 
     @property
@@ -82,6 +86,8 @@ class Generation:
             "finish_reason": self.finish_reason,
             "deadline_ms": self.deadline_ms,
             "deadline_met": self.deadline_met,
+            "token_ms": self.token_ms,
+            "late_tokens": self.late_tokens,
             "k_moves": [move.to_dict() for move in self.k_moves],
         }
 

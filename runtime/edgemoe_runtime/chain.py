@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from edgemoe_runtime.backends.base import Backend, OpenRequest
 
+_LOG = logging.getLogger(__name__)
 PROVIDER_NAMES: dict[str, str] = {
     "cpu": CPU,
     "cuda": CUDA,
@@ -135,6 +137,7 @@ def open_first(
             backend = BACKENDS[candidate.backend](request.with_provider(candidate.provider))
         except BackendError as error:  # noqa: PERF203 (a handful of engines, once)
             fallbacks.append(Fallback(candidate.name, str(error)))
+            _LOG.info("%s", fallbacks[-1])
         else:
             return backend, tuple(fallbacks)
     reasons = "".join(f"\n  {fallback}" for fallback in fallbacks)

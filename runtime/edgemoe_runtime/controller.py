@@ -7,15 +7,15 @@ first rung, which is the full k. Three things push down the ladder, their absenc
   rung, says how fast the machine is now. When half of the headroom is used up (all of it, where
   the spread is looked at), the best rung that leaves all of it is taken at once. Upwards it
   goes one rung at a time, and only when the rung above has left all of it for a while, by the
-  median of more tokens. Where that was too early, the next time takes twice as long: a machine
-  at the edge of a rung does not swing.
+  median of more tokens of the last seconds. Where that was too early, the next time takes twice
+  as long: a machine at the edge of a rung does not swing.
 - the spread, where every single token has a time to keep. A token of the last hundred counts
   against a rung on which it would have been late, if the last rung would have been in time.
   The best rung against which no more of them count than `Limits.in_time` allows is taken. A
   median cannot see a machine that gives its cores away in slices, for every tenth token.
 - the machine. A throttle alert, a temperature near the trip point of its own zone, a new
   over-current event, more power than allowed, or little free memory take one rung a second
-  away, until all are well clear; then one rung comes back every few seconds.
+  away, until all are well clear; then one rung comes back for every few seconds.
 
 `decide` is pure: the same state and signals give the same answer, on any machine.
 """
@@ -28,50 +28,19 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from edgemoe_runtime.errors import RequestError
+from edgemoe_runtime.pressure import examine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from edgemoe_runtime.limits import Limits
     from edgemoe_runtime.sensors import Sensors
 
 _SAMPLES = 3
 _STEADY = 25
+_STEADY_WAITS = 4.0  # times `Limits.climb_seconds`
 _WINDOW = 100
 _MOST_PATIENCE = 4.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What is too much, and how long to wait.
-
-    Attributes:
-        headroom: share of the deadline that a rung must leave, in [0, 0.5).
-        in_time: share of tokens to be in time, of those that some rung can, in (0, 1].
-        climb_seconds: how long the rung above must have left it; up to four times as long
-            when tokens were late soon after the last times.
-        pressure_seconds: how long each rung down lasts at least while the machine suffers.
-        relief_seconds: how long the machine must be well before a rung comes back.
-        trip_margin_celsius: how near a trip point is too near.
-        clear_margin_celsius: how far below that is well again.
-        power_mw: most power of the board (`Sensors.total_power_mw`), or None.
-        memory_bytes: least free memory, or None.
-    """
-
-    headroom: float = 0.1
-    in_time: float = 0.99
-    climb_seconds: float = 2.0
-    pressure_seconds: float = 1.0
-    relief_seconds: float = 5.0
-    trip_margin_celsius: float = 3.0
-    clear_margin_celsius: float = 5.0
-    power_mw: int | None = None
-    memory_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.headroom < 0.5:
-            raise RequestError(f"headroom must be in [0, 0.5), got {self.headroom}.")
-        if not 0 < self.in_time <= 1:
-            raise RequestError(f"in_time must be in (0, 1], got {self.in_time}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +71,15 @@ class ControlState:
         rung: the rung in force; 0 is the full k.
         unit_ms: the last times of a token, each divided by the cost of its rung.
         rungs: the rung that each of them is of.
+        measured_at: when each of them was taken in.
         fresh: tokens measured since the last move.
+        moved_at: when that was, or None.
         roomy_since: since when the rung above would do, or None.
         climbed_at: when the rung above was last taken, or None if it was left since.
         patience: how many times `Limits.climb_seconds` to wait, in [1, 4].
         pressed: rungs that the machine's state takes away.
         pressed_at: when that number last changed, or when the machine last was not well.
+        troubles: what was wrong at the last reading.
         over_current: counters of the last reading.
         impossible: whether no rung is fast enough for the deadline.
     """
@@ -115,12 +87,15 @@ class ControlState:
     rung: int = 0
     unit_ms: tuple[float, ...] = ()
     rungs: tuple[int, ...] = ()
+    measured_at: tuple[float, ...] = ()
     fresh: int = 0
+    moved_at: float | None = None
     roomy_since: float | None = None
     climbed_at: float | None = None
     patience: float = 1.0
     pressed: int = 0
     pressed_at: float | None = None
+    troubles: tuple[str, ...] = ()
     over_current: Mapping[str, int] = field(default_factory=dict[str, int])
     impossible: bool = False
 
@@ -156,15 +131,15 @@ def decide(
     """
     _check(state, costs)
     state = _measure(state, signals, costs)
-    state, troubles = _feel(state, signals, limits, len(costs))
+    state = _feel(state, signals, limits, len(costs))
     wanted, why = _by_deadline(state, signals, costs, limits)
     state = replace(state, impossible=why == _NO_RUNG)
     if state.pressed > wanted:
-        wanted, why = state.pressed, ", ".join(troubles) or "the machine has to recover"
+        wanted, why = state.pressed, ", ".join(state.troubles) or "the machine has to recover"
     elif wanted > state.rung:
         state = _learn(state, signals.seconds, limits)
     if wanted > state.rung:
-        return _move(state, wanted, why or "deadline")
+        return _move(state, wanted, why or "deadline", signals.seconds)
     if wanted == state.rung:
         return replace(state, roomy_since=None), None
     since = signals.seconds if state.roomy_since is None else state.roomy_since
@@ -174,7 +149,8 @@ def decide(
     # Two steps up in a row: the first was not too early.
     patience = state.patience if state.climbed_at is None else 1.0
     state = replace(state, climbed_at=signals.seconds, patience=patience)
-    return _move(state, state.rung - 1, "there is room again")
+    moved, move = _move(state, state.rung - 1, "there is room again", signals.seconds)
+    return replace(moved, roomy_since=signals.seconds), move
 
 
 _NO_RUNG = "no rung is fast enough for the deadline"
@@ -198,6 +174,7 @@ def _measure(state: ControlState, signals: Signals, costs: Sequence[float]) -> C
         state,
         unit_ms=(*state.unit_ms, *units)[-_WINDOW:],
         rungs=(*state.rungs, *[state.rung] * len(units))[-_WINDOW:],
+        measured_at=(*state.measured_at, *[signals.seconds] * len(units))[-_WINDOW:],
         fresh=state.fresh + len(units),
     )
 
@@ -211,10 +188,11 @@ def _by_deadline(
         return 0, ""
     if not state.unit_ms:
         return state.rung, ""
+    now = signals.seconds
     if signals.each_ms is None:
-        return _by_speed(state, allowed, 0.5 * limits.headroom, costs, limits)
+        return _by_speed(state, now, allowed, 0.5 * limits.headroom, costs, limits)
     # Single tokens may be as late as they may: how many are is counted.
-    by_speed = _by_speed(state, allowed, 0.0, costs, limits)
+    by_speed = _by_speed(state, now, allowed, 0.0, costs, limits)
     by_spread = _by_spread(state, signals.each_ms, costs, limits)
     return by_spread if by_spread[0] > by_speed[0] else by_speed
 
@@ -230,12 +208,12 @@ def _fits_now(state: ControlState, signals: Signals, cost: float, limits: Limits
     allowed = _least(signals)
     if allowed is None or not state.unit_ms:
         return True
-    unit = statistics.median(state.unit_ms[-_SAMPLES:])
-    return unit * cost <= allowed * (1 - limits.headroom)
+    return _speed(state.unit_ms[-_SAMPLES:]) * cost <= allowed * (1 - limits.headroom)
 
 
 def _by_speed(
     state: ControlState,
+    now: float,
     allowed_ms: float,
     kept: float,
     costs: Sequence[float],
@@ -246,12 +224,16 @@ def _by_speed(
     The rung in force is left where tokens leave less than the share ``kept`` of what is
     allowed, and another entered where they leave all of the headroom: it does not swing.
     """
-    latest = state.unit_ms[-_SAMPLES:]
-    unit, last = statistics.median(latest), len(costs) - 1
-    steady = statistics.median(state.unit_ms[-_STEADY:])
-    if state.fresh < len(latest):
+    unit, last = _speed(state.unit_ms[-_SAMPLES:]), len(costs) - 1
+    moved = state.moved_at
+    waits = moved is not None and now - moved < limits.climb_seconds
+    if state.fresh < (min(_SAMPLES, len(state.unit_ms)) if waits else 1):
         # What was measured is mostly of the rung before: it waits.
         return state.rung, _NO_RUNG if unit * costs[last] > allowed_ms else ""
+    # What prompts took minutes ago says nothing of now.
+    old = sum(at < now - _STEADY_WAITS * limits.climb_seconds for at in state.measured_at)
+    recent = state.unit_ms[max(0, min(old, len(state.unit_ms) - _SAMPLES)) :]
+    steady = _speed(recent[-_STEADY:])
     why = f"{unit * costs[state.rung]:.1f} ms a token, {allowed_ms:.1f} allowed"
     if unit * costs[state.rung] > allowed_ms * (1 - kept):
         below = range(state.rung + 1, len(costs))
@@ -262,6 +244,12 @@ def _by_speed(
     above = range(state.rung)
     fast = [n for n in above if steady * costs[n] <= allowed_ms * (1 - limits.headroom)]
     return min(fast, default=state.rung), why
+
+
+def _speed(units: Sequence[float]) -> float:
+    """Return how fast the machine is, in ms of a token at full k, by a few of them."""
+    # The first of all runs may be a cold one.
+    return statistics.median(units) if len(units) >= _SAMPLES else min(units)
 
 
 def _by_spread(
@@ -301,15 +289,14 @@ def _expect(
     return min(scaled, usual_ms * costs[rung] + beyond)
 
 
-def _feel(
-    state: ControlState, signals: Signals, limits: Limits, rungs: int
-) -> tuple[ControlState, list[str]]:
+def _feel(state: ControlState, signals: Signals, limits: Limits, rungs: int) -> ControlState:
     """Take a reading in: how many rungs the machine's state takes away, and why."""
     reading = signals.sensors
     if reading is None:
-        return state, []
-    troubles, is_well = _examine(state, reading, limits)
-    state = replace(state, over_current=dict(reading.over_current_events))
+        return state
+    troubles, is_well = examine(reading, state.over_current, limits)
+    counted = dict(reading.over_current_events)
+    state = replace(state, troubles=troubles, over_current=counted)
     since = state.pressed_at
     waited = float("inf") if since is None else signals.seconds - since
     if troubles:
@@ -319,48 +306,24 @@ def _feel(
     elif not is_well:
         state = replace(state, pressed_at=signals.seconds)
     elif state.pressed and waited >= limits.relief_seconds:
-        state = replace(state, pressed=state.pressed - 1, pressed_at=signals.seconds)
-    return state, troubles
-
-
-def _examine(state: ControlState, reading: Sensors, limits: Limits) -> tuple[list[str], bool]:
-    """Return what is wrong with the machine, and whether all is well clear of that."""
-    troubles = [f"{alert} is active" for alert in reading.throttling]
-    is_well = True
-    for zone in reading.zones:
-        if zone.trip_celsius is None:
-            continue
-        near = zone.trip_celsius - limits.trip_margin_celsius
-        if zone.celsius >= near:
-            slows = f"{zone.trip_celsius:.0f}"
-            troubles.append(f"{zone.name} has {zone.celsius:.0f} °C, slows down at {slows}")
-        is_well = is_well and zone.celsius <= near - limits.clear_margin_celsius
-    for name, count in reading.over_current_events.items():
-        if name in state.over_current and count > state.over_current[name]:
-            troubles.append(f"over-current event {name}")
-    power = reading.total_power_mw
-    if limits.power_mw is not None and power is not None:
-        if power > limits.power_mw:
-            troubles.append(f"{power / 1000:.1f} W, {limits.power_mw / 1000:.1f} allowed")
-        is_well = is_well and power <= 0.9 * limits.power_mw
-    free = reading.memory_available_bytes
-    if limits.memory_bytes is not None and free is not None:
-        if free < limits.memory_bytes:
-            troubles.append(
-                f"{free / 1e6:.0f} MB of memory free, {limits.memory_bytes / 1e6:.0f} wanted"
-            )
-        is_well = is_well and free >= 1.25 * limits.memory_bytes
-    return troubles, is_well and not troubles
+        # Whoever answers once a minute has read nothing in between.
+        back = waited // limits.relief_seconds if limits.relief_seconds else 1
+        pressed = max(0, state.pressed - int(min(back, state.pressed)))
+        state = replace(state, pressed=pressed, pressed_at=signals.seconds)
+    return state
 
 
 def _learn(state: ControlState, seconds: float, limits: Limits) -> ControlState:
     """Become more patient when the rung above was taken too early, less when it was not."""
-    waited = state.patience * limits.climb_seconds
-    too_early = state.climbed_at is not None and seconds - state.climbed_at < 2 * waited
-    patience = min(_MOST_PATIENCE, 2 * state.patience) if too_early else state.patience
-    return replace(state, patience=patience, climbed_at=None)
+    if state.climbed_at is None:
+        return state
+    too_early = seconds - state.climbed_at < 2 * state.patience * limits.climb_seconds
+    patience = state.patience * (2 if too_early else 0.5)
+    return replace(state, patience=min(_MOST_PATIENCE, max(1.0, patience)), climbed_at=None)
 
 
-def _move(state: ControlState, rung: int, reason: str) -> tuple[ControlState, Move]:
-    moved = replace(state, rung=rung, fresh=0, roomy_since=None)
+def _move(
+    state: ControlState, rung: int, reason: str, seconds: float
+) -> tuple[ControlState, Move]:
+    moved = replace(state, rung=rung, fresh=0, moved_at=seconds, roomy_since=None)
     return moved, Move(state.rung, rung, reason)

@@ -53,6 +53,7 @@ class Engine:
         # What is in the cache, run by run: marks are of one engine, tokens of all.
         self._history: list[tuple[TokenArray, TokenArray]] = []
         self._opened = 0
+        self._dead = ""
 
     @property
     def name(self) -> str:
@@ -80,6 +81,7 @@ class Engine:
         Raises:
             BackendError: when no engine of the chain is left.
         """
+        self._check_alive()
         try:
             logits = self._run(token_ids, k_cap, rows)
         except BackendError as error:
@@ -94,11 +96,13 @@ class Engine:
 
     def mark(self) -> CacheMark:
         """See `Backend.mark`."""
+        self._check_alive()
         inner = self._backend.mark()
         return CacheMark(inner.length, (self._opened, inner))
 
     def rewind(self, mark: CacheMark) -> None:
         """See `Backend.rewind`; an engine that came after the mark runs the tokens again."""
+        self._check_alive()
         opened, inner = cast("tuple[int, CacheMark]", mark.state)
         self._forget_after(mark.length)
         if opened == self._opened:
@@ -111,6 +115,7 @@ class Engine:
 
     def reset(self) -> None:
         """Forget all tokens."""
+        self._check_alive()
         self._history.clear()
         self._backend.reset()
 
@@ -128,6 +133,10 @@ class Engine:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _check_alive(self) -> None:
+        if self._dead:
+            raise BackendError(self._dead)
 
     def _run(self, token_ids: TokenArray, k_cap: TokenArray, rows: LogitRows) -> LogitArray:
         size = self._backend.chunk_tokens
@@ -147,7 +156,8 @@ class Engine:
         """Open the next engine and give it what the failed one had.
 
         Raises:
-            BackendError: when none is left; the failed one stays open if it was the last.
+            BackendError: when none is left, or none of the rest can be opened; the failed one
+                stays open if it was the last, and the session ends with it otherwise.
         """
         if not self._rest:
             raise error
@@ -156,8 +166,13 @@ class Engine:
         self.fallbacks = (*self.fallbacks, fallback)
         # First: on a device there is memory for one engine at a time.
         self._backend.close()
-        self._backend, skipped = open_first(self._rest, self._request)
-        self._rest = self._rest[len(skipped) + 1 :]
+        rest, self._rest = self._rest, ()
+        try:
+            self._backend, skipped = open_first(rest, self._request)
+        except BackendError as none:
+            self._dead = f"{fallback}\n{none}"
+            raise BackendError(self._dead) from error
+        self._rest = rest[len(skipped) + 1 :]
         self.fallbacks = (*self.fallbacks, *skipped)
         self._opened += 1
         needed = sum(len(tokens) for tokens, _ in self._history) + 1

@@ -10,7 +10,7 @@ from edgemoe_runtime.k_cap import compact
 if TYPE_CHECKING:
     from edgemoe_runtime.chain import Fallback
     from edgemoe_runtime.json_fields import Json
-    from edgemoe_runtime.pace import KMove
+    from edgemoe_runtime.pacing import KMove
 
 _SHOWN_MOVES = 5
 
@@ -48,6 +48,8 @@ class Explanation:
         asked_again: requests that were asked again at the full k, for want of confidence.
         deadline_ms: deadline of a request, or None.
         deadlines_met: requests that ended in time.
+        token_ms: what a new token may take, or None.
+        late_tokens: new tokens that took longer than that.
     """
 
     bundle: str
@@ -76,6 +78,8 @@ class Explanation:
     asked_again: int
     deadline_ms: float | None
     deadlines_met: int
+    token_ms: float | None
+    late_tokens: int
 
     def __str__(self) -> str:
         lines = [
@@ -96,10 +100,12 @@ class Explanation:
         if len(self.ladder) > 1 or self.k_moves:
             lines.append(f"ladder    {' > '.join(self.ladder)}, {self.k_move_count} moves")
             lines += [f"  {move}" for move in self.k_moves[-_SHOWN_MOVES:]]
-        met = "no deadline"
+        kept: list[str] = []
         if self.deadline_ms is not None:
-            met = f"{self.deadlines_met} within {self.deadline_ms:g} ms"
-        lines.append(f"requests  {self.requests}, {met}")
+            kept.append(f"{self.deadlines_met} within {self.deadline_ms:g} ms")
+        if self.token_ms is not None:
+            kept.append(f"{self.late_tokens} new tokens later than {self.token_ms:g} ms")
+        lines.append(f"requests  {self.requests}, {', '.join(kept) or 'no deadline'}")
         if self.mean_seconds is not None:
             lines.append(
                 f"          {self.mean_seconds:.3g} s and {self.new_tokens / self.requests:.3g}"
@@ -136,4 +142,6 @@ class Explanation:
             "asked_again": self.asked_again,
             "deadline_ms": self.deadline_ms,
             "deadlines_met": self.deadlines_met,
+            "token_ms": self.token_ms,
+            "late_tokens": self.late_tokens,
         }

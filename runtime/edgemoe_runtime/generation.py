@@ -16,8 +16,10 @@ from edgemoe_runtime.tokenizer import Detokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from edgemoe_runtime.answers import Generation
+    from edgemoe_runtime.chain import Fallback
     from edgemoe_runtime.decoder import Decoder
     from edgemoe_runtime.pace import Pace
+    from edgemoe_runtime.pacing import KMove
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,10 @@ class GenerationRequest:
     watched: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}.")
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise RequestError(
+                f"max_new_tokens must be a whole number >= 1, got {self.max_new_tokens}."
+            )
         if self.seed is not None and self.seed < 0:
             raise RequestError(f"seed must be None or >= 0, got {self.seed}.")
 
@@ -54,6 +58,8 @@ class GenerationProgress:
     """What the loop has done so far; the seconds do not count time outside the loop.
 
     The lead is that of the likeliest token over the second, in nats, summed over new tokens.
+    What is told of the pace is as it was at the latest token: the decoder may serve another
+    request before this one is told.
     """
 
     tokens: list[int]
@@ -63,6 +69,18 @@ class GenerationProgress:
     prefill_seconds: float = 0.0
     experts_per_token: float = 0.0
     lead: float = 0.0
+    k_cap: tuple[int, ...] = ()
+    k_moves: tuple[KMove, ...] = ()
+    late_tokens: int = 0
+    fallbacks: tuple[Fallback, ...] = ()
+
+    def note(self, decoder: Decoder, pace: Pace) -> None:
+        """Take in what ran so far."""
+        self.experts_per_token = decoder.experts_per_token
+        self.k_cap = pace.rung.k_cap
+        self.k_moves = tuple(pace.request_moves)
+        self.late_tokens = pace.late_tokens
+        self.fallbacks = pace.fallbacks
 
 
 class TextStream(Iterator[str]):
@@ -137,17 +155,17 @@ def generate_pieces(
     """
     generator = np.random.default_rng(request.seed)
     text, stop = Detokenizer(tokenizer, request.prompt), StopFilter(request.stop)
-    begin = time.perf_counter()
     check_turn()
-    pace.begin()
+    pace.begin(progress.seconds)
     # the first new token comes out of the prompt
-    pace.before_prompt(len(request.prompt), request.max_new_tokens - 1)
+    most = min(request.max_new_tokens, decoder.max_length - len(request.prompt) + 1)
+    pace.before_prompt(len(request.prompt), most - 1)
+    begin = time.perf_counter()
     logits = decoder.prefill(request.prompt)
     progress.prefill_seconds = time.perf_counter() - begin
     pace.after_prompt(len(request.prompt), progress.prefill_seconds)
     while True:
-        # here, for the decoder may serve another request before this one is told
-        progress.experts_per_token = decoder.experts_per_token
+        progress.note(decoder, pace)
         if request.watched:
             second, best = np.partition(logits, -2)[-2:].tolist()
             progress.lead += best - second
@@ -158,7 +176,9 @@ def generate_pieces(
             break
         piece = stop.push(text.push(token))
         if piece:
+            pace.pause()
             yield piece
+            pace.resume()
         if stop.stopped:
             break
         if len(progress.tokens) >= request.max_new_tokens:
@@ -167,8 +187,8 @@ def generate_pieces(
             progress.finish_reason = "max_length"
             break
         check_turn()
+        pace.before_step(most - len(progress.tokens))
         begin = time.perf_counter()
-        pace.before_step(request.max_new_tokens - len(progress.tokens))
         logits = decoder.step(token)
         pace.after_step(time.perf_counter() - begin)
     rest = stop.push(text.flush())

@@ -15,7 +15,7 @@ from edgemoe_runtime.integrity import verify_bundle
 from edgemoe_runtime.k_cap import check_k_cap
 from edgemoe_runtime.manifest import Manifest
 from edgemoe_runtime.manifest_parts import EXPERTS_USED
-from edgemoe_runtime.pace import Pacing
+from edgemoe_runtime.pacing import Pacing
 from edgemoe_runtime.tokenizer import TOKENIZER_FILE, Tokenizer
 
 if TYPE_CHECKING:

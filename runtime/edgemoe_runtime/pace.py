@@ -14,78 +14,25 @@ import logging
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from edgemoe_runtime.chain import Fallback
-from edgemoe_runtime.controller import ControlState, Limits, Signals, decide
-from edgemoe_runtime.errors import RequestError
+from edgemoe_runtime.controller import ControlState, Signals, decide
+from edgemoe_runtime.pacing import KMove
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
     from edgemoe_runtime.controller import Move
-    from edgemoe_runtime.json_fields import Json
     from edgemoe_runtime.manifest_ladder import KRung
+    from edgemoe_runtime.pacing import Pacing, Phase
     from edgemoe_runtime.sensors import Sensors
 
-Phase = Literal["prompt", "decode"]
 _LOG = logging.getLogger(__name__)
 _READ_SECONDS = 1.0
 _MOVES_KEPT = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class KMove:
-    """A change of the cap of experts per token.
-
-    Attributes:
-        phase: whether it is for prompts or for new tokens.
-        before: name of the rung that was left.
-        after: name of the rung that was entered.
-        reason: why.
-    """
-
-    phase: Phase
-    before: str
-    after: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.phase}: {self.before} to {self.after}: {self.reason}"
-
-    def to_dict(self) -> dict[str, Json]:
-        """Return the JSON object."""
-        return {
-            "phase": self.phase,
-            "from": self.before,
-            "to": self.after,
-            "reason": self.reason,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pacing:
-    """What a session is to keep to.
-
-    A time that is not above 0 is refused with RequestError.
-
-    Attributes:
-        deadline_ms: wall-clock time of a request, or None.
-        token_ms: wall-clock time of a new token, or None.
-        limits: when the controller moves.
-        read: reads the sensors; None for a session that does not look at the machine.
-    """
-
-    deadline_ms: float | None = None
-    token_ms: float | None = None
-    limits: Limits = field(default_factory=Limits)
-    read: Callable[[], Sensors] | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("deadline_ms", self.deadline_ms), ("token_ms", self.token_ms)):
-            if value is not None and not value > 0:
-                raise RequestError(f"{name} must be above 0, got {value}.")
+_BESIDE_KEPT = 25
 
 
 class Pace:
@@ -95,6 +42,7 @@ class Pace:
         moves: the latest changes of the rung, oldest first.
         move_count: all of them.
         request_moves: those of the request under way, or of the last one.
+        late_tokens: new tokens of that request that took longer than they may.
     """
 
     def __init__(
@@ -116,6 +64,7 @@ class Pace:
         self.moves: deque[KMove] = deque(maxlen=_MOVES_KEPT)
         self.move_count = 0
         self.request_moves: list[KMove] = []
+        self.late_tokens = 0
         self._use = use
         self._pacing = pacing
         self._clock = clock
@@ -126,7 +75,13 @@ class Pace:
         self._times: dict[str, list[float]] = {"prompt": [], "decode": []}
         self._read_at: float | None = None
         self._in_force = ladder[0]
-        self._spent_ms = 0.0
+        self._deepest = 0
+        # When the request began, had nobody stopped it on the way, and the engine last ran.
+        self._began = self._ran = clock()
+        self._paused: float | None = None
+        # What new tokens take beside the engine: choosing them, turning them into text.
+        self._beside_ms: deque[float] = deque(maxlen=_BESIDE_KEPT)
+        self._last_beside_ms = 0.0
         self._impossible = ""
         self._held = False
 
@@ -142,11 +97,36 @@ class Pace:
             return ()
         return (Fallback(self._in_force.name, self._impossible, kind="deadline"),)
 
-    def begin(self) -> None:
-        """Begin a request."""
-        self._spent_ms = 0.0
+    @property
+    def deepest(self) -> KRung:
+        """The lowest rung that anything of the request ran on."""
+        return self.ladder[self._deepest]
+
+    def begin(self, spent_seconds: float = 0.0) -> None:
+        """Begin a request.
+
+        Args:
+            spent_seconds: time that it has taken already.
+        """
+        if self._held:
+            return
+        self._began = self._clock() - spent_seconds
         self._impossible = ""
+        self._deepest = 0
+        self.late_tokens = 0
         self.request_moves = []
+
+    def pause(self) -> None:
+        """Stop the request's clock: whoever reads a stream is busy with what came."""
+        self._paused = self._clock()
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        if self._paused is not None:
+            away = self._clock() - self._paused
+            self._began += away
+            self._ran += away
+            self._paused = None
 
     def before_prompt(self, tokens: int, then: int) -> None:
         """Choose the rung for a prompt.
@@ -155,18 +135,21 @@ class Pace:
             tokens: tokens that are about to run.
             then: new tokens that may follow.
         """
-        allowed = self._left_ms()
-        prompt, decode = self._unit_ms("prompt"), self._unit_ms("decode")
-        if allowed is not None and then and prompt and decode:
-            # As much of what is left as is the prompt's part of the work.
-            allowed *= tokens * prompt / (tokens * prompt + then * decode)
-        elif then and not (prompt and decode):
-            allowed = None
+        left, prompt = self._left_ms(), self._unit_ms("prompt")
+        allowed = None
+        if left is not None and prompt is not None:
+            # A new token is not known to take less than one of the prompt.
+            decode = self._unit_ms("decode") or prompt
+            allowed = share_of_prompt(
+                left - then * self._beside(),
+                (tokens * prompt, then * decode),
+                (self._costs["prompt"][-1], self._costs["decode"][-1]),
+            )
         self._choose("prompt", None if allowed is None else allowed / tokens)
 
     def after_prompt(self, tokens: int, seconds: float) -> None:
         """Take in how long a prompt took."""
-        self._take("prompt", 1000 * seconds / tokens, 1000 * seconds)
+        self._take("prompt", 1000 * seconds / tokens)
 
     def before_step(self, remaining: int) -> None:
         """Choose the rung for a new token.
@@ -174,19 +157,26 @@ class Pace:
         Args:
             remaining: new tokens that may still come, this one included.
         """
-        left = self._left_ms()
-        allowed = None if left is None else left / remaining
-        self._choose("decode", allowed, self._pacing.token_ms)
+        self._last_beside_ms = 1000 * (self._clock() - self._ran)
+        self._beside_ms.append(self._last_beside_ms)
+        beside, left, each = self._beside(), self._left_ms(), self._pacing.token_ms
+        self._choose(
+            "decode",
+            None if left is None else left / remaining - beside,
+            None if each is None else each - beside,
+        )
 
     def after_step(self, seconds: float) -> None:
         """Take in how long a new token took."""
-        self._take("decode", 1000 * seconds, 1000 * seconds)
+        self._take("decode", 1000 * seconds)
+        each = self._pacing.token_ms
+        self.late_tokens += each is not None and 1000 * seconds + self._last_beside_ms > each
 
     def full_fits(self, tokens: int, new: int = 0) -> bool:
         """Ask whether a request can run once more, at the full k, in what is left.
 
         Args:
-            tokens: tokens of the prompt.
+            tokens: tokens of the prompt; 0 once it has run.
             new: new tokens; the first one comes out of the prompt.
         """
         if new > 1 and self._pacing.token_ms is not None and self._states["decode"].rung:
@@ -196,7 +186,10 @@ class Pace:
         if left is None:
             return True
         prompt, decode = self._unit_ms("prompt") or 0.0, self._unit_ms("decode") or 0.0
-        return tokens * prompt + max(new - 1, 0) * decode <= left
+        steps = max(new - 1, 0)
+        return tokens * prompt + steps * (decode + self._beside()) <= left * (
+            1 - self._pacing.limits.headroom
+        )
 
     def use_full(self) -> None:
         """Put the first rung in force, until the next choice."""
@@ -206,6 +199,7 @@ class Pace:
     def held_at_full(self) -> Generator[None]:
         """Stay on the first rung, and forget no move, while a request runs once more."""
         moves, self._held = self.request_moves, True
+        self.late_tokens = 0
         try:
             yield
         finally:
@@ -215,7 +209,10 @@ class Pace:
     def _left_ms(self) -> float | None:
         if self._pacing.deadline_ms is None:
             return None
-        return self._pacing.deadline_ms - self._spent_ms
+        return self._pacing.deadline_ms - 1000 * (self._clock() - self._began)
+
+    def _beside(self) -> float:
+        return statistics.median(self._beside_ms) if self._beside_ms else 0.0
 
     def _unit_ms(self, phase: Phase) -> float | None:
         """Return the time of a token at the full k, as far as it was measured."""
@@ -224,10 +221,10 @@ class Pace:
         units = (*state.unit_ms, *new)[-3:]
         return statistics.median(units) if units else None
 
-    def _take(self, phase: Phase, unit_ms: float, spent_ms: float) -> None:
+    def _take(self, phase: Phase, unit_ms: float) -> None:
+        self._ran = self._clock()
         if not self._held:
             self._times[phase].append(unit_ms)
-        self._spent_ms += spent_ms
 
     def _choose(
         self, phase: Phase, allowed_ms: float | None, each_ms: float | None = None
@@ -251,6 +248,7 @@ class Pace:
                 other,
                 pressed=state.pressed,
                 pressed_at=state.pressed_at,
+                troubles=state.troubles,
                 over_current=state.over_current,
             )
             for name, other in self._states.items()
@@ -259,15 +257,21 @@ class Pace:
         if move is not None:
             self._note(phase, move)
         if state.impossible and not self._impossible:
-            fastest = (self._unit_ms(phase) or 0.0) * costs[-1]
             given = [each for each in (allowed_ms, each_ms) if each is not None]
-            self._impossible = (
-                f"no rung is fast enough for the deadline: on the fastest a token of the "
-                f"{'prompt' if phase == 'prompt' else 'answer'} takes {fastest:.2f} ms, "
-                f"{max(min(given), 0.0):.2f} are left for it"
-            )
+            self._impossible = self._say_impossible(phase, costs[-1], min(given))
             _LOG.warning("%s", self._impossible)
         self._put(state.rung)
+        self._deepest = max(self._deepest, state.rung)
+
+    def _say_impossible(self, phase: Phase, cost: float, allowed_ms: float) -> str:
+        takes = (
+            f"a token of the {'prompt' if phase == 'prompt' else 'answer'} takes "
+            f"{(self._unit_ms(phase) or 0.0) * cost:.2f} ms, "
+            f"{max(allowed_ms, 0.0):.2f} are left for it"
+        )
+        if len(self.ladder) == 1:
+            return f"too slow for the deadline, and this session stays on its rung: {takes}"
+        return f"no rung is fast enough for the deadline: on the fastest {takes}"
 
     def _fresh_reading(self, now: float) -> Sensors | None:
         if self._pacing.read is None:
@@ -294,6 +298,29 @@ class Pace:
         self.moves.append(noted)
         self.request_moves.append(noted)
         self.move_count += 1
+
+
+def share_of_prompt(
+    left_ms: float, full_ms: tuple[float, float], least: tuple[float, float]
+) -> float:
+    """Share what is left out between a prompt and the new tokens behind it.
+
+    Args:
+        left_ms: time for both.
+        full_ms: what each takes at the full k, above 0 in the sum.
+        least: what each costs on the last rung, over the full k, in (0, 1].
+
+    Returns:
+        Time for the prompt. Where both are too slow at the full k each saves as much of the
+        rest as is its part of what can be saved; neither has less than it takes on the last
+        rung, unless both together have.
+    """
+    prompt, decode = full_ms
+    short = prompt + decode - left_ms
+    saves = prompt * (1 - least[0]), decode * (1 - least[1])
+    if short <= 0 or not sum(saves) > 0:
+        return left_ms * prompt / (prompt + decode)
+    return prompt - short * saves[0] / sum(saves)
 
 
 def falling(costs: Sequence[float]) -> list[float]:

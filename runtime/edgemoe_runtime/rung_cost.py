@@ -49,9 +49,7 @@ def measure_costs(
     Raises:
         BackendError: when the engine fails.
     """
-    most = min(_PROMPT_TOKENS, backend.chunk_tokens, backend.max_length - _NEW_TOKENS)
-    # Tokens from all over the vocabulary.
-    prompt = (7919 * np.arange(max(1, most)) + 3) % vocab_size
+    prompt = _prompt_for(backend, vocab_size)
     arrays = [np.array(cap, np.int64) for cap in caps]
     times = [[_time(backend, prompt, cap) for cap in arrays] for _ in range(rounds + 1)][1:]
     return [
@@ -82,6 +80,21 @@ def time_rungs(backend: Backend, rungs: Sequence[KRung], vocab_size: int) -> tup
     return without_dominated(
         [replace(rung, cost=cost) for rung, cost in zip(rungs, costs, strict=True)]
     )
+
+
+def warm_up(backend: Backend, rung: KRung, vocab_size: int) -> None:
+    """Run a prompt and a few new tokens, which nobody times.
+
+    Args:
+        backend: the engine; what its cache held is lost.
+        rung: whose cap to run with.
+        vocab_size: of the model.
+
+    Raises:
+        BackendError: when the engine fails.
+    """
+    _time(backend, _prompt_for(backend, vocab_size), np.array(rung.k_cap, np.int64))
+    backend.reset()
 
 
 def without_dominated(rungs: Sequence[KRung]) -> tuple[KRung, ...]:
@@ -115,6 +128,14 @@ def _time_of(rung: KRung) -> tuple[float, float]:
     compares = rung.quality is not None and rung.quality.metric == "accuracy"
     again = rung.quality.asked_again if rung.quality is not None and compares else 0.0
     return rung.cost.prefill + again, rung.cost.decode
+
+
+def _prompt_for(
+    backend: Backend, vocab_size: int
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Return tokens from all over the vocabulary."""
+    most = min(_PROMPT_TOKENS, backend.chunk_tokens, backend.max_length - _NEW_TOKENS)
+    return (7919 * np.arange(max(1, most)) + 3) % vocab_size
 
 
 def _time(

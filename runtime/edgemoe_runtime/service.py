@@ -22,7 +22,7 @@ from edgemoe_runtime.generation import (
 from edgemoe_runtime.k_cap import check_k_cap
 from edgemoe_runtime.manifest_ladder import KRung
 from edgemoe_runtime.pace import Pace
-from edgemoe_runtime.rung_cost import time_rungs
+from edgemoe_runtime.rung_cost import time_rungs, warm_up
 from edgemoe_runtime.scoring import Comparison, compare_completions, score_completions
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Tally:
         new_tokens: that they made.
         last_seconds: of the last one, or None.
         deadlines_met: how many ended in time.
+        late_tokens: new tokens that took longer than they may.
         asked_again: how many were answered at the full k in the end, for want of confidence.
     """
 
@@ -58,6 +59,7 @@ class Tally:
     new_tokens: int = 0
     last_seconds: float | None = None
     deadlines_met: int = 0
+    late_tokens: int = 0
     asked_again: int = 0
 
     def add(self, seconds: float, new_tokens: int, deadline_ms: float | None) -> None:
@@ -135,7 +137,7 @@ class Service:
                 )
 
         def finish(progress: GenerationProgress) -> Generation:
-            return self._finish(request, progress, pace)
+            return self._finish(request, progress)
 
         progress = GenerationProgress(tokens=[])
         pieces = generate_pieces(
@@ -152,44 +154,64 @@ class Service:
         self.decoder.check(request.prompt)
         self.next_turn()
         request = replace(request, watched=self._margin("perplexity") is not None)
-        pace, progress = self.pace, GenerationProgress(tokens=[])
-
-        def make() -> None:
-            pieces = generate_pieces(
-                request, self.decoder, self._opened.tokenizer, progress, check_open, pace
-            )
-            progress.text = "".join(pieces)
-
-        make()
-        first, own = progress, list(pace.fallbacks)
-        lead = progress.lead / len(progress.tokens)
-        doubt = self._doubt("perplexity", lead)
-        tokens = len(request.prompt), len(progress.tokens)
-        if doubt and pace.full_fits(*tokens):
-            own.append(
-                Fallback(pace.rung.name, f"{doubt}: asked again at full k", "confidence")
-            )
-            progress = GenerationProgress(tokens=[])
-            with pace.held_at_full():
-                make()
-            progress.prefill_seconds += first.prefill_seconds
-            self.tally.asked_again += 1
-        elif doubt:
-            own.append(Fallback(pace.rung.name, f"{doubt}: no time for full k", "confidence"))
+        pace = self.pace
+        progress = GenerationProgress(tokens=[], seconds=time.perf_counter() - begin)
+        self._make(request, progress, check_open)
+        own = list(pace.fallbacks)
+        doubt = self._doubt("perplexity", progress.lead / len(progress.tokens))
+        if doubt:
+            again = self._make_again(request, progress, check_open)
+            does = "no time for full k" if again is None else "asked again at full k"
+            own.append(Fallback(pace.deepest.name, f"{doubt}: {does}", "confidence"))
+            if again is not None:
+                self.tally.asked_again += 1
+                progress = again
         progress.seconds = time.perf_counter() - begin
-        return self._finish(request, progress, pace, own)
+        progress.fallbacks = tuple(own)
+        return self._finish(request, progress)
 
-    def _finish(
+    def _make(
         self,
         request: GenerationRequest,
         progress: GenerationProgress,
-        pace: Pace,
-        fallbacks: Sequence[Fallback] | None = None,
-    ) -> Generation:
-        own = pace.fallbacks if fallbacks is None else fallbacks
-        self._requested.extend(own)
+        check: Callable[[], None],
+    ) -> None:
+        pieces = generate_pieces(
+            request, self.decoder, self._opened.tokenizer, progress, check, self.pace
+        )
+        progress.text = "".join(pieces)
+
+    def _make_again(
+        self,
+        request: GenerationRequest,
+        first: GenerationProgress,
+        check_open: Callable[[], None],
+    ) -> GenerationProgress | None:
+        """Answer at the full k; None where there is no time for it, or not for all of it."""
+        pace, again = self.pace, GenerationProgress(tokens=[])
+        if not pace.full_fits(len(request.prompt), len(first.tokens)):
+            return None
+
+        def check() -> None:
+            check_open()
+            # It may be a longer answer than the first, which was in time.
+            if not pace.full_fits(0, 2):
+                raise _NoTimeError
+
+        try:
+            with pace.held_at_full():
+                self._make(request, again, check)
+        except _NoTimeError:
+            return None
+        again.prefill_seconds += first.prefill_seconds
+        again.k_moves = first.k_moves
+        return again
+
+    def _finish(self, request: GenerationRequest, progress: GenerationProgress) -> Generation:
+        own = self._note(progress.fallbacks, progress.seconds)
         self._count(progress.seconds, len(progress.tokens))
-        engine = self._opened.engine
+        self.tally.late_tokens += progress.late_tokens
+        engine, pacing = self._opened.engine, self._opened.pacing
         return Generation(
             text=progress.text,
             tokens=tuple(progress.tokens),
@@ -198,13 +220,26 @@ class Service:
             seconds=progress.seconds,
             prefill_seconds=progress.prefill_seconds,
             experts_per_token=progress.experts_per_token,
-            k_cap=pace.rung.k_cap,
+            k_cap=progress.k_cap,
             backend=engine.name,
             fallbacks=(*self._opened.fallbacks, *engine.fallbacks, *own),
             finish_reason=progress.finish_reason,
-            deadline_ms=self._opened.pacing.deadline_ms,
-            k_moves=tuple(pace.request_moves),
+            deadline_ms=pacing.deadline_ms,
+            token_ms=pacing.token_ms,
+            late_tokens=progress.late_tokens,
+            k_moves=progress.k_moves,
         )
+
+    def _note(self, own: Sequence[Fallback], seconds: float) -> tuple[Fallback, ...]:
+        """Log and remember what a request could not keep, and return it."""
+        pacing = self._opened.pacing
+        if pacing.token_ms is None and meets_deadline(seconds, pacing.deadline_ms):
+            # It looked as if no rung was fast enough, and the answer was short.
+            own = [fallback for fallback in own if fallback.kind != "deadline"]
+        for fallback in own:
+            _LOG.info("%s", fallback)
+        self._requested.extend(own)
+        return tuple(own)
 
     def classify(
         self,
@@ -222,40 +257,40 @@ class Service:
             begin: when the request began.
         """
         comparison = self._compare(prompt, choices)
-        scores = self._score_paced(comparison)
+        scores = self._score_paced(comparison, begin)
+        values = [_COUNTED[by](score) for score in scores]
+        doubt = self._doubt("accuracy", _lead_of(scores, values.index(max(values))))
         own = list(self.pace.fallbacks)
-        values = sorted(score.log_likelihood for score in scores)
-        lead = values[-1] - values[-2] if len(values) > 1 else float("inf")
-        rung, doubt = self.pace.rung, self._doubt("accuracy", lead)
-        if doubt and self.pace.full_fits(comparison.tokens):
-            self.pace.use_full()
-            scores = score_completions(self.decoder, comparison)
-            self.tally.asked_again += 1
-            own.append(Fallback(rung.name, f"{doubt}: asked again at full k", "confidence"))
-        elif doubt:
-            own.append(Fallback(rung.name, f"{doubt}: no time for full k", "confidence"))
-        for fallback in own:
-            _LOG.info("%s", fallback)
-        self._requested.extend(own)
+        if doubt:
+            fits = self.pace.full_fits(comparison.tokens)
+            if fits:
+                self.pace.use_full()
+                scores = score_completions(self.decoder, comparison)
+                values = [_COUNTED[by](score) for score in scores]
+                self.tally.asked_again += 1
+            does = "asked again at full k" if fits else "no time for full k"
+            own.append(Fallback(self.pace.deepest.name, f"{doubt}: {does}", "confidence"))
         seconds = time.perf_counter() - begin
+        kept = self._note(own, seconds)
         self._count(seconds, 0)
         return Classification(
             choices,
             scores,
-            [_COUNTED[by](score) for score in scores],
+            values,
             seconds=seconds,
             deadline_ms=self._opened.pacing.deadline_ms,
             experts_per_token=self.decoder.experts_per_token,
             k_cap=self.k_cap,
-            fallbacks=(*self._opened.fallbacks, *self._opened.engine.fallbacks, *own),
+            fallbacks=(*self._opened.fallbacks, *self._opened.engine.fallbacks, *kept),
             k_moves=tuple(self.pace.request_moves),
         )
 
     def score(self, prompt: str, completion: str, begin: float) -> Score:
         """Return how likely a completion is after a prompt."""
-        (score,) = self._score_paced(self._compare(prompt, [completion]))
-        self._requested.extend(self.pace.fallbacks)
-        self._count(time.perf_counter() - begin, 0)
+        (score,) = self._score_paced(self._compare(prompt, [completion]), begin)
+        seconds = time.perf_counter() - begin
+        self._note(self.pace.fallbacks, seconds)
+        self._count(seconds, 0)
         return score
 
     def token_logprobs(self, ids: Sequence[int], start: int) -> FloatArray:
@@ -288,14 +323,17 @@ class Service:
                 ladder = (KRung(name="full", k_cap=full),)
             if not opened.adapts:
                 ladder = ladder[:1]
-            self._ladder = (
-                ladder if ladder[-1].cost or len(ladder) == 1 else self._measured(ladder)
-            )
+            self._ladder = ladder if len(ladder) == 1 else self._made_ready(ladder)
         return self._ladder
 
-    def _measured(self, ladder: Sequence[KRung]) -> tuple[KRung, ...]:
-        """Measure a ladder whose costs could not be measured where it was exported."""
-        kept = time_rungs(self._opened.engine, ladder, self._opened.manifest.model.vocab_size)
+    def _made_ready(self, ladder: tuple[KRung, ...]) -> tuple[KRung, ...]:
+        """Warm the engine up, and measure costs that could not be where it was exported."""
+        engine, vocab_size = self._opened.engine, self._opened.manifest.model.vocab_size
+        if ladder[-1].cost:
+            # A cold prompt is slower than any after it, and would be taken for a slow machine.
+            warm_up(engine, ladder[0], vocab_size)
+            return ladder
+        kept = time_rungs(engine, ladder, vocab_size)
         _LOG.info("costs of the k ladder, measured here: %s", kept)
         return kept
 
@@ -303,11 +341,11 @@ class Service:
         self.next_turn()
         return compare_completions(self.decoder, self._opened.tokenizer, prompt, completions)
 
-    def _score_paced(self, comparison: Comparison) -> list[Score]:
+    def _score_paced(self, comparison: Comparison, began: float) -> list[Score]:
         """Score completions on the rung that the controller wants."""
-        begin = time.perf_counter()
-        self.pace.begin()
+        self.pace.begin(time.perf_counter() - began)
         self.pace.before_prompt(comparison.tokens, 0)
+        begin = time.perf_counter()
         scores = score_completions(self.decoder, comparison)
         self.pace.after_prompt(comparison.tokens, time.perf_counter() - begin)
         return scores
@@ -319,13 +357,25 @@ class Service:
         return max((margin for margin in margins if margin is not None), default=None)
 
     def _doubt(self, metric: str, lead: float) -> str:
-        """Say why an answer of this rung may be another at the full k, if it may."""
-        quality = self.pace.rung.quality
-        if self.pace.rung is self.pace.ladder[0] or quality is None:
+        """Say why the answer may be another at the full k, if it may."""
+        rung = self.pace.deepest
+        if rung is self.pace.ladder[0] or rung.quality is None:
             return ""
+        quality = rung.quality
         if quality.margin is None or quality.metric != metric or lead > quality.margin:
             return ""
         return f"ahead by {lead:.3g} nats, more than {quality.margin:.3g} needed"
 
     def _count(self, seconds: float, new_tokens: int) -> None:
         self.tally.add(seconds, new_tokens, self._opened.pacing.deadline_ms)
+
+
+class _NoTimeError(Exception):
+    """A second answer would be late."""
+
+
+def _lead_of(scores: Sequence[Score], best: int) -> float:
+    """Return how far a choice is ahead of the others, in nats; below 0 where it is not."""
+    totals = [score.log_likelihood for score in scores]
+    others = totals[:best] + totals[best + 1 :]
+    return totals[best] - max(others) if others else float("inf")

@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
-from edgemoe_runtime.controller import Limits
 from edgemoe_runtime.errors import RequestError, SessionClosedError
 from edgemoe_runtime.explanation import Explanation
 from edgemoe_runtime.generation import GenerationRequest, TextStream
 from edgemoe_runtime.k_cap import ladder_position
+from edgemoe_runtime.limits import Limits
 from edgemoe_runtime.opening import OpenedTask, open_task
-from edgemoe_runtime.pace import Pacing
+from edgemoe_runtime.pacing import Pacing
 from edgemoe_runtime.sampling import FloatArray, Sampling
 from edgemoe_runtime.sensors import read_sensors
 from edgemoe_runtime.service import Service
@@ -45,7 +45,13 @@ class Session:
         self.deadline_ms = opened.pacing.deadline_ms
         self._opened = opened
         self._closed = False
-        self._service = Service(opened)
+        begin = time.perf_counter()
+        try:
+            self._service = Service(opened)
+        except BaseException:
+            opened.engine.close()
+            raise
+        self._load_seconds = opened.load_seconds + time.perf_counter() - begin
 
     @classmethod
     def open(
@@ -315,7 +321,7 @@ class Session:
             threads=opened.threads,
             max_length=opened.engine.max_length,
             kv_cache=self.manifest.kv_cache.form,
-            load_seconds=opened.load_seconds,
+            load_seconds=self._load_seconds,
             verified=opened.verified,
             requests=tally.requests,
             last_seconds=tally.last_seconds,
@@ -324,6 +330,8 @@ class Session:
             asked_again=tally.asked_again,
             deadline_ms=self.deadline_ms,
             deadlines_met=tally.deadlines_met,
+            token_ms=opened.pacing.token_ms,
+            late_tokens=tally.late_tokens,
         )
 
     def close(self) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from click.testing import CliRunner
 
-from edgemoe_runtime import Session
+from edgemoe.cli import main
+from edgemoe_runtime import Limits, Session, rung_cost
 from edgemoe_runtime.manifest import Manifest
 from edgemoe_runtime.manifest_ladder import KRung, RungCost, RungQuality
 
@@ -181,14 +185,137 @@ def test_a_deadline_that_no_rung_can_keep_is_told(
         assert "no time for full k" in text.fallbacks[1].reason
 
 
-def test_rungs_without_a_cost_are_timed_where_they_run(build_bundle: Any) -> None:
+@pytest.mark.parametrize(("costs", "ladder"), [((1.0, 0.5), 2), ((1.0, 0.995), 1)])
+def test_rungs_without_a_cost_are_timed_where_they_run(
+    build_bundle: Any, monkeypatch: pytest.MonkeyPatch, costs: Any, ladder: int
+) -> None:
+    # A model this small takes as long on each rung.
+    told = [RungCost(cost, cost) for cost in costs]
+    monkeypatch.setattr(rung_cost, "measure_costs", lambda *_: told)
     rungs = (replace(FULL, cost=None), replace(LOW, cost=None))
     folder = with_ladder(build_bundle(), *rungs)
     with Session.open(folder, token_ms=1e6) as session:
-        assert session.explain().ladder in (("full",), ("full", "low"))
+        assert session.explain().ladder == ("full", "low")[:ladder]
         answer = session.generate("It hums", max_new_tokens=5)
     with Session.open(folder) as session:
         assert session.generate("It hums", max_new_tokens=5).tokens == answer.tokens
+
+
+def test_an_answer_is_in_doubt_if_any_of_it_ran_on_a_lower_rung(
+    build_bundle: Any, hot: Path
+) -> None:
+    low = replace(LOW, quality=replace(QUALITY, metric="perplexity", margin=1e6))
+    folder = with_ladder(build_bundle(), FULL, low)
+    limits = Limits(climb_seconds=0.0, relief_seconds=0.0)
+    with Session.open(folder) as session:
+        expected = session.generate("It hums", max_new_tokens=20).tokens
+    state = hot / "sys/class/thermal/cooling_device0/cur_state"
+    with Session.open(folder, sensors_root=hot, limits=limits) as session:
+        pace = session._service.pace
+        # It cools down in the middle of the answer, and is read with every token.
+        read, reads = pace._pacing.read, iter(range(1000))
+        assert read is not None
+
+        def cool() -> Any:
+            pace._read_at = None
+            if next(reads) == 8:
+                state.write_text("0\n")
+            return read()
+
+        pace._pacing = replace(pace._pacing, read=cool)
+        answer = session.generate("It hums", max_new_tokens=20)
+    assert [f.kind for f in answer.fallbacks] == ["confidence"]
+    assert answer.fallbacks[0].backend == "low"
+    assert answer.tokens == expected
+
+
+def test_a_second_answer_that_would_be_late_is_given_up(
+    build_bundle: Any, hot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = replace(LOW, quality=replace(QUALITY, metric="perplexity", margin=1e6))
+    folder = with_ladder(build_bundle(), FULL, low)
+    with Session.open(folder, k_cap=1) as session:
+        expected = session.generate("It hums", max_new_tokens=6)
+    with Session.open(folder, deadline_ms=60_000, sensors_root=hot) as session:
+        # There is time for the prompt and as many tokens, as it seems, and then there is none.
+        answers = iter([True, True, True, False])
+        monkeypatch.setattr(session._service.pace, "full_fits", lambda *_: next(answers))
+        answer = session.generate("It hums", max_new_tokens=6)
+        assert session.explain().asked_again == 0
+    assert (answer.tokens, answer.text) == (expected.tokens, expected.text)
+    assert answer.experts_per_token == 1.0
+    assert answer.k_cap == (1, 1)
+    (fallback,) = answer.fallbacks
+    assert "no time for full k" in fallback.reason
+
+
+def test_choices_by_token_are_in_doubt_where_totals_disagree(
+    build_bundle: Any, hot: Path
+) -> None:
+    low = replace(LOW, quality=replace(QUALITY, margin=0.0))
+    folder = with_ladder(build_bundle(), FULL, low)
+    choices = ["none", "none none"]
+    with Session.open(folder, adapt=True, sensors_root=hot) as session:
+        total = session.classify("It hums", choices)
+        token = session.classify("It hums", choices, by="token")
+    assert total.fallbacks == ()
+    # By token the longer one is ahead, and nobody measured how far that must be.
+    assert total != token
+    assert [f.kind for f in token.fallbacks] == ["confidence"]
+
+
+def test_a_stream_tells_of_itself_alone(build_bundle: Any, hot: Path) -> None:
+    folder = with_ladder(build_bundle(), FULL, LOW)
+    with Session.open(folder, deadline_ms=0.001) as session:
+        session.generate("It hums", max_new_tokens=3)
+        session.classify("It hums", CHOICES)
+    with Session.open(folder, adapt=True) as session:
+        stream = session.generate("It hums", max_new_tokens=3, stream=True)
+        pieces = list(itertools.islice(stream, 3))
+        state = stream._progress.fallbacks
+        session.set_k_cap(1)
+        pieces += list(stream)
+    assert stream.generation.k_cap == (3, 3)
+    assert stream.generation.fallbacks == state == ()
+
+
+def test_a_deadline_that_was_met_was_not_impossible(build_bundle: Any) -> None:
+    folder = with_ladder(build_bundle(), FULL, LOW)
+    with Session.open(folder, deadline_ms=60_000) as session:
+        # A million tokens do not fit into the cache, let alone into a minute.
+        for _ in range(2):
+            answer = session.generate("It hums", max_new_tokens=10**6)
+        assert answer.finish_reason in {"max_length", "eos"}
+        assert answer.deadline_met
+        assert answer.fallbacks == ()
+        assert session.explain().ladder_position == "full"
+
+
+def test_late_tokens_are_counted(build_bundle: Any) -> None:
+    folder = with_ladder(build_bundle(), FULL, LOW)
+    with Session.open(folder, token_ms=1e-4) as session:
+        answer = session.generate("It hums", max_new_tokens=7)
+        explanation = session.explain()
+    assert answer.late_tokens == answer.new_tokens - 1 == explanation.late_tokens
+    assert answer.to_dict()["token_ms"] == explanation.token_ms == 1e-4
+    assert "6 new tokens later than 0.0001 ms" in str(explanation)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_run_asks_again_but_for_a_stream(
+    build_bundle: Any, hot: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = replace(LOW, quality=replace(QUALITY, metric="perplexity", margin=1e6))
+    folder = with_ladder(build_bundle(), FULL, low)
+    opened = partial(Session.open, sensors_root=hot)
+    monkeypatch.setattr(Session, "open", opened)
+    words = ["run", str(folder), "--prompt", "It hums", "--max-new-tokens", "5", "--adapt"]
+    words += ["--json", *(["--stream"] if stream else [])]
+    result = CliRunner().invoke(main, words, catch_exceptions=False)
+    answer = json.loads(result.stdout)
+    kinds = [fallback["kind"] for fallback in answer["fallbacks"]]
+    assert kinds == ([] if stream else ["confidence"])
+    assert answer["experts_per_token"] == (1.0 if stream else 3.0)
 
 
 def test_a_table_stands_in_for_an_allocator_that_is_missing(build_bundle: Any) -> None:

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe_runtime.controller import ControlState, Limits, Move, Signals, decide
+from edgemoe_runtime.controller import ControlState, Move, Signals, decide
 from edgemoe_runtime.errors import RequestError
+from edgemoe_runtime.limits import Limits
 from edgemoe_runtime.sensors import Sensors, ThermalZone
 
 if TYPE_CHECKING:
@@ -192,6 +193,58 @@ def test_whatever_happens_a_rung_that_is_fast_enough_is_found_in_six_tokens(
     assert all(b - a >= 3 for a, b in itertools.pairwise(changed))
 
 
+def test_a_cold_first_run_costs_no_more_than_itself() -> None:
+    costs, limits, state = COSTS, Limits(), ControlState()
+    rungs = []
+    for number in range(6):
+        took = (100.0 if number == 0 else 60.0) * costs[state.rung]
+        signals = Signals(seconds=5.0 * number, token_ms=(took,), allowed_ms=80.0)
+        state, _ = decide(state, signals, costs, limits)
+        rungs.append(state.rung)
+    assert rungs[0] > 0
+    assert rungs[-1] == 0
+
+
+def test_prompts_that_come_seldom_get_the_full_k_back_by_time_not_by_number() -> None:
+    state, at, rungs = ControlState(), 0.0, []
+    for number in range(40):
+        slow = number < 25
+        took = (30.0 if slow else 10.0) * COSTS[state.rung]
+        at += 10.0
+        state, _ = decide(
+            state, Signals(seconds=at, token_ms=(took,), allowed_ms=16.0), COSTS, Limits()
+        )
+        rungs.append(state.rung)
+    assert set(rungs[5:25]) == {len(COSTS) - 1}
+    # Two prompts until the median knows it, then a rung each.
+    assert rungs.index(0, 25) <= 25 + 2 + len(COSTS)
+
+
+def test_who_answers_once_a_minute_does_not_wait_a_minute_for_each_rung() -> None:
+    hot = replace(NOTHING, throttling=("gpu-throttle-alert",))
+    state = ControlState()
+    for second in range(10):
+        state, _ = decide(state, Signals(seconds=second, sensors=hot), COSTS, Limits())
+    assert state.pressed == len(COSTS) - 1
+    state, _ = decide(state, Signals(seconds=70.0, sensors=NOTHING), COSTS, Limits())
+    assert state.pressed == 0
+    assert state.troubles == ()
+
+
+def test_patience_ends_when_climbing_was_not_too_early() -> None:
+    costs, limits = (1.0, 0.5), Limits()
+    state, at = ControlState(patience=4.0), 0.0
+    # Slow for a while, well for long, slow again: nothing was too early.
+    for unit, seconds in [(30.0, 20), (10.0, 120)] * 3:
+        end = at + seconds
+        while at < end:
+            took = unit * costs[state.rung]
+            at += took / 1000
+            signals = Signals(seconds=at, token_ms=(took,), allowed_ms=20.0)
+            state, _ = decide(state, signals, costs, limits)
+    assert state.patience == 1.0
+
+
 def test_what_no_rung_can_do_is_told() -> None:
     run = simulate(lambda _: 40.0, 5, 10.0)
     assert run.state.impossible
@@ -303,3 +356,7 @@ def test_a_state_of_another_ladder_and_a_wild_headroom_are_refused() -> None:
         Limits(headroom=0.6)
     with pytest.raises(RequestError, match="in_time"):
         Limits(in_time=0)
+    for wild in (float("nan"), float("inf"), -1.0):
+        for name in ("relief_seconds", "trip_margin_celsius", "power_mw", "headroom"):
+            with pytest.raises(RequestError, match=f"{name} must be finite"):
+                Limits(**{name: wild})  # type: ignore[arg-type]

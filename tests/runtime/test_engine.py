@@ -139,6 +139,22 @@ def test_when_nothing_is_left_the_reason_is_told(bundle: Path, install: Any) -> 
         session.generate("A spindle", max_new_tokens=4)
 
 
+def test_when_the_rest_of_the_chain_cannot_be_opened_both_reasons_are_told(
+    bundle: Path, install: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(1, 0, last=False)
+
+    def refuse(request: OpenRequest) -> Any:
+        raise BackendError(f"no such device for {request.task}")
+
+    monkeypatch.setitem(BACKENDS, "failing1", refuse)
+    with Session.open(bundle) as session:
+        for _ in range(2):
+            with pytest.raises(BackendError, match=r"(?s)driver is gone.*no such device"):
+                session.generate("A spindle", max_new_tokens=4)
+        assert "the driver is gone" in str(session.explain())
+
+
 def test_an_engine_that_cannot_hold_the_request_is_passed_over(
     bundle: Path, install: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemoe_runtime.controller import Limits
 from edgemoe_runtime.errors import RequestError
+from edgemoe_runtime.limits import Limits
 from edgemoe_runtime.manifest_ladder import KRung, RungCost
-from edgemoe_runtime.pace import Pace, Pacing, falling
+from edgemoe_runtime.pace import Pace, falling, share_of_prompt
+from edgemoe_runtime.pacing import Pacing
 from edgemoe_runtime.sensors import Sensors
 
 if TYPE_CHECKING:
@@ -45,8 +46,11 @@ COOL = Sensors(
 class Machine:
     """A machine whose tokens take as long as the rung in force costs."""
 
-    def __init__(self, pacing: Pacing, token_ms: float, prompt_ms: float = 1.0) -> None:
+    def __init__(
+        self, pacing: Pacing, token_ms: float, prompt_ms: float = 1.0, beside_ms: float = 0.0
+    ) -> None:
         self.seconds = 0.0
+        self.beside_ms = beside_ms
         self.token_ms, self.prompt_ms = token_ms, prompt_ms
         self.caps: list[tuple[int, ...]] = []
         self.pace = Pace(LADDER, self.caps.append, pacing, lambda: self.seconds)
@@ -61,6 +65,7 @@ class Machine:
         self._spend(prompt * self.prompt_ms * cost.prefill, self.pace.after_prompt, prompt)
         rungs.append(self.pace.rung.name)
         for made in range(1, new):
+            self.seconds += self.beside_ms / 1000
             self.pace.before_step(new - made)
             cost = self.pace.rung.cost
             assert cost is not None
@@ -104,6 +109,82 @@ def test_a_token_deadline_holds_for_new_tokens_only() -> None:
     assert rungs[0] == "k4"
     assert set(rungs[10:]) == {"k3"}
     assert machine.pace.fallbacks == ()
+
+
+def test_what_tokens_take_beside_the_engine_counts() -> None:
+    machine = Machine(Pacing(deadline_ms=400), token_ms=10, beside_ms=4)
+    # 10 + 29 * 14 ms at the full k: too long, and 29 * 10 alone are not.
+    machine.answer(10, 30)
+    for _ in range(3):
+        took, rungs = machine.answer(10, 30)
+        assert took <= 400
+        assert set(rungs[5:]) != {"k4"}
+    each = Machine(Pacing(token_ms=12), token_ms=10, beside_ms=3)
+    _, rungs = each.answer(10, 60)
+    assert each.pace.late_tokens > 0
+    assert set(rungs[10:]) == {"k3"}
+    each.answer(10, 60)
+    assert each.pace.late_tokens == 0
+
+
+def test_whoever_reads_a_stream_slowly_spends_no_time_of_it() -> None:
+    machine = Machine(Pacing(deadline_ms=400, token_ms=11), token_ms=10)
+    machine.answer(10, 3)
+    machine.pace.begin()
+    machine.pace.before_prompt(10, 4)
+    machine._spend(10, machine.pace.after_prompt, 10)
+    for left in (4, 3, 2, 1):
+        machine.pace.pause()
+        machine.seconds += 3600
+        machine.pace.resume()
+        machine.pace.before_step(left)
+        machine._spend(10, machine.pace.after_step)
+    assert machine.pace.late_tokens == 0
+    assert machine.pace.fallbacks == ()
+    assert machine.pace.rung.name == "k4"
+
+
+def test_new_tokens_make_up_for_a_prompt_that_saves_little() -> None:
+    machine = Machine(Pacing(deadline_ms=130), token_ms=10)
+    # 100 + 100 ms at the full k, 70 + 40 on the lowest rung.
+    for number in range(4):
+        took, _ = machine.answer(100, 11)
+        assert number == 0 or took <= 130
+        assert number == 0 or machine.pace.fallbacks == ()
+
+
+@given(
+    st.floats(-10, 500),
+    st.floats(0.1, 200),
+    st.floats(0, 200),
+    st.floats(0.1, 1),
+    st.floats(0.1, 1),
+)
+def test_a_prompt_gets_what_it_needs_where_both_can_be_in_time(
+    left: float, prompt: float, decode: float, least_p: float, least_d: float
+) -> None:
+    share = share_of_prompt(left, (prompt, decode), (least_p, least_d))
+    fastest = prompt * least_p + decode * least_d
+    if left >= prompt + decode:
+        assert share >= prompt * (1 - 1e-9)
+        assert left - share >= decode * (1 - 1e-9) - 1e-9
+    elif left >= fastest:
+        assert share >= prompt * least_p - 1e-6 * (prompt + decode)
+        assert left - share >= decode * least_d - 1e-6 * (prompt + decode)
+    elif least_p < 1 or least_d < 1:
+        assert share <= prompt * least_p + 1e-6 * (prompt + decode)
+
+
+def test_answers_of_one_token_move_as_well() -> None:
+    machine = Machine(Pacing(deadline_ms=90), token_ms=10)
+    machine.pace.begin()
+    for _ in range(3):
+        machine.pace.begin()
+        machine.pace.before_prompt(100, 20)
+        cost = machine.pace.rung.cost
+        assert cost is not None
+        machine._spend(100 * cost.prefill, machine.pace.after_prompt, 100)
+    assert machine.pace.rung.name != "k4"
 
 
 def test_what_no_rung_can_do_is_said_once_in_each_request() -> None:
@@ -150,14 +231,16 @@ def test_a_single_rung_never_moves_and_still_tells_the_truth() -> None:
         pace.after_prompt(10, 0.1)
     assert caps == []
     assert pace.fallbacks[0].kind == "deadline"
+    assert "this session stays on its rung" in pace.fallbacks[0].reason
 
 
 def test_asking_again_needs_the_time_for_it() -> None:
     machine = Machine(Pacing(deadline_ms=30), token_ms=1)
     machine.answer(10, 1)
     machine.answer(10, 1)
-    assert machine.pace.full_fits(10)
-    assert not machine.pace.full_fits(40)
+    # 20 ms are left, and a tenth of them is kept.
+    assert machine.pace.full_fits(17)
+    assert not machine.pace.full_fits(19)
 
 
 def test_a_second_answer_does_not_break_the_time_of_a_token() -> None:
@@ -182,7 +265,7 @@ def test_costs_of_prompts_fall_whatever_was_measured(costs: list[float]) -> None
 
 
 @pytest.mark.parametrize("name", ["deadline_ms", "token_ms"])
-@pytest.mark.parametrize("value", [0, -1.0, float("nan")])
-def test_times_are_above_zero(name: str, value: float) -> None:
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "200"])
+def test_times_are_above_zero(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=f"{name} must be above 0"):
-        Pacing(**{name: value})  # type: ignore[arg-type]
+        Pacing(**{name: value})
