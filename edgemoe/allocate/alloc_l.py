@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemoe.allocate.budget import default_mean, spend
+from edgemoe.allocate.budget import check_tokens, default_mean, spend
 from edgemoe.errors import AllocationError
 from edgemoe.k_rule import KRule
 from edgemoe.models.hooks import limit_k
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from edgemoe.oracle.oracle import LayerOracle
 
 _DEEPER = ("one", "all")
+_MOST_NATS = 700.0  # exp of more is infinite
 
 
 def alloc_l(
@@ -57,19 +58,24 @@ def alloc_l(
         A rule for each MoE layer, with what was measured.
 
     Raises:
-        AllocationError: The mean or an option is out of range.
+        AllocationError: The mean or an option is out of range, no line has two tokens, or a
+            perplexity is not finite.
         StreamingError: The model is larger than memory, or cannot be run layer by layer.
     """
     del seed
     if deeper not in _DEEPER:
         raise AllocationError(f"deeper must be one of {', '.join(_DEEPER)}, got {deeper!r}.")
+    check_tokens(tokens)
     layers = oracle.moe.layers
     most = [layer.slots for layer in layers]
     budget = spend(default_mean(layers) if mean_k is None else mean_k, most)
     jobs = [(layer.index, deeper) for layer in layers]
 
     def measure() -> list[list[float]]:
-        return oracle.fewer(tokens).map(perplexities_with, jobs, "limit each layer in turn")
+        fewer = oracle.fewer(tokens)
+        if not any(len(window.ids) > 1 for window in fewer.windows):
+            raise AllocationError("alloc-l must read two tokens of a line or more, got none.")
+        return fewer.map(perplexities_with, jobs, "limit each layer in turn")
 
     needs = oracle.once(("alloc-l", tokens, deeper), measure)
     counts = share_out(needs, budget)
@@ -89,6 +95,7 @@ def perplexities_with(oracle: LayerOracle, job: tuple[int, str]) -> list[float]:
         S[l, k] for k from 1 to the layer's own number.
 
     Raises:
+        AllocationError: A perplexity is not finite.
         StreamingError: The model is larger than memory.
     """
     index, deeper = job
@@ -100,7 +107,13 @@ def perplexities_with(oracle: LayerOracle, job: tuple[int, str]) -> list[float]:
     oracle.states_before(index)
     for k in range(1, own[place] + 1):
         with limit_k(oracle.moe, [*own[:place], k, *after]):
-            found.append(math.exp(loss_from(oracle, index)))
+            loss = loss_from(oracle, index)
+        if not loss < _MOST_NATS:
+            raise AllocationError(
+                f"the model must have a finite perplexity, got {loss:g} nats per token with "
+                f"{k} experts in layer {index}."
+            )
+        found.append(math.exp(loss))
     return found
 
 

@@ -19,15 +19,25 @@ def two_thirds(layer: MoeLayer) -> int:
 
 
 def default_mean(layers: Sequence[MoeLayer]) -> float:
-    """Return the mean k that policies share where none is asked for: that of ``fixed``.
+    """Return the mean k of policies that need not round, where none is asked for.
 
     Args:
         layers: The MoE layers.
 
     Returns:
-        Mean of ceil(2 K / 3) over the layers.
+        Mean of 2 K / 3 over the layers, each 1 at least.
     """
-    return math.fsum(map(two_thirds, layers)) / len(layers)
+    return math.fsum(max(1.0, 2 * layer.top_k / 3) for layer in layers) / len(layers)
+
+
+def check_tokens(tokens: int) -> None:
+    """Check how many tokens decide.
+
+    Raises:
+        AllocationError: There is none.
+    """
+    if tokens < 1:
+        raise AllocationError(f"tokens must be in [1, inf), got {tokens}.")
 
 
 def check_mean(mean_k: float, most: Sequence[int]) -> float:

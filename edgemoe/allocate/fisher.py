@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from edgemoe.allocate.budget import check_mean, default_mean
+from edgemoe.allocate.budget import check_mean, check_tokens, default_mean
 from edgemoe.allocate.heads import Heads
 from edgemoe.allocate.rollout import see_states
 from edgemoe.errors import AllocationError
@@ -123,8 +123,7 @@ def fisher(
         StreamingError: The model is larger than memory: gradients go through all of it.
     """
     del seed
-    if tokens < 1:
-        raise AllocationError(f"tokens must be in [1, inf), got {tokens}.")
+    check_tokens(tokens)
     if not ridge >= 0:
         raise AllocationError(f"ridge must be in [0, inf), got {ridge:g}.")
     layers = oracle.moe.layers
@@ -144,7 +143,8 @@ def fisher(
     both = [one + other for one, other in zip(*halves, strict=True)]
     fitted = [Ridge(sums).weights(strength) for sums in both]
     # In nats scores are far below 1, and only their order counts.
-    scale = 1 / max(float(np.abs(weights[-1]).max()) for weights in fitted)
+    largest = max(float(np.abs(weights[-1]).max()) for weights in fitted)
+    scale = 1 / largest if largest > 0 else 1.0
     with torch.no_grad():
         for number, weights in enumerate(fitted):
             rows = torch.from_numpy(-scale * weights.T)
@@ -169,7 +169,7 @@ def sum_costs(oracle: LayerOracle) -> tuple[list[Sums], list[Sums]]:
     halves = tuple([Sums.zeros(n.hidden_size, n.top_k) for n in layers] for _ in range(2))
     known = [window for window in oracle.windows if len(window.ids) > 1]
     if not known:
-        raise AllocationError("fisher must have lines of two tokens or more, got none.")
+        raise AllocationError("fisher must read two tokens of a line or more, got none.")
     with quiet_transformers():
         for number, window in enumerate(track(known, "weigh experts")):
             calls = take_gradients(oracle.moe, window)
@@ -180,7 +180,8 @@ def sum_costs(oracle: LayerOracle) -> tuple[list[Sums], list[Sums]]:
                         "the model must have finite gradients, got NaN or infinity in layer "
                         f"{call.layer.index}."
                     )
-                sums.add(call.hidden.float().cpu().numpy(), costs)
+                # Nobody knows what comes after the last token, so nothing tells its cost.
+                sums.add(call.hidden[:-1].float().cpu().numpy(), costs[:-1])
     return halves[0], halves[1]
 
 

@@ -96,7 +96,7 @@ def train(
     """
     known = [window for window in windows if len(window.ids) > 1]
     if not known:
-        raise AllocationError("ada-k must have lines of two tokens or more, got none.")
+        raise AllocationError("ada-k must read two tokens of a line or more, got none.")
     parameters = {"heads": heads.weight}
     optimizer = torch.optim.AdamW([heads.weight], lr=options.learning_rate, weight_decay=_DECAY)
     progress: dict[str, Any] = {"step": 0, "regulariser": options.regulariser}

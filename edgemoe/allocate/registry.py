@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from edgemoe.resume import WorkDirectory
 
 
+_MOST_SEEDS = 1 << 32  # with the step behind it, a seed has 64 bits
+
+
 @dataclass(frozen=True)
 class Policy:
     """A way to decide how many experts tokens use.
@@ -106,7 +109,7 @@ def allocate(
         name: One of :data:`POLICIES`.
         task: Name of the task.
         mean_k: Experts per token and layer to aim at; None for the policy's own.
-        seed: Seed of policies that draw, in [0, inf).
+        seed: Seed of policies that draw, in [0, 2**32).
         options: The policy's options by name.
         work: Where a policy that trains is kept on the way; None keeps it nowhere.
 
@@ -119,8 +122,8 @@ def allocate(
         StreamingError: The policy cannot run this model's layers.
     """
     policy, given = find_policy(name), dict(options or {})
-    if seed < 0:
-        raise AllocationError(f"the seed must be in [0, inf), got {seed}.")
+    if not 0 <= seed < _MOST_SEEDS:
+        raise AllocationError(f"the seed must be in [0, {_MOST_SEEDS}), got {seed}.")
     if oracle.moe.k_policy is not None:
         raise AllocationError(
             "the model must have no k policy yet, got one with "

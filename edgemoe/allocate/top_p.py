@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgemoe.allocate.budget import check_mean, default_mean
+import numpy as np
+
+from edgemoe.allocate.budget import check_mean, check_tokens, default_mean
 from edgemoe.allocate.reach import find_share, reach_of
 from edgemoe.errors import AllocationError
 from edgemoe.k_rule import KRule
@@ -53,13 +55,15 @@ def top_p(
         StreamingError: The family cannot be run layer by layer.
     """
     del seed
+    check_tokens(tokens)
     layers = oracle.moe.layers
     most = [min(k_max, most_slots(layer)) if k_max else layer.top_k for layer in layers]
     if p and mean_k is not None:
         raise AllocationError(
             f"top-p must have a share or a mean, got p={p:g} and {mean_k:g}. Leave one out."
         )
-    if not 0 <= p <= 1:
+    # Graphs compare in float32, where a smaller one is no share at all.
+    if not (p == 0 or float(np.float32(p)) > 0) or not p <= 1:
         raise AllocationError(f"p must be in (0, 1], got {p:g}. Choose another.")
     if not p:
         wanted = default_mean(layers) if mean_k is None else mean_k

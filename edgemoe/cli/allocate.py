@@ -31,13 +31,15 @@ if TYPE_CHECKING:
     "plan_path",
     type=PATH,
     metavar="PLAN",
-    help="What is done to MODEL first; the new plan does both. MODEL as it is without.",
+    help="What is done to MODEL first; the new plan does both, with this policy in place of "
+    "one that the plan has. MODEL as it is without.",
 )
 @click.option(
     "--mean-k",
     type=float,
     metavar="K",
-    help="Experts per token and layer to aim at; two thirds of the router's own without.",
+    help="Experts per token and layer to aim at; two thirds of the router's own without, but "
+    "ada-k then goes where its regulariser leads.",
 )
 @click.option(
     "--set",
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-tokens",
     type=click.IntRange(min=1),
-    default=8192,
+    default=16384,
     show_default=True,
     help="Of the task, from its first line on.",
 )
@@ -99,7 +101,7 @@ def allocate(
     from edgemoe.prune.apply import apply_plan
     from edgemoe.recover.state import PROGRESS
     from edgemoe.resume import resumable
-    from edgemoe.staging import refuse_existing
+    from edgemoe.staging import refuse_existing, refuse_inputs_inside
     from edgemoe.tasks import load_tasks
     from edgemoe.versions import library_versions
 
@@ -108,6 +110,7 @@ def allocate(
     if threads is not None:
         torch.set_num_threads(threads)
     (lines,) = load_tasks([task])
+    refuse_inputs_inside(output, model, lines.path, *filter(None, [plan_path]))
     plan = None if plan_path is None else replace(Plan.load(plan_path), k_policy=None)
     opened = load_model(model)
     sha256 = opened.sha256
@@ -160,9 +163,11 @@ def allocate(
 
 def _text(result: Mapping[str, Any]) -> str:
     means = ", ".join(f"{mean:.3g}" for mean in result["mean_k_per_layer"])
+    saves = result["mean_k"] < result["mean_k_before"]
+    note = "" if saves else "\nnote: no token uses fewer experts than before; lower --mean-k"
     return (
         f"{result['output']}: {result['policy']} for {result['task']}\n"
         f"experts per token and layer: {result['mean_k']:.3f}, {result['mean_k_before']:.3f} "
         f"before, over {result['tokens']} tokens\n"
-        f"per layer: {means}"
+        f"per layer: {means}{note}"
     )

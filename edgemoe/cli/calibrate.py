@@ -98,11 +98,12 @@ def calibrate(
     from edgemoe.errors import StreamingError
     from edgemoe.models import load_model, load_tokenizer
     from edgemoe.models.device import device_here
-    from edgemoe.staging import refuse_existing
+    from edgemoe.staging import refuse_existing, refuse_inputs_inside
     from edgemoe.tasks import load_tasks
 
     refuse_existing(output, force=force, directory=False)
     task_files = load_tasks(tasks)
+    refuse_inputs_inside(output, model, *(task.path for task in task_files))
     try:
         if spread:
             statistics = calibrate_in_shards(

@@ -74,9 +74,10 @@ def decompose(
     from edgemoe.plans.keep_all import keep_all
     from edgemoe.plans.plan import Plan
     from edgemoe.prune.apply import planned_tensors, refuse_changes
-    from edgemoe.staging import refuse_existing
+    from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
     refuse_existing(output, force=force, directory=False)
+    refuse_inputs_inside(output, model, stats)
     chosen = read_options(method, options)
     structure = read_structure(model)
     refuse_changes(structure)

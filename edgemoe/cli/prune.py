@@ -147,9 +147,10 @@ def prune(
     from edgemoe.prune.apply import refuse_changes
     from edgemoe.prune.keep import count_kept, parse_keep_experts
     from edgemoe.prune.registry import count_for, find_method, make_plan, read_options
-    from edgemoe.staging import refuse_existing
+    from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
     refuse_existing(output, force=force, directory=False)
+    refuse_inputs_inside(output, model, *filter(None, [stats]))
     try:
         asked = None if keep_experts is None else parse_keep_experts(keep_experts)
     except PlanError as error:

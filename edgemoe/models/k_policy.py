@@ -11,6 +11,8 @@ import contextlib
 import json
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from edgemoe.errors import CheckpointError
 from edgemoe.k_policy import KPolicy
 from edgemoe.models.hooks import follow
@@ -171,7 +173,7 @@ def _check_rule(rule: KRule, layer: MoeLayer) -> None:
             f"{where}: a token must use between 1 and {most} experts, which is what its router "
             f"can choose, got {rule.slots}. Choose fewer."
         )
-    if rule.top_p is not None and not 0 < rule.top_p <= 1:
+    if rule.top_p is not None and not 0 < float(np.float32(rule.top_p)) <= 1:
         raise CheckpointError(
             f"{where}: top_p must be in (0, 1], got {rule.top_p:g}. Choose another."
         )

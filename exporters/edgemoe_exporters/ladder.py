@@ -18,6 +18,7 @@ from edgemoe.evaluate.drop import measure_drop, paired_drop
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.requests import build_questions
 from edgemoe_exporters.leads import WatchingScorer, answers_of_choices, find_margin
+from edgemoe_exporters.quality import ROUNDING
 from edgemoe_runtime.manifest_ladder import KRung, RungQuality
 from edgemoe_runtime.opening import open_task
 from edgemoe_runtime.rung_cost import time_rungs
@@ -41,6 +42,7 @@ DEFAULT_FLOOR = 0.1
 
 _MOST_RUNGS = 8
 _JUDGED_TOKENS = 2048
+_LEAST_LINES = 30
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class LadderTask:
         held_out: The lines; calibration never saw them.
         tokenizer: The model's.
         max_length: Longest sequence in tokens.
-        max_tokens: Most tokens that judge an export; a rung is judged by 2048 at most.
+        max_tokens: Most tokens that judge an export; a rung is judged by 2048 at most, or as
+            many more as 30 completions or choices take.
     """
 
     held_out: TaskFile
@@ -62,7 +65,7 @@ class LadderTask:
     def judge(self, runner: Runner, k_cap: Sequence[int]) -> tuple[Evaluation, Answers]:
         """Score a graph under a cap, and see what it answers."""
         scorer = WatchingScorer(runner, k_cap, self.max_length)
-        tokens = min(self.max_tokens, _JUDGED_TOKENS)
+        tokens = self.tokens_of_a_rung()
         score = evaluate(scorer, self.held_out, self.tokenizer, max_tokens=tokens)
         if self.held_out.kind == "choice":
             return score, answers_of_choices(score)
@@ -70,6 +73,18 @@ class LadderTask:
             self.held_out, self.tokenizer, max_length=self.max_length, max_tokens=tokens
         )
         return score, scorer.answers(asked)
+
+    def tokens_of_a_rung(self) -> int:
+        """Say how many tokens judge a rung, at most."""
+        tokens = min(self.max_tokens, _JUDGED_TOKENS)
+        while tokens < self.max_tokens and self.held_out.kind != "text":
+            lines = build_questions(
+                self.held_out, self.tokenizer, max_length=self.max_length, max_tokens=tokens
+            )
+            if len(lines) >= min(_LEAST_LINES, len(self.held_out.records)):
+                break
+            tokens = min(2 * tokens, self.max_tokens)
+        return tokens
 
 
 def list_caps(
@@ -133,11 +148,12 @@ def judge_rungs(
     needs = needs_of(policy)
     caps = list_caps(full, needs)
     best, expected = task.judge(runner, caps[0])
-    rungs = [KRung(name="full", k_cap=caps[0], quality=_quality(best, best))]
+    itself = replace(_quality(best, best), drop=0.0, drop_ci95=(0.0, 0.0))
+    rungs = [KRung(name="full", k_cap=caps[0], quality=itself)]
     for cap in caps[1:]:
         score, answers = task.judge(runner, cap)
         quality = _quality(best, score)
-        if not quality.drop <= floor:
+        if not quality.drop <= floor + ROUNDING:
             break
         margin = find_margin(expected, answers)
         again = float(np.mean(answers.leads <= margin))

@@ -191,7 +191,7 @@ class ExportReport:
         if sliced:
             notes.append(
                 f"the graph of {', '.join(sliced)} is larger than memory: it was compared and "
-                "scored in slices, one after the other."
+                "scored in slices, one after the other, and has no k ladder."
             )
         if self.target == "cuda" and self.precision != "fp16":
             notes.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -45,10 +45,9 @@ class GenerationRequest:
     watched: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise RequestError(
-                f"max_new_tokens must be a whole number >= 1, got {self.max_new_tokens}."
-            )
+        most = cast("object", self.max_new_tokens)
+        if not isinstance(most, int) or most < 1:
+            raise RequestError(f"max_new_tokens must be a whole number >= 1, got {most!r}.")
         if self.seed is not None and self.seed < 0:
             raise RequestError(f"seed must be None or >= 0, got {self.seed}.")
 

@@ -66,7 +66,8 @@ class Pacing:
     read: Callable[[], Sensors] | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("deadline_ms", self.deadline_ms), ("token_ms", self.token_ms)):
+        for name in ("deadline_ms", "token_ms"):
+            value: object = getattr(self, name)
             if value is None:
                 continue
             if not isinstance(value, int | float) or not 0 < value < math.inf:

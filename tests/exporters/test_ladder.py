@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgemoe.errors import QualityGateError
 from edgemoe.evaluate.drop import paired_drop
 from edgemoe.evaluate.evaluation import Evaluation, evaluate
 from edgemoe.evaluate.subject import open_subject
@@ -20,15 +21,16 @@ from edgemoe.models import limit_k, load_model, load_tokenizer
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.tasks import ChoiceRecord, TaskFile
 from edgemoe_exporters.export import export_bundle
-from edgemoe_exporters.ladder import floor_of, list_caps
+from edgemoe_exporters.ladder import LadderTask, floor_of, judge_rungs, list_caps
 from edgemoe_exporters.leads import Answers, answers_of_choices, find_margin
-from edgemoe_exporters.quality import split_task
+from edgemoe_exporters.quality import judge_quality, split_task
 from edgemoe_exporters.request import ExportRequest
 from edgemoe_runtime import Session
 from edgemoe_runtime.manifest import Manifest
 from edgemoe_runtime.manifest_ladder import RungCost
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 
@@ -118,6 +120,73 @@ def test_floors_count_what_is_lost_already() -> None:
     assert floor_of(0.05, score(0.9, "accuracy"), score(0.88, "accuracy")) == pytest.approx(
         0.03
     )
+
+
+class Told:
+    """What judges, where what it finds is known: perplexities by the cap of the first layer."""
+
+    def __init__(self, found: dict[int, float]) -> None:
+        self.found = found
+
+    def judge(self, _: object, k_cap: Sequence[int]) -> tuple[Evaluation, Answers]:
+        losses = (np.log(self.found[k_cap[0]]),) * 4
+        judged = replace(
+            score(self.found[k_cap[0]]), n=4, line_losses=losses, line_tokens=(1,) * 4
+        )
+        return judged, Answers((np.arange(3),) * 4, np.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("floor", "names"),
+    [
+        (0.1, ["full", "k4"]),
+        (0.01, ["full"]),
+        (0.02, ["full", "k4"]),
+        (0.3, ["full", "k4", "k3", "k2", "k1"]),
+    ],
+)
+def test_the_first_rung_that_loses_too_much_ends_the_ladder(
+    floor: float, names: list[str]
+) -> None:
+    # k2 is better than k3 by chance, and behind the floor all the same.
+    judges: Any = Told({5: 10.0, 4: 10.2, 3: 12.0, 2: 10.1, 1: 12.5})
+    rungs = judge_rungs(None, judges, (5, 5), floor)  # type: ignore[arg-type]
+    assert [rung.name for rung in rungs] == names
+    first = rungs[0].quality
+    assert first is not None
+    assert (first.drop, first.drop_ci95) == (0.0, (0.0, 0.0))
+
+
+def test_a_drop_as_large_as_is_allowed_is_allowed(choices: Path) -> None:
+    held_out = TaskFile.load("choices", choices)
+    before, after = score(0.8, "accuracy"), score(0.75, "accuracy")
+    assert before.value - after.value > 0.05
+    assert judge_quality(held_out, before, after, 0.05).passed
+    with pytest.raises(QualityGateError, match=r"at most --max-drop 0\.04"):
+        judge_quality(held_out, before, after, 0.04)
+
+
+def test_rungs_are_judged_by_thirty_choices_where_there_are_as_many(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "long.jsonl"
+    lines = [
+        {
+            "prompt": " ".join(f"w{(line * 7 + word) % 60 + 3}" for word in range(150)),
+            "choices": [" w5", " w40"],
+            "answer": line % 2,
+        }
+        for line in range(40)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    held_out, tokenizer = TaskFile.load("long", path), load_tokenizer(checkpoint)
+    with open_subject(checkpoint) as whole:
+        for most, least, limit in ((10**6, 30, 40), (3000, 15, 20)):
+            judges = LadderTask(held_out, tokenizer, 256, most)
+            judged = evaluate(
+                whole.scorer, held_out, tokenizer, max_tokens=judges.tokens_of_a_rung()
+            )
+            assert least <= judged.n <= limit
 
 
 @pytest.fixture(scope="module")

@@ -250,6 +250,37 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     assert len(calls) == 7
 
 
+def test_what_is_gained_is_gained_over_the_routers_own_numbers(
+    make_oracle: Callable[..., LayerOracle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    oracle = make_oracle("mixtral")
+    heads = random_heads((4,) * len(oracle.moe.layers), 32)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(_: Heads, rollout: Rollout, gained: torch.Tensor, *__: object) -> None:
+        seen.append((rollout.rewards, gained))
+
+    monkeypatch.setattr(ppo, "improve", look)
+    # All windows are drawn at once, in some order.
+    train(oracle.moe, oracle.windows, heads, options_of(steps=1, batch_tokens=10**6))
+    ((rewards, gained),) = seen
+    order = ppo.choose(oracle.windows, 10**6, [0, 0])
+    own = torch.cat([reward_of(oracle.moe, [oracle.windows[number]]) for number in order])
+    torch.testing.assert_close(gained, rewards - own)
+
+
+def test_the_likeliest_numbers_have_the_mean_that_was_asked_for(
+    make_oracle: Callable[..., LayerOracle],
+) -> None:
+    oracle = make_oracle("mixtral")
+    options = {"steps": 2, "k_max": 5, "learning_rate": 0.1, "batch_tokens": 20}
+    made = allocate(oracle, "ada-k", task="t", mean_k=2.5, options=options)
+    assert {rule.slots for rule in made.rules} == {5}
+    with following(oracle.moe, made):
+        counts = count_experts(oracle.moe, oracle.windows)
+    assert counts.mean() == pytest.approx(2.5, abs=0.25)
+
+
 def test_lambda_follows_the_mean_that_was_asked_for(
     make_oracle: Callable[..., LayerOracle], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -176,6 +177,16 @@ def test_what_cannot_be_decided_is_refused(make_oracle: Callable[..., LayerOracl
     ):
         with pytest.raises(AllocationError, match=message):
             allocate(oracle, "fisher", task="t", mean_k=mean_k, options=options)
-    oracle.windows = tuple(window for window in oracle.windows[:1] if not window.ids)
-    with pytest.raises(AllocationError, match="two tokens or more"):
+    oracle.windows = tuple(replace(window, ids=window.ids[:1]) for window in oracle.windows)
+    with pytest.raises(AllocationError, match="two tokens of a line or more"):
         sum_costs(oracle)
+
+
+def test_the_last_token_of_a_line_tells_nothing(
+    make_oracle: Callable[..., LayerOracle],
+) -> None:
+    oracle = make_oracle("mixtral")
+    halves = sum_costs(oracle)
+    for one, other in zip(*halves, strict=True):
+        seen = one.inputs[-1, -1] + other.inputs[-1, -1]
+        assert seen == sum(len(window.ids) - 1 for window in oracle.windows)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edgemoe.allocate.alloc_l import share_out
 from edgemoe.allocate.budget import spend_evenly
-from edgemoe.allocate.registry import allocate
+from edgemoe.allocate.registry import POLICIES, allocate
 from edgemoe.allocate.usage import count_experts
 from edgemoe.errors import AllocationError
 from edgemoe.models import limit_k
@@ -138,6 +138,11 @@ def test_fixed_takes_two_thirds_a_mean_or_a_table(
         ("top-p", {"options": {"p": 1.5}}, r"p must be in \(0, 1\]"),
         ("top-p", {"mean_k": math.nan}, "--mean-k must be"),
         ("top-p", {"seed": -1}, "seed must be"),
+        ("ada-k", {"seed": 1 << 32}, "seed must be"),
+        ("top-p", {"options": {"p": 1e-50}}, r"p must be in \(0, 1\]"),
+        ("top-p", {"options": {"tokens": 0}}, r"tokens must be in \[1, inf\), got 0"),
+        ("alloc-l", {"options": {"tokens": 0}}, r"tokens must be in \[1, inf\), got 0"),
+        ("alloc-l", {"options": {"tokens": 1}}, "two tokens of a line or more"),
         ("ada-q", {}, "policy must be one of"),
     ],
 )
@@ -147,6 +152,33 @@ def test_what_makes_no_sense_is_refused(
     oracle = make_oracle("mixtral", num_hidden_layers=3)
     with pytest.raises(AllocationError, match=message):
         allocate(oracle, policy, task="t", **asked)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_router_of_one_expert_stays_at_one(
+    make_oracle: Callable[..., LayerOracle], policy: str
+) -> None:
+    oracle = make_oracle("mixtral", num_experts_per_tok=1)
+    options = {"steps": 1, "k_max": 1} if policy == "ada-k" else {}
+    made = allocate(oracle, policy, task="t", options=options)
+    with following(oracle.moe, made):
+        assert set(count_experts(oracle.moe, oracle.windows).ravel().tolist()) == {1}
+
+
+def test_two_thirds_of_two_are_not_two(make_oracle: Callable[..., LayerOracle]) -> None:
+    oracle = make_oracle("mixtral", num_experts_per_tok=2)
+    made = allocate(oracle, "fisher", task="t")
+    with following(oracle.moe, made):
+        counts = count_experts(oracle.moe, oracle.windows)
+    assert counts.mean() == pytest.approx(4 / 3, abs=0.1)
+
+
+def test_an_endless_perplexity_is_told(make_oracle: Callable[..., LayerOracle]) -> None:
+    oracle = make_oracle("mixtral")
+    with torch.no_grad():
+        oracle.moe.model.lm_head.weight.mul_(1e6)
+    with pytest.raises(AllocationError, match="finite perplexity"):
+        allocate(oracle, "alloc-l", task="t")
 
 
 def test_a_model_with_a_policy_gets_no_other(make_oracle: Callable[..., LayerOracle]) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
+from edgemoe.allocate import ppo
 from edgemoe.plans.plan import Plan
 from edgemoe_runtime import Session
 from edgemoe_runtime.manifest import Manifest
@@ -74,6 +75,55 @@ def test_a_merged_model_follows_the_policy_to_the_device(
     assert ran["value"] == pytest.approx(score["value"], rel=1e-4)
     # Rounding may turn a token that is at the edge of another number.
     assert ran["experts_per_token"] == pytest.approx(score["experts_per_token"], abs=0.02)
+
+
+def test_what_is_read_is_not_replaced(
+    road: Path, plan: Path, invoke: Callable[..., Result], tmp_path: Path
+) -> None:
+    lines, old = tmp_path / "code.jsonl", tmp_path / "plan.json"
+    lines.write_bytes((road / "code.jsonl").read_bytes())
+    old.write_bytes(plan.read_bytes())
+    for target in (lines, old):
+        before = target.read_bytes()
+        asked = ("--task", f"code={lines}", "--plan", old, "--policy", "fixed", "--force")
+        result = invoke("allocate", road / "moe", *asked, "-o", target)
+        assert result.exit_code == 1
+        assert "output must not contain what is read" in result.stderr
+        assert target.read_bytes() == before
+
+
+def test_an_interrupted_training_goes_on_with_the_same_options_only(
+    road: Path, invoke: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "k.json"
+    asked = ["allocate", road / "moe", f"--task=code={road}/code.jsonl", "--policy", "ada-k"]
+    asked += ["--set", "batch_tokens=50", "-o", output]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "improve", stop)
+        result = invoke(*asked, "--set", "steps=2")
+    assert result.exit_code != 0
+    assert output.with_name("k.json.partial").exists()
+    for other in (["--set", "steps=3"], ["--set", "steps=2", "--seed", "1"]):
+        result = invoke(*asked, *other)
+        assert result.exit_code == 1
+        assert "k.json.partial" in result.stderr
+    result = invoke(*asked, "--set", "steps=2")
+    assert result.exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["k.json"]
+
+
+def test_a_policy_that_saves_nothing_says_so(
+    road: Path, invoke: Callable[..., Result], tmp_path: Path
+) -> None:
+    asked = ("allocate", road / "moe", f"--task=code={road}/code.jsonl", "--policy", "fixed")
+    for number, (k, noted) in enumerate((("2", True), ("1", False))):
+        result = invoke(*asked, "--set", f"k={k}", "-o", tmp_path / f"{number}.json")
+        assert result.exit_code == 0
+        assert ("no token uses fewer experts" in result.stdout) is noted
 
 
 @pytest.mark.fused
