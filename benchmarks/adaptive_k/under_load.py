@@ -9,7 +9,8 @@ otherwise idle::
 
     python benchmarks/adaptive_k/under_load.py --work load
 
-The model is random, its experts dominate (hidden size 1024, 8 layers of 16 experts, top-4).
+``--record FILE`` keeps every token's time of the first session. The model is random, its
+experts dominate (hidden size 1024, 8 layers of 16 experts, top-4).
 Markdown goes to stdout, progress to stderr; --work keeps the bundle.
 """
 
@@ -48,7 +49,7 @@ class Seen:
     """Every token of one session.
 
     Attributes:
-        milliseconds: how long it took.
+        milliseconds: how long it took, with what was done beside the engine.
         at: when it ended.
         rungs: its rung's number on the ladder.
     """
@@ -78,7 +79,7 @@ def watch(session: Session) -> Seen:
     take = pace.after_step
 
     def note(seconds: float) -> None:
-        seen.milliseconds.append(1000 * seconds)
+        seen.milliseconds.append(1000 * seconds + pace.beside_ms)
         seen.at.append(time.monotonic())
         seen.rungs.append(pace.ladder.index(pace.rung))
         take(seconds)
@@ -113,12 +114,27 @@ def back_at_full(seen: Seen, free_at: float) -> str:
     return "never"
 
 
+def write_trace(path: Path, seen: Seen) -> None:
+    """Write when tokens ended, in seconds from the first one, and how long they took."""
+    rows = [
+        f"{at - seen.at[0]:.3f},{took:.2f}"
+        for at, took in zip(seen.at, seen.milliseconds, strict=True)
+    ]
+    path.write_text("\n".join(["seconds,milliseconds", *rows]) + "\n")
+
+
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True)
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--room", default=1.25, show_default=True, help="Deadline over the idle time.")
 @click.option("--seconds", default=10.0, show_default=True, help="Of each period.")
 @click.option("--rounds", default=3, show_default=True)
+@click.option(
+    "--record",
+    type=click.Path(path_type=Path),
+    help="CSV of every token of a session that stays at the full k: what "
+    "tests/runtime/test_recorded_load.py replays.",
+)
 @click.option("--busy", "processes", default=len(os.sched_getaffinity(0)), show_default=True)
 @click.option("--threads", default=len(os.sched_getaffinity(0)), show_default=True)
 def main(
@@ -127,6 +143,7 @@ def main(
     room: float,
     seconds: float,
     rounds: int,
+    record: Path | None,
     processes: int,
     threads: int,
 ) -> None:
@@ -168,6 +185,8 @@ def main(
                     free_at = time.monotonic()
                 generate_for(session, seconds)
                 moves = session.explain().k_move_count
+            if record is not None and number == 0 and name == "stays at the full k":
+                write_trace(record, seen)
             if name == "stays on the lowest rung":
                 seen.rungs = [len(ladder) - 1] * len(seen.at)
             shares = in_time(seen, costs, deadline)

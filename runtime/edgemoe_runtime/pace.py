@@ -43,6 +43,7 @@ class Pace:
         move_count: all of them.
         request_moves: those of the request under way, or of the last one.
         late_tokens: new tokens of that request that took longer than they may.
+        beside_ms: what the latest new token took beside the engine.
     """
 
     def __init__(
@@ -80,8 +81,8 @@ class Pace:
         self._began = self._ran = clock()
         self._paused: float | None = None
         # What new tokens take beside the engine: choosing them, turning them into text.
+        self.beside_ms = 0.0
         self._beside_ms: deque[float] = deque(maxlen=_BESIDE_KEPT)
-        self._last_beside_ms = 0.0
         self._impossible = ""
         self._held = False
 
@@ -157,8 +158,8 @@ class Pace:
         Args:
             remaining: new tokens that may still come, this one included.
         """
-        self._last_beside_ms = 1000 * (self._clock() - self._ran)
-        self._beside_ms.append(self._last_beside_ms)
+        self.beside_ms = 1000 * (self._clock() - self._ran)
+        self._beside_ms.append(self.beside_ms)
         beside, left, each = self._beside(), self._left_ms(), self._pacing.token_ms
         self._choose(
             "decode",
@@ -170,7 +171,7 @@ class Pace:
         """Take in how long a new token took."""
         self._take("decode", 1000 * seconds)
         each = self._pacing.token_ms
-        self.late_tokens += each is not None and 1000 * seconds + self._last_beside_ms > each
+        self.late_tokens += each is not None and 1000 * seconds + self.beside_ms > each
 
     def full_fits(self, tokens: int, new: int = 0) -> bool:
         """Ask whether a request can run once more, at the full k, in what is left.

@@ -296,6 +296,48 @@ def test_a_jetson_in_the_sun_does_not_throttle_and_recovers_in_the_shade() -> No
     assert sum(cared) / len(cared) < sum(warm) / len(warm)
 
 
+def test_a_fanless_orin_in_a_warm_cabinet_stays_below_its_trip_point() -> None:
+    # Measured on a Jetson Orin Nano with its fan off, and fitted by one body within 0.8 °C:
+    # 6.2 °C/W, 6.6 minutes, 99 °C in the end at full power on the bench, 5.7 W without work
+    # (FRC team 3847, docs/TECHNICAL.md of https://github.com/Spectrum3847/SpectrumJetson). The
+    # cabinet is 12 °C warmer for an hour.
+    body = {"celsius": 42.0, "at": 0.0}
+    limits = Limits(relief_seconds=30.0)
+
+    def read(at: float, rung: int) -> Sensors:
+        ambient = 40.4 + (12.0 if 600 <= at < 4200 else 0.0)
+        rest = ambient + 6.2 * (5.7 + 3.75 * COSTS[rung])
+        body["celsius"] += (rest - body["celsius"]) * (at - body["at"]) / 396
+        body["at"] = at
+        zones = tuple(ThermalZone(name, body["celsius"], 99.0) for name in ("cpu", "gpu"))
+        return replace(NOTHING, zones=zones, power_mw={"VDD_IN": 9450})
+
+    hottest, states = 0.0, []
+
+    def unit(_: float) -> float:
+        nonlocal hottest
+        hottest = max(hottest, body["celsius"])
+        states.append(body["celsius"])
+        return 500.0
+
+    run = simulate(unit, 9000, None, sensors=read, limits=limits)
+    assert hottest < 99
+    # It takes no more than it must: warm, it works as hard as the trip point allows.
+    warm = [
+        celsius
+        for (at, _, _), celsius in zip(run.tokens, states, strict=True)
+        if 3000 < at < 4200
+    ]
+    assert min(warm) > 82
+    assert any("slows down at 99" in move.reason for move in run.moves)
+    cool = [rung for at, _, rung in run.tokens if at > 8000]
+    assert sum(cool) / len(cool) < 1.5
+    body.update(celsius=42.0, at=0.0)
+    hottest = 0.0
+    simulate(unit, 9000, None, sensors=read, controlled=False)
+    assert hottest > 104.5  # where the board shuts down
+
+
 def test_little_memory_and_too_much_power_push_down_until_they_end() -> None:
     limits = Limits(memory_bytes=500_000_000, power_mw=15_000)
 
