@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe_runtime.chain import Fallback
 from edgemoe_runtime.controller import ControlState, Signals, decide
-from edgemoe_runtime.pacing import KMove
+from edgemoe_runtime.pacing import KMove, PromptWork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -52,6 +52,7 @@ class Pace:
         use: Callable[[tuple[int, ...]], None],
         pacing: Pacing,
         clock: Callable[[], float] = time.monotonic,
+        work: PromptWork | None = None,
     ) -> None:
         """Begin on the first rung.
 
@@ -60,6 +61,7 @@ class Pace:
             use: puts a cap in force.
             pacing: what to keep to.
             clock: seconds that never go back.
+            work: how the time of a prompt grows with its length; None as its tokens do.
         """
         self.ladder = tuple(ladder)
         self.moves: deque[KMove] = deque(maxlen=_MOVES_KEPT)
@@ -69,6 +71,7 @@ class Pace:
         self._use = use
         self._pacing = pacing
         self._clock = clock
+        self._work = work or PromptWork()
         decode = [1.0 if rung.cost is None else rung.cost.decode for rung in ladder]
         prefill = [1.0 if rung.cost is None else rung.cost.prefill for rung in ladder]
         self._costs = {"prompt": falling(prefill), "decode": falling(decode)}
@@ -129,28 +132,31 @@ class Pace:
             self._ran += away
             self._paused = None
 
-    def before_prompt(self, tokens: int, then: int) -> None:
+    def before_prompt(self, tokens: int, then: int, runs: int = 1) -> None:
         """Choose the rung for a prompt.
 
         Args:
             tokens: tokens that are about to run.
             then: new tokens that may follow.
+            runs: of the engine, where they are more than the tokens need.
         """
         left, prompt = self._left_ms(), self._unit_ms("prompt")
         allowed = None
         if left is not None and prompt is not None:
-            # A new token is not known to take less than one of the prompt.
-            decode = self._unit_ms("decode") or prompt
+            # A new token is not known to take less than a prompt of one.
+            decode = self._unit_ms("decode") or self._work.of(1) * prompt
             allowed = share_of_prompt(
                 left - then * self._beside(),
-                (tokens * prompt, then * decode),
+                (self._work.of(tokens, runs) * prompt, then * decode),
                 (self._costs["prompt"][-1], self._costs["decode"][-1]),
             )
-        self._choose("prompt", None if allowed is None else allowed / tokens)
+        self._choose(
+            "prompt", None if allowed is None else allowed / self._work.of(tokens, runs)
+        )
 
-    def after_prompt(self, tokens: int, seconds: float) -> None:
+    def after_prompt(self, tokens: int, seconds: float, runs: int = 1) -> None:
         """Take in how long a prompt took."""
-        self._take("prompt", 1000 * seconds / tokens)
+        self._take("prompt", 1000 * seconds / self._work.of(tokens, runs))
 
     def before_step(self, remaining: int) -> None:
         """Choose the rung for a new token.
@@ -173,12 +179,13 @@ class Pace:
         each = self._pacing.token_ms
         self.late_tokens += each is not None and 1000 * seconds + self.beside_ms > each
 
-    def full_fits(self, tokens: int, new: int = 0) -> bool:
+    def full_fits(self, tokens: int, new: int = 0, runs: int = 1) -> bool:
         """Ask whether a request can run once more, at the full k, in what is left.
 
         Args:
             tokens: tokens of the prompt; 0 once it has run.
             new: new tokens; the first one comes out of the prompt.
+            runs: of the engine that the prompt needs.
         """
         if new > 1 and self._pacing.token_ms is not None and self._states["decode"].rung:
             # The controller has left the full k for new tokens that would not be in time.
@@ -188,7 +195,8 @@ class Pace:
             return True
         prompt, decode = self._unit_ms("prompt") or 0.0, self._unit_ms("decode") or 0.0
         steps = max(new - 1, 0)
-        return tokens * prompt + steps * (decode + self._beside()) <= left * (
+        work = self._work.of(tokens, runs) if tokens else 0.0
+        return work * prompt + steps * (decode + self._beside()) <= left * (
             1 - self._pacing.limits.headroom
         )
 

@@ -48,6 +48,28 @@ class KMove:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptWork:
+    """How the time of a prompt grows with its length: b (tokens + runs offset).
+
+    Attributes:
+        offset: tokens whose time a run of the engine takes beside its own, in [0, inf).
+        chunk_tokens: most tokens of one run.
+    """
+
+    offset: float = 0.0
+    chunk_tokens: int = 512
+
+    def of(self, tokens: int, runs: int = 1) -> float:
+        """Return how many tokens' time a prompt takes.
+
+        Args:
+            tokens: of the prompt, with those of choices behind it.
+            runs: of the engine that it needs, where they are more than its tokens need.
+        """
+        return tokens + self.offset * max(runs, math.ceil(tokens / self.chunk_tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pacing:
     """What a session is to keep to.
 

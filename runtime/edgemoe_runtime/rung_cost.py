@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _PROMPT_TOKENS = 64
 _NEW_TOKENS = 16
 _ROUNDS = 7
+_OFFSET_ROUNDS = 3
+_MOST_OFFSET = 4096.0
 # A rung that saves less than this is not worth its loss, nor told apart from noise.
 _LEAST_SAVING = 0.02
 
@@ -82,19 +84,34 @@ def time_rungs(backend: Backend, rungs: Sequence[KRung], vocab_size: int) -> tup
     )
 
 
-def warm_up(backend: Backend, rung: KRung, vocab_size: int) -> None:
-    """Run a prompt and a few new tokens, which nobody times.
+def measure_prompt_offset(backend: Backend, rung: KRung, vocab_size: int) -> float:
+    """Measure what a prompt takes whatever its length; the engine is warm afterwards.
 
     Args:
         backend: the engine; what its cache held is lost.
         rung: whose cap to run with.
         vocab_size: of the model.
 
+    Returns:
+        How many tokens' time it is, in [0, 4096]: a prompt of n takes as long as n and so many
+        tokens would, if time grew with nothing but tokens.
+
     Raises:
         BackendError: when the engine fails.
     """
-    _time(backend, _prompt_for(backend, vocab_size), np.array(rung.k_cap, np.int64))
+    long = _prompt_for(backend, vocab_size)
+    short = long[: max(1, len(long) // 8)]
+    cap = np.array(rung.k_cap, np.int64)
+    turns = [
+        [_time(backend, prompt, cap, 0)[0] for prompt in (short, long)]
+        for _ in range(_OFFSET_ROUNDS + 1)
+    ]
     backend.reset()
+    brief, whole = (statistics.median(times) for times in zip(*turns[1:], strict=True))
+    per_token = (whole - brief) / max(1, len(long) - len(short))
+    if per_token <= 0:
+        return _MOST_OFFSET if len(long) > len(short) else 0.0
+    return float(min(_MOST_OFFSET, max(0.0, brief / per_token - len(short))))
 
 
 def without_dominated(rungs: Sequence[KRung]) -> tuple[KRung, ...]:
@@ -142,6 +159,7 @@ def _time(
     backend: Backend,
     prompt: np.ndarray[tuple[int], np.dtype[np.int64]],
     k_cap: np.ndarray[tuple[int], np.dtype[np.int64]],
+    new_tokens: int = _NEW_TOKENS,
 ) -> tuple[float, float]:
     """Return the seconds of a prompt, and of the tokens behind it."""
     backend.reset()
@@ -149,6 +167,6 @@ def _time(
     backend.run(prompt, k_cap, "last")
     middle = time.perf_counter()
     room = backend.max_length - len(prompt)
-    for token in np.resize(prompt, min(_NEW_TOKENS, room)):
+    for token in np.resize(prompt, min(new_tokens, room)):
         backend.run(np.array([token], np.int64), k_cap, "last")
     return middle - begin, time.perf_counter() - middle

@@ -36,6 +36,11 @@ class Comparison:
         """Tokens that run: the last one of a continuation is scored but never run."""
         return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
 
+    @property
+    def runs(self) -> int:
+        """Runs of the engine: a continuation of one token needs none."""
+        return 1 + sum(len(tokens) > 1 for tokens in self.continuations)
+
 
 def compare_completions(
     decoder: Decoder, tokenizer: Tokenizer, prompt: str, completions: Sequence[str]

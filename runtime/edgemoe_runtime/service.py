@@ -22,7 +22,8 @@ from edgemoe_runtime.generation import (
 from edgemoe_runtime.k_cap import check_k_cap
 from edgemoe_runtime.manifest_ladder import KRung
 from edgemoe_runtime.pace import Pace
-from edgemoe_runtime.rung_cost import time_rungs, warm_up
+from edgemoe_runtime.pacing import PromptWork
+from edgemoe_runtime.rung_cost import measure_prompt_offset, time_rungs
 from edgemoe_runtime.scoring import Comparison, compare_completions, score_completions
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class Service:
             vocab_size=opened.manifest.model.vocab_size,
         )
         self._ladder: tuple[KRung, ...] | None = None
+        self._prompt_work = PromptWork(chunk_tokens=opened.engine.chunk_tokens)
         self.use_k_cap(opened.k_cap)
 
     @property
@@ -119,7 +121,9 @@ class Service:
             ladder = (KRung(name="fixed", k_cap=caps),)
         self.next_turn()
         self.decoder.use_k_cap(ladder[0].k_cap)
-        self.pace = Pace(ladder, self.decoder.move_k_cap, self._opened.pacing)
+        self.pace = Pace(
+            ladder, self.decoder.move_k_cap, self._opened.pacing, work=self._prompt_work
+        )
 
     def stream(
         self, request: GenerationRequest, begin: float, check_open: Callable[[], None]
@@ -262,7 +266,7 @@ class Service:
         doubt = self._doubt("accuracy", _lead_of(scores, values.index(max(values))))
         own = list(self.pace.fallbacks)
         if doubt:
-            fits = self.pace.full_fits(comparison.tokens)
+            fits = self.pace.full_fits(comparison.tokens, runs=comparison.runs)
             if fits:
                 self.pace.use_full()
                 scores = score_completions(self.decoder, comparison)
@@ -329,13 +333,13 @@ class Service:
     def _made_ready(self, ladder: tuple[KRung, ...]) -> tuple[KRung, ...]:
         """Warm the engine up, and measure costs that could not be where it was exported."""
         engine, vocab_size = self._opened.engine, self._opened.manifest.model.vocab_size
-        if ladder[-1].cost:
-            # A cold prompt is slower than any after it, and would be taken for a slow machine.
-            warm_up(engine, ladder[0], vocab_size)
-            return ladder
-        kept = time_rungs(engine, ladder, vocab_size)
-        _LOG.info("costs of the k ladder, measured here: %s", kept)
-        return kept
+        if not ladder[-1].cost:
+            ladder = time_rungs(engine, ladder, vocab_size)
+            _LOG.info("costs of the k ladder, measured here: %s", ladder)
+        # A cold prompt is slower than any after it, and would be taken for a slow machine.
+        offset = measure_prompt_offset(engine, ladder[0], vocab_size)
+        self._prompt_work = replace(self._prompt_work, offset=offset)
+        return ladder
 
     def _compare(self, prompt: str, completions: Sequence[str]) -> Comparison:
         self.next_turn()
@@ -344,10 +348,10 @@ class Service:
     def _score_paced(self, comparison: Comparison, began: float) -> list[Score]:
         """Score completions on the rung that the controller wants."""
         self.pace.begin(time.perf_counter() - began)
-        self.pace.before_prompt(comparison.tokens, 0)
+        self.pace.before_prompt(comparison.tokens, 0, comparison.runs)
         begin = time.perf_counter()
         scores = score_completions(self.decoder, comparison)
-        self.pace.after_prompt(comparison.tokens, time.perf_counter() - begin)
+        self.pace.after_prompt(comparison.tokens, time.perf_counter() - begin, comparison.runs)
         return scores
 
     def _margin(self, metric: str) -> float | None:

@@ -14,7 +14,7 @@ from edgemoe_runtime.errors import RequestError
 from edgemoe_runtime.limits import Limits
 from edgemoe_runtime.manifest_ladder import KRung, RungCost
 from edgemoe_runtime.pace import Pace, falling, share_of_prompt
-from edgemoe_runtime.pacing import Pacing
+from edgemoe_runtime.pacing import Pacing, PromptWork
 from edgemoe_runtime.sensors import Sensors
 
 if TYPE_CHECKING:
@@ -47,13 +47,19 @@ class Machine:
     """A machine whose tokens take as long as the rung in force costs."""
 
     def __init__(
-        self, pacing: Pacing, token_ms: float, prompt_ms: float = 1.0, beside_ms: float = 0.0
+        self,
+        pacing: Pacing,
+        token_ms: float,
+        prompt_ms: float = 1.0,
+        beside_ms: float = 0.0,
+        work: PromptWork | None = None,
     ) -> None:
         self.seconds = 0.0
         self.beside_ms = beside_ms
         self.token_ms, self.prompt_ms = token_ms, prompt_ms
         self.caps: list[tuple[int, ...]] = []
-        self.pace = Pace(LADDER, self.caps.append, pacing, lambda: self.seconds)
+        self.work = work or PromptWork()
+        self.pace = Pace(LADDER, self.caps.append, pacing, lambda: self.seconds, work)
 
     def answer(self, prompt: int, new: int) -> tuple[float, list[str]]:
         """Return milliseconds of a request, and the rung of each of its runs."""
@@ -62,7 +68,8 @@ class Machine:
         self.pace.before_prompt(prompt, new - 1)
         cost = self.pace.rung.cost
         assert cost is not None
-        self._spend(prompt * self.prompt_ms * cost.prefill, self.pace.after_prompt, prompt)
+        takes = self.work.of(prompt) * self.prompt_ms * cost.prefill
+        self._spend(takes, self.pace.after_prompt, prompt)
         rungs.append(self.pace.rung.name)
         for made in range(1, new):
             self.seconds += self.beside_ms / 1000
@@ -109,6 +116,30 @@ def test_a_token_deadline_holds_for_new_tokens_only() -> None:
     assert rungs[0] == "k4"
     assert set(rungs[10:]) == {"k3"}
     assert machine.pace.fallbacks == ()
+
+
+def test_short_prompts_tell_what_a_long_one_will_take() -> None:
+    # 8 ms and a tenth for each token: 8.5 ms for 5 tokens, 28 ms for 200.
+    work = PromptWork(offset=80.0)
+    machine = Machine(Pacing(deadline_ms=40), token_ms=1, prompt_ms=0.1, work=work)
+    for _ in range(4):
+        machine.answer(5, 1)
+    _, rungs = machine.answer(200, 1)
+    assert rungs == ["k4"]
+    assert machine.pace.fallbacks == ()
+    assert machine.pace.full_fits(20)
+    # Whoever takes the time of a short prompt for that of its tokens sees 340 ms.
+    misled = Machine(Pacing(deadline_ms=40), token_ms=1, prompt_ms=1.7)
+    for _ in range(4):
+        misled.answer(5, 1)
+    misled.answer(200, 1)
+    assert misled.pace.fallbacks != ()
+
+
+def test_work_counts_runs_and_chunks() -> None:
+    work = PromptWork(offset=10.0, chunk_tokens=100)
+    assert [work.of(n) for n in (1, 100, 101, 250)] == [11, 110, 121, 280]
+    assert work.of(30, runs=4) == 70
 
 
 def test_what_tokens_take_beside_the_engine_counts() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,10 +15,17 @@ from edgemoe_runtime.backends.base import OpenRequest
 from edgemoe_runtime.backends.onnxruntime import open_onnxruntime
 from edgemoe_runtime.manifest import Manifest
 from edgemoe_runtime.manifest_ladder import KRung, RungCost, RungQuality
-from edgemoe_runtime.rung_cost import measure_costs, without_dominated
+from edgemoe_runtime.rung_cost import (
+    measure_costs,
+    measure_prompt_offset,
+    without_dominated,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def rung(drop: float, cost: float, name: str = "x", prefill: float | None = None) -> KRung:
@@ -90,3 +99,32 @@ def test_costs_are_of_the_engine_at_hand(bundle: Path) -> None:
 def test_of_rungs_without_a_quality_the_later_loses_more() -> None:
     rungs = [KRung(name=str(c), k_cap=(1,), cost=RungCost(c, c)) for c in (1.0, 0.8, 0.9, 0.7)]
     assert [each.name for each in without_dominated(rungs)] == ["1.0", "0.8", "0.7"]
+
+
+class Clocked:
+    """An engine whose runs take a fixed time and one for each token, by a clock of its own."""
+
+    chunk_tokens = 512
+    max_length = 512
+
+    def __init__(self, fixed: float, each: float) -> None:
+        self.fixed, self.each, self.now, self.resets = fixed, each, 0.0, 0
+
+    def reset(self) -> None:
+        self.resets += 1
+
+    def run(self, tokens: NDArray[np.int64], *_: object) -> None:
+        self.now += self.fixed + self.each * len(tokens)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "offset"), [(8.0, 0.1, 80.0), (0.0, 1.0, 0.0), (5.0, 0.0, 4096.0)]
+)
+def test_an_offset_is_what_prompts_of_all_lengths_take(
+    monkeypatch: pytest.MonkeyPatch, fixed: float, each: float, offset: float
+) -> None:
+    engine: Any = Clocked(fixed, each)
+    monkeypatch.setattr(time, "perf_counter", lambda: engine.now)
+    found = measure_prompt_offset(engine, rung(0, 1, "full"), 100)
+    assert found == pytest.approx(offset, abs=1e-6)
+    assert engine.resets
