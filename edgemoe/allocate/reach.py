@@ -76,7 +76,7 @@ def _before(view: LayerView, slots: int) -> NDArray[np.float32]:
     if layer.rule is None:
         raise AllocationError(
             "a share of mass must be of routers that follow a known rule, got one that does "
-            f"not in layer {layer.index}. Use --policy fixed."
+            f"not in layer {layer.index}. Use --policy alloc-l."
         )
     chosen = select(logits, layer.correction_bias, layer.rule, slots).indices
     found: NDArray[np.float32] = mass_before(logits, chosen, layer.rule).cpu().numpy()
