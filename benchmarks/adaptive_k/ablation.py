@@ -1,8 +1,9 @@
 """What Ada-K's paper leaves open: gamma, the clip, and whether the likeliest number counts.
 
 Heads are trained with each gamma, clip and learning rate, the rest as always (gamma 1, clip
-0.2, 1e-4), four times as long, and not at all after the warm-up, and judged on lines that nothing has read:
-perplexity with the likeliest numbers, and with drawn ones, both at what the tokens really used.
+0.2, 1e-4), four times as long, and not at all after the warm-up. They are judged on lines that
+nothing has read: perplexity with the likeliest numbers, and with drawn ones, both at what the
+tokens really used.
 Run it from the repository's root, with the demo's model and a folder that
 benchmarks/reference_moe/corpus.py wrote::
 
