@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from edgemoe.recover.state import TrainingState
 
 _DECAY = 0.1
-CHECKPOINT_SECONDS = 120.0
+CHECKPOINT_SECONDS = 10.0
 # By how much an expert too many makes experts dearer, step by step.
 _FOLLOW = 0.1
 

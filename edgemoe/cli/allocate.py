@@ -92,6 +92,7 @@ def allocate(
     from edgemoe.allocate.registry import find_policy, read_options
     from edgemoe.allocate.usage import count_experts
     from edgemoe.calibrate.windows import cut_tasks
+    from edgemoe.errors import OutputError
     from edgemoe.models import load_model, load_tokenizer
     from edgemoe.models.k_policy import following
     from edgemoe.oracle.homes import MemoryHome
@@ -100,13 +101,18 @@ def allocate(
     from edgemoe.plans.plan import Plan
     from edgemoe.prune.apply import apply_plan
     from edgemoe.recover.state import PROGRESS
-    from edgemoe.resume import resumable
+    from edgemoe.resume import partial_path, resumable
     from edgemoe.staging import refuse_existing, refuse_inputs_inside
     from edgemoe.tasks import load_tasks
     from edgemoe.versions import library_versions
 
     refuse_existing(output, force=force, directory=False)
     chosen = read_options(name, options)
+    if not find_policy(name).trains and partial_path(output).exists():
+        raise OutputError(
+            f"{partial_path(output)} is of a training that was interrupted. Finish it with the "
+            "same command, remove it, or choose another -o."
+        )
     if threads is not None:
         torch.set_num_threads(threads)
     (lines,) = load_tasks([task])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +25,7 @@ from edgemoe_runtime.pace import Pace
 from edgemoe_runtime.pacing import PromptWork
 from edgemoe_runtime.rung_cost import measure_prompt_offset, time_rungs
 from edgemoe_runtime.scoring import Comparison, compare_completions, score_completions
+from edgemoe_runtime.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,37 +40,6 @@ _COUNTED = {
 }
 _LOG = logging.getLogger(__name__)
 _FALLBACKS_KEPT = 64
-
-
-@dataclass
-class Tally:
-    """What was answered so far.
-
-    Attributes:
-        requests: how many.
-        seconds: of all of them together.
-        new_tokens: that they made.
-        last_seconds: of the last one, or None.
-        deadlines_met: how many ended in time.
-        late_tokens: new tokens that took longer than they may.
-        asked_again: how many were answered at the full k in the end, for want of confidence.
-    """
-
-    requests: int = 0
-    seconds: float = 0.0
-    new_tokens: int = 0
-    last_seconds: float | None = None
-    deadlines_met: int = 0
-    late_tokens: int = 0
-    asked_again: int = 0
-
-    def add(self, seconds: float, new_tokens: int, deadline_ms: float | None) -> None:
-        """Count a request that was answered."""
-        self.requests += 1
-        self.seconds += seconds
-        self.new_tokens += new_tokens
-        self.last_seconds = seconds
-        self.deadlines_met += meets_deadline(seconds, deadline_ms) is True
 
 
 class Service:
@@ -95,6 +65,8 @@ class Service:
             vocab_size=opened.manifest.model.vocab_size,
         )
         self._ladder: tuple[KRung, ...] | None = None
+        self._timed_on = opened.engine.name
+        self._is_fixed = False
         self._prompt_work = PromptWork(chunk_tokens=opened.engine.chunk_tokens)
         self.use_k_cap(opened.k_cap)
 
@@ -114,6 +86,7 @@ class Service:
         Raises:
             RequestError: when it is outside [1, top_k] or has a wrong number of values.
         """
+        self._is_fixed = k_cap is not None
         if k_cap is None:
             ladder = self._adaptive()
         else:
@@ -130,6 +103,7 @@ class Service:
     ) -> TextStream:
         """Continue a prompt; the stream makes it piece by piece."""
         self.decoder.check(request.prompt)
+        self._follow_engine()
         turn, pace = self.next_turn(), self.pace
 
         def check_turn() -> None:
@@ -156,6 +130,7 @@ class Service:
     ) -> Generation:
         """Continue a prompt, and do it again at the full k where the answer is in doubt."""
         self.decoder.check(request.prompt)
+        self._follow_engine()
         self.next_turn()
         request = replace(request, watched=self._margin("perplexity") is not None)
         pace = self.pace
@@ -241,7 +216,8 @@ class Service:
             # It looked as if no rung was fast enough, and the answer was short.
             own = [fallback for fallback in own if fallback.kind != "deadline"]
         for fallback in own:
-            _LOG.info("%s", fallback)
+            if fallback.kind != "deadline":  # that one was told when it was seen
+                _LOG.info("%s", fallback)
         self._requested.extend(own)
         return tuple(own)
 
@@ -333,7 +309,7 @@ class Service:
     def _made_ready(self, ladder: tuple[KRung, ...]) -> tuple[KRung, ...]:
         """Warm the engine up, and measure costs that could not be where it was exported."""
         engine, vocab_size = self._opened.engine, self._opened.manifest.model.vocab_size
-        if not ladder[-1].cost:
+        if not ladder[-1].cost or engine.name != self._timed_on:
             ladder = time_rungs(engine, ladder, vocab_size)
             _LOG.info("costs of the k ladder, measured here: %s", ladder)
         # A cold prompt is slower than any after it, and would be taken for a slow machine.
@@ -341,7 +317,16 @@ class Service:
         self._prompt_work = replace(self._prompt_work, offset=offset)
         return ladder
 
+    def _follow_engine(self) -> None:
+        """Time the rungs again where another engine has taken over since."""
+        if self._is_fixed or self._opened.engine.name == self._timed_on:
+            return
+        self._ladder = None
+        self.use_k_cap(None)
+        self._timed_on = self._opened.engine.name
+
     def _compare(self, prompt: str, completions: Sequence[str]) -> Comparison:
+        self._follow_engine()
         self.next_turn()
         return compare_completions(self.decoder, self._opened.tokenizer, prompt, completions)
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from edgemoe_runtime import BackendError, Session
+from edgemoe_runtime import BackendError, Session, rung_cost
 from edgemoe_runtime.backends.base import OpenRequest
 from edgemoe_runtime.backends.onnxruntime import CPU, open_onnxruntime
 from edgemoe_runtime.backends.registry import BACKENDS
 from edgemoe_runtime.chain import CHAINS, Candidate
 from edgemoe_runtime.engine import Engine
 from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.manifest_ladder import KRung, RungCost
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,6 +154,37 @@ def test_when_the_rest_of_the_chain_cannot_be_opened_both_reasons_are_told(
             with pytest.raises(BackendError, match=r"(?s)driver is gone.*no such device"):
                 session.generate("A spindle", max_new_tokens=4)
         assert "the driver is gone" in str(session.explain())
+
+
+def test_rungs_are_timed_again_on_the_engine_that_took_over(
+    build_bundle: Any, install: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, timed = build_bundle(), []
+    manifest = Manifest.load(folder)
+    rungs = tuple(
+        KRung(name=f"k{k}", k_cap=(k,) * 2, cost=RungCost(cost, cost))
+        for k, cost in ((3, 1.0), (1, 0.5))
+    )
+    entry = replace(manifest.tasks["model"], k_ladder=rungs)
+    replace(manifest, tasks={"model": entry}).save(folder)
+
+    def measure(backend: Any, caps: Any, *_: Any) -> list[RungCost]:
+        timed.append(backend.name)
+        return [RungCost(1.0, 1.0), RungCost(0.99, 0.99)]
+
+    monkeypatch.setattr(rung_cost, "measure_costs", measure)
+    install(40)
+    with Session.open(folder, token_ms=1e6) as session:
+        assert session.explain().ladder == ("k3", "k1")
+        while session.explain().backend == "failing":
+            session.generate("A spindle", max_new_tokens=4)
+        assert timed == []
+        session.classify("A spindle", ["bearing", "none"])
+        assert timed == ["onnxruntime:CPUExecutionProvider"]
+        # There a rung saves nothing.
+        assert session.explain().ladder == ("k3",)
+        session.generate("A spindle", max_new_tokens=4)
+        assert len(timed) == 1
 
 
 def test_an_engine_that_cannot_hold_the_request_is_passed_over(

@@ -111,6 +111,9 @@ def test_an_interrupted_training_goes_on_with_the_same_options_only(
         result = invoke(*asked, *other)
         assert result.exit_code == 1
         assert "k.json.partial" in result.stderr
+    result = invoke(*asked[:3], "--policy", "fixed", "-o", output)
+    assert result.exit_code == 1
+    assert "k.json.partial is of a training that was interrupted" in result.stderr
     result = invoke(*asked, "--set", "steps=2")
     assert result.exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["k.json"]
