@@ -2,7 +2,8 @@
 
 Python raises KeyboardInterrupt wherever it happens to be. In a destructor or a callback of a
 weak reference it is printed and ignored, and the command would go on and publish what nobody
-wants.
+wants. While a pool starts a thread it leaves one behind that nobody knows of, and Python would
+wait for it for ever at the end: there it comes a moment later.
 """
 
 from __future__ import annotations
@@ -10,13 +11,23 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from typing import TYPE_CHECKING, NoReturn
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
 _asked = threading.Event()
+_STARTING = {
+    getattr(function, "__code__", None)
+    for function in (
+        threading.Thread.start,
+        getattr(ThreadPoolExecutor, "_adjust_thread_count", None),
+    )
+}
+_CAN_WAIT = hasattr(signal, "setitimer")  # not on Windows
+_MOMENT = 0.02  # seconds
 
 
 @contextlib.contextmanager
@@ -36,9 +47,13 @@ def interruptible() -> Iterator[None]:
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _interrupt)}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
+    if _CAN_WAIT:
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _interrupt)
     try:
         yield
     finally:
+        if _CAN_WAIT and _asked.is_set():
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
         _asked.clear()
@@ -54,6 +69,17 @@ def end_if_asked() -> None:
         raise KeyboardInterrupt
 
 
-def _interrupt(_: int, __: FrameType | None) -> NoReturn:
+def _interrupt(_: int, frame: FrameType | None) -> None:
     _asked.set()
+    if _starts_a_thread(frame):
+        signal.setitimer(signal.ITIMER_REAL, _MOMENT)
+        return
     raise KeyboardInterrupt
+
+
+def _starts_a_thread(frame: FrameType | None) -> bool:
+    while frame is not None and _CAN_WAIT:
+        if frame.f_code in _STARTING:
+            return True
+        frame = frame.f_back
+    return False

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor, thread
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -55,6 +57,42 @@ def test_an_interruption_that_python_ignores_is_not_forgotten(
     assert not list(tmp_path.iterdir())
     end_if_asked()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_thread_that_is_being_started_is_known_afterwards(
+    number: signal.Signals, terminal: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # CPython 3.13 starts threads by another function.
+    name = next(
+        name
+        for name in ("_start_joinable_thread", "_start_new_thread")
+        if hasattr(threading, name)
+    )
+    start, sent = getattr(threading, name), list[int]()
+
+    def start_interrupted(*arguments: Any, **options: Any) -> Any:
+        if not sent:
+            sent.append(number)
+            signal.raise_signal(number)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(threading, name, start_interrupted)
+    pool = ThreadPoolExecutor(1)
+
+    def work() -> None:
+        with interruptible():
+            pool.submit(int)
+            time.sleep(30)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert sent == [number]
+    # Python wakes those at exit that it finds here, and waits for all.
+    (worker,) = pool._threads
+    assert worker in thread._threads_queues
+    pool.shutdown()
+    assert not worker.is_alive()
 
 
 def test_what_ignores_interruptions_goes_on_ignoring_them() -> None:
