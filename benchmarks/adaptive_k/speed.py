@@ -2,11 +2,17 @@
 
 A random model whose experts dominate (hidden size 1024, 8 layers of 16 experts, top-4) is
 exported with every fixed k up to its top-k, and with policies whose tokens use different
-numbers. All bundles answer the same prompts of the task's words in turn, several times. A
-policy should take as long as a fixed k of the same mean would, between the two fixed k beside
-it. Run it from the repository's root on a machine that is otherwise idle::
+numbers. All bundles answer the same prompts of the task's words in turn, several times, and the
+one of the whole top-k does so under lower caps too. A policy and a cap should take as long as a
+fixed k of the same mean would, between the two fixed k beside it. Run it from the repository's
+root on a machine that is otherwise idle::
 
     python benchmarks/adaptive_k/speed.py --work speed
+    python benchmarks/adaptive_k/speed.py --work speed --target tensorrt-rtx --precision fp32
+
+The second takes graphs for TensorRT and, where no GPU is, runs them in onnxruntime on the CPU:
+that tells what work they do, not how fast TensorRT is. Beside them stand graphs of
+--static-shapes.
 
 Markdown goes to stdout, progress to stderr; --work keeps what is finished.
 """
@@ -33,12 +39,18 @@ _NEW_TOKENS = 48
 
 @click.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True)
+@click.option("--target", default="cpu", show_default=True)
 @click.option("--precision", "precisions", multiple=True, default=("fp32", "int4"))
 @click.option("--mean-k", "means", type=float, multiple=True, default=(2.5,))
 @click.option("--rounds", type=click.IntRange(1, 24), default=7, show_default=True)
 @click.option("--threads", default=1, show_default=True)
 def main(
-    work: Path, precisions: tuple[str, ...], means: tuple[float, ...], rounds: int, threads: int
+    work: Path,
+    target: str,
+    precisions: tuple[str, ...],
+    means: tuple[float, ...],
+    rounds: int,
+    threads: int,
 ) -> None:
     """Time policies."""
     work.mkdir(parents=True, exist_ok=True)
@@ -55,14 +67,23 @@ def main(
         commands.make(f"{name}.json", "allocate", model, "--task", f"wide={lines}", *given)
     rows = []
     for precision in precisions:
-        bundles = {}
+        contestants: dict[str, tuple[Path, int | None]] = {}
         for name in plans:
-            bundle = f"{name}-{precision}"
+            bundle = (
+                f"{name}-{precision}" if target == "cpu" else f"{name}-{target}-{precision}"
+            )
             plan = f"model={work / f'{name}.json'}"
-            asked = ("--target", "cpu", "--precision", precision, "--plan", plan)
+            asked = ("--target", target, "--precision", precision, "--plan", plan)
             commands.make(bundle, "export", model, *asked)
-            bundles[name] = work / bundle
-        rows += _time(precision, bundles, read_prompts(lines, rounds), threads)
+            contestants[name] = work / bundle, None
+            if name == f"fixed-{_TOP_K}":
+                contestants |= {f"cap {k}": (work / bundle, k) for k in range(1, _TOP_K)}
+                if target != "cpu":
+                    commands.make(
+                        f"static-{bundle}", "export", model, *asked, "--static-shapes"
+                    )
+                    contestants["static shapes"] = work / f"static-{bundle}", None
+        rows += _time(precision, contestants, read_prompts(lines, rounds), threads)
     heading = ["precision", "policy"]
     for kind in ("prompt", "new tokens"):
         heading += [f"{kind}: experts per token", "time / top-k", "time / fixed k of that mean"]
@@ -88,9 +109,12 @@ def _answer(session: Session, prompt: str) -> list[Generation]:
     return answers
 
 
-def _measure(bundle: Path, prompt: str, threads: int) -> tuple[list[float], list[float]]:
+def _measure(
+    bundle: Path, cap: int | None, prompt: str, threads: int
+) -> tuple[list[float], list[float]]:
     """Return seconds per token and experts per token, of the prompt and of new tokens."""
     with Session.open(bundle, threads=threads, adapt=False) as session:
+        session.set_k_cap(cap)
         alone = session.generate(prompt, max_new_tokens=1)
         answers = _answer(session, prompt)
     # The last token of an answer is never fed.
@@ -106,15 +130,18 @@ def _measure(bundle: Path, prompt: str, threads: int) -> tuple[list[float], list
 
 
 def _time(
-    precision: str, bundles: dict[str, Path], prompts: list[str], threads: int
+    precision: str,
+    contestants: dict[str, tuple[Path, int | None]],
+    prompts: list[str],
+    threads: int,
 ) -> list[list[str]]:
     """Return what time each bundle takes, over that of top-k and that of a fixed k."""
-    seconds: dict[str, list[list[float]]] = {name: [] for name in bundles}
-    experts: dict[str, list[list[float]]] = {name: [] for name in bundles}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in contestants}
+    experts: dict[str, list[list[float]]] = {name: [] for name in contestants}
     for number, prompt in enumerate(prompts):
-        for name, bundle in bundles.items():
+        for name, (bundle, cap) in contestants.items():
             click.echo(f"{precision}, round {number + 1}, {name}", err=True)
-            took, used = _measure(bundle, prompt, threads)
+            took, used = _measure(bundle, cap, prompt, threads)
             seconds[name].append(took)
             experts[name].append(used)
     whole = np.array(seconds[f"fixed-{_TOP_K}"])

@@ -6,6 +6,9 @@ import json
 import random
 from typing import TYPE_CHECKING
 
+import click
+
+from edgemoe.models.checkpoint import read_shape
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
 
 if TYPE_CHECKING:
@@ -40,6 +43,12 @@ def write_wide_model(work: Path, **sizes: float) -> tuple[Path, Path]:
     model, lines = work / "wide", work / "wide.jsonl"
     if not model.exists():
         write_tiny_checkpoint("qwen3_moe", model, **{**_SIZES, **sizes})
+    experts = set(read_shape(model).experts_per_layer)
+    if experts != {_SIZES["num_experts"]}:
+        raise click.ClickException(
+            f"{model} must have {_SIZES['num_experts']} experts per layer, got {experts}. Give "
+            "another --work."
+        )
     draw = random.Random(0)
     texts = [
         " ".join(f"w{draw.randrange(3, VOCAB_SIZE)}" for _ in range(64)) for _ in range(48)

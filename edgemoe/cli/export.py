@@ -57,6 +57,12 @@ if TYPE_CHECKING:
     help="Measure which caps of experts per token are worth having, for tasks with lines.",
 )
 @click.option(
+    "--static-shapes",
+    is_flag=True,
+    help="TensorRT: no shape follows how many experts tokens use; a smaller k saves no time "
+    "then. For a TensorRT that refuses or slows down the other graph.",
+)
+@click.option(
     "--memory-limit",
     type=click.FloatRange(0),
     metavar="GB",
@@ -79,6 +85,7 @@ def export(
     calibration_tokens: int,
     held_out_tokens: int,
     ladder: bool,
+    static_shapes: bool,
     memory_limit: float | None,
     force: bool,
     as_json: bool,
@@ -109,6 +116,7 @@ def export(
         calibration_tokens=calibration_tokens,
         held_out_tokens=held_out_tokens,
         ladder=ladder,
+        static_shapes=static_shapes,
         memory_limit_bytes=None if memory_limit is None else int(memory_limit * 1e9),
     )
     exported = export_bundle(request, on_stage=_show_stage)

@@ -204,11 +204,11 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     """
     configuration: Any = find_family(model_type).configuration
     known = {*configuration().to_dict(), *inspect.signature(configuration.__init__).parameters}
-    aliases = set(configuration.attribute_map or {})
-    sizes = {name: size for name, size in _SIZES.items() if name in known - aliases}
-    made: PreTrainedConfig = configuration(
-        **{**sizes, **_SPECIAL.get(model_type, {}), **changes}
-    )
+    aliases: dict[str, str] = dict(configuration.attribute_map or {})
+    sizes = {name: size for name, size in _SIZES.items() if name in known - set(aliases)}
+    # Of an entry that is given by two names, transformers takes either.
+    given = {aliases.get(name, name): value for name, value in changes.items()}
+    made: PreTrainedConfig = configuration(**{**sizes, **_SPECIAL.get(model_type, {}), **given})
     return made
 
 

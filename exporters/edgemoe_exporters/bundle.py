@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 UNNAMED_TASK = "model"
 EXPERT_AXIS_KEY = "edgemoe.expert_axis"
+# Of a graph input: shapes inside the graph follow its values.
+SETS_SHAPES_KEY = "edgemoe.sets_shapes"
 LAYER_KEY = "edgemoe.layer"
 _INLINE_BYTES = 1024  # shape arithmetic must stay inline: engines read it while they parse
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -300,7 +302,14 @@ def tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
             for axis, dim in enumerate(value.shape)
         )
         dtype = np.dtype(value.dtype.numpy()).name
-        specs.append(TensorSpec(name=str(value.name), dtype=dtype, shape=shape))
+        specs.append(
+            TensorSpec(
+                name=str(value.name),
+                dtype=dtype,
+                shape=shape,
+                sets_shapes=SETS_SHAPES_KEY in value.metadata_props,
+            )
+        )
     return tuple(specs)
 
 

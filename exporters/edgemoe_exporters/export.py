@@ -82,13 +82,8 @@ if TYPE_CHECKING:
     from edgemoe_runtime.manifest_cache import KvCache
     from edgemoe_runtime.manifest_parts import ExpertGroup, SizeReport, TensorSpec
 
-Lowering: TypeAlias = "Callable[[ir.Model, str], ir.Model]"
 Say: TypeAlias = "Callable[[str], None]"
 
-_LOWERINGS: dict[str, Lowering] = {
-    "ort": lower_ort.lower,
-    "tensorrt": lower_tensorrt.lower,
-}
 # Bytes of a graph for each parameter, at most: embeddings stay wider than 4 bits.
 _BYTES_PER_PARAMETER = {"fp32": 4.1, "fp16": 2.1, "int8": 1.5, "int4": 1.2}
 
@@ -259,7 +254,9 @@ class _Road:
     ) -> _Graphs:
         """Trace the model once; lower and write it with each task's experts."""
         eager = {}
-        lower = _LOWERINGS[self.target.flavour]
+        lower: Callable[[ir.Model, str], ir.Model] = lower_ort.lower
+        if self.target.flavour == "tensorrt":
+            lower = partial(lower_tensorrt.lower, static_shapes=self.request.static_shapes)
         self.say("trace the model")
         traced = trace(self.model)
         several = len(plans) > 1

@@ -1,9 +1,9 @@
 """Factored experts in basic ops, for both flavours: no fused op knows them.
 
 A factored expert is four thin products. As with whole experts (see
-:mod:`edgemoe_exporters.lower_tensorrt_moe`), a graph either runs all experts of a layer for all
-tokens, as batched products, or copies those of each token first: the former while
-E <= 3 k T, the latter beyond, each where it moves less.
+:mod:`edgemoe_exporters.lower_tensorrt_moe`), a graph either copies the experts that each token
+uses, or gathers the tokens of each expert and runs all experts as batched products: the former
+while it moves less.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 
 from edgemoe.models.experts import ExpertsLayout
 from edgemoe_exporters.deferred import Deferred
 from edgemoe_exporters.initializers import set_weight
+from edgemoe_exporters.lower_tensorrt_dispatch import run_cheapest
 from edgemoe_exporters.lower_tensorrt_emit import Emitter, size_of
-from edgemoe_exporters.lower_tensorrt_moe import GATHER_TRAFFIC, activate, mark_experts
-from edgemoe_exporters.lower_tensorrt_route import where
+from edgemoe_exporters.lower_tensorrt_moe import activate, gates_by_expert, mark_experts
 from edgemoe_exporters.nodes import activation_of, present
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from edgemoe.models.activation import Activation
+    from edgemoe_exporters.lower_tensorrt_dispatch import Places, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """One layer; factors are [E, inputs, outputs], but for ``up_in`` [E, R, H]."""
+    """One layer, and the ways to run it; each takes the slots that are in use.
+
+    Factors are [E, inputs, outputs], but for ``up_in`` [E, R, H].
+    """
 
     hidden: ir.Value
-    indices: ir.Value
-    gates: ir.Value
     up_in: ir.Value
     up_out: ir.Value
     down_in: ir.Value
@@ -55,19 +58,86 @@ class _Layer:
     def hidden_size(self) -> int:
         return size_of(self.up_in, 2)
 
+    def grouped(self, emit: Emitter, places: Places) -> ir.Value:
+        thin = emit.call(
+            "MatMul", self.up_in, emit.call("Transpose", places.rows, perm=[0, 2, 1])
+        )
+        units = emit.call("MatMul", emit.call("Transpose", thin, perm=[0, 2, 1]), self.up_out)
+        weights = emit.call("Unsqueeze", places.gates, emit.integers(2))
+        activated = self._activate(emit, units, weights)
+        thin = emit.call("MatMul", activated, self.down_in)
+        outputs = emit.call("MatMul", thin, self.down_out)
+        if self.down_bias is not None:
+            bias = emit.call("Unsqueeze", self.down_bias, emit.integers(1))
+            outputs = emit.call("Add", outputs, emit.call("Mul", bias, weights))
+        return places.sum_up(emit, outputs)
 
-def lower_factored_experts(emit: Emitter, node: ir.Node) -> list[ir.Value]:
+    def dense(self, emit: Emitter, slots: Slots) -> ir.Value:
+        gates = gates_by_expert(emit, slots, self.experts)
+        by_expert = emit.call(
+            "Unsqueeze", emit.call("Transpose", gates, perm=[1, 0]), emit.integers(2)
+        )
+        rank = size_of(self.up_in, 1)
+        rows = emit.call("Reshape", self.up_in, emit.integers(-1, self.hidden_size))
+        thin = emit.call("Gemm", self.hidden, rows, transB=1)
+        thin = emit.call("Reshape", thin, emit.integers(-1, self.experts, rank))
+        thin = emit.call("Transpose", thin, perm=[1, 0, 2])
+        units = emit.call("MatMul", thin, self.up_out)
+        activated = self._activate(emit, units, by_expert)
+        thin = emit.call("MatMul", activated, self.down_in)
+        thin = emit.call("Transpose", thin, perm=[1, 0, 2])
+        flat = self.experts * size_of(self.down_in, 2)
+        thin = emit.call("Reshape", thin, emit.integers(-1, flat))
+        rows = emit.call("Reshape", self.down_out, emit.integers(-1, self.hidden_size))
+        output = emit.call("MatMul", thin, rows)
+        if self.down_bias is not None:
+            output = emit.call("Add", output, emit.call("MatMul", gates, self.down_bias))
+        return output
+
+    def gather(self, emit: Emitter, slots: Slots) -> ir.Value:
+        def take(value: ir.Value) -> ir.Value:
+            return emit.call("Gather", value, slots.indices, axis=0)
+
+        narrow = emit.narrow(slots.gates)
+        gates = emit.call("Unsqueeze", narrow, emit.integers(2, 3))
+        column = emit.call("Unsqueeze", self.hidden, emit.integers(1, 3))
+        thin = emit.call("MatMul", take(self.up_in), column)
+        row = emit.call("Transpose", thin, perm=[0, 1, 3, 2])
+        units = emit.call("MatMul", row, take(self.up_out))
+        if self.up_bias is not None:
+            bias = emit.call("Unsqueeze", take(self.up_bias), emit.integers(2))
+            units = emit.call("Add", units, bias)
+        activated = activate(emit, self.activation, units, gates, half=self.width, axis=3)
+        thin = emit.call("MatMul", activated, take(self.down_in))
+        outputs = emit.call("MatMul", thin, take(self.down_out))
+        outputs = emit.call("Squeeze", outputs, emit.integers(2))
+        if self.down_bias is not None:
+            weighed = emit.call(
+                "Mul", take(self.down_bias), emit.call("Unsqueeze", narrow, emit.integers(2))
+            )
+            outputs = emit.call("Add", outputs, weighed)
+        return emit.call("ReduceSum", outputs, emit.integers(1), keepdims=0)
+
+    def _activate(self, emit: Emitter, units: ir.Value, weights: ir.Value) -> ir.Value:
+        """Take units ``[E, rows, 2I]`` through the activation, times weights."""
+        if self.up_bias is not None:
+            bias = emit.call("Unsqueeze", self.up_bias, emit.integers(1))
+            units = emit.call("Add", units, bias)
+        return activate(emit, self.activation, units, weights, half=self.width)
+
+
+def lower_factored_experts(emit: Emitter, node: ir.Node, slots: Slots) -> list[ir.Value]:
     """Run the chosen experts.
 
     Args:
         emit: Takes the nodes.
-        node: A FactoredExperts node; its weights are float32 ``[T, k]``, 0 where a slot is not
-            used.
+        node: A FactoredExperts node.
+        slots: What a lowered Route chose for it.
 
     Returns:
         Output ``[T, H]``.
     """
-    hidden, indices, gates, up_in, up_out, down_in, down_out, *biases = node.inputs
+    hidden, _, _, up_in, up_out, down_in, down_out, *biases = node.inputs
     up_bias, down_bias = (*biases, None, None)[:2]
     concatenated = bool(node.attributes["is_concatenated"].as_int())
     activation = activation_of(node)
@@ -87,8 +157,6 @@ def lower_factored_experts(emit: Emitter, node: ir.Node) -> list[ir.Value]:
             mark_experts(marked)
     layer = _Layer(
         hidden=present(hidden),
-        indices=present(indices),
-        gates=present(gates),
         up_in=factors[0],
         up_out=factors[1],
         down_in=factors[2],
@@ -97,21 +165,7 @@ def lower_factored_experts(emit: Emitter, node: ir.Node) -> list[ir.Value]:
         down_bias=down_bias,
         activation=activation,
     )
-    most = layer.experts // (GATHER_TRAFFIC * size_of(layer.indices, 1))
-    if most < 1:
-        return [_dense(emit, layer)]
-    shape = emit.call("Shape", layer.hidden, start=0, end=1)
-    few = emit.call("Squeeze", emit.call("LessOrEqual", shape, emit.integers(most)))
-    branches = {}
-    for name, lower in (("then", _gather), ("else", _dense)):
-        inner = emit.branch(name)
-        output = lower(inner, layer)
-        branches[f"{name}_branch"] = ir.Graph(
-            [], [output], nodes=inner.nodes, name=f"{emit.prefix}/{name}"
-        )
-        output.type = ir.TensorType(emit.compute)
-        output.shape = ir.Shape([None, layer.hidden_size])
-    return [emit.call("If", few, **branches)]
+    return [run_cheapest(emit, layer, slots)]
 
 
 def _turn(up_out: ir.Value, layout: ExpertsLayout) -> None:
@@ -131,59 +185,3 @@ def _canonical(
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     found: np.ndarray[Any, Any] = layout.to_canonical(name, tensor).numpy()
     return found
-
-
-def _dense(emit: Emitter, layer: _Layer) -> ir.Value:
-    ids = emit.integers(*range(layer.experts))
-    chosen = emit.call("Equal", emit.call("Unsqueeze", layer.indices, emit.integers(-1)), ids)
-    spread = where(emit, chosen, emit.call("Unsqueeze", layer.gates, emit.integers(-1)), 0.0)
-    gates = emit.narrow(emit.call("ReduceSum", spread, emit.integers(1), keepdims=0))
-    by_expert = emit.call(
-        "Unsqueeze", emit.call("Transpose", gates, perm=[1, 0]), emit.integers(2)
-    )
-    rank = size_of(layer.up_in, 1)
-    rows = emit.call("Reshape", layer.up_in, emit.integers(-1, layer.hidden_size))
-    thin = emit.call("Gemm", layer.hidden, rows, transB=1)
-    thin = emit.call("Reshape", thin, emit.integers(-1, layer.experts, rank))
-    thin = emit.call("Transpose", thin, perm=[1, 0, 2])
-    units = emit.call("MatMul", thin, layer.up_out)
-    if layer.up_bias is not None:
-        units = emit.call("Add", units, emit.call("Unsqueeze", layer.up_bias, emit.integers(1)))
-    activated = activate(emit, layer.activation, units, by_expert, half=layer.width)
-    thin = emit.call("MatMul", activated, layer.down_in)
-    thin = emit.call("Transpose", thin, perm=[1, 0, 2])
-    flat = layer.experts * size_of(layer.down_in, 2)
-    thin = emit.call("Reshape", thin, emit.integers(-1, flat))
-    rows = emit.call("Reshape", layer.down_out, emit.integers(-1, layer.hidden_size))
-    output = emit.call("MatMul", thin, rows)
-    if layer.down_bias is not None:
-        output = emit.call("Add", output, emit.call("MatMul", gates, layer.down_bias))
-    return output
-
-
-def _gather(emit: Emitter, layer: _Layer) -> ir.Value:
-    # An unused slot has gate 0; its id may be the sentinel E, which is out of range.
-    ids = emit.call("Min", layer.indices, emit.integer(layer.experts - 1))
-
-    def take(value: ir.Value) -> ir.Value:
-        return emit.call("Gather", value, ids, axis=0)
-
-    narrow = emit.narrow(layer.gates)
-    gates = emit.call("Unsqueeze", narrow, emit.integers(2, 3))
-    column = emit.call("Unsqueeze", layer.hidden, emit.integers(1, 3))
-    thin = emit.call("MatMul", take(layer.up_in), column)
-    row = emit.call("Transpose", thin, perm=[0, 1, 3, 2])
-    units = emit.call("MatMul", row, take(layer.up_out))
-    if layer.up_bias is not None:
-        bias = emit.call("Unsqueeze", take(layer.up_bias), emit.integers(2))
-        units = emit.call("Add", units, bias)
-    activated = activate(emit, layer.activation, units, gates, half=layer.width, axis=3)
-    thin = emit.call("MatMul", activated, take(layer.down_in))
-    outputs = emit.call("MatMul", thin, take(layer.down_out))
-    outputs = emit.call("Squeeze", outputs, emit.integers(2))
-    if layer.down_bias is not None:
-        weighed = emit.call(
-            "Mul", take(layer.down_bias), emit.call("Unsqueeze", narrow, emit.integers(2))
-        )
-        outputs = emit.call("Add", outputs, weighed)
-    return emit.call("ReduceSum", outputs, emit.integers(1), keepdims=0)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from edgemoe.errors import ExportError
+from edgemoe_exporters.bundle import SETS_SHAPES_KEY
 from edgemoe_exporters.deferred import Deferred
 from edgemoe_exporters.initializers import narrow_attributes, set_weight, state_values
 from edgemoe_exporters.lower_factored import lower_factored_experts
@@ -23,7 +24,8 @@ from edgemoe_exporters.lower_tensorrt_attention import (
     lower_norm,
     lower_rotary,
 )
-from edgemoe_exporters.lower_tensorrt_emit import FLOAT32, Emitter
+from edgemoe_exporters.lower_tensorrt_dispatch import MAX_SHAPE_NUMBERS, Slots
+from edgemoe_exporters.lower_tensorrt_emit import FLOAT32, Emitter, size_of
 from edgemoe_exporters.lower_tensorrt_moe import lower_experts, mark_experts
 from edgemoe_exporters.lower_tensorrt_recurrence import (
     lower_causal_conv,
@@ -33,12 +35,11 @@ from edgemoe_exporters.lower_tensorrt_recurrence import (
 )
 from edgemoe_exporters.lower_tensorrt_route import lower_route
 from edgemoe_exporters.lower_tensorrt_selection import lower_select_blocks, lower_select_keys
-from edgemoe_exporters.nodes import ExpertsNode, RouteNode
+from edgemoe_exporters.nodes import ExpertsNode, RouteNode, present
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from edgemoe_exporters.lower_tensorrt_moe import ExpertsForm
 
 DOMAIN = "edgemoe"
 MAX_OPSET = 20
@@ -54,7 +55,6 @@ _WIDE_INPUTS = {
 _LOGITS = "logits"
 
 _LOWERINGS: dict[str, Callable[[Emitter, ir.Node], list[ir.Value]]] = {
-    "FactoredExperts": lower_factored_experts,
     "RMSNorm": lower_norm,
     "NewMask": lower_new_mask,
     "Softplus": lower_softplus,
@@ -73,13 +73,14 @@ SHARING: dict[str, Callable[[Emitter, ir.Node, Shared], list[ir.Value]]] = {
 }
 
 
-def lower(model: ir.Model, precision: str, *, experts_form: ExpertsForm = "auto") -> ir.Model:
+def lower(model: ir.Model, precision: str, *, static_shapes: bool = False) -> ir.Model:
     """Replace the opaque nodes of a traced model by ops that TensorRT builds.
 
     Args:
         model: What :func:`edgemoe_exporters.trace.trace` made; it is taken over.
         precision: ``fp32`` or ``fp16``.
-        experts_form: How experts run, see :mod:`edgemoe_exporters.lower_tensorrt_moe`.
+        static_shapes: Whether no shape may follow how many experts tokens use. It costs the
+            time that a smaller k would save, and is for a TensorRT that refuses the rest.
 
     Returns:
         The same model, lowered.
@@ -97,7 +98,7 @@ def lower(model: ir.Model, precision: str, *, experts_form: ExpertsForm = "auto"
     compute = _COMPUTE[precision]
     if compute != FLOAT32:
         _narrow(graph, compute)
-    _lower_nodes(graph, compute, experts_form)
+    _lower_nodes(graph, compute, static_shapes=static_shapes)
     _restore_logits(graph)
     model.opset_imports.pop(DOMAIN, None)
     opset = model.opset_imports[""]
@@ -131,9 +132,9 @@ def _narrow(graph: ir.Graph, compute: ir.DataType) -> None:
                 value.dtype = compute
 
 
-def _lower_nodes(graph: ir.Graph, compute: ir.DataType, form: ExpertsForm) -> None:
+def _lower_nodes(graph: ir.Graph, compute: ir.DataType, *, static_shapes: bool) -> None:
     shared = Shared()
-    gates: set[ir.Value] = set()
+    chosen: dict[ir.Value, Slots] = {}
     for node in list(graph):
         if node.domain != DOMAIN:
             continue
@@ -141,12 +142,20 @@ def _lower_nodes(graph: ir.Graph, compute: ir.DataType, form: ExpertsForm) -> No
         if node.op_type == "Route":
             route = RouteNode.of(node)
             mark_experts(route.weight)
-            outputs = lower_route(emit, route)
-            gates.add(outputs[0])
-        elif node.op_type == "Experts":
-            if node.inputs[2] not in gates:
+            outputs, most = lower_route(emit, route)
+            gates, indices, *_ = outputs
+            follows = not static_shapes and size_of(route.k_cap, 0) <= MAX_SHAPE_NUMBERS
+            if follows:
+                route.k_cap.metadata_props[SETS_SHAPES_KEY] = "1"
+            chosen[gates] = Slots(indices=indices, gates=gates, most=most if follows else None)
+        elif node.op_type in ("Experts", "FactoredExperts"):
+            slots = chosen.get(present(node.inputs[2]))
+            if slots is None:
                 raise ExportError(f"{node.name} must get its weights from a Route node.")
-            outputs = lower_experts(emit, ExpertsNode.of(node), form)
+            if node.op_type == "Experts":
+                outputs = lower_experts(emit, ExpertsNode.of(node), slots)
+            else:
+                outputs = lower_factored_experts(emit, node, slots)
         elif node.op_type in _LOWERINGS:
             outputs = _LOWERINGS[node.op_type](emit, node)
         elif node.op_type in SHARING:

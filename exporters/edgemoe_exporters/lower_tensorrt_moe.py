@@ -1,21 +1,21 @@
 """Experts in ops that TensorRT builds.
 
 TensorRT builds neither com.microsoft.MoE nor scatter-add nor NonZero, and its own MoE layer
-exists on data-centre Blackwell and Jetson Thor only. That leaves three ways (E experts, k per
-token, T tokens):
+exists on data-centre Blackwell and Jetson Thor only. That leaves these ways (E experts, T
+tokens of which each uses c at most; see :mod:`edgemoe_exporters.lower_tensorrt_dispatch`):
 
+- *gather*: copy the experts of each token, then multiply. A copy reads and writes and the
+  product reads again, so this moves 3 T c experts.
+- *grouped*: gather the tokens of each expert, and run all experts as one batched product. It
+  reads E experts where they lie, and multiplies by as many rows as the busiest one has tokens.
 - *dense*: all experts of a layer are one wide feed-forward network, whose hidden units are
-  multiplied by the gate of their expert, or 0. Two matrix products per layer whatever E is,
-  no data-dependent shape, and the weights stay as the checkpoint stacks them. It reads and
-  multiplies E experts.
-- *gather*: copy the k experts of each token, then multiply. A copy reads and writes and the
-  product reads again, so this moves 3 T k experts.
-- *sorted*: group tokens by expert. About 15 nodes per expert and layer and data-dependent
-  shapes: 7000 nodes for 16 experts in 30 layers. Not used.
+  multiplied by the gate of their expert, or 0. It reads E experts and multiplies them by all
+  tokens; no shape depends on what tokens choose.
+- one node per expert: 7000 nodes for 16 experts in 30 layers. Not used.
 
-So dense is the cheapest at any T where E <= 3 k, which holds for what pruning leaves; beyond
-it, each layer chooses as it runs: gather while 3 T k <= E, as when generating, dense above.
-This counts weight traffic; no GPU has run it yet.
+So each layer chooses as it runs: gather while 3 T c <= E, as when generating, grouped above.
+This counts weight traffic; no GPU has run it yet. Dense takes the place of grouped where no
+shape may follow values.
 """
 
 from __future__ import annotations
@@ -23,70 +23,59 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from edgemoe_exporters.bundle import EXPERT_AXIS_KEY, LAYER_KEY
 from edgemoe_exporters.initializers import set_weight
+from edgemoe_exporters.lower_tensorrt_dispatch import run_cheapest
 from edgemoe_exporters.lower_tensorrt_emit import Emitter, size_of
 from edgemoe_exporters.lower_tensorrt_route import where
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from edgemoe.models.activation import Activation
+    from edgemoe_exporters.lower_tensorrt_dispatch import Places, Slots
     from edgemoe_exporters.nodes import ExpertsNode
 
-ExpertsForm = Literal["auto", "dense", "gather"]
-
-# A gathered expert is read, written and read again.
-GATHER_TRAFFIC = 3
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
-def lower_experts(emit: Emitter, experts: ExpertsNode, form: ExpertsForm) -> list[ir.Value]:
+def lower_experts(emit: Emitter, experts: ExpertsNode, slots: Slots) -> list[ir.Value]:
     """Run the chosen experts.
 
     Args:
         emit: Takes the nodes.
-        experts: An Experts node; its weights are what a lowered Route gave: float32
-            ``[T, k]``, 0 where a slot is not used.
-        form: How; ``auto`` as the module says.
+        experts: An Experts node.
+        slots: What a lowered Route chose for it.
 
     Returns:
         Output ``[T, H]``.
     """
     gate_up, down = experts.gate_up, experts.down
-    # [E, I, H]: the dense form's second product reads it as it lies.
-    stored = experts.down_array()
-    count, rows, columns = stored.shape
-    set_weight(down, stored.map(lambda array: array.transpose(0, 2, 1), (count, columns, rows)))
-    set_weight(gate_up, experts.gate_up_array())
+    # [E, H, 2I] and [E, I, H]: products read them as they lie.
+    for value, stored in ((gate_up, experts.gate_up_array()), (down, experts.down_array())):
+        count, rows, columns = stored.shape
+        turned = stored.map(lambda array: array.transpose(0, 2, 1), (count, columns, rows))
+        set_weight(value, turned)
     bias = experts.gate_up_bias_array()
     if bias is not None and experts.gate_up_bias is not None:
         set_weight(experts.gate_up_bias, bias)
-    for value in (gate_up, down, experts.gate_up_bias, experts.down_bias):
-        if value is not None:
-            mark_experts(value)
+    for marked in (gate_up, down, experts.gate_up_bias, experts.down_bias):
+        if marked is not None:
+            mark_experts(marked)
     layer = _Layer(
         hidden=experts.hidden,
-        indices=experts.indices,
-        gates=experts.weights,
         gate_up=gate_up,
         down=down,
         gate_up_bias=experts.gate_up_bias,
         down_bias=experts.down_bias,
         activation=experts.activation,
         experts=size_of(down, 0),
-        top_k=size_of(experts.indices, 1),
         width=size_of(down, 1),
         hidden_size=size_of(down, 2),
     )
-    most = layer.experts // (GATHER_TRAFFIC * layer.top_k)
-    if form == "dense" or (form == "auto" and most < 1):
-        return [_dense(emit, layer)]
-    if form == "gather":
-        return [_gather(emit, layer)]
-    return [_gather_or_dense(emit, layer, most)]
+    return [run_cheapest(emit, layer, slots)]
 
 
 def mark_experts(value: ir.Value) -> None:
@@ -99,88 +88,90 @@ def mark_experts(value: ir.Value) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
+    """One layer, and the ways to run it; each takes the slots that are in use."""
+
     hidden: ir.Value
-    indices: ir.Value
-    gates: ir.Value
     gate_up: ir.Value
     down: ir.Value
     gate_up_bias: ir.Value | None
     down_bias: ir.Value | None
     activation: Activation
     experts: int
-    top_k: int
     width: int
     hidden_size: int
 
-    @property
-    def parts(self) -> int:
-        """Halves of the first product."""
-        return 2 if self.activation.gated else 1
+    def grouped(self, emit: Emitter, places: Places) -> ir.Value:
+        weights = emit.call("Unsqueeze", places.gates, emit.integers(2))
+        units = self._first_product(emit, places.rows, weights)
+        outputs = emit.call("MatMul", units, self.down)
+        if self.down_bias is not None:
+            bias = emit.call("Unsqueeze", self.down_bias, emit.integers(1))
+            outputs = emit.call("Add", outputs, emit.call("Mul", bias, weights))
+        return places.sum_up(emit, outputs)
 
-
-def _dense(emit: Emitter, layer: _Layer) -> ir.Value:
-    experts, width, hidden_size = layer.experts, layer.width, layer.hidden_size
-    ids = emit.integers(*range(experts))
-    chosen = emit.call("Equal", emit.call("Unsqueeze", layer.indices, emit.integers(-1)), ids)
-    spread = where(emit, chosen, emit.call("Unsqueeze", layer.gates, emit.integers(-1)), 0.0)
-    gates = emit.narrow(emit.call("ReduceSum", spread, emit.integers(1), keepdims=0))
-    spread_gates = emit.call("Unsqueeze", gates, emit.integers(2, 3))
-    rows = emit.call("Reshape", layer.gate_up, emit.integers(-1, hidden_size))
-    projected = emit.call("Gemm", layer.hidden, rows, transB=1)
-    projected = emit.call("Reshape", projected, emit.integers(-1, experts, layer.parts, width))
-    if layer.gate_up_bias is not None:
-        bias = emit.call(
-            "Reshape", layer.gate_up_bias, emit.integers(1, experts, layer.parts, width)
+    def dense(self, emit: Emitter, slots: Slots) -> ir.Value:
+        gates = gates_by_expert(emit, slots, self.experts)
+        weights = emit.call(
+            "Unsqueeze", emit.call("Transpose", gates, perm=[1, 0]), emit.integers(2)
         )
-        projected = emit.call("Add", projected, bias)
-    activated = activate(emit, layer.activation, projected, spread_gates, half=1)
-    activated = emit.call("Reshape", activated, emit.integers(-1, experts * width))
-    rows = emit.call("Reshape", layer.down, emit.integers(-1, hidden_size))
-    output = emit.call("MatMul", activated, rows)
-    if layer.down_bias is not None:
-        output = emit.call("Add", output, emit.call("MatMul", gates, layer.down_bias))
-    return output
+        rows = emit.call("Unsqueeze", self.hidden, emit.integers(0))
+        units = self._first_product(emit, rows, weights)
+        # The units of all experts in one row: the product over them sums experts up.
+        units = emit.call("Transpose", units, perm=[1, 0, 2])
+        units = emit.call("Reshape", units, emit.integers(-1, self.experts * self.width))
+        down = emit.call("Reshape", self.down, emit.integers(-1, self.hidden_size))
+        output = emit.call("MatMul", units, down)
+        if self.down_bias is not None:
+            output = emit.call("Add", output, emit.call("MatMul", gates, self.down_bias))
+        return output
+
+    def gather(self, emit: Emitter, slots: Slots) -> ir.Value:
+        def take(value: ir.Value) -> ir.Value:
+            return emit.call("Gather", value, slots.indices, axis=0)
+
+        narrow = emit.narrow(slots.gates)
+        weights = emit.call("Unsqueeze", narrow, emit.integers(2, 3))
+        row = emit.call("Unsqueeze", self.hidden, emit.integers(1, 2))
+        units = emit.call("MatMul", row, take(self.gate_up))
+        if self.gate_up_bias is not None:
+            bias = emit.call("Unsqueeze", take(self.gate_up_bias), emit.integers(2))
+            units = emit.call("Add", units, bias)
+        units = activate(emit, self.activation, units, weights, half=self.width, axis=3)
+        units = emit.call("Reshape", units, emit.integers(0, 1, -1))
+        down = emit.call("Reshape", take(self.down), emit.integers(0, -1, self.hidden_size))
+        output = emit.call("Squeeze", emit.call("MatMul", units, down), emit.integers(1))
+        if self.down_bias is not None:
+            weighed = emit.call(
+                "Mul", take(self.down_bias), emit.call("Unsqueeze", narrow, emit.integers(2))
+            )
+            total = emit.call("ReduceSum", weighed, emit.integers(1), keepdims=0)
+            output = emit.call("Add", output, total)
+        return output
+
+    def _first_product(self, emit: Emitter, rows: ir.Value, weights: ir.Value) -> ir.Value:
+        """Take rows ``[E or 1, n, H]`` to units ``[E, n, I]``, times weights ``[E, n, 1]``."""
+        units = emit.call("MatMul", rows, self.gate_up)
+        if self.gate_up_bias is not None:
+            bias = emit.call("Unsqueeze", self.gate_up_bias, emit.integers(1))
+            units = emit.call("Add", units, bias)
+        return activate(emit, self.activation, units, weights, half=self.width)
 
 
-def _gather(emit: Emitter, layer: _Layer) -> ir.Value:
-    units = layer.top_k * layer.width
-    # An unused slot has gate 0; its id may be the sentinel E, which is out of range.
-    last = emit.integer(layer.experts - 1)
-    ids = emit.call("Min", layer.indices, last)
-    gate_up = emit.call("Gather", layer.gate_up, ids, axis=0)
-    down = emit.call("Gather", layer.down, ids, axis=0)
-    column = emit.call("Unsqueeze", layer.hidden, emit.integers(1, 3))
-    narrow = emit.narrow(layer.gates)
-    gates = emit.call("Unsqueeze", narrow, emit.integers(2, 3))
-    projected = emit.call("MatMul", gate_up, column)
-    if layer.gate_up_bias is not None:
-        bias = emit.call("Gather", layer.gate_up_bias, ids, axis=0)
-        projected = emit.call("Add", projected, emit.call("Unsqueeze", bias, emit.integers(3)))
-    activated = activate(emit, layer.activation, projected, gates, half=layer.width)
-    activated = emit.call("Reshape", activated, emit.integers(-1, 1, units))
-    down = emit.call("Reshape", down, emit.integers(-1, units, layer.hidden_size))
-    output = emit.call("Squeeze", emit.call("MatMul", activated, down), emit.integers(1))
-    if layer.down_bias is not None:
-        biases = emit.call("Gather", layer.down_bias, ids, axis=0)
-        weighed = emit.call("Mul", biases, emit.call("Unsqueeze", narrow, emit.integers(2)))
-        total = emit.call("ReduceSum", weighed, emit.integers(1), keepdims=0)
-        output = emit.call("Add", output, total)
-    return output
+def gates_by_expert(emit: Emitter, slots: Slots, experts: int) -> ir.Value:
+    """Spread gates out over all experts, 0 for those that a token does not use.
 
+    Args:
+        emit: Takes the nodes.
+        slots: Which experts tokens use.
+        experts: E.
 
-def _gather_or_dense(emit: Emitter, layer: _Layer, most: int) -> ir.Value:
-    shape = emit.call("Shape", layer.hidden, start=0, end=1)
-    few = emit.call("Squeeze", emit.call("LessOrEqual", shape, emit.integers(most)))
-    branches = {}
-    for name, lower in (("then", _gather), ("else", _dense)):
-        inner = emit.branch(name)
-        output = lower(inner, layer)
-        branches[f"{name}_branch"] = ir.Graph(
-            [], [output], nodes=inner.nodes, name=f"{emit.prefix}/{name}"
-        )
-        output.type = ir.TensorType(emit.compute)
-        output.shape = ir.Shape([None, layer.hidden_size])
-    return emit.call("If", few, **branches)
+    Returns:
+        In the type of activations, ``[T, E]``.
+    """
+    ids, last = emit.integers(*range(experts)), emit.integers(-1)
+    chosen = emit.call("Equal", emit.call("Unsqueeze", slots.indices, last), ids)
+    spread = where(emit, chosen, emit.call("Unsqueeze", slots.gates, last), 0.0)
+    return emit.narrow(emit.call("ReduceSum", spread, emit.integers(1), keepdims=0))
 
 
 def activate(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _LOW = -6e4
 
 
-def lower_route(emit: Emitter, route: RouteNode) -> list[ir.Value]:
+def lower_route(emit: Emitter, route: RouteNode) -> tuple[list[ir.Value], ir.Value]:
     """Choose experts in float32.
 
     Args:
@@ -28,8 +28,9 @@ def lower_route(emit: Emitter, route: RouteNode) -> list[ir.Value]:
         route: A Route node; its weights are float32 already.
 
     Returns:
-        Gates, float32 ``[T, k]``, 0 beyond the cap, and expert ids, int64 ``[T, k]``; where the
-        node counts, also the number of experts that its tokens use, int64 ``[1]``.
+        What the node gives: gates, float32 ``[T, k]``, 0 beyond the cap, and expert ids, int64
+        ``[T, k]``; where the node counts, also the number of experts that its tokens use, int64
+        ``[1]``. Then the most slots that one of them uses, int64 ``[1]``.
     """
     rule = route.rule
     rows = emit.call("Unsqueeze", emit.wide(route.hidden), emit.integers(1))
@@ -57,7 +58,21 @@ def lower_route(emit: Emitter, route: RouteNode) -> list[ir.Value]:
     if rule.scaling_factor != 1.0:
         gates = emit.call("Mul", gates, emit.number(rule.scaling_factor))
     gates.type = ir.TensorType(FLOAT32)
-    return [gates, indices, *([_count(emit, used, indices)] if route.counts else [])]
+    outputs = [gates, indices, *([_count(emit, used, indices)] if route.counts else [])]
+    return outputs, _most(emit, route, used)
+
+
+def _most(emit: Emitter, route: RouteNode, used: ir.Value) -> ir.Value:
+    """Tell how many slots the token with most of them uses."""
+    if route.allocator is None and not route.top_p:
+        # The cap itself, which TensorRT knows before it runs anything.
+        cap = emit.call("Gather", route.k_cap, emit.integers(route.k_cap_index), axis=0)
+        return emit.call("Min", cap, emit.integers(route.top_k))
+    each = emit.call("ReduceSum", emit.call("Cast", used, to=FLOAT32), emit.integers(1))
+    most = emit.call(
+        "ReduceMax", emit.call("Squeeze", each, emit.integers(1)), emit.integers(0)
+    )
+    return emit.call("Cast", most, to=ir.DataType.INT64)
 
 
 def _count(emit: Emitter, used: ir.Value, indices: ir.Value) -> ir.Value:

@@ -50,6 +50,8 @@ class ExportRequest:
             half of the memory that this process may use.
         ladder: Whether to measure a k ladder for tasks that have lines to judge by. Times are
             measured for it, so a bundle with one is not the same bytes every time.
+        static_shapes: Whether no shape inside a TensorRT graph may follow how many experts
+            tokens use; a smaller k saves no time then.
     """
 
     model: Path
@@ -67,6 +69,7 @@ class ExportRequest:
     held_out_tokens: int = 8_192
     memory_limit_bytes: int | None = None
     ladder: bool = True
+    static_shapes: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,6 +98,11 @@ class ExportRequest:
         """
         target = find_target(self.target)
         precision = choose_precision(target, self.precision)
+        if self.static_shapes and target.flavour != "tensorrt":
+            raise ExportError(
+                f"static-shapes is for graphs of TensorRT, got target {target.name}: fused "
+                "experts have no shapes that follow values. Leave it out."
+            )
         check_task_names(self.names)
         if self.pruned_here:
             find_method(self.method)

@@ -238,6 +238,7 @@ def key_of(
             request.calibration_tokens,
             request.held_out_tokens,
             request.ladder,
+            request.static_shapes,
         ],
         "versions": {
             **library_versions(),

@@ -92,16 +92,28 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """A graph input or output; a dimension is a size, or the name of a dynamic one."""
+    """A graph input or output.
+
+    Attributes:
+        name: its name in the graph.
+        dtype: numpy's name of its type.
+        shape: a dimension is a size, or the name of a dynamic one.
+        sets_shapes: whether shapes inside the graph follow its values, so that an engine must
+            know their range when it is built.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    sets_shapes: bool = False
 
     @classmethod
     def read(cls, value: Value) -> TensorSpec:
         """Read from JSON."""
-        fields = value.fields("name", "dtype", "shape")
+        names = ("name", "dtype", "shape")
+        # Only written where it is true: most inputs of most bundles set none.
+        sets_shapes = "sets_shapes" in value.mapping()
+        fields = value.fields(*names, *(("sets_shapes",) if sets_shapes else ()))
         return cls(
             name=fields["name"].text(),
             dtype=fields["dtype"].text(),
@@ -109,11 +121,17 @@ class TensorSpec:
                 item.text() if isinstance(item.raw(), str) else item.integer(0)
                 for item in fields["shape"].items()
             ),
+            sets_shapes=sets_shapes and fields["sets_shapes"].boolean(),
         )
 
     def to_json(self) -> dict[str, Json]:
         """Return the JSON object."""
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+        found: dict[str, Json] = {
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+        }
+        return found | ({"sets_shapes": True} if self.sets_shapes else {})
 
 
 @dataclass(frozen=True, kw_only=True)

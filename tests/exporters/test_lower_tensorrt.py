@@ -76,7 +76,7 @@ CONFIGS = {
     ),
 }
 # What TensorRT 10.3 to 11 refuse, or what JetPack 6.2 does not know.
-REFUSED = {"NonZero", "ScatterND", "ScatterElements", "Attention", "RotaryEmbedding", "MoE"}
+REFUSED = {"NonZero", "ScatterND", "Attention", "RotaryEmbedding", "MoE"}
 
 _traced: dict[str, tuple[MoeModel, ir.Model]] = {}
 
@@ -169,10 +169,9 @@ def test_prefill_and_decode_with_padding_and_caps_agree_with_eager(
         assert difference <= 1e-4, k_cap
 
 
-@pytest.mark.parametrize("form", ["dense", "gather"])
-def test_each_form_of_experts_agrees_with_eager(form: Any, tmp_path: Path) -> None:
+def test_static_shapes_agree_with_eager(tmp_path: Path) -> None:
     model, graph = traced("qwen2_moe")
-    lowered = Graph(lower(graph, "fp32", experts_form=form), tmp_path)
+    lowered = Graph(lower(graph, "fp32", static_shapes=True), tmp_path)
     ids, mask = padded_batch()
     found = lowered.logits(ids, mask, [10, 1], [2, 1])
     with limit_k(model, [2, 1]):
@@ -180,10 +179,10 @@ def test_each_form_of_experts_agrees_with_eager(form: Any, tmp_path: Path) -> No
     assert (found - expected)[mask.bool()].abs().max() <= 1e-4
 
 
-def test_experts_beyond_three_k_choose_as_they_run() -> None:
+def test_layers_choose_as_they_run() -> None:
     _, graph = traced("qwen2_moe")
     counts = [node.op_type for node in lower(graph, "fp32").graph].count("If")
-    assert counts == 1  # 8 experts with k = 2; the second layer has 3
+    assert counts == 2
 
 
 def test_half_precision_keeps_what_chooses_in_float32(tmp_path: Path) -> None:
@@ -211,9 +210,11 @@ def test_graph_has_only_ops_that_jetpack_parses(family: str) -> None:
     nodes = [*ir.traversal.RecursiveGraphIterator(lowered.graph)]
     assert {node.domain for node in nodes} == {""}
     assert not REFUSED & {node.op_type for node in nodes}
+    scatters = [node for node in nodes if node.op_type == "ScatterElements"]
+    assert not [node for node in scatters if "reduction" in node.attributes]
     assert set(lowered.opset_imports) == {""}
     assert lowered.opset_imports[""] <= MAX_OPSET
-    assert len(nodes) < 150 * 2
+    assert len(nodes) < 200 * 2  # whatever the number of experts
 
 
 def test_stacks_of_experts_say_so() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from edgemoe.errors import ExportError
 from edgemoe_exporters.deferred import Deferred
 from edgemoe_exporters.lower_factored import lower_factored_experts
+from edgemoe_exporters.lower_tensorrt_dispatch import Slots
 from edgemoe_exporters.lower_tensorrt_emit import Emitter
 from edgemoe_exporters.lower_tensorrt_moe import lower_experts
 from edgemoe_exporters.lower_tensorrt_route import lower_route
@@ -93,16 +94,16 @@ def _route_of(node: ir.Node) -> ir.Node:
 def _spell_out(
     editor: Editor, node: ir.Node, route: ir.Node, experts: ExpertsNode, precision: Precision
 ) -> None:
-    """Run experts that no fused op knows in basic ops, all of them for every token."""
+    """Run experts that no fused op knows in basic ops."""
     if precision.bits:
         raise ExportError(
             f"{precision.name} must have SwiGLU experts, got the activation "
             f"{experts.activation.kind}: onnxruntime has no quantised op for it. Export with "
             "--precision fp32 or fp16."
         )
-    _spell_out_route(editor, route, precision)
+    slots = _spell_out_route(editor, route, precision)
     emit = Emitter(editor.graph, precision.dtype, f"{node.name or 'experts'}")
-    (output,) = lower_experts(emit, ExpertsNode.of(node), "dense")
+    (output,) = lower_experts(emit, ExpertsNode.of(node), slots)
     editor.graph.insert_before(node, emit.nodes)
     editor.replace(node.outputs[0], output)
 
@@ -116,20 +117,22 @@ def _spell_out_factored(
             f"experts must be whole to be quantised, got factored ones in {precision.name}. "
             "Export with --precision fp32 or fp16."
         )
-    _spell_out_route(editor, route, precision)
+    slots = _spell_out_route(editor, route, precision)
     emit = Emitter(editor.graph, precision.dtype, f"{node.name or 'experts'}")
-    (output,) = lower_factored_experts(emit, node)
+    (output,) = lower_factored_experts(emit, node, slots)
     editor.graph.insert_before(node, emit.nodes)
     editor.replace(node.outputs[0], output)
 
 
-def _spell_out_route(editor: Editor, route: ir.Node, precision: Precision) -> None:
+def _spell_out_route(editor: Editor, route: ir.Node, precision: Precision) -> Slots:
     emit = Emitter(editor.graph, precision.dtype, f"{route.name or 'route'}")
-    lowered = lower_route(emit, RouteNode.of(route))
+    lowered, most = lower_route(emit, RouteNode.of(route))
     editor.graph.insert_before(route, emit.nodes)
     for old, new in zip(route.outputs, lowered, strict=True):
         new.shape = old.shape
         editor.replace(old, new)
+    gates, indices, *_ = lowered
+    return Slots(indices=indices, gates=gates, most=most)
 
 
 def _split_caps(editor: Editor, routes: list[RouteNode]) -> tuple[ir.Value, ...]:

@@ -55,7 +55,7 @@ def build_engine(
         graph: ONNX file; it and its external data must have been verified, because the
             parser opens whatever the file names.
         compute_capability: GPU to build for.
-        profile: Shapes of the dynamic inputs.
+        profile: Shapes of the dynamic inputs, values of those that set shapes.
         flags: Builder settings.
 
     Returns:
@@ -79,7 +79,7 @@ def build_engine(
     if engine is None:
         raise CompileError(
             f"{api.package} {api.version} cannot build {graph.name} for SM"
-            f"{compute_capability}: {_shown(log.errors)}.{_remedy(log.errors)}"
+            f"{compute_capability}: {_shown(log.errors)}.{_remedy(log.errors, network)}"
         )
     return memoryview(engine)
 
@@ -105,16 +105,18 @@ def _parser_error(error: Any) -> str:
 def _profile(builder: Any, network: Any, shapes: Profile) -> Any:
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     for tensor in inputs:
-        if any(size < 0 for size in tensor.shape) and tensor.name not in shapes:
+        dynamic = tensor.is_shape_tensor or any(size < 0 for size in tensor.shape)
+        if dynamic and tensor.name not in shapes:
             raise CompileError(
                 f"every dynamic input must be one of {', '.join(shapes)}, got {tensor.name}: "
                 "manifest and graph disagree. Export the bundle again."
             )
     profile = builder.create_optimization_profile()
-    names = {tensor.name for tensor in inputs}
-    for name, shape in shapes.items():
-        if name in names:
-            profile.set_shape(name, *shape)
+    for tensor in inputs:
+        if tensor.is_shape_tensor:
+            profile.set_shape_input(tensor.name, *shapes[tensor.name])
+        elif tensor.name in shapes:
+            profile.set_shape(tensor.name, *shapes[tensor.name])
     return profile
 
 
@@ -128,7 +130,7 @@ def _shown(errors: Sequence[str]) -> str:
     return "; ".join(short).rstrip(".") or "no reason given"
 
 
-def _remedy(errors: Sequence[str]) -> str:
+def _remedy(errors: Sequence[str], network: Any) -> str:
     text = " ".join(errors)
     if "FP32 GEMM is not supported" in text:
         return (
@@ -137,4 +139,6 @@ def _remedy(errors: Sequence[str]) -> str:
         )
     if "memory" in text.lower():
         return " Lower max_batch, max_sequence or max_length, or free memory."
+    if any(network.get_input(index).is_shape_tensor for index in range(network.num_inputs)):
+        return " Graphs of --static-shapes are simpler: export the bundle again with it."
     return ""

@@ -1,4 +1,4 @@
-"""The optimisation profile: shapes that an engine accepts, and those it is tuned for."""
+"""The optimisation profile: what an engine accepts, and what it is tuned for."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ DEFAULT_MAX_BATCH = 1
 DEFAULT_MAX_SEQUENCE = 256
 DEFAULT_MAX_LENGTH = 2048
 
+# Of TensorRT's TopK.
+MOST_ORDERED = 3839
+
 Profile = dict[str, "ShapeRange"]
-"""Smallest, optimal and largest shape of each input that has a dynamic dimension."""
+"""Smallest, optimal and largest shape of each input that has a dynamic dimension, and values of
+each that sets shapes: trtexec writes both alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +95,11 @@ def make_profile(manifest: Manifest, limits: ShapeLimits) -> Profile:
         limits: The largest shapes.
 
     Returns:
-        Shapes of each input that has a dynamic dimension.
+        Shapes of each input that has a dynamic dimension, values of each that sets shapes.
 
     Raises:
-        CompileError: An input's dynamic dimension is not one that the interface has.
+        CompileError: An input's dynamic dimension is not one that the interface has, or a call
+            may have more tokens than TensorRT puts in order.
     """
     batch = _Extent(minimum=1, optimum=1, maximum=limits.max_batch)
     sequence = _Extent(minimum=1, optimum=1, maximum=limits.max_sequence)
@@ -109,8 +114,13 @@ def make_profile(manifest: Manifest, limits: ShapeLimits) -> Profile:
         "position_ids": (batch, sequence),
         "attention_mask": (batch, total),
     }
-    profile = {}
+    profile: Profile = {}
     for spec in manifest.inputs:
+        if spec.sets_shapes:
+            _check_order(limits)
+            most = max(task.top_k for task in manifest.tasks.values())
+            layers = int(spec.shape[0])
+            profile[spec.name] = (1,) * layers, (most,) * layers, (most,) * layers
         if all(isinstance(size, int) for size in spec.shape):
             continue
         cached = spec.name.startswith("past_key_values.")
@@ -118,6 +128,16 @@ def make_profile(manifest: Manifest, limits: ShapeLimits) -> Profile:
         named = (batch, past, past) if cached else extents.get(spec.name, ())
         profile[spec.name] = _shape_range(spec, named)
     return profile
+
+
+def _check_order(limits: ShapeLimits) -> None:
+    """Refuse more tokens than TensorRT puts in order, which a graph does for its experts."""
+    tokens = limits.max_batch * limits.max_sequence
+    if tokens > MOST_ORDERED:
+        raise CompileError(
+            f"max_batch times max_sequence must be at most {MOST_ORDERED}, which TensorRT puts "
+            f"in order, got {tokens}. Lower one of them, or export with --static-shapes."
+        )
 
 
 def _shape_range(spec: TensorSpec, named: tuple[_Extent | None, ...]) -> ShapeRange:

@@ -90,7 +90,12 @@ def _open_engine(package: str, trt: Any, request: OpenRequest) -> TensorRtBacken
         raise BackendUnavailableError(
             f"{package} refused {search.path.name}; build it again with `edgemoe compile`"
         )
-    return TensorRtBackend(package, runtime, engine, cuda, request, search.key)
+    moe = bool(request.manifest.model.moe_layers)
+    # Where shapes inside the graph follow the caps, TensorRT reads them on the host.
+    caps_on_host = moe and engine.get_tensor_location("k_cap") == trt.TensorLocation.HOST
+    return TensorRtBackend(
+        package, runtime, engine, cuda, request, search.key, caps_on_host=caps_on_host
+    )
 
 
 def _engine_length(request: OpenRequest, key: EngineKey) -> int:
@@ -111,8 +116,8 @@ class TensorRtBackend:
     """One engine with sets of cache buffers that swap roles after every run.
 
     The graph has the form `concat`: present is past with the new positions appended, so past
-    and present cannot share memory; a marked state keeps a third set. Nothing
-    but token ids, positions, masks and the wanted logits crosses to or from the host.
+    and present cannot share memory; a marked state keeps a third set. Nothing but token ids,
+    positions, masks, caps and the wanted logits crosses to or from the host.
     """
 
     def __init__(
@@ -123,6 +128,8 @@ class TensorRtBackend:
         cuda: CudaRuntime,
         request: OpenRequest,
         key: EngineKey,
+        *,
+        caps_on_host: bool = False,
     ) -> None:
         model, cache = request.manifest.model, request.manifest.kv_cache
         self.name = f"{package}:sm{key.compute_capability}"
@@ -131,7 +138,7 @@ class TensorRtBackend:
         self.max_length = _engine_length(request, key)
         self._runtime, self._engine, self._cuda = runtime, engine, cuda
         self._cache, self._vocabulary = cache, model.vocab_size
-        self._has_k_cap = bool(model.moe_layers)
+        self._has_k_cap, self._caps_on_host = bool(model.moe_layers), caps_on_host
         self._length = 0
         self._addresses: list[int] = []
         dtypes = {spec.name: spec.dtype for spec in request.manifest.outputs}
@@ -193,8 +200,12 @@ class TensorRtBackend:
         if self._has_k_cap:
             host["k_cap"] = np.ascontiguousarray(k_cap, dtype=np.int64)
         for name, array in host.items():
-            self._cuda.upload(self._inputs[name], array, self._stream)
-            self._bind(name, self._inputs[name], array.shape)
+            address = self._inputs[name]
+            if name == "k_cap" and self._caps_on_host:
+                address = array.ctypes.data
+            else:
+                self._cuda.upload(address, array, self._stream)
+            self._bind(name, address, array.shape)
         present = self._spare_set()
         self._bind("logits", self._logits, None)
         if self._used is not None:

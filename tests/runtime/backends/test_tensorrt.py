@@ -117,9 +117,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             if data == b"broken":
                 return None
             session = onnxruntime.InferenceSession(data.decode())
-            return SimpleNamespace(create_execution_context=lambda: GraphContext(session))
+            return SimpleNamespace(
+                create_execution_context=lambda: GraphContext(session),
+                get_tensor_location=lambda name: module.location[name],
+            )
 
     module.Logger, module.Runtime = Logger, Runtime
+    module.TensorLocation = SimpleNamespace(HOST="host", DEVICE="device")
+    module.location = {"k_cap": "device"}
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
     monkeypatch.setattr("edgemoe_runtime.backends.tensorrt.CudaRuntime", HostCuda)
     checked: ModuleType = module
@@ -153,9 +158,20 @@ def folder(build_bundle: Build) -> Path:
     return build_bundle(target="tensorrt-rtx", flavour="tensorrt")
 
 
-@pytest.mark.usefixtures("stand_in")
-def test_answers_equal_those_of_onnxruntime(folder: Path) -> None:
+@pytest.mark.parametrize("location", ["device", "host"])
+def test_answers_equal_those_of_onnxruntime(
+    folder: Path, stand_in: Any, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     add_engine(folder)
+    stand_in.location["k_cap"] = location
+    bind = GraphContext.set_tensor_address
+
+    def check(self: GraphContext, name: str, address: int) -> bool:
+        on_device = address in HostCuda.last.alive  # type: ignore[attr-defined]
+        assert on_device == (name != "k_cap" or location == "device"), name
+        return bind(self, name, address)
+
+    monkeypatch.setattr(GraphContext, "set_tensor_address", check)
     with Session.open(folder) as session, Session.open(folder, providers=["cpu"]) as other:
         assert session.explain().backend == "tensorrt_rtx:sm89"
         assert session.explain().fallbacks == ()
