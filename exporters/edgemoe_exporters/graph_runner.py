@@ -36,6 +36,8 @@ class GraphRunner:
 
     Attributes:
         state: Tokens seen and the cache, by input; may be kept and put back.
+        experts_used: How many experts the tokens of the latest call used, int64
+            ``[MoE layers]``; None where the graph does not tell.
         slice_count: 1: the graph runs as a whole.
 
     Raises:
@@ -64,7 +66,7 @@ class GraphRunner:
         self._outputs = [output.name for output in self._session.get_outputs()]
         self.state: tuple[int, dict[str, np.ndarray[Any, Any]]] = (0, {})
         self._k_cap: np.ndarray[Any, Any] | None = None
-        self._used: np.ndarray[Any, Any] | None = None
+        self.experts_used: np.ndarray[Any, Any] | None = None
 
     def start(self, batch: int, k_cap: Sequence[int]) -> None:
         """Forget what was seen.
@@ -116,7 +118,7 @@ class GraphRunner:
             name: results[name.replace("past_key_values.", "present.", 1)] for name in past
         }
         self.state = (total, present)
-        self._used = results.get(EXPERTS_USED)
+        self.experts_used = results.get(EXPERTS_USED)
         logits: np.ndarray[Any, np.dtype[np.float32]] = results["logits"].astype(np.float32)
         return logits
 
@@ -136,8 +138,8 @@ class GraphRunner:
         tokens = np.array([ids[:_COUNTED_TOKENS]], np.int64)
         self.start(1, k_cap)
         self.run(tokens)
-        assert self._used is not None
-        return tuple(max(1, -(-int(used) // tokens.size)) for used in self._used)
+        assert self.experts_used is not None
+        return tuple(max(1, -(-int(used) // tokens.size)) for used in self.experts_used)
 
     def run_calls(
         self,

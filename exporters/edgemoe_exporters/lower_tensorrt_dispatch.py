@@ -108,6 +108,8 @@ class Places:
         loads = emit.call("ReduceSum", chosen, emit.integers(0), keepdims=0)
         places = emit.call("ReduceMax", loads, emit.integers(0), keepdims=1)
         places = emit.call("Cast", places, to=ir.DataType.INT64)
+        # One at least: all gates of a call may have become 0.
+        places = emit.call("Max", places, emit.integers(1))
         tokens = emit.call("Squeeze", emit.call("Shape", hidden, start=0, end=1))
         order = emit.call("Range", emit.integer(0), tokens, emit.integer(1))
         # Users of an expert first, in their order: their keys are T, T - 1, ..., the others' 0.

@@ -64,7 +64,7 @@ def lower_experts(emit: Emitter, experts: ExpertsNode, slots: Slots) -> list[ir.
     for marked in (gate_up, down, experts.gate_up_bias, experts.down_bias):
         if marked is not None:
             mark_experts(marked)
-    layer = _Layer(
+    layer = Layer(
         hidden=experts.hidden,
         gate_up=gate_up,
         down=down,
@@ -87,8 +87,20 @@ def mark_experts(value: ir.Value) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layer:
-    """One layer, and the ways to run it; each takes the slots that are in use."""
+class Layer:
+    """The experts of one layer, and the ways to run them.
+
+    Attributes:
+        hidden: What experts get, float ``[T, H]``.
+        gate_up: First products, float ``[E, H, 2I]``; ``[E, H, I]`` without a gate.
+        down: Second products, float ``[E, I, H]``.
+        gate_up_bias: float ``[E, 2I]``, or None.
+        down_bias: float ``[E, H]``, or None.
+        activation: What is between the two products.
+        experts: E.
+        width: I.
+        hidden_size: H.
+    """
 
     hidden: ir.Value
     gate_up: ir.Value
@@ -101,6 +113,7 @@ class _Layer:
     hidden_size: int
 
     def grouped(self, emit: Emitter, places: Places) -> ir.Value:
+        """Run all experts on the tokens that have a place with them."""
         weights = emit.call("Unsqueeze", places.gates, emit.integers(2))
         units = self._first_product(emit, places.rows, weights)
         outputs = emit.call("MatMul", units, self.down)
@@ -110,6 +123,7 @@ class _Layer:
         return places.sum_up(emit, outputs)
 
     def dense(self, emit: Emitter, slots: Slots) -> ir.Value:
+        """Run all experts on all tokens."""
         gates = gates_by_expert(emit, slots, self.experts)
         weights = emit.call(
             "Unsqueeze", emit.call("Transpose", gates, perm=[1, 0]), emit.integers(2)
@@ -126,6 +140,8 @@ class _Layer:
         return output
 
     def gather(self, emit: Emitter, slots: Slots) -> ir.Value:
+        """Copy the expert of every slot."""
+
         def take(value: ir.Value) -> ir.Value:
             return emit.call("Gather", value, slots.indices, axis=0)
 

@@ -43,6 +43,7 @@ REFUSALS: list[tuple[dict[str, Any], type[EdgemoeError], str]] = [
     ({"plans": {"low": "other"}}, PlanError, "checkpoint"),
     ({"method": "best", "tasks": {"low": None}}, PlanError, "best"),
     ({"seed": -1, "tasks": {"low": None}}, ExportError, "seed must be in"),
+    ({"static_shapes": True}, ExportError, "static-shapes is for graphs of TensorRT"),
     ({"output": "exists"}, OutputError, "must not exist"),
     (
         {"output": "", "force": True, "tasks": {"low": "../outputs/exists/task"}},

@@ -8,6 +8,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgemoe.allocate.usage import count_experts
 from edgemoe.calibrate.sample import Window
@@ -189,6 +191,53 @@ def test_other_precisions_follow_the_policy(
         with following(model, plan.k_policy):
             expected = model.model(input_ids=ids, use_cache=False).logits
     assert (found - expected).norm() < 0.5 * (found - plain).norm()
+
+
+@pytest.fixture(scope="module")
+def graphs(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, GraphRunner]:
+    """Graphs of one policy, by target."""
+    path, folder = checkpoint("qwen3_moe"), tmp_path_factory.mktemp("graphs")
+    plan_for(path, "both").save(folder / "plan.json")
+    found = {}
+    for target in ("cpu", "tensorrt-rtx"):
+        run(path, folder / target, target, "fp32", plans={"model": folder / "plan.json"})
+        found[target] = GraphRunner(folder / target / "model.onnx", threads=1)
+    return found
+
+
+# Not drawn anew each time: a token at the very edge of another number may round there.
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    rows=st.lists(st.lists(st.integers(3, 95), min_size=7, max_size=7), min_size=2, max_size=3),
+    cut=st.integers(1, 6),
+    cap=st.integers(1, 3),
+)
+@pytest.mark.parametrize("target", ["cpu", "tensorrt-rtx"])
+def test_a_token_uses_as_many_experts_however_it_is_run(
+    graphs: dict[str, GraphRunner], target: str, rows: list[list[int]], cut: int, cap: int
+) -> None:
+    graph = graphs[target]
+
+    def used(*calls: list[list[int]]) -> list[list[int]]:
+        """Run calls one after the other; count in each."""
+        graph.start(len(calls[0]), [cap, cap])
+        counts = []
+        for call in calls:
+            graph.run(np.array(call))
+            assert graph.experts_used is not None
+            counts.append(graph.experts_used.tolist())
+        return counts
+
+    alone = [used(*([[token]] for token in row)) for row in rows]
+    for row, counts in zip(rows, alone, strict=True):
+        # A prompt and what is generated after it; a prompt in two pieces.
+        assert used([row[:cut]], *([[token]] for token in row[cut:]))[1:] == counts[cut:]
+        pieces = used([row[:cut]], [row[cut:]])
+        assert pieces[0] == np.sum(counts[:cut], axis=0).tolist()
+        assert pieces[1] == np.sum(counts[cut:], axis=0).tolist()
+    assert used(rows)[0] == np.sum(alone, axis=(0, 1)).tolist()
 
 
 def test_a_session_tells_what_its_tokens_used(

@@ -77,6 +77,29 @@ def test_a_merged_model_follows_the_policy_to_the_device(
     assert ran["experts_per_token"] == pytest.approx(score["experts_per_token"], abs=0.02)
 
 
+@pytest.mark.parametrize("policy", ["top-p", "fisher", "ada-k"])
+def test_factored_experts_follow_the_policy_to_every_target(
+    road: Path, answer: Answer, tmp_path: Path, policy: str
+) -> None:
+    task = f"--task=code={road}/code.jsonl"
+    stats, plan, both = (tmp_path / name for name in ("stats", "plan.json", "both.json"))
+    answer("calibrate", road / "moe", task, "-o", stats)
+    asked = ("--stats", stats, "--task", "code", "--method", "svd-whitened", "-o", plan)
+    answer("decompose", road / "moe", *asked, "--param-ratio", 0.6)
+    options = ["--set", "steps=2", "--set", "batch_tokens=200"] if policy == "ada-k" else []
+    decided = ("--policy", policy, "--mean-k", 1.5, *options, "--plan", plan, "-o", both)
+    told = answer("allocate", road / "moe", task, *decided)
+    assert told["mean_k"] == pytest.approx(1.5, abs=0.1)
+    answer("apply", road / "moe", "--plan", both, "-o", tmp_path / "small")
+    score = answer("evaluate", tmp_path / "small", f"--task=prose={road}/prose.jsonl")
+    for target in ("cpu", "tensorrt-rtx"):
+        made = ("-o", tmp_path / target, "--target", target, "--precision", "fp32")
+        answer("export", tmp_path / "small", *made)
+        ran = answer("evaluate", tmp_path / target, f"--task=prose={road}/prose.jsonl")
+        assert ran["value"] == pytest.approx(score["value"], rel=1e-4)
+        assert ran["experts_per_token"] == pytest.approx(score["experts_per_token"], abs=0.02)
+
+
 def test_what_is_read_is_not_replaced(
     road: Path, plan: Path, invoke: Callable[..., Result], tmp_path: Path
 ) -> None:

@@ -125,6 +125,26 @@ def test_an_engine_is_built_whose_tokens_choose_their_number_of_experts(
     assert "experts_used" in [value.name for value in graph.output]
 
 
+def test_shapes_follow_the_caps_but_where_none_may(
+    checkpoint: Path, bundle: Path, tmp_path: Path
+) -> None:
+    request = ExportRequest(
+        model=checkpoint,
+        output=tmp_path / "static",
+        target="tensorrt-rtx",
+        precision="fp16",
+        static_shapes=True,
+    )
+    static = export_bundle(request).output
+    for path, values in ((bundle, ((1,), (2,), (2,))), (static, None)):
+        (built,) = compile_bundle(path, "tensorrt-rtx", compute_capabilities=[86], machine=BARE)
+        shapes = EngineKey.load(built.path.with_suffix(".json")).shapes
+        assert shapes.get("k_cap") == values
+        assert ("k_cap:1" in built.script.read_text()) == bool(values)
+        told = [spec.name for spec in Manifest.load(path).inputs if spec.sets_shapes]
+        assert told == (["k_cap"] if values else [])
+
+
 def test_command_by_hand_is_a_script(bundle: Path) -> None:
     (built,) = compile_bundle(bundle, "tensorrt-rtx", compute_capabilities=[86], machine=BARE)
     script = built.script.read_text()

@@ -53,6 +53,18 @@ def test_ranges_are_ordered_and_fit_together(batch: int, length: int, sequence: 
         assert total == min(past + new, length)
 
 
+def test_an_input_that_sets_shapes_has_a_range_of_values() -> None:
+    caps = TensorSpec(name="caps", dtype="int64", shape=(3,), sets_shapes=True)
+    tasks = {"a": SimpleNamespace(top_k=2), "b": SimpleNamespace(top_k=5)}
+    given: Any = SimpleNamespace(**vars(manifest(caps)), tasks=tasks)
+    limits = ShapeLimits(max_batch=1, max_sequence=8, max_length=8)
+    assert make_profile(given, limits)["caps"] == ((1,) * 3, (5,) * 3, (5,) * 3)
+    many = ShapeLimits(max_batch=2, max_sequence=1920, max_length=4096)
+    with pytest.raises(CompileError, match=r"at most 3839.*got 3840.*--static-shapes"):
+        make_profile(given, many)
+    assert "k_cap" not in make_profile(manifest(), many)
+
+
 def test_defaults_follow_the_model() -> None:
     assert choose_limits(manifest(positions=100)).max_length == 100
     assert choose_limits(manifest()).max_length == 2048
