@@ -163,7 +163,7 @@ def _text(exported: ExportReport) -> str:
                 f"{quality.after['value']:.4g} after"
             )
         lines.append(line)
-        lines += [f"    {_show_rung(rung)}" for rung in kept[name].k_ladder or ()]
+        lines += [f"    {_show_rung(rung)}" for rung in task.k_ladder or ()]
     return "\n".join([*lines, *(f"  note: {note}" for note in exported.notes)])
 
 

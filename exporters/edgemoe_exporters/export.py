@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -168,7 +168,7 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         }
         # Reading a large checkpoint only to hash it takes as long as copying it.
         source.moe.sha256 = steps.fingerprint(hashes)
-        road.write_manifest(plans, layouts, graphs, reports)
+        manifest = road.write_manifest(plans, layouts, graphs, reports)
         on_stage("verify the bundle")
         verify_bundle(steps.staged, hashes=False)
     return ExportReport(
@@ -180,7 +180,10 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         checkpoint_bytes=parameters * 4,
         streamed=source.is_streamed,
         size=graphs.size,
-        tasks=reports,
+        tasks={
+            name: replace(report, k_ladder=manifest.tasks[name].k_ladder)
+            for name, report in reports.items()
+        },
         separate_stacks=graphs.separate_stacks,
         remarks=data.remarks,
     )
@@ -339,7 +342,7 @@ class _Road:
         layouts: Mapping[int, StackLayout],
         graphs: _Graphs,
         reports: Mapping[str, TaskReport],
-    ) -> None:
+    ) -> Manifest:
         """Write manifest.json, last of all files."""
         manifest = Manifest(
             created_by=CREATED_BY,
@@ -371,6 +374,7 @@ class _Road:
         if self.target.name == "cpu":
             manifest = time_ladders(self.steps.staged, manifest, self.say)
         manifest.save(self.steps.staged)
+        return manifest
 
     def _experts(
         self, name: str, plan: Plan, layouts: Mapping[int, StackLayout]

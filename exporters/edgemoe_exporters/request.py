@@ -229,6 +229,7 @@ class ExportReport:
                 name: {
                     "parity": vars(task.parity),
                     "quality": None if task.quality is None else task.quality.to_json(),
+                    "k_ladder": task.k_ladder and [rung.to_json() for rung in task.k_ladder],
                 }
                 for name, task in self.tasks.items()
             },

@@ -288,12 +288,14 @@ def test_who_wants_no_ladder_gets_none(checkpoint: Path, choices: Path, tmp_path
         tasks={"choices": choices},
         keep=1.0,
     )
-    export_bundle(request)
+    told = export_bundle(request).to_json()["tasks"]["choices"]["k_ladder"]
     # Of a target that is not at hand quality is measured, time is not.
     ladder = Manifest.load(tmp_path / "a").tasks["choices"].k_ladder
     assert ladder is not None
     assert all(each.cost is None and each.quality is not None for each in ladder)
-    export_bundle(replace(request, output=tmp_path / "b", ladder=False))
+    assert told == [each.to_json() for each in ladder]
+    without = export_bundle(replace(request, output=tmp_path / "b", ladder=False)).to_json()
+    assert without["tasks"]["choices"]["k_ladder"] is None
     assert Manifest.load(tmp_path / "b").tasks["choices"].k_ladder is None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,7 +63,8 @@ def lower_moe(editor: Editor, precision: Precision) -> None:
         ExportError: Experts are not fed by a Route, or cannot be quantised.
     """
     for node in editor.nodes("FactoredExperts", TRACED):
-        _spell_out_factored(editor, node, _route_of(node), precision)
+        _refuse_quantised(precision, None)
+        _spell_out(editor, node, precision, partial(lower_factored_experts, node=node))
     experts_nodes = list(editor.nodes("Experts", TRACED))
     if not experts_nodes:
         return
@@ -73,7 +75,8 @@ def lower_moe(editor: Editor, precision: Precision) -> None:
     for node, route_node, route in zip(experts_nodes, route_nodes, routes, strict=True):
         experts = ExpertsNode.of(node)
         if not experts.activation.is_swiglu:
-            _spell_out(editor, node, route_node, experts, precision)
+            _refuse_quantised(precision, experts.activation.kind)
+            _spell_out(editor, node, precision, partial(lower_experts, experts=experts))
             continue
         caps = caps or _split_caps(editor, routes)
         choice = choose(editor, route_node, route, caps, precision)
@@ -92,36 +95,31 @@ def _route_of(node: ir.Node) -> ir.Node:
 
 
 def _spell_out(
-    editor: Editor, node: ir.Node, route: ir.Node, experts: ExpertsNode, precision: Precision
+    editor: Editor,
+    node: ir.Node,
+    precision: Precision,
+    lower: Callable[..., list[ir.Value]],
 ) -> None:
     """Run experts that no fused op knows in basic ops."""
-    if precision.bits:
-        raise ExportError(
-            f"{precision.name} must have SwiGLU experts, got the activation "
-            f"{experts.activation.kind}: onnxruntime has no quantised op for it. Export with "
-            "--precision fp32 or fp16."
-        )
-    slots = _spell_out_route(editor, route, precision)
+    slots = _spell_out_route(editor, _route_of(node), precision)
     emit = Emitter(editor.graph, precision.dtype, f"{node.name or 'experts'}")
-    (output,) = lower_experts(emit, ExpertsNode.of(node), slots)
+    (output,) = lower(emit, slots=slots)
     editor.graph.insert_before(node, emit.nodes)
     editor.replace(node.outputs[0], output)
 
 
-def _spell_out_factored(
-    editor: Editor, node: ir.Node, route: ir.Node, precision: Precision
-) -> None:
-    """Run factored experts, which no fused op knows, in basic ops."""
-    if precision.bits:
+def _refuse_quantised(precision: Precision, activation: str | None) -> None:
+    """Refuse a precision that only fused ops have; no activation stands for factored experts."""
+    if precision.bits and activation is None:
         raise ExportError(
             f"experts must be whole to be quantised, got factored ones in {precision.name}. "
             "Export with --precision fp32 or fp16."
         )
-    slots = _spell_out_route(editor, route, precision)
-    emit = Emitter(editor.graph, precision.dtype, f"{node.name or 'experts'}")
-    (output,) = lower_factored_experts(emit, node, slots)
-    editor.graph.insert_before(node, emit.nodes)
-    editor.replace(node.outputs[0], output)
+    if precision.bits:
+        raise ExportError(
+            f"{precision.name} must have SwiGLU experts, got the activation {activation}: "
+            "onnxruntime has no quantised op for it. Export with --precision fp32 or fp16."
+        )
 
 
 def _spell_out_route(editor: Editor, route: ir.Node, precision: Precision) -> Slots:

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from scipy.linalg import lstsq
 from torch.nn import functional
 
-from edgemoe.allocate.fisher import Ridge, Sums, choose_ridge, costs_of, sum_costs
+from edgemoe.allocate.costs import Ridge, Sums, choose_ridge, costs_of, sum_costs
 from edgemoe.allocate.registry import allocate
 from edgemoe.allocate.usage import count_experts
 from edgemoe.errors import AllocationError
+from edgemoe.k_policy import KPolicy
+from edgemoe.k_rule import KRule
 from edgemoe.models import limit_k
 from edgemoe.models.k_policy import following
 from edgemoe.oracle.gradients import take_gradients
@@ -75,8 +77,8 @@ def test_costs_are_squares_of_what_fewer_experts_do(
     calls = take_gradients(model, window)
     assert all(torch.equal(t, before[name]) for name, t in model.model.state_dict().items())
     for place, call in enumerate(calls):
-        costs = costs_of(call)
         top_k = model.layers[place].top_k
+        costs = costs_of(call, top_k)
         assert costs.shape == (len(window.ids), top_k)
         assert (costs[:, -1] == 0).all()
         whole = output_of(model, window, place, top_k)
@@ -87,7 +89,32 @@ def test_costs_are_squares_of_what_fewer_experts_do(
                 expected = 0.5 * slope(model, window, place, token, change) ** 2
                 assert costs[token, k - 1] == pytest.approx(expected, rel=1e-2, abs=1e-9)
     # The last token's next one is not known.
-    assert all(costs_of(call)[-1].max() == 0 for call in calls[-1:])
+    assert all(costs_of(call, 3)[-1].max() == 0 for call in calls[-1:])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "glm4_moe"])
+def test_more_experts_than_top_k_are_what_fewer_are_measured_against(
+    make_oracle: Callable[..., LayerOracle], family: str
+) -> None:
+    oracle = make_oracle(family)
+    model = oracle.moe
+    policy = allocate(oracle, "fisher", task="t", mean_k=3, options={"k_max": 5})
+    assert [rule.slots for rule in policy.rules] == [5] * len(model.layers)
+    with following(model, policy):
+        counts = count_experts(model, oracle.windows)
+    assert counts.mean() == pytest.approx(3, abs=0.2)
+    assert counts.max() > 3
+    layers = tuple(layer.index for layer in model.layers)
+    whole = KPolicy(name="fixed", layers=layers, rules=(KRule(slots=5),) * len(layers))
+    window = oracle.windows[1]
+    with following(model, whole):
+        (call, *_) = take_gradients(model, window)
+        outputs = [output_of(model, window, 0, k) for k in (2, 5)]
+    costs = costs_of(call, 5)
+    assert costs.shape == (len(window.ids), 5)
+    gradient = call.gradient.double()
+    expected = 0.5 * ((outputs[0] - outputs[1]).double() * gradient).sum(dim=-1) ** 2
+    np.testing.assert_allclose(costs[:-1, 1], expected[:-1].numpy(), rtol=1e-3, atol=1e-9)
 
 
 def regress(
@@ -146,7 +173,7 @@ def test_tokens_use_as_many_experts_as_asked(
     oracle = make_oracle(family)
     policy = allocate(oracle, "fisher", task="t", mean_k=mean_k)
     assert policy == allocate(oracle, "fisher", task="t", mean_k=mean_k)
-    assert policy.provenance["options"] == {"tokens": 16384, "ridge": 0.0}
+    assert policy.provenance["options"] == {"tokens": 16384, "ridge": 0.0, "k_max": 0}
     with following(oracle.moe, policy):
         counts = count_experts(oracle.moe, oracle.windows)
     assert counts.mean() == pytest.approx(mean_k, abs=0.2)
@@ -162,7 +189,7 @@ def test_layers_and_tokens_that_lose_most_keep_most(
     with following(oracle.moe, policy):
         counts = count_experts(oracle.moe, oracle.windows)[:, 0]
     known = [take_gradients(oracle.moe, window)[0] for window in oracle.windows]
-    costs = np.concatenate([costs_of(call) for call in known])
+    costs = np.concatenate([costs_of(call, 3) for call in known])
     least = costs[counts == 1, 0].mean()
     assert costs[counts == 3, 0].mean() > 2 * least
 
@@ -179,14 +206,14 @@ def test_what_cannot_be_decided_is_refused(make_oracle: Callable[..., LayerOracl
             allocate(oracle, "fisher", task="t", mean_k=mean_k, options=options)
     oracle.windows = tuple(replace(window, ids=window.ids[:1]) for window in oracle.windows)
     with pytest.raises(AllocationError, match="two tokens of a line or more"):
-        sum_costs(oracle)
+        sum_costs(oracle, [3] * len(oracle.moe.layers))
 
 
 def test_the_last_token_of_a_line_tells_nothing(
     make_oracle: Callable[..., LayerOracle],
 ) -> None:
     oracle = make_oracle("mixtral")
-    halves = sum_costs(oracle)
+    halves = sum_costs(oracle, [3] * len(oracle.moe.layers))
     for one, other in zip(*halves, strict=True):
         seen = one.inputs[-1, -1] + other.inputs[-1, -1]
         assert seen == sum(len(window.ids) - 1 for window in oracle.windows)
