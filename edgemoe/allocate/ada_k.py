@@ -11,6 +11,9 @@ that tokens use as many as asked), and then trained by PPO (:mod:`edgemoe.alloca
 numbers are drawn for every token and layer, and what the drawn numbers do to the probability of
 the next token, against the router's own top-k, rewards all layers of the token.
 
+With ``warm=fisher`` the heads begin with what numbers of experts cost instead, which one
+backward pass tells (:mod:`edgemoe.allocate.costs`): the paper's warm-up knows routers only.
+
 What the paper leaves open is decided so (benchmarks/adaptive_k/ablation.py compares): gamma is
 1, the clip 0.2, and in use the most likely number counts. With ``mean_k`` the weight of the
 term that makes experts dear follows the mean of the drawn numbers, so that the mean stays
@@ -26,7 +29,7 @@ from edgemoe.allocate.budget import check_mean
 from edgemoe.allocate.heads import Heads
 from edgemoe.allocate.ppo import PpoOptions, train
 from edgemoe.allocate.rollout import see_states
-from edgemoe.allocate.warm import warm_up
+from edgemoe.allocate.warm import warm_up, warm_up_by_costs
 from edgemoe.errors import AllocationError
 from edgemoe.models.k_policy import most_slots
 from edgemoe.recover.state import TrainingState
@@ -35,6 +38,11 @@ if TYPE_CHECKING:
     from edgemoe.k_rule import KRule
     from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.resume import WorkDirectory
+
+
+_WARM = ("top-p", "fisher")
+# As many as the policy `fisher` takes.
+_FITTED_TOKENS = 16384
 
 
 def ada_k(
@@ -51,6 +59,7 @@ def ada_k(
     clip: float = 0.2,
     gamma: float = 1.0,
     regulariser: float = 0.003,
+    warm: str = "top-p",
     warm_epochs: int = 8,
     warm_tokens: int = 4096,
     warm_rate: float = 1e-3,
@@ -71,9 +80,11 @@ def ada_k(
         clip: How far a pass may change how likely a number is, relative.
         gamma: What later layers' shares of a reward grow by, per layer, in (0, 1].
         regulariser: lambda: nats per token that an expert must be worth.
-        warm_epochs: Passes of the warm-up over its tokens.
+        warm: Where heads begin: ``top-p`` with the numbers that a share of mass gives, as in
+            the paper, ``fisher`` with what numbers cost, as the policy of that name does.
+        warm_epochs: Passes of the warm-up over its tokens, with ``top-p``.
         warm_tokens: Tokens of the warm-up.
-        warm_rate: Learning rate of AdamW in the warm-up.
+        warm_rate: Learning rate of AdamW in the warm-up, with ``top-p``.
 
     Returns:
         A rule for each MoE layer.
@@ -101,13 +112,18 @@ def ada_k(
             raise AllocationError(f"{told}, got {number:g}.")
     if regulariser < 0:
         raise AllocationError(f"regulariser must be in [0, inf), got {regulariser:g}.")
+    if warm not in _WARM:
+        raise AllocationError(f"warm must be one of {', '.join(_WARM)}, got {warm!r}.")
     layers = oracle.moe.layers
     most = [min(k_max or 2 * layer.top_k, most_slots(layer)) for layer in layers]
     own = sum(layer.top_k for layer in layers) / len(layers)
     begun = check_mean(min(own, sum(most) / len(most)) if mean_k is None else mean_k, most)
     heads = Heads.zeros(most, layers[0].hidden_size)
     state = None if work is None else TrainingState(work)
-    if state is None or not state.progress:
+    fresh = state is None or not state.progress
+    if fresh and warm == "fisher":
+        warm_up_by_costs(oracle, heads, begun, tokens=warm_tokens, fitted_tokens=_FITTED_TOKENS)
+    elif fresh:
         warm_up(
             oracle.fewer(warm_tokens),
             heads,

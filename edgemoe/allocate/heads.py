@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 _DEAREST = 64.0
+_SHARPEST = 12.0
 _BISECTIONS = 50
 
 
@@ -89,6 +90,22 @@ class Heads:
                 low = middle
         self.weight[..., -1] += low * numbers
         return low
+
+    @torch.no_grad()
+    def sharpen(self, states: torch.Tensor, likely: float) -> None:
+        """Multiply all scores by one number: what is most likely stays so.
+
+        Args:
+            states: What the routers see, float32 [layers, tokens, hidden].
+            likely: How likely the most likely number is to be in the mean, in (1 / slots, 1).
+        """
+        scores = self.log_probabilities(states)
+        low, high = -_SHARPEST, _SHARPEST
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            found = torch.softmax(scores * 10**middle, dim=-1).amax(dim=-1).mean()
+            low, high = (low, middle) if float(found) > likely else (middle, high)
+        self.weight.mul_(10**low)
 
     def rules(self) -> tuple[KRule, ...]:
         """Make the rules that use the most likely number.

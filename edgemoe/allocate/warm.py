@@ -1,10 +1,11 @@
-"""P-Warm: heads learn the numbers that a share of the router's mass would give.
+"""Where the heads of Ada-K begin: the first of the two steps of their training.
 
-The first of the two steps of Ada-K's training (https://arxiv.org/abs/2410.10456): for token i
+- P-Warm, of the paper (https://arxiv.org/abs/2410.10456): for token i
 
-    n_i(p) = min { n : the n best experts have at least p of the router's mass }
+      n_i(p) = min { n : the n best experts have at least p of the router's mass }
 
-with p such that the mean of n_i is what is asked; heads are trained by cross-entropy.
+  with p such that the mean of n_i is what is asked; heads are trained by cross-entropy.
+- by costs: heads foresee what numbers of experts cost a token (:mod:`edgemoe.allocate.costs`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from edgemoe.allocate.costs import fit_heads
 from edgemoe.allocate.reach import find_share, reach_of
 from edgemoe.allocate.rollout import see_states
 from edgemoe.progress import telling
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 _BATCH_TOKENS = 256
 _DECAY = 0.1
+# How likely the most likely number is, in the mean, where costs tell no more than an order: PPO
+# has to draw others now and then.
+_LIKELY = 0.7
 
 
 def warm_up(
@@ -61,6 +66,30 @@ def warm_up(
     inputs = see_states(oracle.moe, oracle.windows)
     _fit(heads, inputs, wanted, epochs, learning_rate, seed)
     return share
+
+
+def warm_up_by_costs(
+    oracle: LayerOracle, heads: Heads, mean_k: float, *, tokens: int, fitted_tokens: int
+) -> None:
+    """Let heads begin with what numbers of experts cost.
+
+    Args:
+        oracle: The model, in memory whole and following no policy, and the tokens.
+        heads: The heads; they are changed.
+        mean_k: Mean of their most likely numbers afterwards.
+        tokens: How many tokens that is found on.
+        fitted_tokens: How many tokens costs are measured on.
+
+    Raises:
+        AllocationError: A router follows no known rule, or the model answers NaN or infinity.
+        StreamingError: The model is larger than memory.
+    """
+    fitted = fit_heads(oracle, heads.slots, "ada-k with warm=fisher", tokens=fitted_tokens)
+    with torch.no_grad():
+        heads.weight.copy_(fitted.weight)
+    states = see_states(oracle.moe, oracle.fewer(tokens).windows)
+    heads.tilt(states, mean_k)
+    heads.sharpen(states, _LIKELY)
 
 
 def _fit(

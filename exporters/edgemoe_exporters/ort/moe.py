@@ -109,7 +109,7 @@ def _spell_out(
 
 
 def _refuse_quantised(precision: Precision, activation: str | None) -> None:
-    """Refuse a precision that only fused ops have; no activation stands for factored experts."""
+    """Refuse a precision that only fused ops have; None stands for factored experts."""
     if precision.bits and activation is None:
         raise ExportError(
             f"experts must be whole to be quantised, got factored ones in {precision.name}. "

@@ -203,6 +203,38 @@ def test_a_warm_up_learns_the_numbers_of_a_share(
     assert float(found.float().mean()) == pytest.approx(2.5, abs=0.2)
 
 
+def test_a_warm_up_by_costs_is_the_policy_that_foresees_them(
+    make_oracle: Callable[..., LayerOracle],
+) -> None:
+    oracle = make_oracle("mixtral")
+    options = {"warm": "fisher", "steps": 0, "k_max": 4}
+    made = allocate(oracle, "ada-k", task="t", mean_k=2, options=options)
+    fisher = allocate(oracle, "fisher", task="t", mean_k=2, options={"k_max": 4})
+    counts = []
+    for policy in (made, fisher):
+        with following(oracle.moe, policy):
+            counts.append(count_experts(oracle.moe, oracle.windows))
+    np.testing.assert_array_equal(*counts)
+    # Others than the likeliest numbers are drawn as well.
+    rows = [rule.allocator for rule in made.rules if rule.allocator is not None]
+    weight = torch.from_numpy(np.stack(rows))
+    heads = Heads(torch.nn.Parameter(weight), (4,) * len(made.rules))
+    states = see_states(oracle.moe, oracle.windows)
+    likely = heads.log_probabilities(states).detach().exp().amax(dim=-1).mean()
+    assert float(likely) == pytest.approx(0.7, abs=0.01)
+
+
+@pytest.mark.parametrize("likely", [0.4, 0.7, 0.95])
+def test_sharper_heads_want_the_same_and_doubt_less(likely: float) -> None:
+    heads = random_heads((4, 3), 6)
+    states = torch.randn(2, 500, 6, generator=torch.Generator().manual_seed(1))
+    before = heads.log_probabilities(states)
+    heads.sharpen(states, likely)
+    after = heads.log_probabilities(states)
+    assert torch.equal(before.argmax(dim=-1), after.argmax(dim=-1))
+    assert float(after.exp().amax(dim=-1).mean()) == pytest.approx(likely, abs=1e-3)
+
+
 @pytest.mark.parametrize("mean_k", [1.0, 1.7, 2.6, 3.5])
 def test_a_tilt_brings_the_mean_where_it_is_asked(mean_k: float) -> None:
     heads = random_heads((4, 3), 6)
@@ -306,6 +338,7 @@ def test_lambda_follows_the_mean_that_was_asked_for(
         ({"options": {"learning_rate": 2.0}}, "learning_rate must be"),
         ({"options": {"warm_rate": 0.0}}, "warm_rate must be"),
         ({"options": {"regulariser": -1.0}}, "regulariser must be"),
+        ({"options": {"warm": "reap"}}, "warm must be one of top-p, fisher, got 'reap'"),
         ({"mean_k": 7}, r"--mean-k must be in \[1, 6\]"),
     ],
 )
