@@ -1,9 +1,10 @@
 """What Ada-K's paper leaves open: gamma, the clip, and whether the likeliest number counts.
 
 Heads are trained with each gamma, clip and learning rate, the rest as always (gamma 1, clip
-0.2, 1e-4), four times as long, and not at all after the warm-up. They are judged on lines that
-nothing has read: perplexity with the likeliest numbers, and with drawn ones, both at what the
-tokens really used.
+0.2, 1e-4), four times as long, not at all after the warm-up, and after a warm-up by what
+experts cost. They are judged on lines that nothing has read: perplexity with the likeliest
+numbers, and with drawn ones, both at what the tokens really used.
+
 Run it from the repository's root, with the demo's model and a folder that
 benchmarks/reference_moe/corpus.py wrote::
 
@@ -42,6 +43,8 @@ _VARIANTS = (
     "clip=0.4",
     "learning_rate=0.001",
     "steps=256",
+    "warm=fisher,steps=0",
+    "warm=fisher",
 )
 
 

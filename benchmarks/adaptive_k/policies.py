@@ -48,7 +48,17 @@ if TYPE_CHECKING:
     "--policy",
     "policies",
     multiple=True,
-    default=("fixed", "alloc-l", "top-p", "top-p:k_max=12", "ada-k:steps=0", "ada-k", "fisher"),
+    default=(
+        "fixed",
+        "alloc-l",
+        "top-p",
+        "top-p:k_max=12",
+        "ada-k:steps=0",
+        "ada-k",
+        "ada-k:warm=fisher",
+        "fisher",
+        "fisher:k_max=12",
+    ),
     help="NAME or NAME:OPTION=VALUE,...; repeatable.",
 )
 @click.option("--tokens", default=16384, show_default=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
+from edgemoe.models import read_shape
 from edgemoe.models.tiny import write_tiny_checkpoint
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "adaptive_k"
@@ -21,7 +24,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function from a script's name to its module."""
     monkeypatch.syspath_prepend(FOLDER.parent / "compression")
     monkeypatch.syspath_prepend(FOLDER)
-    for name in ("commands", "trial"):
+    for name in ("commands", "trial", "wide_model"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
     def load(name: str) -> Any:
@@ -78,6 +81,38 @@ def test_policies_are_judged_once_and_told_apart(tmp_path: Path, load: Any) -> N
     numbers = [float(cell) for cell in row.split("|")[3:7]]
     assert all(1 <= number <= 4 for number in numbers)
     assert min(numbers[1:]) - 0.1 <= numbers[0] <= max(numbers[1:]) + 0.1
+
+
+def test_prompts_have_fewer_rows_with_fewer_experts(tmp_path: Path, load: Any) -> None:
+    write_tiny_checkpoint("qwen3_moe", tmp_path / "moe", num_experts_per_tok=4)
+    lines = [
+        {"text": " ".join(f"w{3 + (n * m) % 90}" for m in range(1, 60))} for n in range(1, 30)
+    ]
+    path = tmp_path / "code.test.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = ("--tasks", tmp_path, "--task", "code", "--work", tmp_path / "work", "--pieces", 1)
+    words = [str(word) for word in (tmp_path / "moe", *asked)]
+    result = CliRunner().invoke(load("places").main, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    rows = [row.split("|") for row in result.stdout.splitlines() if row.startswith("| ")][1:]
+    shares = [float(row[2]) for row in rows]
+    assert [int(row[1]) for row in rows] == [1, 2, 3, 4]
+    # Of eight experts no busiest one has less than an eighth of the slots.
+    assert all(cap / 8 <= share <= 1 for cap, share in enumerate(shares, 1))
+    assert shares == sorted(shares)
+
+
+def test_the_wide_model_has_as_many_experts_as_benchmarks_say(
+    tmp_path: Path, load: Any
+) -> None:
+    load("speed")
+    wide = importlib.import_module("wide_model")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "moe_intermediate_size": 32}
+    model, _ = wide.write_wide_model(tmp_path, **sizes)
+    assert read_shape(model).experts_per_layer == (16,)
+    write_tiny_checkpoint("qwen3_moe", tmp_path / "other" / "wide", num_hidden_layers=1)
+    with pytest.raises(click.ClickException, match=r"16 experts per layer, got \{8\}"):
+        wide.write_wide_model(tmp_path / "other")
 
 
 @pytest.mark.parametrize(
