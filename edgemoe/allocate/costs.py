@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgemoe.models.layer import MoeLayer
     from edgemoe.oracle.gradients import LayerGradient
     from edgemoe.oracle.oracle import LayerOracle
 
@@ -74,14 +75,8 @@ def fit_heads(
     check_tokens(tokens)
     if not ridge >= 0:
         raise AllocationError(f"ridge must be in [0, inf), got {ridge:g}.")
+    check_model(oracle, policy)
     layers = oracle.moe.layers
-    for layer in layers:
-        if layer.rule is None:
-            raise AllocationError(
-                f"{policy} must have routers that follow a known rule, got one without in "
-                f"layer {layer.index}. Use --policy alloc-l."
-            )
-    whole_model(oracle.home, f"{policy}, which takes gradients through it,")
     halves = oracle.once(
         ("costs", tokens, *most), lambda: sum_costs(oracle.fewer(tokens), most)
     )
@@ -156,15 +151,10 @@ def sum_costs(oracle: LayerOracle, most: Sequence[int]) -> tuple[list[Sums], lis
     layers = oracle.moe.layers
     slots = tuple(zip(layers, most, strict=True))
     halves = tuple([Sums.zeros(layer.hidden_size, n) for layer, n in slots] for _ in range(2))
-    whole = KPolicy(
-        name="fixed",
-        layers=tuple(layer.index for layer in layers),
-        rules=tuple(KRule(slots=n) for n in most),
-    )
     known = [window for window in oracle.windows if len(window.ids) > 1]
     if not known:
         raise AllocationError("fisher must read two tokens of a line or more, got none.")
-    with quiet_transformers(), following(oracle.moe, whole):
+    with quiet_transformers(), following(oracle.moe, run_with(layers, most)):
         for number, window in enumerate(track(known, "weigh experts")):
             calls = take_gradients(oracle.moe, window)
             for sums, call, n in zip(halves[number % 2], calls, most, strict=True):
@@ -177,6 +167,41 @@ def sum_costs(oracle: LayerOracle, most: Sequence[int]) -> tuple[list[Sums], lis
                 # Nobody knows what comes after the last token, so nothing tells its cost.
                 sums.add(call.hidden[:-1].float().cpu().numpy(), costs[:-1])
     return halves[0], halves[1]
+
+
+def check_model(oracle: LayerOracle, policy: str) -> None:
+    """Refuse a model whose costs cannot be measured.
+
+    Args:
+        oracle: The model.
+        policy: Whom the error names.
+
+    Raises:
+        AllocationError: A router follows no known rule.
+        StreamingError: The model is larger than memory: gradients go through all of it.
+    """
+    for layer in oracle.moe.layers:
+        if layer.rule is None:
+            raise AllocationError(
+                f"{policy} must have routers that follow a known rule, got one without in "
+                f"layer {layer.index}. Use --policy alloc-l."
+            )
+    whole_model(oracle.home, f"{policy}, which takes gradients through it,")
+
+
+def run_with(layers: Sequence[MoeLayer], numbers: Sequence[int]) -> KPolicy:
+    """Make the policy that gives all tokens of a layer as many experts.
+
+    Args:
+        layers: The model's MoE layers.
+        numbers: Experts per token in each.
+
+    Returns:
+        The policy.
+    """
+    indices = tuple(layer.index for layer in layers)
+    rules = tuple(KRule(slots=number) for number in numbers)
+    return KPolicy(name="fixed", layers=indices, rules=rules)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch.nn import functional
 from edgemoe.allocate.costs import Ridge, Sums, choose_ridge, costs_of, sum_costs
 from edgemoe.allocate.registry import allocate
 from edgemoe.allocate.usage import count_experts
+from edgemoe.calibrate.sample import Window
 from edgemoe.errors import AllocationError
 from edgemoe.k_policy import KPolicy
 from edgemoe.k_rule import KRule
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemoe.calibrate.sample import Window
     from edgemoe.models.contract import MoeModel
     from edgemoe.oracle.oracle import LayerOracle
 
@@ -115,6 +115,27 @@ def test_more_experts_than_top_k_are_what_fewer_are_measured_against(
     gradient = call.gradient.double()
     expected = 0.5 * ((outputs[0] - outputs[1]).double() * gradient).sum(dim=-1) ** 2
     np.testing.assert_allclose(costs[:-1, 1], expected[:-1].numpy(), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("told", [4, 2])
+def test_tokens_may_use_more_where_that_foresees_them_better(
+    make_oracle: Callable[..., LayerOracle], told: int
+) -> None:
+    oracle = make_oracle("mixtral", num_experts_per_tok=2)
+    model = oracle.moe
+    layers = tuple(layer.index for layer in model.layers)
+    teller = KPolicy(name="fixed", layers=layers, rules=(KRule(slots=told),) * len(layers))
+    random = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 96, (16, 1), generator=random)
+    with torch.no_grad(), following(model, teller):
+        for _ in range(40):
+            likely = model.model(input_ids=ids, use_cache=False).logits[:, -1].softmax(dim=-1)
+            ids = torch.cat([ids, torch.multinomial(likely, 1, generator=random)], dim=1)
+    oracle.windows = tuple(
+        Window(line=line, start=0, ids=row) for line, row in enumerate(ids.tolist(), start=1)
+    )
+    policy = allocate(oracle, "fisher", task="t", mean_k=1.5)
+    assert {rule.slots for rule in policy.rules} == {told}
 
 
 def regress(
