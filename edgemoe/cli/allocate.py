@@ -173,7 +173,8 @@ def _text(result: Mapping[str, Any]) -> str:
     note = "" if saves else "\nnote: no token uses fewer experts than before; lower --mean-k"
     return (
         f"{result['output']}: {result['policy']} for {result['task']}\n"
-        f"experts per token and layer: {result['mean_k']:.3f}, {result['mean_k_before']:.3f} "
-        f"before, over {result['tokens']} tokens\n"
+        f"experts per token and layer: {result['mean_k']:.3f}, at most "
+        f"{max(result['most_k_per_layer'])}; {result['mean_k_before']:.3f} before, over "
+        f"{result['tokens']} tokens\n"
         f"per layer: {means}{note}"
     )

@@ -80,7 +80,8 @@ def lower(model: ir.Model, precision: str, *, static_shapes: bool = False) -> ir
         model: What :func:`edgemoe_exporters.trace.trace` made; it is taken over.
         precision: ``fp32`` or ``fp16``.
         static_shapes: Whether no shape may follow how many experts tokens use. It costs the
-            time that a smaller k would save, and is for a TensorRT that refuses the rest.
+            time that a smaller k would save, and is for a TensorRT that refuses the rest. None
+            may in graphs of models with recurrent layers, nor of more than 64 MoE layers.
 
     Returns:
         The same model, lowered.
@@ -134,6 +135,8 @@ def _narrow(graph: ir.Graph, compute: ir.DataType) -> None:
 
 def _lower_nodes(graph: ir.Graph, compute: ir.DataType, *, static_shapes: bool) -> None:
     shared = Shared()
+    # TensorRT for RTX 1.7 has an internal error where both shapes follow values and a Scan is.
+    may_follow = not static_shapes and not any(n.op_type == "LinearAttention" for n in graph)
     chosen: dict[ir.Value, Slots] = {}
     for node in list(graph):
         if node.domain != DOMAIN:
@@ -144,7 +147,7 @@ def _lower_nodes(graph: ir.Graph, compute: ir.DataType, *, static_shapes: bool) 
             mark_experts(route.weight)
             outputs, most = lower_route(emit, route)
             gates, indices, *_ = outputs
-            follows = not static_shapes and size_of(route.k_cap, 0) <= MAX_SHAPE_NUMBERS
+            follows = may_follow and size_of(route.k_cap, 0) <= MAX_SHAPE_NUMBERS
             if follows:
                 route.k_cap.metadata_props[SETS_SHAPES_KEY] = "1"
             chosen[gates] = Slots(indices=indices, gates=gates, most=most if follows else None)

@@ -21,7 +21,9 @@ from edgemoe.errors import ExportError
 from edgemoe.models import RouterRule
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.hooks import limit_k
-from edgemoe_exporters import ops
+from edgemoe.models.tiny import tiny_config, tiny_model
+from edgemoe_exporters import lower_tensorrt, ops
+from edgemoe_exporters.bundle import SETS_SHAPES_KEY
 from edgemoe_exporters.lower_tensorrt import MAX_OPSET, lower
 from edgemoe_exporters.trace import trace
 
@@ -177,6 +179,32 @@ def test_static_shapes_agree_with_eager(tmp_path: Path) -> None:
     with limit_k(model, [2, 1]):
         expected = eager(model, ids, mask)
     assert (found - expected)[mask.bool()].abs().max() <= 1e-4
+
+
+def sets_shapes(lowered: ir.Model) -> bool:
+    """Whether a graph says that shapes follow its caps; those in which they do have a TopK of
+    tokens in each layer, and put its answer back by ScatterElements."""
+    (caps,) = [value for value in lowered.graph.inputs if value.name == "k_cap"]
+    follows = any(node.op_type == "ScatterElements" for node in lowered.graph)
+    assert follows == (SETS_SHAPES_KEY in caps.metadata_props)
+    return follows
+
+
+def test_shapes_follow_caps_but_where_tensorrt_cannot_take_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert sets_shapes(lower(traced("qwen2_moe")[1], "fp16"))
+    assert not sets_shapes(lower(traced("qwen2_moe")[1], "fp16", static_shapes=True))
+    monkeypatch.setattr(lower_tensorrt, "MAX_SHAPE_NUMBERS", 1)
+    assert not sets_shapes(lower(traced("qwen2_moe")[1], "fp16"))
+
+
+@pytest.mark.states
+def test_no_shape_follows_caps_beside_a_scan() -> None:
+    model = adapt_model(tiny_model(tiny_config("qwen3_next")))
+    lowered = lower(trace(model), "fp16")
+    assert any(node.op_type == "Scan" for node in lowered.graph)
+    assert not sets_shapes(lowered)
 
 
 def test_layers_choose_as_they_run() -> None:
