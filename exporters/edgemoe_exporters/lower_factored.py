@@ -18,9 +18,14 @@ import torch
 from edgemoe.models.experts import ExpertsLayout
 from edgemoe_exporters.deferred import Deferred
 from edgemoe_exporters.initializers import set_weight
-from edgemoe_exporters.lower_tensorrt_dispatch import run_cheapest
+from edgemoe_exporters.lower_tensorrt_activation import activate
+from edgemoe_exporters.lower_tensorrt_dispatch import (
+    gates_by_expert,
+    run_following,
+    run_static,
+)
 from edgemoe_exporters.lower_tensorrt_emit import Emitter, size_of
-from edgemoe_exporters.lower_tensorrt_moe import activate, gates_by_expert, mark_experts
+from edgemoe_exporters.lower_tensorrt_moe import mark_experts
 from edgemoe_exporters.nodes import activation_of, present
 
 if TYPE_CHECKING:
@@ -165,7 +170,8 @@ def lower_factored_experts(emit: Emitter, node: ir.Node, slots: Slots) -> list[i
         down_bias=down_bias,
         activation=activation,
     )
-    return [run_cheapest(emit, layer, slots)]
+    run = run_static if slots.most is None else run_following
+    return [run(emit, layer, slots)]
 
 
 def _turn(up_out: ir.Value, layout: ExpertsLayout) -> None:

@@ -158,8 +158,8 @@ class Places:
         return emit.call("ReduceSum", parts, emit.integers(1), keepdims=0)
 
 
-class Forms(Protocol):
-    """One layer of experts, and the ways to run it; each gives ``[T, H]``."""
+class Experts(Protocol):
+    """The experts of one layer."""
 
     @property
     def hidden(self) -> ir.Value:
@@ -172,47 +172,43 @@ class Forms(Protocol):
         ...
 
     def gather(self, emit: Emitter, slots: Slots) -> ir.Value:
-        """Copy the expert of every slot."""
+        """Copy the expert of every slot; gives ``[T, H]``."""
         ...
+
+
+class Grouped(Experts, Protocol):
+    """Experts that tokens are sent to."""
 
     def grouped(self, emit: Emitter, places: Places) -> ir.Value:
-        """Run all experts on the tokens that have a place with them."""
+        """Run all experts on the tokens that have a place with them; gives ``[T, H]``."""
         ...
+
+
+class Dense(Experts, Protocol):
+    """Experts that all tokens see."""
 
     def dense(self, emit: Emitter, slots: Slots) -> ir.Value:
-        """Run all experts on all tokens."""
+        """Run all experts on all tokens; gives ``[T, H]``."""
         ...
 
 
-def run_cheapest(emit: Emitter, layer: Forms, slots: Slots) -> ir.Value:
+def run_following(emit: Emitter, layer: Grouped, slots: Slots) -> ir.Value:
     """Copy the experts of each slot where that moves less than reading all of them once.
 
     Args:
         emit: Takes the nodes.
         layer: The experts.
-        slots: Which of them tokens use.
+        slots: Which of them tokens use; ``most`` is known.
 
     Returns:
         Output ``[T, H]``.
     """
-    tokens = emit.call("Shape", layer.hidden, start=0, end=1)
-    if slots.most is None:
-        most = layer.experts // (COPY_TRAFFIC * slots.top_k)
-        if most < 1:
-            return layer.dense(emit, slots)
-        few = emit.call("LessOrEqual", tokens, emit.integers(most))
-        return _either(
-            emit,
-            layer,
-            few,
-            lambda to: layer.gather(to, slots),
-            lambda to: layer.dense(to, slots),
-        )
     used = slots.in_use(emit)
     # Not in the branch that needs them: TensorRT takes no shapes from values of a branch.
     places = Places.of(emit, layer.hidden, used, layer.experts)
     if layer.experts < COPY_TRAFFIC:
         return layer.grouped(emit, places)
+    tokens = emit.call("Shape", layer.hidden, start=0, end=1)
     moved = emit.call("Mul", emit.call("Mul", tokens, slots.most), emit.integers(COPY_TRAFFIC))
     few = emit.call("LessOrEqual", moved, emit.integers(layer.experts))
     return _either(
@@ -224,9 +220,52 @@ def run_cheapest(emit: Emitter, layer: Forms, slots: Slots) -> ir.Value:
     )
 
 
+def run_static(emit: Emitter, layer: Dense, slots: Slots) -> ir.Value:
+    """Copy the experts of all slots of a few tokens, or run all experts on many.
+
+    Args:
+        emit: Takes the nodes.
+        layer: The experts.
+        slots: Which of them tokens use.
+
+    Returns:
+        Output ``[T, H]``.
+    """
+    most = layer.experts // (COPY_TRAFFIC * slots.top_k)
+    if most < 1:
+        return layer.dense(emit, slots)
+    tokens = emit.call("Shape", layer.hidden, start=0, end=1)
+    few = emit.call("LessOrEqual", tokens, emit.integers(most))
+    return _either(
+        emit,
+        layer,
+        few,
+        lambda to: layer.gather(to, slots),
+        lambda to: layer.dense(to, slots),
+    )
+
+
+def gates_by_expert(emit: Emitter, slots: Slots, experts: int) -> ir.Value:
+    """Spread gates out over all experts, 0 for those that a token does not use.
+
+    Args:
+        emit: Takes the nodes.
+        slots: Which experts tokens use.
+        experts: E.
+
+    Returns:
+        In the type of activations, ``[T, E]``.
+    """
+    ids, last = emit.integers(*range(experts)), emit.integers(-1)
+    chosen = emit.call("Equal", emit.call("Unsqueeze", slots.indices, last), ids)
+    gates = emit.call("Unsqueeze", slots.gates, last)
+    spread = emit.call("Where", chosen, gates, emit.number(0.0))
+    return emit.narrow(emit.call("ReduceSum", spread, emit.integers(1), keepdims=0))
+
+
 def _either(
     emit: Emitter,
-    layer: Forms,
+    layer: Experts,
     condition: ir.Value,
     then: Callable[[Emitter], ir.Value],
     otherwise: Callable[[Emitter], ir.Value],

@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 from onnx_ir.passes.common import TopologicalSortPass
 
 from edgemoe.models.activation import Activation
-from edgemoe_exporters.lower_tensorrt_dispatch import Forms, Places, Slots, run_cheapest
+from edgemoe_exporters.lower_tensorrt_dispatch import (
+    Grouped,
+    Places,
+    Slots,
+    run_following,
+    run_static,
+)
 from edgemoe_exporters.lower_tensorrt_emit import Emitter
 from edgemoe_exporters.lower_tensorrt_moe import Layer
+from edgemoe_exporters.lower_tensorrt_static import StaticLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +34,10 @@ SWISH = Activation(kind="swish", gated=True)
 Arrays = dict[str, "NDArray[Any]"]
 
 
-def make_layer(emit: Emitter, experts: int, *, biased: bool) -> tuple[Layer, Arrays]:
-    """A layer with random weights, and the weights."""
+def make_layers(
+    emit: Emitter, experts: int, *, biased: bool
+) -> tuple[Layer, StaticLayer, Arrays]:
+    """A layer with random weights in both forms, and the weights."""
     random = np.random.default_rng(experts)
     arrays: Arrays = {
         "gate_up": random.normal(size=(experts, HIDDEN, 2 * WIDTH)),
@@ -39,34 +48,36 @@ def make_layer(emit: Emitter, experts: int, *, biased: bool) -> tuple[Layer, Arr
             "gate_up_bias": random.normal(size=(experts, 2 * WIDTH)),
             "down_bias": random.normal(size=(experts, HIDDEN)),
         }
-    values = {}
-    for name, array in arrays.items():
-        tensor = ir.tensor(array.astype(np.float32), name=name)
-        values[name] = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(ir.DataType.FLOAT),
-            const_value=tensor,
-        )
-        emit.graph.register_initializer(values[name])
-    layer = Layer(
-        hidden=emit.graph.inputs[0],
-        gate_up=values["gate_up"],
-        down=values["down"],
-        gate_up_bias=values.get("gate_up_bias"),
-        down_bias=values.get("down_bias"),
-        activation=SWISH,
-        experts=experts,
-        width=WIDTH,
-        hidden_size=HIDDEN,
-    )
-    return layer, arrays
+    static = arrays | {"gate_up": arrays["gate_up"].transpose(0, 2, 1)}
+
+    def values(prefix: str, content: Arrays) -> dict[str, Any]:
+        found: dict[str, Any] = {"gate_up_bias": None, "down_bias": None}
+        for name, array in content.items():
+            tensor = ir.tensor(np.ascontiguousarray(array, np.float32), name=prefix + name)
+            found[name] = ir.Value(
+                name=prefix + name,
+                shape=ir.Shape(array.shape),
+                type=ir.TensorType(ir.DataType.FLOAT),
+                const_value=tensor,
+            )
+            emit.graph.register_initializer(found[name])
+        return found
+
+    common: dict[str, Any] = {
+        "hidden": emit.graph.inputs[0],
+        "activation": SWISH,
+        "experts": experts,
+        "width": WIDTH,
+        "hidden_size": HIDDEN,
+    }
+    layer = Layer(**common, **values("", arrays))
+    return layer, StaticLayer(**common, **values("static_", static)), arrays
 
 
 def run(
     experts: int,
     top_k: int,
-    lower: Callable[[Emitter, Forms, Slots], list[ir.Value]],
+    lower: Callable[[Emitter, Layer, StaticLayer, Slots], list[ir.Value]],
     feeds: Arrays,
     *,
     biased: bool = False,
@@ -89,9 +100,9 @@ def run(
     ]
     graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": 20}, name="layer")
     emit = Emitter(graph, ir.DataType.FLOAT, "layer")
-    layer, arrays = make_layer(emit, experts, biased=biased)
+    layer, static, arrays = make_layers(emit, experts, biased=biased)
     slots = Slots(indices=inputs[1], gates=inputs[2], most=inputs[3])
-    outputs = lower(emit, layer, slots)
+    outputs = lower(emit, layer, static, slots)
     graph.extend(emit.nodes)
     graph.outputs.extend(outputs)
     model = ir.Model(graph, ir_version=10)
@@ -150,14 +161,18 @@ def test_every_token_gets_what_its_experts_give(
     top_k = min(top_k, experts)
     feeds = draw_feeds(seed, tokens, experts, top_k)
 
-    def all_ways(emit: Emitter, layer: Forms, slots: Slots) -> list[ir.Value]:
+    def all_ways(
+        emit: Emitter, layer: Layer, static: StaticLayer, slots: Slots
+    ) -> list[ir.Value]:
         used = slots.in_use(emit)
         places = Places.of(emit, layer.hidden, used, experts)
         return [
-            run_cheapest(emit, layer, slots),
+            run_following(emit, layer, slots),
             layer.gather(emit, used),
             layer.grouped(emit, places),
-            layer.dense(emit, slots),
+            run_static(emit, static, slots),
+            static.gather(emit, slots),
+            static.dense(emit, slots),
         ]
 
     found, weights = run(experts, top_k, all_ways, feeds, biased=biased)
@@ -178,7 +193,7 @@ def test_what_no_token_uses_has_no_row(
     top_k = min(top_k, experts)
     feeds = draw_feeds(seed, tokens, experts, top_k)
 
-    def rows(emit: Emitter, layer: Forms, slots: Slots) -> list[ir.Value]:
+    def rows(emit: Emitter, layer: Layer, _: StaticLayer, slots: Slots) -> list[ir.Value]:
         used = slots.in_use(emit)
         return [used.indices, Places.of(emit, layer.hidden, used, experts).rows]
 
@@ -202,7 +217,7 @@ def test_experts_are_copied_while_that_moves_less(tokens: int, used: int, copies
     class Told:
         """Says which way was taken, in the place of an answer."""
 
-        def __init__(self, layer: Forms) -> None:
+        def __init__(self, layer: Grouped) -> None:
             self.hidden, self.experts = layer.hidden, layer.experts
 
         def gather(self, emit: Emitter, slots: Slots) -> ir.Value:
@@ -213,12 +228,8 @@ def test_experts_are_copied_while_that_moves_less(tokens: int, used: int, copies
             del places
             return emit.call("Mul", self.hidden, emit.number(0.0))
 
-        dense = gather
+    def told(emit: Emitter, layer: Layer, _: StaticLayer, slots: Slots) -> list[ir.Value]:
+        return [run_following(emit, Told(layer), slots)]
 
-    found, _ = run(
-        experts,
-        top_k,
-        lambda emit, layer, slots: [run_cheapest(emit, Told(layer), slots)],
-        feeds,
-    )
+    found, _ = run(experts, top_k, told, feeds)
     assert bool(found[0].any()) == copies

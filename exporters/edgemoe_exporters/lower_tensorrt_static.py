@@ -1,0 +1,94 @@
+"""Experts in ops whose shapes follow no values: all of a layer, or all slots of each token.
+
+Gate and up rows of an expert lie as checkpoints stack them, ``[2I, H]``, so that those of all
+experts are one wide feed-forward network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgemoe_exporters.lower_tensorrt_activation import activate
+from edgemoe_exporters.lower_tensorrt_dispatch import gates_by_expert
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from edgemoe.models.activation import Activation
+    from edgemoe_exporters.lower_tensorrt_dispatch import Slots
+    from edgemoe_exporters.lower_tensorrt_emit import Emitter
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticLayer:
+    """The experts of one layer, and two ways to run them.
+
+    Attributes:
+        hidden: What experts get, float ``[T, H]``.
+        gate_up: First products, float ``[E, 2I, H]``; ``[E, I, H]`` without a gate.
+        down: Second products, float ``[E, I, H]``.
+        gate_up_bias: float ``[E, 2I]``, or None.
+        down_bias: float ``[E, H]``, or None.
+        activation: What is between the two products.
+        experts: E.
+        width: I.
+        hidden_size: H.
+    """
+
+    hidden: ir.Value
+    gate_up: ir.Value
+    down: ir.Value
+    gate_up_bias: ir.Value | None
+    down_bias: ir.Value | None
+    activation: Activation
+    experts: int
+    width: int
+    hidden_size: int
+
+    def dense(self, emit: Emitter, slots: Slots) -> ir.Value:
+        """Run all experts on all tokens."""
+        experts, width, hidden_size = self.experts, self.width, self.hidden_size
+        parts = 2 if self.activation.gated else 1
+        gates = gates_by_expert(emit, slots, experts)
+        rows = emit.call("Reshape", self.gate_up, emit.integers(-1, hidden_size))
+        units = emit.call("Gemm", self.hidden, rows, transB=1)
+        units = emit.call("Reshape", units, emit.integers(-1, experts, parts, width))
+        if self.gate_up_bias is not None:
+            shape = emit.integers(1, experts, parts, width)
+            units = emit.call("Add", units, emit.call("Reshape", self.gate_up_bias, shape))
+        weights = emit.call("Unsqueeze", gates, emit.integers(2, 3))
+        units = activate(emit, self.activation, units, weights, half=1)
+        units = emit.call("Reshape", units, emit.integers(-1, experts * width))
+        rows = emit.call("Reshape", self.down, emit.integers(-1, hidden_size))
+        output = emit.call("MatMul", units, rows)
+        if self.down_bias is not None:
+            output = emit.call("Add", output, emit.call("MatMul", gates, self.down_bias))
+        return output
+
+    def gather(self, emit: Emitter, slots: Slots) -> ir.Value:
+        """Copy the expert of every slot."""
+
+        def take(value: ir.Value) -> ir.Value:
+            return emit.call("Gather", value, slots.indices, axis=0)
+
+        units_of_token = slots.top_k * self.width
+        column = emit.call("Unsqueeze", self.hidden, emit.integers(1, 3))
+        narrow = emit.narrow(slots.gates)
+        weights = emit.call("Unsqueeze", narrow, emit.integers(2, 3))
+        units = emit.call("MatMul", take(self.gate_up), column)
+        if self.gate_up_bias is not None:
+            bias = emit.call("Unsqueeze", take(self.gate_up_bias), emit.integers(3))
+            units = emit.call("Add", units, bias)
+        units = activate(emit, self.activation, units, weights, half=self.width)
+        units = emit.call("Reshape", units, emit.integers(-1, 1, units_of_token))
+        shape = emit.integers(-1, units_of_token, self.hidden_size)
+        down = emit.call("Reshape", take(self.down), shape)
+        output = emit.call("Squeeze", emit.call("MatMul", units, down), emit.integers(1))
+        if self.down_bias is not None:
+            weighed = emit.call(
+                "Mul", take(self.down_bias), emit.call("Unsqueeze", narrow, emit.integers(2))
+            )
+            total = emit.call("ReduceSum", weighed, emit.integers(1), keepdims=0)
+            output = emit.call("Add", output, total)
+        return output
