@@ -29,12 +29,11 @@ from edgemoe_exporters.initializers import set_weight
 from edgemoe_exporters.lower_tensorrt_activation import activate
 from edgemoe_exporters.lower_tensorrt_dispatch import run_following, run_static
 from edgemoe_exporters.lower_tensorrt_emit import Emitter, size_of
-from edgemoe_exporters.lower_tensorrt_static import StaticLayer
+from edgemoe_exporters.lower_tensorrt_static import Stacks, StaticLayer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from edgemoe.models.activation import Activation
     from edgemoe_exporters.deferred import Deferred
     from edgemoe_exporters.lower_tensorrt_dispatch import Places, Slots
     from edgemoe_exporters.nodes import ExpertsNode
@@ -95,30 +94,8 @@ def mark_experts(value: ir.Value) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layer:
-    """The experts of one layer, and the ways to run them.
-
-    Attributes:
-        hidden: What experts get, float ``[T, H]``.
-        gate_up: First products, float ``[E, H, 2I]``; ``[E, H, I]`` without a gate.
-        down: Second products, float ``[E, I, H]``.
-        gate_up_bias: float ``[E, 2I]``, or None.
-        down_bias: float ``[E, H]``, or None.
-        activation: What is between the two products.
-        experts: E.
-        width: I.
-        hidden_size: H.
-    """
-
-    hidden: ir.Value
-    gate_up: ir.Value
-    down: ir.Value
-    gate_up_bias: ir.Value | None
-    down_bias: ir.Value | None
-    activation: Activation
-    experts: int
-    width: int
-    hidden_size: int
+class Layer(Stacks):
+    """Two ways to run experts in shapes that follow values; ``gate_up`` is ``[E, H, 2I]``."""
 
     def grouped(self, emit: Emitter, places: Places) -> ir.Value:
         """Run all experts on the tokens that have a place with them."""
@@ -136,8 +113,7 @@ class Layer:
         def take(value: ir.Value) -> ir.Value:
             return emit.call("Gather", value, slots.indices, axis=0)
 
-        narrow = emit.narrow(slots.gates)
-        weights = emit.call("Unsqueeze", narrow, emit.integers(2, 3))
+        weights = emit.call("Unsqueeze", emit.narrow(slots.gates), emit.integers(2, 3))
         row = emit.call("Unsqueeze", self.hidden, emit.integers(1, 2))
         units = emit.call("MatMul", row, take(self.gate_up))
         if self.gate_up_bias is not None:
@@ -147,13 +123,7 @@ class Layer:
         units = emit.call("Reshape", units, emit.integers(0, 1, -1))
         down = emit.call("Reshape", take(self.down), emit.integers(0, -1, self.hidden_size))
         output = emit.call("Squeeze", emit.call("MatMul", units, down), emit.integers(1))
-        if self.down_bias is not None:
-            weighed = emit.call(
-                "Mul", take(self.down_bias), emit.call("Unsqueeze", narrow, emit.integers(2))
-            )
-            total = emit.call("ReduceSum", weighed, emit.integers(1), keepdims=0)
-            output = emit.call("Add", output, total)
-        return output
+        return self.add_biases(emit, output, slots)
 
     def _first_product(self, emit: Emitter, rows: ir.Value, weights: ir.Value) -> ir.Value:
         """Take rows ``[E or 1, n, H]`` to units ``[E, n, I]``, times weights ``[E, n, 1]``."""

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StaticLayer:
-    """The experts of one layer, and two ways to run them.
+class Stacks:
+    """The experts of one layer.
 
     Attributes:
         hidden: What experts get, float ``[T, H]``.
-        gate_up: First products, float ``[E, 2I, H]``; ``[E, I, H]`` without a gate.
+        gate_up: First products, float ``[E, 2I, H]`` or turned; I in the place of 2I without a
+            gate.
         down: Second products, float ``[E, I, H]``.
         gate_up_bias: float ``[E, 2I]``, or None.
         down_bias: float ``[E, H]``, or None.
@@ -45,6 +46,22 @@ class StaticLayer:
     experts: int
     width: int
     hidden_size: int
+
+    def add_biases(self, emit: Emitter, output: ir.Value, slots: Slots) -> ir.Value:
+        """Add the second biases of each slot, times its gate, to ``[T, H]``."""
+        if self.down_bias is None:
+            return output
+        biases = emit.call("Gather", self.down_bias, slots.indices, axis=0)
+        gates = emit.call("Unsqueeze", emit.narrow(slots.gates), emit.integers(2))
+        total = emit.call(
+            "ReduceSum", emit.call("Mul", biases, gates), emit.integers(1), keepdims=0
+        )
+        return emit.call("Add", output, total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticLayer(Stacks):
+    """Two ways to run them; ``gate_up`` is ``[E, 2I, H]``."""
 
     def dense(self, emit: Emitter, slots: Slots) -> ir.Value:
         """Run all experts on all tokens."""
@@ -74,8 +91,7 @@ class StaticLayer:
 
         units_of_token = slots.top_k * self.width
         column = emit.call("Unsqueeze", self.hidden, emit.integers(1, 3))
-        narrow = emit.narrow(slots.gates)
-        weights = emit.call("Unsqueeze", narrow, emit.integers(2, 3))
+        weights = emit.call("Unsqueeze", emit.narrow(slots.gates), emit.integers(2, 3))
         units = emit.call("MatMul", take(self.gate_up), column)
         if self.gate_up_bias is not None:
             bias = emit.call("Unsqueeze", take(self.gate_up_bias), emit.integers(3))
@@ -85,10 +101,4 @@ class StaticLayer:
         shape = emit.integers(-1, units_of_token, self.hidden_size)
         down = emit.call("Reshape", take(self.down), shape)
         output = emit.call("Squeeze", emit.call("MatMul", units, down), emit.integers(1))
-        if self.down_bias is not None:
-            weighed = emit.call(
-                "Mul", take(self.down_bias), emit.call("Unsqueeze", narrow, emit.integers(2))
-            )
-            total = emit.call("ReduceSum", weighed, emit.integers(1), keepdims=0)
-            output = emit.call("Add", output, total)
-        return output
+        return self.add_biases(emit, output, slots)
