@@ -153,7 +153,7 @@ def sum_costs(oracle: LayerOracle, most: Sequence[int]) -> tuple[list[Sums], lis
     halves = tuple([Sums.zeros(layer.hidden_size, n) for layer, n in slots] for _ in range(2))
     known = [window for window in oracle.windows if len(window.ids) > 1]
     if not known:
-        raise AllocationError("fisher must read two tokens of a line or more, got none.")
+        raise AllocationError("costs must be of two tokens of a line or more, got none.")
     with quiet_transformers(), following(oracle.moe, run_with(layers, most)):
         for number, window in enumerate(track(known, "weigh experts")):
             calls = take_gradients(oracle.moe, window)

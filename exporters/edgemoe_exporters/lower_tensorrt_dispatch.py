@@ -8,10 +8,11 @@ slots that any of T tokens uses, E the experts of a layer:
   While generating (T = 1) that is the number of experts which the token uses.
 - *places*: every expert gets as many places as the busiest one has tokens, C. Tokens are
   gathered into places, experts run as one batched product over [E, C] rows, their weights read
-  where they lie, and each token gathers what its slots gave. C follows the mean of c.
+  where they lie, and each token gathers what its slots gave. C falls with c, but more slowly:
+  the busiest expert has more than its share.
 
-A cap that is 4 in the place of 8 so makes either half as long. TensorRT reads `k_cap` on the
-host then, as it does shapes, and what tokens choose themselves is copied there.
+TensorRT reads `k_cap` on the host then, as it does shapes, and waits for what tokens choose
+themselves.
 """
 
 from __future__ import annotations
