@@ -19,8 +19,8 @@ import click
 
 from edgemoe.errors import EdgemoeError
 from edgemoe.progress import track
-from edgemoe_exporters.tensorrt.compile import compile_bundle
-from edgemoe_exporters.tensorrt.targets import TARGETS
+from edgemoe_exporters.compiler.compile import compile_bundle
+from edgemoe_exporters.compiler.targets import TARGETS
 from edgemoe_runtime.errors import EdgemoeRuntimeError
 from edgemoe_runtime.manifest import Manifest
 

@@ -25,8 +25,8 @@ import onnxruntime
 import torch
 
 from edgemoe.models.checkpoint import load_model
-from edgemoe_exporters import lower_ort
-from edgemoe_exporters.trace import trace
+from edgemoe_exporters.lowering import onnxruntime as lower_ort
+from edgemoe_exporters.tracing.trace import trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,7 +27,7 @@ def test_imports_go_down_the_layers_only() -> None:
         "edgemoe_runtime",
         "edgemoe.cli",
         "edgemoe.plans.plan",
-        "edgemoe_exporters.tensorrt.compile",
+        "edgemoe_exporters.compiler.compile",
     ],
 )
 def test_importing_what_a_device_runs_costs_no_heavy_package(module: str) -> None:

@@ -46,7 +46,7 @@ def compile_(
     TensorRT for RTX builds for every GPU without one; the engines of TensorRT and of Jetson
     boards have to be built on the device itself.
     """
-    from edgemoe_exporters.tensorrt.compile import compile_bundle
+    from edgemoe_exporters.compiler.compile import compile_bundle
 
     engines = compile_bundle(
         bundle,

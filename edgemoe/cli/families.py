@@ -41,7 +41,7 @@ def families(
 
     chosen = names or FAMILIES
     if not check:
-        from edgemoe_exporters.prepare import WITHOUT_GRAPH
+        from edgemoe_exporters.tracing.prepare.model import WITHOUT_GRAPH
 
         rows = {name: name not in WITHOUT_GRAPH for name in FAMILIES}
         lines = [
@@ -51,8 +51,8 @@ def families(
         return
     for name in chosen:
         find_family(name)
-    from edgemoe_exporters.family_check import check_family
-    from edgemoe_exporters.family_table import render_table
+    from edgemoe_exporters.families.check import check_family
+    from edgemoe_exporters.families.table import render_table
 
     reports = [
         check_family(name, graphs=not no_graphs, engine=not no_engine)

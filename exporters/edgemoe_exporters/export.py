@@ -17,36 +17,13 @@ from edgemoe.plans.keep_all import keep_all
 from edgemoe.prune.apply import check_neurons, refuse_changes, refuse_k_policy
 from edgemoe.prune.registry import count_for, make_plan
 from edgemoe.staging import require_space
-from edgemoe_exporters import lower_ort, lower_tensorrt
-from edgemoe_exporters.bind_policy import count_experts_used, full_k, has_policies
-from edgemoe_exporters.bundle import (
-    BundleWriter,
-    copy_model_files,
-    list_files,
-    set_default_input,
-    tensor_specs,
-)
-from edgemoe_exporters.graph_runner import GraphRunner, check_engine
-from edgemoe_exporters.graph_scorer import GraphScorer
-from edgemoe_exporters.graph_slices import SlicedRunner, weight_bytes
-from edgemoe_exporters.ladder import LadderTask, floor_of, judge_rungs, time_ladders
-from edgemoe_exporters.manifest_writer import (
+from edgemoe_exporters.bundle.manifest import (
     CREATED_BY,
     describe_cache,
     describe_model,
     describe_plan,
 )
-from edgemoe_exporters.ort.precision import PRECISIONS, check_block_sizes
-from edgemoe_exporters.parity import check_parity, measure_parity
-from edgemoe_exporters.parity_text import sample_tokens
-from edgemoe_exporters.prepare import check_exportable
-from edgemoe_exporters.quality import judge_quality
-from edgemoe_exporters.quantize_once import remembering
-from edgemoe_exporters.request import ExportReport, ExportRequest, TaskReport
-from edgemoe_exporters.source_opening import open_source
-from edgemoe_exporters.steps import key_of, open_steps
-from edgemoe_exporters.task_data import TaskData
-from edgemoe_exporters.task_experts import (
+from edgemoe_exporters.bundle.task_experts import (
     count_least_parameters,
     count_parameters,
     kept_here,
@@ -54,7 +31,36 @@ from edgemoe_exporters.task_experts import (
     list_experts,
     refuse_factors,
 )
-from edgemoe_exporters.trace import trace
+from edgemoe_exporters.bundle.writer import (
+    BundleWriter,
+    copy_model_files,
+    list_files,
+    set_default_input,
+    tensor_specs,
+)
+from edgemoe_exporters.lowering import onnxruntime as lower_ort
+from edgemoe_exporters.lowering import tensorrt as lower_tensorrt
+from edgemoe_exporters.lowering.k_policy import count_experts_used, full_k, has_policies
+from edgemoe_exporters.lowering.quantize_once import remembering
+from edgemoe_exporters.precision import PRECISIONS, check_block_sizes
+from edgemoe_exporters.request import ExportReport, ExportRequest, TaskReport
+from edgemoe_exporters.resumable_export import key_of, open_steps
+from edgemoe_exporters.sources.opening import open_source
+from edgemoe_exporters.task_data import TaskData
+from edgemoe_exporters.tracing.prepare.model import check_exportable
+from edgemoe_exporters.tracing.trace import trace
+from edgemoe_exporters.validation.graph_runner import GraphRunner, check_engine
+from edgemoe_exporters.validation.graph_scorer import GraphScorer
+from edgemoe_exporters.validation.k_ladder import (
+    LadderTask,
+    floor_of,
+    judge_rungs,
+    time_ladders,
+)
+from edgemoe_exporters.validation.parity import check_parity, measure_parity
+from edgemoe_exporters.validation.parity_text import sample_tokens
+from edgemoe_exporters.validation.quality_gate import judge_quality
+from edgemoe_exporters.validation.sliced_runner import SlicedRunner, weight_bytes
 from edgemoe_runtime.integrity import verify_bundle
 from edgemoe_runtime.manifest import Manifest
 from edgemoe_runtime.manifest_ladder import KRung
@@ -73,12 +79,12 @@ if TYPE_CHECKING:
     from edgemoe.models.contract import MoeModel
     from edgemoe.plans.plan import Plan
     from edgemoe.tasks import TaskFile
-    from edgemoe_exporters.eager_run import EagerRun
-    from edgemoe_exporters.graph_calls import Runner
-    from edgemoe_exporters.sharing import StackLayout
-    from edgemoe_exporters.source import ModelSource
-    from edgemoe_exporters.steps import Steps
+    from edgemoe_exporters.bundle.expert_layout import StackLayout
+    from edgemoe_exporters.resumable_export import Steps
+    from edgemoe_exporters.sources.eager_run import EagerRun
+    from edgemoe_exporters.sources.protocol import ModelSource
     from edgemoe_exporters.targets import Target
+    from edgemoe_exporters.validation.graph_calls import Runner
     from edgemoe_runtime.manifest_cache import KvCache
     from edgemoe_runtime.manifest_parts import ExpertGroup, SizeReport, TensorSpec
 

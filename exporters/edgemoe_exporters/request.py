@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.errors import ExportError
 from edgemoe.prune.registry import find_method
 from edgemoe.staging import refuse_existing, refuse_inputs_inside
-from edgemoe_exporters.bundle import UNNAMED_TASK, check_task_names
+from edgemoe_exporters.bundle.writer import UNNAMED_TASK, check_task_names
 from edgemoe_exporters.targets import Target, choose_precision, find_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from edgemoe_exporters.parity import Parity
+    from edgemoe_exporters.validation.parity import Parity
     from edgemoe_runtime.manifest_ladder import KRung
     from edgemoe_runtime.manifest_parts import QualityReport, SizeReport
 

@@ -1,7 +1,7 @@
 """What each ``--target`` means for a graph: one literal table.
 
 Which GPUs and packages an engine is compiled for is in
-:mod:`edgemoe_exporters.tensorrt.targets`.
+:mod:`edgemoe_exporters.compiler.targets`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from edgemoe.evaluate.lines_behind import keep_held_out, lines_behind
 from edgemoe.lines import read_digests
 from edgemoe.plans.plan import Plan
 from edgemoe.tasks import TaskFile
-from edgemoe_exporters.quality import split_task
+from edgemoe_exporters.validation.quality_gate import split_task
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

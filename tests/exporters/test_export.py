@@ -14,13 +14,14 @@ from transformers import Glm4MoeForCausalLM
 from edgemoe.errors import ParityError, QualityGateError
 from edgemoe.models.checkpoint import load_model
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
-from edgemoe_exporters import export, source_in_memory
-from edgemoe_exporters.eager_run import run_eager
+from edgemoe_exporters import export
 from edgemoe_exporters.export import export_bundle
-from edgemoe_exporters.graph_runner import GraphRunner
-from edgemoe_exporters.quality import split_task
 from edgemoe_exporters.request import ExportReport, ExportRequest
-from edgemoe_exporters.trace import trace
+from edgemoe_exporters.sources import in_memory as source_in_memory
+from edgemoe_exporters.sources.eager_run import run_eager
+from edgemoe_exporters.tracing.trace import trace
+from edgemoe_exporters.validation.graph_runner import GraphRunner
+from edgemoe_exporters.validation.quality_gate import split_task
 from edgemoe_runtime import Session
 from edgemoe_runtime.integrity import verify_bundle
 from edgemoe_runtime.manifest import Manifest
