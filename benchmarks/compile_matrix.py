@@ -21,8 +21,8 @@ from edgemoe.errors import EdgemoeError
 from edgemoe.progress import track
 from edgemoe_exporters.compiler.compile import compile_bundle
 from edgemoe_exporters.compiler.targets import TARGETS
+from edgemoe_runtime.bundle.manifest import Manifest
 from edgemoe_runtime.errors import EdgemoeRuntimeError
-from edgemoe_runtime.manifest import Manifest
 
 _TARGET = "tensorrt-rtx"
 _MB = 1e6

@@ -48,7 +48,7 @@ def main() -> int:
 def compare(bundle: Path, checkpoint: Path, task: str | None, environment: Path) -> int:
     """Generate with all three and compare the tokens."""
     from edgemoe.models.checkpoint import load_tokenizer
-    from edgemoe_runtime.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest import Manifest
 
     manifest = Manifest.load(bundle)
     name, entry = manifest.task(task)

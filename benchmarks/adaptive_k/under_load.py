@@ -38,7 +38,7 @@ from wide_model import write_wide_model
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from edgemoe_runtime.pace import Pace
+    from edgemoe_runtime.adaptive_k.k_controller import Pace
 
 _PROMPT = "w5 w9 w17 w33 w65 w7 w14 w28"
 _TOKENS_OF_A_REQUEST = 64

@@ -13,7 +13,7 @@ from edgemoe.cli.options import PATH, human_bytes, report, reporting
 
 if TYPE_CHECKING:
     from edgemoe_runtime import Session
-    from edgemoe_runtime.answers import Generation
+    from edgemoe_runtime.decoding.answers import Generation
 
 _PROSE = (
     "The spindle of station four vibrates above its limit. Check the bearing first, then the "

@@ -10,7 +10,7 @@ from edgemoe.cli.describe_report import REPORT_FILE, REPORT_FORMAT, describe_rep
 from edgemoe.cli.extras import needs
 from edgemoe.cli.options import human_bytes
 from edgemoe.errors import CheckpointError, EdgemoeError
-from edgemoe_runtime.manifest import MANIFEST_FILE
+from edgemoe_runtime.bundle.manifest import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,8 +64,8 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
-    from edgemoe_runtime.engine_cache import ENGINES_FOLDER
-    from edgemoe_runtime.manifest import Manifest
+    from edgemoe_runtime.bundle.engine_cache import ENGINES_FOLDER
+    from edgemoe_runtime.bundle.manifest import Manifest
 
     manifest = Manifest.load(path)
     document: dict[str, Any] = manifest.to_json()
@@ -263,7 +263,7 @@ def _describe_ranks(ranks: Sequence[tuple[int, int] | None]) -> dict[str, Any]:
 
 
 def _describe_engine(key_path: Path) -> dict[str, Any]:
-    from edgemoe_runtime.engine_cache import EngineKey
+    from edgemoe_runtime.bundle.engine_cache import EngineKey
 
     key = EngineKey.load(key_path)
     engine = key_path.with_name(key.file_name)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe_exporters.request import ExportReport
-    from edgemoe_runtime.manifest_ladder import KRung
+    from edgemoe_runtime.bundle.manifest_ladder import KRung
 
 
 @click.command()
@@ -142,7 +142,7 @@ def _show_stage(stage: str) -> None:
 
 
 def _text(exported: ExportReport) -> str:
-    from edgemoe_runtime.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest import Manifest
 
     size = exported.size
     lines = [

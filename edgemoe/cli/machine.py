@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe_runtime.device import PACKAGES, Finding, inspect_device
+from edgemoe_runtime.device.machine import PACKAGES, Finding, inspect_device
 
 if TYPE_CHECKING:
-    from edgemoe_runtime.jetson import Jetson
-    from edgemoe_runtime.sensors import Sensors
+    from edgemoe_runtime.device.jetson import Jetson
+    from edgemoe_runtime.device.sensors import Sensors
 
 
 def examine(root: Path = Path("/")) -> dict[str, Any]:

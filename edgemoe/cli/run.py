@@ -11,7 +11,7 @@ from edgemoe.cli.options import PATH, report, reporting
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgemoe_runtime.answers import Generation
+    from edgemoe_runtime.decoding.answers import Generation
 
 
 @click.command()

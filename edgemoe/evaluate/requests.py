@@ -9,7 +9,7 @@ from edgemoe.errors import TaskFileError
 from edgemoe.evaluate.rolling import roll_text
 from edgemoe.evaluate.scorer import Request
 from edgemoe.tasks import ChoiceRecord, TextRecord
-from edgemoe_runtime.tokenizer import encode_once
+from edgemoe_runtime.decoding.tokenizer import encode_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgemoe.errors import CheckpointError
-from edgemoe_runtime.tokenizer import encode_once
+from edgemoe_runtime.decoding.tokenizer import encode_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -175,7 +175,7 @@ def _open_bundle(
     from edgemoe.evaluate.requests import PROMPT_TOKENS
     from edgemoe.evaluate.session_scorer import SessionScorer
     from edgemoe_runtime import Session
-    from edgemoe_runtime.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest import Manifest
 
     manifest = Manifest.load(path)
     # A single graph answers for any task; of several, the task's own must exist.

@@ -18,7 +18,7 @@ from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.checkpoint import has_experts
 from edgemoe.tasks import TaskFile
 from edgemoe_runtime import Session
-from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.bundle.manifest import Manifest
 
 if TYPE_CHECKING:
     from pathlib import Path

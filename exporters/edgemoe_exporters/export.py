@@ -61,10 +61,10 @@ from edgemoe_exporters.validation.parity import check_parity, measure_parity
 from edgemoe_exporters.validation.parity_text import sample_tokens
 from edgemoe_exporters.validation.quality_gate import judge_quality
 from edgemoe_exporters.validation.sliced_runner import SlicedRunner, weight_bytes
-from edgemoe_runtime.integrity import verify_bundle
-from edgemoe_runtime.manifest import Manifest
-from edgemoe_runtime.manifest_ladder import KRung
-from edgemoe_runtime.manifest_parts import TaskEntry
+from edgemoe_runtime.bundle.integrity import verify_bundle
+from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle.manifest_ladder import KRung
+from edgemoe_runtime.bundle.manifest_parts import TaskEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -85,8 +85,8 @@ if TYPE_CHECKING:
     from edgemoe_exporters.sources.protocol import ModelSource
     from edgemoe_exporters.targets import Target
     from edgemoe_exporters.validation.graph_calls import Runner
-    from edgemoe_runtime.manifest_cache import KvCache
-    from edgemoe_runtime.manifest_parts import ExpertGroup, SizeReport, TensorSpec
+    from edgemoe_runtime.bundle.manifest_cache import KvCache
+    from edgemoe_runtime.bundle.manifest_parts import ExpertGroup, SizeReport, TensorSpec
 
 Say: TypeAlias = "Callable[[str], None]"
 

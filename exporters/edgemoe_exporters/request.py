@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe_exporters.validation.parity import Parity
-    from edgemoe_runtime.manifest_ladder import KRung
-    from edgemoe_runtime.manifest_parts import QualityReport, SizeReport
+    from edgemoe_runtime.bundle.manifest_ladder import KRung
+    from edgemoe_runtime.bundle.manifest_parts import QualityReport, SizeReport
 
 DEFAULT_KEEP = 0.75
 DEFAULT_METHOD = "reap"

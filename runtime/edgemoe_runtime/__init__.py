@@ -14,9 +14,14 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgemoe_runtime.answers import Classification, Generation, Score
-    from edgemoe_runtime.chain import Fallback
-    from edgemoe_runtime.device import Device, inspect_device
+    from edgemoe_runtime.adaptive_k.adaptation import KMove
+    from edgemoe_runtime.adaptive_k.limits import Limits
+    from edgemoe_runtime.backends.chain import Fallback
+    from edgemoe_runtime.bundle.integrity import VerifiedBundle, verify_bundle
+    from edgemoe_runtime.bundle.manifest import Manifest
+    from edgemoe_runtime.decoding.answers import Classification, Generation, Score
+    from edgemoe_runtime.decoding.generation import TextStream
+    from edgemoe_runtime.device.machine import Device, inspect_device
     from edgemoe_runtime.errors import (
         BackendError,
         BackendUnavailableError,
@@ -28,11 +33,6 @@ if TYPE_CHECKING:
         SessionClosedError,
     )
     from edgemoe_runtime.explanation import Explanation
-    from edgemoe_runtime.generation import TextStream
-    from edgemoe_runtime.integrity import VerifiedBundle, verify_bundle
-    from edgemoe_runtime.limits import Limits
-    from edgemoe_runtime.manifest import Manifest
-    from edgemoe_runtime.pacing import KMove
     from edgemoe_runtime.session import Session
 
 _MODULES = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgemoe_runtime.k_cap import compact
+from edgemoe_runtime.adaptive_k.k_cap import compact
 
 if TYPE_CHECKING:
-    from edgemoe_runtime.chain import Fallback
+    from edgemoe_runtime.adaptive_k.adaptation import KMove
+    from edgemoe_runtime.backends.chain import Fallback
     from edgemoe_runtime.json_fields import Json
-    from edgemoe_runtime.pacing import KMove
 
 _SHOWN_MOVES = 5
 

@@ -7,22 +7,22 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgemoe_runtime.adaptive_k.adaptation import Pacing
+from edgemoe_runtime.adaptive_k.k_cap import check_k_cap
 from edgemoe_runtime.backends.base import OpenRequest
-from edgemoe_runtime.chain import Fallback, plan_chain
-from edgemoe_runtime.engine import Engine
+from edgemoe_runtime.backends.chain import Fallback, plan_chain
+from edgemoe_runtime.backends.engine import Engine
+from edgemoe_runtime.bundle.integrity import verify_bundle
+from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle.manifest_parts import EXPERTS_USED
+from edgemoe_runtime.decoding.tokenizer import TOKENIZER_FILE, Tokenizer
 from edgemoe_runtime.errors import BundleError, RequestError
-from edgemoe_runtime.integrity import verify_bundle
-from edgemoe_runtime.k_cap import check_k_cap
-from edgemoe_runtime.manifest import Manifest
-from edgemoe_runtime.manifest_parts import EXPERTS_USED
-from edgemoe_runtime.pacing import Pacing
-from edgemoe_runtime.tokenizer import TOKENIZER_FILE, Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemoe_runtime.manifest_parts import TaskEntry
+    from edgemoe_runtime.bundle.manifest_parts import TaskEntry
 
 _LOG = logging.getLogger(__name__)
 DEFAULT_MAX_LENGTH = 4096

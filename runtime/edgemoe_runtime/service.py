@@ -9,29 +9,29 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
-from edgemoe_runtime.answers import Classification, Generation, Score, meets_deadline
-from edgemoe_runtime.chain import Fallback
-from edgemoe_runtime.decoder import Decoder
-from edgemoe_runtime.errors import RequestError
-from edgemoe_runtime.generation import (
+from edgemoe_runtime.adaptive_k.adaptation import PromptWork
+from edgemoe_runtime.adaptive_k.k_cap import check_k_cap
+from edgemoe_runtime.adaptive_k.k_controller import Pace
+from edgemoe_runtime.adaptive_k.rung_cost import measure_prompt_offset, time_rungs
+from edgemoe_runtime.backends.chain import Fallback
+from edgemoe_runtime.bundle.manifest_ladder import KRung
+from edgemoe_runtime.decoding.answers import Classification, Generation, Score, meets_deadline
+from edgemoe_runtime.decoding.decoder import Decoder
+from edgemoe_runtime.decoding.generation import (
     GenerationProgress,
     GenerationRequest,
     TextStream,
     generate_pieces,
 )
-from edgemoe_runtime.k_cap import check_k_cap
-from edgemoe_runtime.manifest_ladder import KRung
-from edgemoe_runtime.pace import Pace
-from edgemoe_runtime.pacing import PromptWork
-from edgemoe_runtime.rung_cost import measure_prompt_offset, time_rungs
-from edgemoe_runtime.scoring import Comparison, compare_completions, score_completions
-from edgemoe_runtime.tally import Tally
+from edgemoe_runtime.decoding.scoring import Comparison, compare_completions, score_completions
+from edgemoe_runtime.errors import RequestError
+from edgemoe_runtime.stats import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from edgemoe_runtime.decoding.sampling import FloatArray
     from edgemoe_runtime.opening import OpenedTask
-    from edgemoe_runtime.sampling import FloatArray
 
 _COUNTED = {
     "total": attrgetter("log_likelihood"),

@@ -7,24 +7,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
 
+from edgemoe_runtime.adaptive_k.adaptation import Pacing
+from edgemoe_runtime.adaptive_k.k_cap import ladder_position
+from edgemoe_runtime.adaptive_k.limits import Limits
+from edgemoe_runtime.decoding.generation import GenerationRequest, TextStream
+from edgemoe_runtime.decoding.sampling import FloatArray, Sampling
+from edgemoe_runtime.decoding.stopping import check_stop
+from edgemoe_runtime.device.sensors import read_sensors
 from edgemoe_runtime.errors import RequestError, SessionClosedError
 from edgemoe_runtime.explanation import Explanation
-from edgemoe_runtime.generation import GenerationRequest, TextStream
-from edgemoe_runtime.k_cap import ladder_position
-from edgemoe_runtime.limits import Limits
 from edgemoe_runtime.opening import OpenedTask, open_task
-from edgemoe_runtime.pacing import Pacing
-from edgemoe_runtime.sampling import FloatArray, Sampling
-from edgemoe_runtime.sensors import read_sensors
 from edgemoe_runtime.service import Service
-from edgemoe_runtime.stopping import check_stop
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
     from types import TracebackType
 
-    from edgemoe_runtime.answers import Classification, Generation, Score
+    from edgemoe_runtime.decoding.answers import Classification, Generation, Score
 
 
 DEFAULT_TEMPLATE = "{text}\nAnswer: "

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from edgemoe.models import checkpoint
-from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.bundle.manifest import Manifest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "optimum_compat.py"
 END = 2

@@ -23,8 +23,8 @@ from edgemoe_exporters.tracing.trace import trace
 from edgemoe_exporters.validation.graph_runner import GraphRunner
 from edgemoe_exporters.validation.quality_gate import split_task
 from edgemoe_runtime import Session
-from edgemoe_runtime.integrity import verify_bundle
-from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.bundle.integrity import verify_bundle
+from edgemoe_runtime.bundle.manifest import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

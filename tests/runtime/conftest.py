@@ -15,10 +15,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from edgemoe_runtime.manifest import Manifest
-from edgemoe_runtime.manifest_cache import KvCache, KvLayer
-from edgemoe_runtime.manifest_ladder import KRung
-from edgemoe_runtime.manifest_parts import (
+from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle.manifest_cache import KvCache, KvLayer
+from edgemoe_runtime.bundle.manifest_ladder import KRung
+from edgemoe_runtime.bundle.manifest_parts import (
     FileEntry,
     ModelInfo,
     SizeReport,

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer as RawTokenizer
 from edgemoe_runtime import BackendError, RequestError, Session, SessionClosedError
 from edgemoe_runtime.backends.base import OpenRequest
 from edgemoe_runtime.backends.onnxruntime import open_onnxruntime
-from edgemoe_runtime.device import inspect_device
-from edgemoe_runtime.engine_cache import hash_file
-from edgemoe_runtime.manifest import Manifest
-from edgemoe_runtime.manifest_parts import FileEntry
+from edgemoe_runtime.bundle.engine_cache import hash_file
+from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle.manifest_parts import FileEntry
+from edgemoe_runtime.device.machine import inspect_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -29,7 +29,7 @@ from edgemoe_exporters.bundle.hf_config import write_config
 from edgemoe_exporters.bundle.journal import Contents, WeightJournal
 from edgemoe_exporters.bundle.weight_store import ALIGNMENT_BYTES, Extent, Places, WeightSpool
 from edgemoe_exporters.graph.lazy_weights import SAME_BYTES
-from edgemoe_runtime.manifest_parts import FileEntry, SizeReport, TensorSpec
+from edgemoe_runtime.bundle.manifest_parts import FileEntry, SizeReport, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

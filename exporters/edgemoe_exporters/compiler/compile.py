@@ -14,9 +14,9 @@ from edgemoe_exporters.compiler.cache import engine_path, look_up, script_path, 
 from edgemoe_exporters.compiler.commands import build_command, build_script
 from edgemoe_exporters.compiler.profiles import choose_limits, make_profile
 from edgemoe_exporters.compiler.targets import Machine, choose_capabilities, find_target
-from edgemoe_runtime.engine_cache import EngineKey, graph_fingerprint
-from edgemoe_runtime.integrity import verify_bundle
-from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.bundle.engine_cache import EngineKey, graph_fingerprint
+from edgemoe_runtime.bundle.integrity import verify_bundle
+from edgemoe_runtime.bundle.manifest import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgemoe.errors import CompileError
-from edgemoe_runtime.gpu import compute_capability
-from edgemoe_runtime.jetson import detect_jetson
+from edgemoe_runtime.device.gpu import compute_capability
+from edgemoe_runtime.device.jetson import detect_jetson
 
 
 @dataclass(frozen=True, kw_only=True)

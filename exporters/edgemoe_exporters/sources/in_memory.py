@@ -60,7 +60,7 @@ class SourceInMemory:
 
 
 class TaskInMemory:
-    """The model with one task's experts; a `edgemoe_exporters.sources.protocol.TaskSource`."""
+    """The model with one task's experts; a `sources.protocol.TaskSource`."""
 
     def __init__(self, small: MoeModel) -> None:
         """Take the compressed model.

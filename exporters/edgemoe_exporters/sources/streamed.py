@@ -48,7 +48,7 @@ _GENERATION = "generation_config.json"
 
 
 class StreamedSource:
-    """A checkpoint that is read as needed; a `edgemoe_exporters.sources.protocol.ModelSource`."""
+    """A checkpoint that is read as needed; a `sources.protocol.ModelSource`."""
 
     is_streamed = True
 
@@ -112,7 +112,7 @@ class StreamedSource:
 
 
 class StreamedTask:
-    """The checkpoint with one task's experts; a `edgemoe_exporters.sources.protocol.TaskSource`."""
+    """The checkpoint with one task's experts; a `sources.protocol.TaskSource`."""
 
     def __init__(
         self,

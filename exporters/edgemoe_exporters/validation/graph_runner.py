@@ -11,7 +11,7 @@ from edgemoe.errors import ExportError
 from edgemoe.progress import track
 from edgemoe_exporters.validation.graph_calls import cache_shape, last_uses
 from edgemoe_runtime.backends.onnxruntime import MINIMUM_VERSION
-from edgemoe_runtime.manifest_parts import EXPERTS_USED
+from edgemoe_runtime.bundle.manifest_parts import EXPERTS_USED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -19,9 +19,9 @@ from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.requests import build_questions
 from edgemoe_exporters.validation.margins import WatchingScorer, answers_of_choices, find_margin
 from edgemoe_exporters.validation.quality_gate import ROUNDING
-from edgemoe_runtime.manifest_ladder import KRung, RungQuality
+from edgemoe_runtime.adaptive_k.rung_cost import time_rungs
+from edgemoe_runtime.bundle.manifest_ladder import KRung, RungQuality
 from edgemoe_runtime.opening import open_task
-from edgemoe_runtime.rung_cost import time_rungs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.validation.graph_calls import Runner
     from edgemoe_exporters.validation.margins import Answers
-    from edgemoe_runtime.manifest import Manifest
-    from edgemoe_runtime.manifest_parts import TaskEntry
+    from edgemoe_runtime.bundle.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest_parts import TaskEntry
 
 DEFAULT_FLOOR = 0.1
 """Most that the last rung may lose against the first where there is no ``--max-drop``."""

@@ -11,10 +11,10 @@ import numpy as np
 
 from edgemoe_runtime.backends.base import CacheMark
 from edgemoe_runtime.backends.kv_onnxruntime import make_kv_cache
-from edgemoe_runtime.engine_cache import graph_fingerprint
+from edgemoe_runtime.bundle.engine_cache import graph_fingerprint
+from edgemoe_runtime.bundle.manifest_parts import EXPERTS_USED
+from edgemoe_runtime.bundle.onnx_wire import read_graph
 from edgemoe_runtime.errors import BackendError, BackendUnavailableError
-from edgemoe_runtime.manifest_parts import EXPERTS_USED
-from edgemoe_runtime.onnx_wire import read_graph
 
 if TYPE_CHECKING:
     from types import TracebackType

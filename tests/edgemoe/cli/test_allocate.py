@@ -9,7 +9,7 @@ import pytest
 from edgemoe.allocate import ppo
 from edgemoe.plans.plan import Plan
 from edgemoe_runtime import Session
-from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.bundle.manifest import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,10 +27,10 @@ from edgemoe_exporters.compiler.compile import compile_bundle
 from edgemoe_exporters.compiler.targets import Machine
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
-from edgemoe_runtime.engine_cache import EngineKey, find_engine
+from edgemoe_runtime.bundle.engine_cache import EngineKey, find_engine
+from edgemoe_runtime.bundle.integrity import verify_bundle
+from edgemoe_runtime.bundle.manifest import Manifest
 from edgemoe_runtime.errors import IntegrityError
-from edgemoe_runtime.integrity import verify_bundle
-from edgemoe_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
     from pathlib import Path

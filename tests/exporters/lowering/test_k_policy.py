@@ -27,8 +27,8 @@ from edgemoe_exporters.request import ExportRequest
 from edgemoe_exporters.validation.graph_calls import cache_shape
 from edgemoe_exporters.validation.graph_runner import GraphRunner
 from edgemoe_runtime import Session
-from edgemoe_runtime.integrity import verify_bundle
-from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.bundle.integrity import verify_bundle
+from edgemoe_runtime.bundle.manifest import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

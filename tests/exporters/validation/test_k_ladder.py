@@ -26,8 +26,8 @@ from edgemoe_exporters.validation.k_ladder import LadderTask, floor_of, judge_ru
 from edgemoe_exporters.validation.margins import Answers, answers_of_choices, find_margin
 from edgemoe_exporters.validation.quality_gate import judge_quality, split_task
 from edgemoe_runtime import Session
-from edgemoe_runtime.manifest import Manifest
-from edgemoe_runtime.manifest_ladder import RungCost
+from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle.manifest_ladder import RungCost
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

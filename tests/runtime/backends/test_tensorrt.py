@@ -21,8 +21,8 @@ from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
 from edgemoe_runtime import BackendError, RequestError, Session
-from edgemoe_runtime.engine_cache import EngineKey, graph_fingerprint, hash_file
-from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.bundle.engine_cache import EngineKey, graph_fingerprint, hash_file
+from edgemoe_runtime.bundle.manifest import Manifest
 
 Build = Callable[..., Path]
 TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(int64)": np.int64}

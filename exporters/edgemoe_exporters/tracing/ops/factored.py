@@ -1,7 +1,7 @@
 """Factored experts as an opaque op of a traced model.
 
-Letters in shapes are those of :mod:`edgemoe_exporters.tracing.ops`; R and S are the ranks of the
-two products.
+Letters in shapes are those of :mod:`edgemoe_exporters.tracing.ops`; R and S are the ranks of
+the two products.
 """
 
 from __future__ import annotations
