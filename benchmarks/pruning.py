@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
+from edgemoe.apply.in_memory import apply_plan
 from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import EdgemoeError
@@ -37,7 +38,6 @@ from edgemoe.evaluate.intervals import bootstrap_perplexity
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.saving import set_expert_counts
-from edgemoe.prune.apply import apply_plan
 from edgemoe.prune.keep import count_kept
 from edgemoe.prune.registry import METHODS, make_plan
 from edgemoe.staging import staged_file

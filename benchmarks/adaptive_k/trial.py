@@ -14,8 +14,8 @@ from edgemoe.calibrate.windows import cut_tasks
 from edgemoe.evaluate.evaluation import Evaluation, evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.k_policy import KPolicy
+from edgemoe.layerwise.provider import MemoryHome
 from edgemoe.models.k_policy import following
-from edgemoe.oracle.homes import MemoryHome
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.staging import staged_file
 from edgemoe.tasks import TaskFile

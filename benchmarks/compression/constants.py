@@ -25,6 +25,7 @@ import click
 import torch
 from commands import Commands, show_drop, show_score, write_table
 
+from edgemoe.apply.in_memory import applied
 from edgemoe.calibrate.mixture import mix
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.evaluate.evaluation import evaluate
@@ -33,7 +34,6 @@ from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.hooks import observe
 from edgemoe.oracle.oracle import inputs_of
 from edgemoe.plans.plan import Plan
-from edgemoe.prune.apply import applied
 from edgemoe.prune.keep import count_kept
 from edgemoe.prune.registry import make_plan
 from edgemoe.prune.selection import keep_highest

@@ -27,7 +27,7 @@ from commands import write_table
 
 from edgemoe.calibrate.mixture import mix
 from edgemoe.calibrate.statistics import Statistics
-from edgemoe.oracle.homes import open_home
+from edgemoe.layerwise.provider import open_home
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.reconstruction import Reconstruction
 from edgemoe.prune.moe_i2 import GeneticSearch

@@ -24,8 +24,8 @@ from commands import Commands, megabytes, show_drop, show_score, write_table
 
 from edgemoe.calibrate.mixture import mix
 from edgemoe.calibrate.statistics import Statistics
+from edgemoe.layerwise.provider import open_home
 from edgemoe.oracle.ablation import loss_increases
-from edgemoe.oracle.homes import open_home
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.plan import Plan
 from edgemoe.prune.keep import count_kept

@@ -33,11 +33,11 @@ from edgemoe.allocate.heads import Heads
 from edgemoe.errors import AllocationError
 from edgemoe.k_policy import KPolicy
 from edgemoe.k_rule import KRule
+from edgemoe.layerwise.provider import whole_model
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.k_policy import following
 from edgemoe.models.routers import select
 from edgemoe.oracle.gradients import take_gradients
-from edgemoe.oracle.homes import whole_model
 from edgemoe.progress import track
 
 if TYPE_CHECKING:

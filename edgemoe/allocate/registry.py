@@ -11,9 +11,9 @@ from edgemoe.allocate.alloc_l import alloc_l
 from edgemoe.allocate.fisher import fisher
 from edgemoe.allocate.fixed import fixed
 from edgemoe.allocate.top_p import top_p
+from edgemoe.data_provenance import write_digests
 from edgemoe.errors import AllocationError, CheckpointError
 from edgemoe.k_policy import KPolicy
-from edgemoe.lines import write_digests
 from edgemoe.models.k_policy import check_k_policy
 from edgemoe.plans.options import options_of, parse_options
 

@@ -30,7 +30,7 @@ class Window:
         line: Number of the line that they are from, from 1 on.
         start: Place of the first of them in the line's tokens.
         ids: Token ids.
-        digest: :func:`edgemoe.lines.digest_line` of the line.
+        digest: :func:`edgemoe.data_provenance.digest_line` of the line.
     """
 
     line: int

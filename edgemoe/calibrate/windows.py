@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from edgemoe.calibrate.sample import TokenSample, Window
 from edgemoe.calibrate.statistics import Source
+from edgemoe.data_provenance import digest_line
 from edgemoe.errors import TaskFileError
-from edgemoe.lines import digest_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

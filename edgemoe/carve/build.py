@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from edgemoe.carve.neurons import NeuronAssignment
+    from edgemoe.carve.channels import NeuronAssignment
     from edgemoe.carve.router import LinearRouter
 
 GATE_SLOPE = 2.0**-6

@@ -10,9 +10,9 @@ import numpy as np
 
 from edgemoe.carve.activations import feed_forward_inputs, neuron_activations
 from edgemoe.carve.build import CarvedLayer, build_moe, check_dense, check_shape, neuron_shares
+from edgemoe.carve.channels import active_neurons, assign_neurons
 from edgemoe.carve.dense import load_dense, save_tokenizer
 from edgemoe.carve.learned import LearnedCarve
-from edgemoe.carve.neurons import active_neurons, assign_neurons
 from edgemoe.carve.router import expert_energy, fit_router
 from edgemoe.errors import CarveError
 from edgemoe.models.saving import save_pretrained

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemoe.carve.build import CarvedLayer, build_moe
-from edgemoe.carve.neurons import NeuronAssignment
+from edgemoe.carve.channels import NeuronAssignment
 from edgemoe.carve.router import LinearRouter
 from edgemoe.errors import CarveError
 

@@ -91,15 +91,15 @@ def allocate(
     from edgemoe.allocate.registry import allocate as allocate_k
     from edgemoe.allocate.registry import find_policy, read_options
     from edgemoe.allocate.usage import count_experts
+    from edgemoe.apply.in_memory import apply_plan
     from edgemoe.calibrate.windows import cut_tasks
     from edgemoe.errors import OutputError
+    from edgemoe.layerwise.provider import MemoryHome
     from edgemoe.models import load_model, load_tokenizer
     from edgemoe.models.k_policy import following
-    from edgemoe.oracle.homes import MemoryHome
     from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.plans.keep_all import keep_all
     from edgemoe.plans.plan import Plan
-    from edgemoe.prune.apply import apply_plan
     from edgemoe.recover.state import PROGRESS
     from edgemoe.resume import partial_path, resumable
     from edgemoe.staging import refuse_existing, refuse_inputs_inside

@@ -40,11 +40,11 @@ def apply(
     after the last finished layer or weight file.
     """
     needs("export")
+    from edgemoe.apply.in_memory import apply_plan
+    from edgemoe.apply.streamed import apply_streamed
     from edgemoe.errors import StreamingError
     from edgemoe.models import load_model, read_shape, save_model
     from edgemoe.plans.plan import Plan
-    from edgemoe.prune.apply import apply_plan
-    from edgemoe.prune.apply_streamed import apply_streamed
     from edgemoe.staging import refuse_existing, refuse_inputs_inside, staged_directory
 
     refuse_existing(output, force=force, directory=True)

@@ -12,7 +12,7 @@ from edgemoe.cli.options import PATH, force_option, output_option, report, repor
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgemoe.spread.workers import Place
+    from edgemoe.parallel.workers import Place
 
 
 def parse_shard(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, int]:
@@ -157,7 +157,7 @@ def calibrate(
 
 def _place(workers: int | None, ray_address: str | None, device: str) -> Place:
     from edgemoe.models.device import device_here
-    from edgemoe.spread.workers import Processes, RayCluster
+    from edgemoe.parallel.workers import Processes, RayCluster
 
     if ray_address is None:
         device_here(device)  # refused now, not in a worker

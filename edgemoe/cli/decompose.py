@@ -65,15 +65,16 @@ def decompose(
     layers on: whoever has the plan can read them.
     """
     needs("export")
+    from edgemoe.apply.checks import refuse_changes
+    from edgemoe.apply.expert_tensors import planned_tensors
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.decompose.decision import add_ranks, read_options
     from edgemoe.errors import StatisticsError
+    from edgemoe.layerwise.provider import open_home
     from edgemoe.models.checkpoint import read_structure
     from edgemoe.models.fingerprint import fingerprint_checkpoint
-    from edgemoe.oracle.homes import open_home
     from edgemoe.plans.keep_all import keep_all
     from edgemoe.plans.plan import Plan
-    from edgemoe.prune.apply import planned_tensors, refuse_changes
     from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
     refuse_existing(output, force=force, directory=False)

@@ -240,7 +240,7 @@ def _describe_plan(path: Path) -> dict[str, Any]:
 
 def _describe_neurons(plan: Plan) -> dict[str, Any]:
     """Count the neurons that each layer's experts keep; None stands for all."""
-    from edgemoe.plans.neurons import count_mask
+    from edgemoe.plans.channels import count_mask
 
     if not plan.is_narrowing:
         return {}

@@ -52,8 +52,8 @@ def evaluate(
     Text and completions are judged by perplexity, choices by accuracy, and with --generate
     completions by whether greedy generation gives them back; with a 95% interval.
     """
+    from edgemoe.evaluate.contamination import keep_held_out, lines_behind
     from edgemoe.evaluate.evaluation import evaluate as judge
-    from edgemoe.evaluate.lines_behind import keep_held_out, lines_behind
     from edgemoe.evaluate.rolling import find_prefix_token
     from edgemoe.evaluate.subject import open_subject
     from edgemoe.tasks import TaskFile

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from edgemoe.oracle.crew import Crew
-    from edgemoe.spread.workers import Place
+    from edgemoe.oracle.remote import Crew
+    from edgemoe.parallel.workers import Place
 
 
 def parse_weights(texts: tuple[str, ...]) -> dict[str, float]:
@@ -137,14 +137,14 @@ def prune(
     needs("export", *(["ray"] if ray_address is not None else []))
     import torch
 
+    from edgemoe.apply.checks import refuse_changes
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.errors import PlanError, StatisticsError
+    from edgemoe.layerwise.provider import StreamedHome, open_home
     from edgemoe.models.checkpoint import read_structure
     from edgemoe.models.fingerprint import fingerprint_checkpoint
     from edgemoe.models.opening import open_streamed
-    from edgemoe.oracle.homes import StreamedHome, open_home
     from edgemoe.oracle.oracle import LayerOracle
-    from edgemoe.prune.apply import refuse_changes
     from edgemoe.prune.keep import count_kept, parse_keep_experts
     from edgemoe.prune.registry import count_for, find_method, make_plan, read_options
     from edgemoe.staging import refuse_existing, refuse_inputs_inside
@@ -235,10 +235,10 @@ def _layers(layers: str, asked: int | tuple[int, ...] | None) -> list[str]:
 
 @contextlib.contextmanager
 def _open_crew(place: Place, model: Path, threads: int | None) -> Iterator[Crew]:
-    from edgemoe.oracle.crew import Crew
-    from edgemoe.spread.agreement import threads_of
-    from edgemoe.spread.workers import Processes, RayCluster, open_workers
-    from edgemoe.sweep.room import fits_whole
+    from edgemoe.oracle.remote import Crew
+    from edgemoe.parallel.agreement import threads_of
+    from edgemoe.parallel.workers import Processes, RayCluster, open_workers
+    from edgemoe.sweep.memory_check import fits_whole
 
     # Refused before workers are there for nothing, where that is known.
     fits_whole(model, place.count if isinstance(place, Processes) else 1)

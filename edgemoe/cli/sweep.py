@@ -216,7 +216,7 @@ def _text(outcome: Outcome) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    from edgemoe.sweep.wording import list_columns, tell_threshold
+    from edgemoe.sweep.report_text import list_columns, tell_threshold
 
     heading, lines = list_columns(outcome)
     table = Table(*heading, box=None, pad_edge=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgemoe.spread.workers import Place
+    from edgemoe.parallel.workers import Place
 
 
 def choose_place(workers: int | None, ray_address: str | None) -> Place:
@@ -18,7 +18,7 @@ def choose_place(workers: int | None, ray_address: str | None) -> Place:
     Returns:
         The place; this process where neither is given.
     """
-    from edgemoe.spread.workers import Here, Processes, RayCluster
+    from edgemoe.parallel.workers import Here, Processes, RayCluster
 
     if ray_address is not None:
         return RayCluster(address=ray_address, count=workers)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe import __version__
 from edgemoe.calibrate.mixture import spread_windows
+from edgemoe.data_provenance import read_digests, write_digests
 from edgemoe.decompose.importance import expert_importance
 from edgemoe.decompose.ranks import Product, share_out, skew, spread
 from edgemoe.decompose.registry import find_method
 from edgemoe.decompose.shared_basis import RANK_MULTIPLE, largest_rank, stored_parameters
 from edgemoe.decompose.theoretical_loss import kept_fractions, measure_losses
 from edgemoe.errors import PlanError, StatisticsError
-from edgemoe.lines import read_digests, write_digests
-from edgemoe.models.factored import product_shapes
+from edgemoe.models.factored_experts import product_shapes
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.factors import EmbeddedSample, Factors
 from edgemoe.plans.layer_plan import BASIS_MULTIPLE
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.decompose.walk import Prepare
+    from edgemoe.layerwise.provider import Home
     from edgemoe.models.layer import MoeLayer
-    from edgemoe.oracle.homes import Home
     from edgemoe.plans.plan import Plan
 
 _RANK_OPTIONS: dict[str, Any] = {"importance": "uniform", "layers": "equal", "multiple": 8}

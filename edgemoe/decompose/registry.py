@@ -9,8 +9,8 @@ from edgemoe.decompose.shared_basis import shared_basis
 from edgemoe.decompose.svd import svd
 from edgemoe.decompose.svd_whitened import svd_whitened
 from edgemoe.errors import PlanError
-from edgemoe.models.factored import factor_layer, factored
-from edgemoe.models.shared_basis import base_layer, based
+from edgemoe.models.factored_experts import factor_layer, factored
+from edgemoe.models.shared_basis_experts import base_layer, based
 from edgemoe.plans.factors import SHARED_BASIS
 from edgemoe.plans.options import options_of
 
@@ -41,7 +41,7 @@ class Method:
             Options are keyword arguments.
         reads_tokens: Whether it looks at tokens.
         shares_bases: Whether the experts of a layer share bases
-            (:mod:`edgemoe.models.shared_basis`) instead of having factors each.
+            (:mod:`edgemoe.models.shared_basis_experts`) instead of having factors each.
     """
 
     factor: Callable[..., LayerFactors]

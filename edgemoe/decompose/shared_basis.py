@@ -7,9 +7,9 @@ Q [H, R] for outputs, of rank R < H (see :mod:`edgemoe.decompose.projection`), i
     W'_j = W_j B [2I, R],    D'_j = Q^T D_j [R, I],    b'_j = Q^T b_j [R]
 
 so that a layer stores two bases and experts of hidden size R: what
-:mod:`edgemoe.models.shared_basis` holds, and what any fused kernel runs unchanged. A bias of
-the second product is a column of D_j whose activation is always 1: Q is chosen for it too, and
-it loses what it has outside of Q.
+:mod:`edgemoe.models.shared_basis_experts` holds, and what any fused kernel runs unchanged. A
+bias of the second product is a column of D_j whose activation is always 1: Q is chosen for it
+too, and it loses what it has outside of Q.
 
 Mixture of Latent Experts (https://arxiv.org/abs/2503.23100) shares projections between experts.
 """
@@ -30,7 +30,7 @@ from edgemoe.decompose.projection import (
 )
 from edgemoe.decompose.truncation import second_moment
 from edgemoe.errors import PlanError
-from edgemoe.models.shared_basis import INPUT_BASIS, OUTPUT_BASIS
+from edgemoe.models.shared_basis_experts import INPUT_BASIS, OUTPUT_BASIS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,7 +47,7 @@ class SharedBasis:
     """Bases of one layer, and the experts between them.
 
     Attributes:
-        tensors: What :func:`edgemoe.models.shared_basis.base_layer` takes.
+        tensors: What :func:`edgemoe.models.shared_basis_experts.base_layer` takes.
         input_lost: Share of sum_j f_j || W_j X ||_F^2 that is gone, in [0, 1].
         output_lost: Share of || Y ||_F^2 that is gone, in [0, 1].
     """
@@ -73,8 +73,8 @@ def shared_basis(
             sample reaches is not free to be lost.
 
     Returns:
-        What :func:`edgemoe.models.shared_basis.base_layer` takes, and what the bases lose of
-        inputs and of outputs.
+        What :func:`edgemoe.models.shared_basis_experts.base_layer` takes, and what the bases
+        lose of inputs and of outputs.
 
     Raises:
         PlanError: The ranks differ.

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemoe.decompose.walk import Prepare
-    from edgemoe.models.replay import Outputs
-    from edgemoe.oracle.homes import Home
+    from edgemoe.layerwise.provider import Home
+    from edgemoe.layerwise.replay import Outputs
     from edgemoe.plans.plan import Plan
 
 _LEAST = 0.1

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import torch
 
     from edgemoe.decompose.layer_factors import LayerFactors
+    from edgemoe.layerwise.provider import Home
+    from edgemoe.layerwise.replay import Outputs
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.replay import Outputs
-    from edgemoe.oracle.homes import Home
     from edgemoe.plans.layer_plan import LayerPlan
     from edgemoe.plans.plan import Plan
 

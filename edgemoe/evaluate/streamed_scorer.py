@@ -13,8 +13,8 @@ from edgemoe.evaluate.torch_scorer import (
     pad,
     real_tokens,
 )
+from edgemoe.layerwise.runner import Batch, run_batches
 from edgemoe.models.hooks import limit_k
-from edgemoe.models.streamed_pass import Batch, run_batches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
     from edgemoe.evaluate.scorer import Logprobs, Request
+    from edgemoe.layerwise.runner import Layer
     from edgemoe.models.opening import StreamedModel
-    from edgemoe.models.streamed_pass import Layer
     from edgemoe.resume import WorkDirectory
 
 

@@ -13,9 +13,9 @@ from edgemoe.errors import CheckpointError
 from edgemoe.models.contract import LayerShape
 from edgemoe.models.discovery import config_copy
 from edgemoe.models.experts import reassign_ids
-from edgemoe.models.factored import is_factored, run_factored
-from edgemoe.models.layer_width import follow_width, width_axis, width_in
-from edgemoe.models.shared_basis import INPUT_BASIS, OUTPUT_BASIS, is_based
+from edgemoe.models.factored_experts import is_factored, run_factored
+from edgemoe.models.shared_basis_experts import INPUT_BASIS, OUTPUT_BASIS, is_based
+from edgemoe.models.width_axis import follow_width, width_axis, width_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

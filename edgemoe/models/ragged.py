@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import CheckpointError
 from edgemoe.models.adapter import view_layers
-from edgemoe.models.factored import Ranks, empty_factors, factor_layer
-from edgemoe.models.layer_width import empty_tensors
+from edgemoe.models.factored_experts import Ranks, empty_factors, factor_layer
 from edgemoe.models.safety import read_json_object
-from edgemoe.models.shared_basis import base_layer, empty_bases
+from edgemoe.models.shared_basis_experts import base_layer, empty_bases
+from edgemoe.models.width_axis import empty_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path

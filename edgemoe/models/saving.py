@@ -11,10 +11,10 @@ from transformers import GenerationConfig
 
 from edgemoe.errors import OutputError
 from edgemoe.models.checkpoint import quiet_transformers
-from edgemoe.models.factored import ranks_of
+from edgemoe.models.config_width import width_entries
+from edgemoe.models.factored_experts import ranks_of
 from edgemoe.models.k_policy import save_k_policy
 from edgemoe.models.ragged import RaggedNote
-from edgemoe.models.widths import width_entries
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.factored import Ranks
+    from edgemoe.models.factored_experts import Ranks
 
 # What belongs to a checkpoint besides configuration and weights, where the source has it.
 _COMPANIONS = (

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgemoe.models.replay import from_layer
-from edgemoe.oracle.homes import whole_model
+from edgemoe.layerwise.provider import whole_model
+from edgemoe.layerwise.replay import from_layer
 from edgemoe.oracle.oracle import inputs_of
 
 if TYPE_CHECKING:

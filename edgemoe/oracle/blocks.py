@@ -16,8 +16,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from edgemoe.layerwise.replay import Outputs
     from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.replay import Outputs
     from edgemoe.oracle.oracle import LayerOracle
 
     # Sets of experts, by MoE layer: each a tuple of kept ids.

@@ -10,9 +10,9 @@ import torch
 
 from edgemoe.calibrate.mixture import spread_windows
 from edgemoe.errors import StatisticsError
+from edgemoe.layerwise.replay import only_layer
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.hooks import observe
-from edgemoe.models.replay import only_layer
 from edgemoe.models.routers import Routing
 from edgemoe.progress import counting
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgemoe.calibrate.sample import Window
+    from edgemoe.layerwise.provider import Home
+    from edgemoe.layerwise.replay import Outputs
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.replay import Outputs
-    from edgemoe.oracle.crew import Crew
-    from edgemoe.oracle.homes import Home
+    from edgemoe.oracle.remote import Crew
 
     RouterCall = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgemoe.errors import PlanError
-from edgemoe.plans.neurons import count_mask, fits_mask, is_mask
+from edgemoe.plans.channels import count_mask, fits_mask, is_mask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ class MergedExpert:
         reference: The member that the others' neurons are aligned to; the one with the
             largest share where it is None.
         neurons: Which intermediate neurons a single member keeps, as
-            :func:`edgemoe.plans.neurons.write_mask` writes them; None keeps all.
+            :func:`edgemoe.plans.channels.write_mask` writes them; None keeps all.
     """
 
     members: tuple[int, ...]

@@ -11,9 +11,9 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from edgemoe.data_provenance import read_digests
 from edgemoe.errors import CheckpointError, PlanError
 from edgemoe.k_policy import KPolicy
-from edgemoe.lines import read_digests
 from edgemoe.plans.factors import Factors
 from edgemoe.plans.layer_plan import (
     LayerPlan,
@@ -53,7 +53,7 @@ class Plan:
         options: Options of the method; JSON values.
         edgemoe_version: Version of edgemoe that decided.
         calibration_lines: Digests of the lines that the statistics cover, as
-            :func:`edgemoe.lines.write_digests` writes them: no score may be of these.
+            :func:`edgemoe.data_provenance.write_digests` writes them: no score may be of these.
         factors: How the experts are written as products of thinner matrices, where layers have
             ranks.
         k_policy: How many of the experts that are left each token uses; None where that stays

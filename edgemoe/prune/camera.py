@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from edgemoe.apply.checks import refuse_neurons
+from edgemoe.apply.expert_tensors import plan_tensors
 from edgemoe.errors import PlanError
-from edgemoe.models.layer_width import neuron_outputs
-from edgemoe.prune.apply import plan_tensors, refuse_neurons
+from edgemoe.models.width_axis import neuron_outputs
 from edgemoe.prune.widths import check_choice, keep_equal, keep_ragged
 
 if TYPE_CHECKING:

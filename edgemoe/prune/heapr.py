@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from edgemoe.apply.checks import refuse_neurons
+from edgemoe.layerwise.provider import whole_model
 from edgemoe.models.checkpoint import quiet_transformers
-from edgemoe.models.layer_width import neuron_outputs
+from edgemoe.models.width_axis import neuron_outputs
 from edgemoe.oracle.gradients import take_gradients
-from edgemoe.oracle.homes import whole_model
 from edgemoe.progress import track
-from edgemoe.prune.apply import refuse_neurons
 from edgemoe.prune.widths import check_choice, keep_equal, keep_ragged, share_widths
 
 if TYPE_CHECKING:

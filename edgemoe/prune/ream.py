@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from edgemoe.apply.expert_tensors import plan_tensors
 from edgemoe.calibrate.collect import sum_call
 from edgemoe.calibrate.saliency import mean_gated_norm
 from edgemoe.oracle.reconstruction import token_grams
 from edgemoe.plans.plan import LayerPlan, MergedExpert
-from edgemoe.prune.apply import plan_tensors
 from edgemoe.prune.selection import router_groups
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgemoe import __version__
 from edgemoe.calibrate.mixture import mix
+from edgemoe.data_provenance import write_digests
 from edgemoe.errors import PlanError
-from edgemoe.lines import write_digests
 from edgemoe.plans.options import options_of, parse_options
 from edgemoe.plans.plan import LayerPlan, Plan
 from edgemoe.prune.camera import camera

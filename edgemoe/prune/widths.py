@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemoe.errors import PlanError
+from edgemoe.plans.channels import write_mask
 from edgemoe.plans.layer_plan import WIDTH_MULTIPLE, LayerPlan, MergedExpert
-from edgemoe.plans.neurons import write_mask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,7 +9,7 @@ import torch
 
 from edgemoe.errors import RecoveryError
 from edgemoe.evaluate.torch_scorer import BATCH_TOKENS
-from edgemoe.models.memory import available_memory
+from edgemoe.models.memory_budget import available_memory
 from edgemoe.models.safety import check_weights
 from edgemoe.models.stored_tensors import read_stored_tensors
 

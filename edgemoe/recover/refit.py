@@ -13,14 +13,14 @@ from torch import nn
 
 from edgemoe.calibrate.sample import Window
 from edgemoe.errors import RecoveryError, StreamingError
+from edgemoe.layerwise.outputs import LayerOutputs
+from edgemoe.layerwise.provider import MemoryHome
+from edgemoe.layerwise.replay import map_tensors
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.decoder import find_layers
-from edgemoe.models.outputs import LayerOutputs
-from edgemoe.models.replay import map_tensors
-from edgemoe.oracle.homes import MemoryHome
 from edgemoe.oracle.oracle import LayerOracle, run_windows
 from edgemoe.progress import counting
-from edgemoe.recover.last_matrices import (
+from edgemoe.recover.down_projections import (
     add_routed,
     add_shared,
     gate_of,
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Any
 
+    from edgemoe.layerwise.replay import Outputs
     from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.replay import Outputs
     from edgemoe.recover.samples import TaskSamples
     from edgemoe.recover.state import TrainingState
     from edgemoe.recover.trainer import Lesson

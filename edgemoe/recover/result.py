@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.lines import digest_line, write_digests
+from edgemoe.data_provenance import digest_line, write_digests
 from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:

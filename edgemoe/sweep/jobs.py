@@ -14,32 +14,33 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgemoe.apply.expert_tensors import applied_layer
+from edgemoe.apply.in_memory import applied
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.evaluate.streamed_scorer import StreamedScorer
 from edgemoe.evaluate.torch_scorer import TorchScorer
+from edgemoe.layerwise.provider import MemoryHome, StreamedHome
 from edgemoe.models.checkpoint import load_model, load_tokenizer
 from edgemoe.models.opening import open_streamed
-from edgemoe.oracle.homes import MemoryHome, StreamedHome
 from edgemoe.oracle.oracle import LayerOracle
+from edgemoe.parallel.worker_cache import hold
 from edgemoe.plans.plan import Plan
-from edgemoe.prune.apply import applied, applied_layer
 from edgemoe.prune.registry import make_plan, needs_model
 from edgemoe.resume import WorkDirectory
-from edgemoe.spread.holding import hold
-from edgemoe.sweep.judgement import Judgement, judge
+from edgemoe.sweep.evaluation import Judgement, judge
 from edgemoe.sweep.request import method_of
-from edgemoe.sweep.site import STATISTICS, leave
 from edgemoe.sweep.sizes import Sizes
+from edgemoe.sweep.sweep_dir import STATISTICS, leave
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from edgemoe.calibrate.sample import Window
     from edgemoe.evaluate.scorer import Scorer
+    from edgemoe.layerwise.provider import Home
     from edgemoe.models.contract import MoeModel
-    from edgemoe.oracle.homes import Home
-    from edgemoe.sweep.cuts import Cut
-    from edgemoe.sweep.site import Site
+    from edgemoe.sweep.candidates import Cut
+    from edgemoe.sweep.sweep_dir import Site
 
 
 @dataclass(frozen=True, kw_only=True)

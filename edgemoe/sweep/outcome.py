@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from edgemoe.evaluate.drop import Drop, paired_drop
 from edgemoe.prune.registry import find_method
-from edgemoe.sweep.lines import FEW_LINES
 from edgemoe.sweep.request import method_of
+from edgemoe.sweep.task_examples import FEW_LINES
 from edgemoe.sweep.threshold import Point, choose_deepest, find_nearest, find_threshold
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.evaluate.evaluation import Evaluation
     from edgemoe.plans.plan import Plan
-    from edgemoe.sweep.cuts import Cut, Impossible
-    from edgemoe.sweep.judgement import Judgement
-    from edgemoe.sweep.lines import TaskLines
+    from edgemoe.sweep.candidates import Cut, Impossible
+    from edgemoe.sweep.evaluation import Judgement
     from edgemoe.sweep.request import SweepRequest
+    from edgemoe.sweep.task_examples import TaskLines
     from edgemoe.tasks import TaskFile
 
 PLANS = "plans"

@@ -13,9 +13,9 @@ from edgemoe.prune.registry import fill_options, find_method
 from edgemoe.recover.registry import find_method as find_recovery
 from edgemoe.sweep.outcome import PLANS
 from edgemoe.sweep.plot import write_plot
+from edgemoe.sweep.report_text import UNPRUNED, list_columns, tell_threshold
 from edgemoe.sweep.request import method_of
-from edgemoe.sweep.site import CALIBRATION, HELD_OUT, STATISTICS
-from edgemoe.sweep.wording import UNPRUNED, list_columns, tell_threshold
+from edgemoe.sweep.sweep_dir import CALIBRATION, HELD_OUT, STATISTICS
 from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:

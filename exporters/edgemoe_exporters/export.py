@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
+from edgemoe.apply.checks import check_neurons, refuse_changes, refuse_k_policy
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.models.checkpoint import load_tokenizer, read_structure
 from edgemoe.models.fingerprint import FileHashes
-from edgemoe.models.memory import default_limit
+from edgemoe.models.memory_budget import default_limit
 from edgemoe.models.opening import open_larger
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.keep_all import keep_all
-from edgemoe.prune.apply import check_neurons, refuse_changes, refuse_k_policy
 from edgemoe.prune.registry import count_for, make_plan
 from edgemoe.staging import require_space
 from edgemoe_exporters.bundle.manifest import (

@@ -22,7 +22,7 @@ from transformers import (
 
 from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.models.adapter import adapt_model
-from edgemoe.models.shared_basis import base_layer
+from edgemoe.models.shared_basis_experts import base_layer
 from edgemoe_exporters.tracing.trace import trace
 
 if TYPE_CHECKING:

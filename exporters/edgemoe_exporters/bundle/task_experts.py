@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 from onnx_ir.tensor_adapters import TorchTensor
 
+from edgemoe.apply.in_memory import apply_plan
 from edgemoe.errors import ExportError
 from edgemoe.models.k_policy import drop_k_policy
-from edgemoe.models.layer_width import entry_size
 from edgemoe.models.saving import set_expert_counts
-from edgemoe.prune.apply import apply_plan
+from edgemoe.models.width_axis import entry_size
 from edgemoe.prune.registry import find_method
 from edgemoe_exporters.bundle.expert_layout import ExpertKey, StackLayout, lay_out
 from edgemoe_exporters.lowering.k_policy import bind_policy

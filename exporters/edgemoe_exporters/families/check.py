@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from edgemoe.apply.in_memory import apply_plan
 from edgemoe.calibrate.collect import collect
 from edgemoe.errors import EdgemoeError, ExportError
 from edgemoe.models.checkpoint import load_model, load_tokenizer, quiet_transformers
-from edgemoe.models.factored import factor_layer, split_by_svd
+from edgemoe.models.factored_experts import factor_layer, split_by_svd
 from edgemoe.models.registry import find_family
 from edgemoe.models.saving import save_model
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
-from edgemoe.prune.apply import apply_plan
 from edgemoe.prune.registry import make_plan
 from edgemoe.tasks import TaskFile
 from edgemoe_exporters.compiler.compile import compile_bundle

@@ -82,7 +82,7 @@ class EagerRows:
         self._tied[self.current] |= tied
 
     def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Return the ties so far; see :class:`edgemoe.models.streamed_pass.PassState`."""
+        """Return the ties so far; see :class:`edgemoe.layerwise.runner.PassState`."""
         return {str(number): tied.numpy() for number, tied in enumerate(self._tied)}
 
     def restore(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:

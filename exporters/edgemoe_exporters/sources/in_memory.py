@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.calibrate.collect import collect
 from edgemoe.evaluate.torch_scorer import TorchScorer
-from edgemoe.oracle.homes import MemoryHome
+from edgemoe.layerwise.provider import MemoryHome
 from edgemoe_exporters.bundle.task_experts import bind_experts, compressed
 from edgemoe_exporters.sources.eager_run import run_eager
 

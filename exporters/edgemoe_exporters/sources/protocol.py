@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.evaluate.scorer import Scorer
+    from edgemoe.layerwise.provider import Home
     from edgemoe.models.contract import MoeModel
-    from edgemoe.oracle.homes import Home
     from edgemoe.plans.plan import Plan
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.bundle.expert_layout import StackLayout

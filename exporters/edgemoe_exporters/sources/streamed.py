@@ -11,16 +11,17 @@ import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 from transformers import GenerationConfig
 
+from edgemoe.apply.checks import check_neurons, refuse_k_policy
+from edgemoe.apply.expert_tensors import expert_tensors
 from edgemoe.calibrate.streamed import collect_streamed
 from edgemoe.errors import ExportError
 from edgemoe.evaluate.streamed_scorer import StreamedScorer
+from edgemoe.layerwise.provider import StreamedHome
+from edgemoe.layerwise.runner import Batch, run_batches
 from edgemoe.models.hooks import observe
 from edgemoe.models.k_policy import following
-from edgemoe.models.layer_width import widened_shapes
-from edgemoe.models.streamed_pass import Batch, run_batches
-from edgemoe.oracle.homes import StreamedHome
+from edgemoe.models.width_axis import widened_shapes
 from edgemoe.plans.layer_plan import stored_width
-from edgemoe.prune.apply import check_neurons, expert_tensors, refuse_k_policy
 from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.bundle.task_experts import order_experts
 from edgemoe_exporters.graph.lazy_weights import Deferred, Latest

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from edgemoe.calibrate.sample import Window
+from edgemoe.layerwise.provider import MemoryHome
 from edgemoe.models import adapt_model
-from edgemoe.oracle.homes import MemoryHome
 from edgemoe.oracle.oracle import LayerOracle
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from edgemoe.oracle.homes import open_home
+from edgemoe.layerwise.provider import open_home
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.outliers import outlier_ratios
 

@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from edgemoe.apply.expert_tensors import planned_tensors
+from edgemoe.apply.in_memory import apply_plan
 from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.mixture import spread_windows
 from edgemoe.calibrate.saliency import mean_gated_norm
 from edgemoe.decompose.decision import RankedPlan, add_ranks, method_options, read_options
 from edgemoe.decompose.ranks import spread
 from edgemoe.errors import PlanError, StatisticsError
+from edgemoe.layerwise.provider import MemoryHome
 from edgemoe.models import load_model, load_tokenizer
-from edgemoe.models.factored import FACTOR_NAMES
+from edgemoe.models.factored_experts import FACTOR_NAMES
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.oracle.ablation import loss_increases
-from edgemoe.oracle.homes import MemoryHome
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.keep_all import keep_all
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
-from edgemoe.prune.apply import apply_plan, planned_tensors
 from edgemoe.tasks import TaskFile
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from edgemoe.decompose.shared_basis import (
 )
 from edgemoe.errors import PlanError
 from edgemoe.models import adapt_model
-from edgemoe.models.shared_basis import base_layer, based
+from edgemoe.models.shared_basis_experts import base_layer, based
 from edgemoe.models.tiny import tiny_config, tiny_model
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from edgemoe.calibrate.sample import Window
+from edgemoe.layerwise.provider import MemoryHome
 from edgemoe.models import adapt_model
 from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model
-from edgemoe.oracle.homes import MemoryHome
 from edgemoe.oracle.oracle import LayerOracle
 
 if TYPE_CHECKING:

@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from edgemoe.apply.expert_tensors import plan_tensors
 from edgemoe.calibrate.sample import Window
 from edgemoe.errors import StatisticsError, StreamingError
+from edgemoe.layerwise.provider import MemoryHome, StreamedHome, open_home, whole_model
 from edgemoe.models import load_model
 from edgemoe.models.hooks import observe
 from edgemoe.models.tiny import write_tiny_checkpoint
-from edgemoe.oracle.homes import MemoryHome, StreamedHome, open_home, whole_model
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.plan import LayerPlan, MergedExpert
-from edgemoe.prune.apply import plan_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

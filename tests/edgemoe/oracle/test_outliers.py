@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from edgemoe.errors import PlanError
+from edgemoe.layerwise.provider import open_home
 from edgemoe.models.hooks import observe
 from edgemoe.models.tiny import write_tiny_checkpoint
-from edgemoe.oracle.homes import open_home
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.outliers import outlier_ratios
 from tests.edgemoe.oracle.conftest import draw_windows

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from edgemoe.apply.expert_tensors import plan_tensors
 from edgemoe.calibrate.collect import collect
 from edgemoe.errors import PlanError
+from edgemoe.layerwise.provider import MemoryHome, StreamedHome
 from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.tiny import write_tiny_checkpoint
-from edgemoe.oracle.homes import MemoryHome, StreamedHome
 from edgemoe.oracle.oracle import LayerOracle
-from edgemoe.plans.neurons import count_mask, read_mask
+from edgemoe.plans.channels import count_mask, read_mask
 from edgemoe.plans.plan import Plan
-from edgemoe.prune.apply import plan_tensors
 from edgemoe.prune.camera import energies
 from edgemoe.prune.registry import count_for, make_plan, read_options
 from edgemoe.tasks import TaskFile

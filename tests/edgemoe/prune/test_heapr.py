@@ -12,13 +12,13 @@ from torch.nn import functional
 from edgemoe.calibrate.sample import Window
 from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.errors import StreamingError
+from edgemoe.layerwise.provider import MemoryHome, StreamedHome
 from edgemoe.models import load_model
 from edgemoe.models.opening import open_streamed
-from edgemoe.models.shared_basis import base_layer
+from edgemoe.models.shared_basis_experts import base_layer
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
-from edgemoe.oracle.homes import MemoryHome, StreamedHome
 from edgemoe.oracle.oracle import LayerOracle
-from edgemoe.plans.neurons import count_mask, read_mask
+from edgemoe.plans.channels import count_mask, read_mask
 from edgemoe.prune.heapr import heapr, importances
 from edgemoe.prune.widths import count_widths
 

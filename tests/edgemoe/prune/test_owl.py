@@ -13,10 +13,10 @@ from scipy.optimize import brentq
 
 from edgemoe.calibrate.collect import collect
 from edgemoe.errors import PlanError
+from edgemoe.layerwise.provider import open_home
 from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.contract import LayerShape
 from edgemoe.models.tiny import write_tiny_checkpoint
-from edgemoe.oracle.homes import open_home
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.outliers import outlier_ratios
 from edgemoe.prune.owl import Owl, share_by_outliers

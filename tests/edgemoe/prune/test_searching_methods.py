@@ -9,15 +9,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from edgemoe.apply.expert_tensors import plan_tensors
 from edgemoe.calibrate.collect import collect
 from edgemoe.errors import PlanError
+from edgemoe.layerwise.provider import MemoryHome
 from edgemoe.models import adapt_model, load_tokenizer
 from edgemoe.models.contract import LayerShape
 from edgemoe.models.tiny import tiny_config, tiny_model, write_tiny_checkpoint
-from edgemoe.oracle.homes import MemoryHome
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.reconstruction import Reconstruction
-from edgemoe.prune.apply import plan_tensors
 from edgemoe.prune.moe_i2 import GeneticSearch, share_out
 from edgemoe.prune.naee import best_set
 from edgemoe.prune.registry import make_plan

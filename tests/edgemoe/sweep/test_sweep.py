@@ -18,19 +18,19 @@ import numpy as np
 import pytest
 import torch
 
+from edgemoe.apply.in_memory import apply_plan
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import OutputError, SpreadError, TaskFileError
 from edgemoe.evaluate.drop import paired_drop
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
+from edgemoe.layerwise.provider import MemoryHome
 from edgemoe.models.checkpoint import load_model, load_tokenizer
-from edgemoe.oracle.homes import MemoryHome
 from edgemoe.oracle.oracle import LayerOracle
+from edgemoe.parallel.workers import Here, Processes, RayCluster
 from edgemoe.plans.plan import Plan
-from edgemoe.prune.apply import apply_plan
 from edgemoe.prune.registry import count_for, make_plan
 from edgemoe.resume import ResumableInterrupt, partial_path
-from edgemoe.spread.workers import Here, Processes, RayCluster
 from edgemoe.sweep.jobs import run_judge_job, run_plan_job
 from edgemoe.sweep.request import SweepRequest, method_of, read_methods
 from edgemoe.sweep.sweep import run_sweep

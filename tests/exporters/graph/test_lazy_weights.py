@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from edgemoe.errors import ExportError
-from edgemoe.models.memory import default_limit
+from edgemoe.models.memory_budget import default_limit
 from edgemoe_exporters.graph.lazy_weights import Deferred, Latest
 from edgemoe_exporters.lowering.quantize import Quantized, quantize_blocks
 from edgemoe_exporters.lowering.quantize_once import quantize_later

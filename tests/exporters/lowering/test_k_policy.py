@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemoe.allocate.usage import count_experts
+from edgemoe.apply.streamed import apply_streamed
 from edgemoe.calibrate.sample import Window
 from edgemoe.k_policy import KPolicy
 from edgemoe.k_rule import KRule
@@ -21,7 +22,6 @@ from edgemoe.models.k_policy import following, most_slots
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.plans.keep_all import keep_all
 from edgemoe.plans.plan import Plan
-from edgemoe.prune.apply_streamed import apply_streamed
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
 from edgemoe_exporters.validation.graph_calls import cache_shape

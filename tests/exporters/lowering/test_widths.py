@@ -9,14 +9,14 @@ import onnx
 import pytest
 import torch
 
+from edgemoe.apply.in_memory import applied
+from edgemoe.apply.streamed import apply_streamed
 from edgemoe.errors import ExportError, PlanError
 from edgemoe.models import limit_k, load_model, read_shape, save_model
-from edgemoe.models.factored import factor_layer, split_by_svd
+from edgemoe.models.factored_experts import factor_layer, split_by_svd
 from edgemoe.models.tiny import write_tiny_checkpoint
-from edgemoe.plans.neurons import write_mask
+from edgemoe.plans.channels import write_mask
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
-from edgemoe.prune.apply import applied
-from edgemoe.prune.apply_streamed import apply_streamed
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.precision import check_block_sizes
 from edgemoe_exporters.request import ExportRequest

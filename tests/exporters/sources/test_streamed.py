@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-import edgemoe.models.replay
+import edgemoe.layerwise.replay
 from edgemoe.models.checkpoint import load_model
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.opening import open_larger, open_streamed
@@ -150,7 +150,7 @@ def test_a_streamed_pass_says_what_the_model_says(
 ) -> None:
     work = WorkDirectory(tmp_path)
     ran: list[int] = []
-    own = edgemoe.models.replay.only_layer
+    own = edgemoe.layerwise.replay.only_layer
 
     def stop(decoder: Any, layers: Any, index: int) -> Any:
         if index == stopped_at and index not in ran:
@@ -169,7 +169,7 @@ def test_a_streamed_pass_says_what_the_model_says(
     whole = SourceInMemory(load_model(checkpoint))
     plan = keep_all(whole.moe.shape)
     layouts = lay_out_plans({"model": plan}, whole.moe.shape)
-    monkeypatch.setattr("edgemoe.models.streamed_pass.only_layer", stop)
+    monkeypatch.setattr("edgemoe.layerwise.runner.only_layer", stop)
     if stopped_at is not None:
         with pytest.raises(KeyboardInterrupt):
             ask()

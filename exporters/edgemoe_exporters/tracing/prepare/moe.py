@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.nn import functional
 
-from edgemoe.models.factored import FACTOR_NAMES
+from edgemoe.models.factored_experts import FACTOR_NAMES
 from edgemoe_exporters.tracing import ops
 
 if TYPE_CHECKING:
