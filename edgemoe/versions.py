@@ -6,8 +6,6 @@ from importlib.metadata import version
 
 from edgemoe import __version__
 
-_LIBRARIES = ("torch", "transformers")
-
 
 def library_versions() -> dict[str, str]:
     """Give the versions of edgemoe and of what computes and loads for it.

@@ -34,7 +34,7 @@ from edgemoe import __version__
 from edgemoe.calibrate.sample import TokenSample
 from edgemoe.calibrate.sums import LayerSums, array_types
 from edgemoe.errors import StatisticsError
-from edgemoe.models.contract import LayerShape, ModelShape
+from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.staging import staged_file
 
 if TYPE_CHECKING:

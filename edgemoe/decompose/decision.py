@@ -14,7 +14,7 @@ from edgemoe.decompose.registry import find_method
 from edgemoe.decompose.shared_basis import RANK_MULTIPLE, largest_rank, stored_parameters
 from edgemoe.decompose.theoretical_loss import kept_fractions, measure_losses
 from edgemoe.errors import PlanError, StatisticsError
-from edgemoe.models.factored_experts import product_shapes
+from edgemoe.models.factored_layer import product_shapes
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.factors import EmbeddedSample, Factors
 from edgemoe.plans.layer_plan import BASIS_MULTIPLE

@@ -21,7 +21,7 @@ class LayerFactors:
     """What a method makes of a layer.
 
     Attributes:
-        tensors: What :func:`edgemoe.models.factored_experts.factor_layer` takes.
+        tensors: What :func:`edgemoe.models.factored_layer.factor_layer` takes.
         lost: What the first and the second products of all experts lose together: squared
             Frobenius norms, of what they give on the method's tokens or, without tokens, of
             themselves.

@@ -9,8 +9,8 @@ from edgemoe.decompose.shared_basis import shared_basis
 from edgemoe.decompose.svd import svd
 from edgemoe.decompose.svd_whitened import svd_whitened
 from edgemoe.errors import PlanError
-from edgemoe.models.factored_experts import factor_layer, factored
-from edgemoe.models.shared_basis_experts import base_layer, based
+from edgemoe.models.factored_layer import factor_layer, factored
+from edgemoe.models.shared_basis_layer import based, to_shared_basis
 from edgemoe.plans.factors import SHARED_BASIS
 from edgemoe.plans.options import options_of
 
@@ -56,7 +56,7 @@ class Method:
     @property
     def put(self) -> Callable[[MoeLayer, Mapping[str, torch.Tensor]], None]:
         """Puts what :attr:`factor` gives into a layer."""
-        return base_layer if self.shares_bases else factor_layer
+        return to_shared_basis if self.shares_bases else factor_layer
 
     @property
     def options(self) -> dict[str, Any]:

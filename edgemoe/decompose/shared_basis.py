@@ -47,7 +47,7 @@ class SharedBasis:
     """Bases of one layer, and the experts between them.
 
     Attributes:
-        tensors: What :func:`edgemoe.models.shared_basis_experts.base_layer` takes.
+        tensors: What :func:`edgemoe.models.shared_basis_layer.to_shared_basis` takes.
         input_lost: Share of sum_j f_j || W_j X ||_F^2 that is gone, in [0, 1].
         output_lost: Share of || Y ||_F^2 that is gone, in [0, 1].
     """
@@ -73,7 +73,7 @@ def shared_basis(
             sample reaches is not free to be lost.
 
     Returns:
-        What :func:`edgemoe.models.shared_basis_experts.base_layer` takes, and what the bases
+        What :func:`edgemoe.models.shared_basis_layer.to_shared_basis` takes, and what the bases
         lose of inputs and of outputs.
 
     Raises:

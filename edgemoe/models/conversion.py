@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from edgemoe.models.stored_tensors import read_together
+from edgemoe.models.transformers_internals import set_saving_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -82,7 +83,7 @@ class Conversion:
         self._match(rules, stored)
         # What save_pretrained would read: the rules that matched, in their order.
         self.used_rules = [rule for rule in rules if rule.was_used()]
-        cast("Any", model)._weight_conversions = self.used_rules
+        set_saving_rules(model, self.used_rules)
         for group in self.groups:
             shapes = [source.on_meta() for source, _ in group.sources]
             group.targets = dict(self._convert(group, shapes))

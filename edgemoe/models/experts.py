@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from edgemoe.models.transformers_internals import keeps_experts_contract
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -165,7 +167,7 @@ def is_experts_class(candidate: object) -> bool:
     Returns:
         Whether its instances keep the experts contract.
     """
-    return isinstance(candidate, type) and hasattr(candidate, "_apply_gate")
+    return isinstance(candidate, type) and keeps_experts_contract(candidate)
 
 
 def reassign_ids(

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import CheckpointError
 from edgemoe.models.adapter import view_layers
-from edgemoe.models.factored_experts import Ranks, empty_factors, factor_layer
+from edgemoe.models.factored_experts import Ranks
+from edgemoe.models.factored_layer import empty_factors, factor_layer
+from edgemoe.models.layer_width import empty_tensors
 from edgemoe.models.safety import read_json_object
-from edgemoe.models.shared_basis_experts import base_layer, empty_bases
-from edgemoe.models.width_axis import empty_tensors
+from edgemoe.models.shared_basis_layer import empty_bases, to_shared_basis
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -250,4 +251,4 @@ def resize_layers(model: PreTrainedModel, facts: ModelFacts, note: RaggedNote) -
             factor_layer(layer, empty_factors(layer, ranks))
     for layer, rank in zip(layers, note.basis_per_layer or (), strict=False):
         if rank is not None:
-            base_layer(layer, empty_bases(layer, rank))
+            to_shared_basis(layer, empty_bases(layer, rank))

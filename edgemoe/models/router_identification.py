@@ -83,11 +83,7 @@ def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterFa
                 continue
             if multiple > 1 and not rule.limits_groups:
                 rule = replace(rule, n_group=multiple, topk_group=multiple)
-            rule = replace(
-                rule,
-                has_logit_bias=tensors.logit_bias is not None,
-                min_group_size=least,
-            )
+            rule = replace(rule, min_group_size=least)
             roles = replace(tensors, correction_bias=correction, expert_scale=scale)
             return replace(facts, rule=rule, tensors=roles)
     return facts
@@ -172,11 +168,7 @@ def _explain(
                 rule = replace(rule, scaling_factor=float(f"{factor:.5g}"))
                 best = error, rule
         if best is not None:
-            return replace(
-                best[1],
-                has_correction_bias=bias is not None,
-                has_expert_scale=scales is not None,
-            )
+            return best[1]
     return None
 
 

@@ -19,11 +19,8 @@ class RouterRule:
             ``sparsemixer`` is that of PhiMoE, see :func:`edgemoe.models.routers.sparsemixer`.
         renormalise: Whether the gates of the experts used are divided by their sum.
         scaling_factor: What every gate is multiplied by, last.
-        has_correction_bias: Whether a bias per expert is added for the choice only; gates
-            never contain it.
-        bias_on: What the correction bias is added to.
-        has_logit_bias: Whether a bias per expert is part of the logits.
-        has_expert_scale: Whether each expert's gate is multiplied by a number of its own.
+        bias_on: What a correction bias is added to: a bias per expert for the choice only;
+            gates never contain it.
         n_group: Number of equal, contiguous groups of experts.
         topk_group: Number of groups a token may use.
         group_score: What ranks a group: the sum of its two best choice scores, or the best.
@@ -37,10 +34,7 @@ class RouterRule:
     scoring: Scoring
     renormalise: bool
     scaling_factor: float = 1.0
-    has_correction_bias: bool = False
     bias_on: Literal["scores", "logits"] = "scores"
-    has_logit_bias: bool = False
-    has_expert_scale: bool = False
     n_group: int = 1
     topk_group: int = 1
     group_score: Literal["top2", "max"] = "top2"

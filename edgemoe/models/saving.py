@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from edgemoe.errors import OutputError
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.config_width import width_entries
-from edgemoe.models.factored_experts import ranks_of
+from edgemoe.models.factored_layer import ranks_of
 from edgemoe.models.k_policy import save_k_policy
 from edgemoe.models.ragged import RaggedNote
 

@@ -21,6 +21,13 @@ from edgemoe.errors import CheckpointError, StreamingError
 from edgemoe.models.conversion import Conversion
 from edgemoe.models.decoder import find_layers
 from edgemoe.models.stored_tensors import read_stored_tensors
+from edgemoe.models.transformers_internals import (
+    compute_unstored,
+    dtype_plan,
+    mark_initialised,
+    move_from_meta,
+    optional_patterns,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -289,7 +296,7 @@ class Skeleton:
         is_parameter = table is module._parameters
         new = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
         # Whoever initialises what was not loaded must pass this one by.
-        cast("Any", new)._is_hf_initialized = True
+        mark_initialised(new)
         table[name] = new
 
     def _layer_of(self, group: TensorGroup) -> int | None:
@@ -323,7 +330,7 @@ class Skeleton:
         }
         missing = set(self._absent)
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-        rules = self.model._keys_to_ignore_on_load_missing or ()
+        rules = optional_patterns(self.model)
         optional = {k for k in missing if any(re.search(rule, k) for rule in rules)}
         unfit = sorted((missing - optional) | misshapen)
         if unfit:
@@ -336,12 +343,10 @@ class Skeleton:
     def _make_unstored(self, optional: set[str]) -> None:
         """Compute what no checkpoint holds, such as rotary tables, as transformers does."""
         for tensor in self.model.state_dict(keep_vars=True).values():
-            tensor._is_hf_initialized = True
-        self.model._move_missing_keys_from_meta_to_device(
-            cast("Any", optional), {"": self._device}, None, None
-        )
+            mark_initialised(tensor)
+        move_from_meta(self.model, optional, self._device)
         with torch.no_grad():
-            self.model._initialize_missing_keys(False)
+            compute_unstored(self.model)
         self.model.eval()
         self.model.requires_grad_(False)
 
@@ -358,7 +363,7 @@ def _build(model_class: type[Any], config: PreTrainedConfig, dtype: torch.dtype)
 
 def _wanted_types(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Give each tensor's type in memory: some families keep some tensors in float32."""
-    plan = model._get_dtype_plan(dtype)
+    plan = dtype_plan(model, dtype)
     return {
         name: next(
             (kept for part, kept in plan.items() if re.search(part.replace("*", ".*"), name)),

@@ -1,6 +1,6 @@
 """Workers that run a picklable function over jobs, wherever they are.
 
-    with open_workers(Processes(4)) as workers:
+    with edgemoe.parallel.opening.open_workers(Processes(4)) as workers:
         results = workers.map(function, jobs, "what the bar says")
 
 Results come in the order of the jobs. The first failure ends the call and is raised as the
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from edgemoe.errors import SpreadError
-from edgemoe.parallel.worker_cache import let_go
 from edgemoe.progress import counting
 
 if TYPE_CHECKING:
@@ -199,62 +198,6 @@ class Workers(abc.ABC):
     def close(self) -> None:
         """Give back what the workers hold."""
         self._stop()
-
-
-class _Here(Workers):
-    place = Here()
-    count = 1
-
-    def __init__(self) -> None:
-        self._ended: list[tuple[int, Outcome]] = []
-
-    def _start(self, number: int, function: Callable[[Any], Any], job: Any) -> None:
-        self._ended.append((number, perform(function, job)))
-
-    def _wait(self, seconds: float) -> Iterable[tuple[int, Outcome]]:
-        del seconds
-        ended, self._ended = self._ended, []
-        return ended
-
-    def _stop(self) -> None:
-        self._ended = []
-
-    def close(self) -> None:
-        """Give back what jobs opened: this process goes on without them."""
-        let_go()
-
-
-@contextlib.contextmanager
-def open_workers(place: Place | Workers) -> Iterator[Workers]:
-    """Start workers, or connect to them.
-
-    Args:
-        place: Where; workers that are open serve as they are.
-
-    Yields:
-        The workers. Those that were not open before end with the block; a cluster that was
-        running before does not.
-
-    Raises:
-        SpreadError: The cluster cannot be reached, or has nothing to run jobs on.
-        MissingDependencyError: Ray is not installed.
-    """
-    if isinstance(place, Workers):
-        yield place
-        return
-    workers: Workers
-    if isinstance(place, Here):
-        workers = _Here()
-    elif isinstance(place, Processes):
-        from edgemoe.parallel.processes import LocalProcesses
-
-        workers = LocalProcesses(place.count)
-    else:
-        from edgemoe.parallel.cluster import ClusterWorkers
-
-        workers = ClusterWorkers(place)
-    with contextlib.closing(workers):
-        yield workers
 
 
 def perform(function: Callable[[Any], Any], job: Any) -> Done | Failed:

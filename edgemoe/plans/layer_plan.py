@@ -13,7 +13,7 @@ from edgemoe.plans.channels import count_mask, fits_mask, is_mask
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemoe.models.contract import LayerShape, ModelShape
+    from edgemoe.models.shapes import LayerShape, ModelShape
     from edgemoe.plans.plan_json import PlanReader
 
 # Ranks of an expert's first and second product.

@@ -28,7 +28,7 @@ from edgemoe.staging import staged_file
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.plans.layer_plan import RankPair
 
 __all__ = ["LayerPlan", "MergedExpert", "Plan"]

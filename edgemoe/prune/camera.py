@@ -22,7 +22,7 @@ import torch
 from edgemoe.apply.checks import refuse_neurons
 from edgemoe.apply.expert_tensors import plan_tensors
 from edgemoe.errors import PlanError
-from edgemoe.models.width_axis import neuron_outputs
+from edgemoe.models.layer_width import neuron_outputs
 from edgemoe.prune.widths import check_choice, keep_equal, keep_ragged
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemoe.calibrate.statistics import TaskStatistics
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.oracle import LayerOracle, LayerView
     from edgemoe.plans.plan import LayerPlan
 

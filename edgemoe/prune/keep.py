@@ -12,7 +12,7 @@ from edgemoe.errors import PlanError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
 
 
 def count_kept(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.sample import Window
     from edgemoe.calibrate.statistics import Statistics
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.oracle import LayerOracle
 
     # Opens the model for methods that run its layers.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
 
 WIDTHS = ("equal", "ragged")
 # Products of a fraction and whole numbers are off by less.

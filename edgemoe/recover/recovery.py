@@ -90,7 +90,7 @@ def recover_checkpoint(
     checkpoints = [path] if teacher is None else [path, teacher]
     refuse_inputs_inside(output, *checkpoints, *(task.path for task in tasks))
     chosen = find_method(method)
-    settled = (options or RecoverOptions()).settle(chosen, has_teacher=teacher is not None)
+    settled = chosen.settle(options or RecoverOptions(), has_teacher=teacher is not None)
     tokenizer = load_tokenizer(path)
     samples = _cut(path, tasks, tokenizer, settled)
     if teacher is not None:

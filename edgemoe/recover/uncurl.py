@@ -23,10 +23,11 @@ The result is judged against the checkpoint as it was given, with the router tha
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from edgemoe.models.transformers_internals import draw_weights, mark_initialised
 from edgemoe.recover.method import Method, Phase, Training
 from edgemoe.recover.trainable import expert_parameters, router_parameters
 
@@ -65,7 +66,6 @@ def draw_routers(model: MoeModel, seed: int) -> None:
         model: The model; its routers are changed in place, and nothing else.
         seed: Of the draw, which is the same on every device.
     """
-    whole: Any = model.model
     routers = {id(parameter) for parameter in router_parameters(model).values()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -74,10 +74,10 @@ def draw_routers(model: MoeModel, seed: int) -> None:
             layer.block.cpu()
             for tensor in (*layer.block.parameters(), *layer.block.buffers()):
                 # transformers draws what has no such mark, as what came from a file has it.
-                vars(tensor)["_is_hf_initialized"] = id(tensor) not in routers
+                mark_initialised(tensor, initialised=id(tensor) not in routers)
             # A few families draw the router where they draw what is around it.
             for module in (layer.block, *layer.router.modules()):
-                whole._init_weights(module)
+                draw_weights(model.model, module)
             if layer.correction_bias is not None:
                 layer.correction_bias.zero_()
             layer.block.to(device)

@@ -16,7 +16,7 @@ from edgemoe.sweep.request import method_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.sweep.request import SweepRequest
 
 

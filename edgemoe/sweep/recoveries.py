@@ -36,7 +36,7 @@ def read_recoveries(arguments: Sequence[str]) -> dict[str, RecoverOptions]:
             raise SweepError(f"a sweep must have each recovery once, got {name} twice.")
         given = dict(_parse(name, text) for text in texts.split(",") if texts)
         found[name] = RecoverOptions(**given)
-        found[name].settle(method, has_teacher=True)
+        method.settle(found[name], has_teacher=True)
     return found
 
 

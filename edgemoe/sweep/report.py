@@ -90,7 +90,7 @@ def describe(outcome: Outcome) -> dict[str, Any]:
             for name, given in request.methods.items()
         },
         "recoveries": {
-            name: options.settle(find_recovery(name), has_teacher=True).to_dict()
+            name: find_recovery(name).settle(options, has_teacher=True).to_dict()
             for name, options in request.recoveries.items()
         },
         "tasks": {

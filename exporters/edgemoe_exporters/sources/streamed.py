@@ -20,7 +20,7 @@ from edgemoe.layerwise.provider import StreamedHome
 from edgemoe.layerwise.runner import Batch, run_batches
 from edgemoe.models.hooks import observe
 from edgemoe.models.k_policy import following
-from edgemoe.models.width_axis import widened_shapes
+from edgemoe.models.layer_width import widened_shapes
 from edgemoe.plans.layer_plan import stored_width
 from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.bundle.task_experts import order_experts
