@@ -1,7 +1,7 @@
 """``optimum-cli export edgemoe``: ``edgemoe export`` where users of optimum look for it.
 
-The only module that imports optimum. ``optimum/commands/register/register_edgemoe.py`` names it
-to optimum's command line; edgemoe itself never imports it.
+``optimum/commands/register/register_edgemoe.py`` names it to optimum's command line. No module
+of edgemoe imports this one, so neither ``edgemoe --help`` nor the runtime loads optimum.
 """
 
 from __future__ import annotations
