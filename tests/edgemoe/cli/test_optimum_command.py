@@ -72,6 +72,7 @@ def test_wrong_calls_and_refusals_end_as_those_of_edgemoe_export(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.fused
 def test_a_bundle_is_that_of_edgemoe_export(road: Path, tmp_path: Path) -> None:
     # Rungs of the ladder are timed, and no two runs measure the same.
