@@ -24,14 +24,19 @@ from edgemoe.prune.random import random
 from edgemoe.prune.ream import ream
 from edgemoe.prune.reap import reap
 from edgemoe.prune.seer import seer
+from edgemoe.prune.selection import keep_by_score
 from edgemoe.prune.uncurl import uncurl
 from edgemoe.prune.widths import check_widths, count_widths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from edgemoe.calibrate.sample import Window
-    from edgemoe.calibrate.statistics import Statistics
+    from edgemoe.calibrate.statistics import Statistics, TaskStatistics
+    from edgemoe.calibrate.sums import LayerSums
     from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.oracle import LayerOracle
 
@@ -69,18 +74,38 @@ class Method:
         return options_of(self.decide)
 
 
+def scoring(score: Callable[[LayerSums], NDArray[np.float64]]) -> Method:
+    """Make a method of a score: each layer keeps the experts of the highest.
+
+    Args:
+        score: From the sums of one layer of E experts to a score each, float64 `[E]`.
+
+    Returns:
+        The method. Of equal scores the expert of lower id stays; routers with groups keep as
+        many experts of each.
+    """
+
+    def decide(
+        statistics: TaskStatistics, shape: ModelShape, counts: Sequence[int], seed: int
+    ) -> tuple[LayerPlan, ...]:
+        del seed
+        return keep_by_score(statistics, shape, counts, score)
+
+    return Method(decide)
+
+
 METHODS: dict[str, Method] = {
     "camera": Method(camera, runs_layers=True, picks_neurons=True),
-    "frequency": Method(frequency),
+    "frequency": scoring(frequency),
     "heapr": Method(heapr, runs_layers=True, picks_neurons=True),
-    "man": Method(man),
+    "man": scoring(man),
     "moe-i2": Method(moe_i2, runs_layers=True, draws=True, spreads=True, shares_out=True),
-    "msan": Method(msan),
+    "msan": scoring(msan),
     "naee": Method(naee, runs_layers=True, spreads=True),
     "random": Method(random, draws=True),
-    "reap": Method(reap),
+    "reap": scoring(reap),
     "ream": Method(ream, runs_layers=True),
-    "seer": Method(seer),
+    "seer": scoring(seer),
     "uncurl": Method(uncurl, draws=True),
 }
 
