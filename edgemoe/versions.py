@@ -8,7 +8,7 @@ from edgemoe import __version__
 
 
 def library_versions() -> dict[str, str]:
-    """Give the versions of edgemoe and of what computes and loads for it.
+    """Return the versions of edgemoe and of the libraries that compute and load for it.
 
     Returns:
         Versions by distribution name.

@@ -41,7 +41,7 @@ class Method:
             Options are keyword arguments.
         reads_tokens: Whether it looks at tokens.
         shares_bases: Whether the experts of a layer share bases
-            (:mod:`edgemoe.models.shared_basis_experts`) instead of having factors each.
+            (`edgemoe.models.shared_basis_experts`) instead of having factors each.
     """
 
     factor: Callable[..., LayerFactors]
@@ -50,12 +50,12 @@ class Method:
 
     @property
     def inside(self) -> Inside:
-        """Puts what :attr:`factor` gives into a layer for a while."""
+        """Puts what `factor` gives into a layer for a while."""
         return based if self.shares_bases else factored
 
     @property
     def put(self) -> Callable[[MoeLayer, Mapping[str, torch.Tensor]], None]:
-        """Puts what :attr:`factor` gives into a layer."""
+        """Puts what `factor` gives into a layer."""
         return to_shared_basis if self.shares_bases else factor_layer
 
     @property

@@ -23,7 +23,7 @@ class ExpertCount:
     """Counts the experts that tokens use, where they choose their number.
 
     Attributes:
-        real: Which tokens of the batch that runs are no padding, bool ``[rows, width]``.
+        real: Which tokens of the batch that runs are no padding, bool `[rows, width]`.
     """
 
     real: torch.Tensor
@@ -36,7 +36,7 @@ class ExpertCount:
             k_cap: Most experts per token, one for all MoE layers or one for each.
 
         Raises:
-            EdgemoeError: ``k_cap`` is out of range.
+            EdgemoeError: `k_cap` is out of range.
         """
         self._model = model
         most = [layer.top_k for layer in model.layers]
@@ -72,5 +72,5 @@ class ExpertCount:
         return {"experts_used": np.array([self._used, self._passed], np.int64)}
 
     def restore(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Take what :meth:`to_arrays` returned in an earlier process."""
+        """Take what `to_arrays` returned in an earlier process."""
         self._used, self._passed = map(int, arrays["experts_used"])

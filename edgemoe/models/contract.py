@@ -52,7 +52,7 @@ class MoeModel:
 
     @property
     def shape(self) -> ModelShape:
-        """What a plan must know of this model."""
+        """The model's MoE layers and sizes, as plans see them."""
         widths = [layer.intermediate_size for layer in self.layers]
         widest = max(widths)
         return ModelShape(

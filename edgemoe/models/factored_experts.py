@@ -6,7 +6,7 @@ place of its weights it has
     up_in [E, R, H], up_out [E, 2I, R]          first product: up_out @ up_in
     down_in [E, S, I], down_out [E, H, S]       second product: down_out @ down_in
 
-with the rows of ``up_out`` in the order of the family (gate before up, or alternating),
+with the rows of `up_out` in the order of the family (gate before up, or alternating),
 whatever way round the family stores its weights. Experts of smaller rank are padded with zeros.
 Biases stay. That is how MoE-I² (https://arxiv.org/abs/2411.01016) stores what SVD leaves.
 """
@@ -44,7 +44,7 @@ class Ranks:
 
 
 def is_factored(experts: nn.Module) -> bool:
-    """Ask whether an experts module was factored."""
+    """Return whether an experts module was factored."""
     return hasattr(type(experts), _MARK)
 
 
@@ -99,7 +99,7 @@ def factored_units(
         hidden: Inputs [tokens, hidden].
 
     Returns:
-        What ``down_out`` is given [tokens, rank].
+        What `down_out` is given [tokens, rank].
     """
     linear = nn.functional.linear
     up_bias = (

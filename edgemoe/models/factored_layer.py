@@ -33,7 +33,7 @@ def ranks_of(layer: MoeLayer) -> Ranks | None:
 
 
 def product_shapes(layer: MoeLayer) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Tell how large an expert's two matrices are.
+    """Return the shapes of an expert's two matrices.
 
     Args:
         layer: Any layer.
@@ -87,13 +87,13 @@ def factored(layer: MoeLayer, factors: Mapping[str, torch.Tensor]) -> Iterator[N
 
     Args:
         layer: The layer.
-        factors: What :func:`factor_layer` takes.
+        factors: What `factor_layer` takes.
 
     Yields:
         Nothing. When the block ends the layer is as it was.
 
     Raises:
-        CheckpointError: As :func:`factor_layer`.
+        CheckpointError: As `factor_layer`.
     """
     experts, facts = layer.experts, layer.facts
     family_class, parameters = type(experts), dict(experts._parameters)
@@ -115,7 +115,7 @@ def split_by_svd(layer: MoeLayer, rank: int) -> dict[str, torch.Tensor]:
         rank: Largest rank of both products, in [1, inf).
 
     Returns:
-        What :func:`factor_layer` takes; the nearest factors of that rank in Frobenius norm
+        What `factor_layer` takes; the nearest factors of that rank in Frobenius norm
         (Eckart and Young), singular values shared evenly between both.
     """
     prefix, layout = layer.facts.experts, layer.layout
@@ -133,7 +133,7 @@ def split_by_svd(layer: MoeLayer, rank: int) -> dict[str, torch.Tensor]:
 
 
 def factored_facts(facts: LayerFacts) -> LayerFacts:
-    """Tell how a layer is built once it is factored."""
+    """Return the structure of a layer once it is factored."""
     weights = {f"{facts.experts}.{name}" for name in facts.layout.names[:2]}
     kept = [spec for spec in facts.tensors if spec.name not in weights]
     factors = [ExpertTensor(name=f"{facts.experts}.{name}") for name in FACTOR_NAMES]
@@ -141,7 +141,7 @@ def factored_facts(facts: LayerFacts) -> LayerFacts:
 
 
 def empty_factors(layer: MoeLayer, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Make room for a layer's factors, on the device and in the type of its weights."""
+    """Allocate a layer's factors, on the device and in the type of its weights."""
     like = layer.tensor(f"{layer.facts.experts}.down_proj")
     return {name: like.new_empty(shape) for name, shape in _shapes(layer, ranks).items()}
 

@@ -37,7 +37,7 @@ class MoeLayer:
         facts: How the family builds the layer.
         block: The MoE block.
         count_entries: Entries of the configuration that say how many experts there are.
-        k_rule: How many experts each token uses; None where it is always ``top_k``.
+        k_rule: How many experts each token uses; None where it is always `top_k`.
     """
 
     facts: LayerFacts
@@ -52,7 +52,7 @@ class MoeLayer:
 
     @property
     def name(self) -> str:
-        """Name of the block in the model, such as ``model.layers.3.mlp``."""
+        """Name of the block in the model, such as `model.layers.3.mlp`."""
         return self.facts.block
 
     @property
@@ -110,7 +110,7 @@ class MoeLayer:
         """Gate rows, then up rows, of every expert [num_experts, 2 * intermediate, hidden].
 
         Without a gate, up rows only [num_experts, intermediate, hidden]. Between shared bases
-        ``basis_rank`` stands for hidden, here and in :attr:`down`.
+        `basis_rank` stands for hidden, here and in `down`.
         """
         return self._canonical(self.layout.gate_up_name)
 
@@ -162,7 +162,7 @@ class MoeLayer:
 
     @property
     def shape(self) -> LayerShape:
-        """What a plan must know of this layer."""
+        """The layer's sizes, as plans see them."""
         return LayerShape(
             layer=self.index,
             num_experts=self.num_experts,
@@ -175,7 +175,7 @@ class MoeLayer:
         """Return one of the tensors with an entry per expert.
 
         Args:
-            name: From the block on, see ``facts.tensors``.
+            name: From the block on, see `facts.tensors`.
 
         Returns:
             The parameter or buffer itself.
@@ -191,7 +191,7 @@ class MoeLayer:
         """Return which axis of a tensor holds intermediate channels, where they may change.
 
         Args:
-            name: From the block on, see ``facts.tensors``.
+            name: From the block on, see `facts.tensors`.
 
         Returns:
             The axis; None for a tensor without them, and where the layer is factored.
@@ -265,7 +265,7 @@ class MoeLayer:
             ids: Which, in [0, num_experts).
 
         Returns:
-            What :meth:`replace` takes.
+            What `replace` takes.
         """
         chosen = torch.tensor(list(ids), dtype=torch.int64)
         groups = tuple((int(expert),) for expert in ids)
@@ -305,7 +305,7 @@ class MoeLayer:
         Experts that are not factored may be wider or narrower than those before.
 
         Args:
-            tensors: All of ``facts.tensors``, by name, in the layout of the module.
+            tensors: All of `facts.tensors`, by name, in the layout of the module.
 
         Raises:
             CheckpointError: The tensors do not fit together, or the experts are fewer than
@@ -349,7 +349,7 @@ class MoeLayer:
         """Put other experts in place for a while.
 
         Args:
-            tensors: What :meth:`replace` takes.
+            tensors: What `replace` takes.
 
         Yields:
             Nothing. When the block ends the layer is as it was.

@@ -27,7 +27,7 @@ def neuron_outputs(layer: MoeLayer, expert: int) -> torch.Tensor:
 
 
 def widened_shapes(layer: MoeLayer, width: int) -> dict[str, tuple[int, ...]]:
-    """Tell what shapes the tensors with neurons would have, were the experts of a width.
+    """Return the shapes of the tensors with intermediate channels, were experts of a width.
 
     Args:
         layer: The layer.
@@ -47,14 +47,14 @@ def widened_shapes(layer: MoeLayer, width: int) -> dict[str, tuple[int, ...]]:
 
 
 def empty_tensors(layer: MoeLayer, width: int) -> dict[str, torch.Tensor]:
-    """Make room for experts of another width.
+    """Allocate tensors for experts of another width.
 
     Args:
         layer: A layer that is not factored.
         width: Intermediate neurons of each expert, in [1, inf).
 
     Returns:
-        What :meth:`edgemoe.models.layer.MoeLayer.replace` takes; tensors that depend on the
+        What `edgemoe.models.layer.MoeLayer.replace` takes; tensors that depend on the
         width have no contents.
     """
     tensors = layer.tensors()
@@ -64,7 +64,7 @@ def empty_tensors(layer: MoeLayer, width: int) -> dict[str, torch.Tensor]:
 
 
 def entry_size(layer: MoeLayer, spec: ExpertTensor, width: int) -> int:
-    """Tell how many numbers one expert has in a tensor, were it of another width.
+    """Count the numbers that one expert has in a tensor, were it of another width.
 
     Args:
         layer: The layer.

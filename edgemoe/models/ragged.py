@@ -1,7 +1,7 @@
 """Checkpoints whose layers have different numbers of experts, or smaller ones.
 
 Transformers builds every layer with the same number of whole experts, so such a checkpoint
-carries ``edgemoe.json``, which says how many each layer really has, how wide they are where
+carries `edgemoe.json`, which says how many each layer really has, how wide they are where
 config.json cannot say it, of which ranks where they are factored, and of which rank the bases
 are that they share.
 """
@@ -35,7 +35,7 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class RaggedNote:
-    """What ``edgemoe.json`` says.
+    """Content of `edgemoe.json`.
 
     Attributes:
         moe_layers: Indices of the decoder layers with experts.
@@ -83,7 +83,7 @@ class RaggedNote:
 
 
 def read_ragged_note(path: Path) -> RaggedNote | None:
-    """Read ``edgemoe.json``, where a checkpoint has one.
+    """Read `edgemoe.json`, where a checkpoint has one.
 
     Args:
         path: Checkpoint directory.
@@ -205,7 +205,7 @@ def make_ragged_class(family: Family, note: RaggedNote, facts: ModelFacts) -> ty
 
     Args:
         family: The family.
-        note: What ``edgemoe.json`` says.
+        note: What `edgemoe.json` says.
         facts: How its layers are built.
 
     Returns:
@@ -223,12 +223,12 @@ def make_ragged_class(family: Family, note: RaggedNote, facts: ModelFacts) -> ty
 
 
 def resize_layers(model: PreTrainedModel, facts: ModelFacts, note: RaggedNote) -> None:
-    """Give each MoE layer room for its experts; contents are undefined.
+    """Allocate each MoE layer's experts; their contents are undefined.
 
     Args:
         model: A model that is being built.
         facts: How its layers are built.
-        note: What ``edgemoe.json`` says.
+        note: What `edgemoe.json` says.
 
     Raises:
         CheckpointError: The model has other MoE layers.

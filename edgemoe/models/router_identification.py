@@ -32,14 +32,14 @@ _FILLS = (float("-inf"), 0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class RouterFacts:
-    """What a router does.
+    """Behaviour of a router, as found by probing.
 
     Attributes:
         top_k: Experts per token.
         rule: How it chooses; None where it follows none of the rules that edgemoe knows.
         tensors: What it computes with; None without a rule.
         multiple: The number of experts must be a multiple of this.
-        least: Fewest experts, in multiples of ``multiple``, with which the router runs.
+        least: Fewest experts, in multiples of `multiple`, with which the router runs.
     """
 
     top_k: int

@@ -15,8 +15,8 @@ class RouterRule:
     """How a router turns logits into experts and gates.
 
     Attributes:
-        scoring: Function from logits to scores. ``sqrtsoftplus`` is ``sqrt(log(1 + exp(x)))``;
-            ``sparsemixer`` is that of PhiMoE, see :func:`edgemoe.models.routers.sparsemixer`.
+        scoring: Function from logits to scores. `sqrtsoftplus` is `sqrt(log(1 + exp(x)))`;
+            `sparsemixer` is that of PhiMoE, see `edgemoe.models.routers.sparsemixer`.
         renormalise: Whether the gates of the experts used are divided by their sum.
         scaling_factor: What every gate is multiplied by, last.
         bias_on: What a correction bias is added to: a bias per expert for the choice only;
@@ -28,7 +28,7 @@ class RouterRule:
         min_group_size: Fewest experts per group with which the family's own router runs.
         softmax_over: Whether the softmax runs over all experts or over those chosen.
         sum_epsilon: What is added to the sum that gates are divided by.
-        jitter: Width of the band around the best logit that ``sparsemixer`` looks at.
+        jitter: Width of the band around the best logit that `sparsemixer` looks at.
     """
 
     scoring: Scoring
@@ -71,7 +71,7 @@ class RouterTensors:
         logit_bias: Part of the logits [experts].
         correction_bias: For the choice only [experts].
         expert_scale: Multiplies gates [experts].
-        projection: Submodule that applies ``weight``, where the router transforms its input
+        projection: Submodule that applies `weight`, where the router transforms its input
             before; empty where logits are products of the router's input.
     """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """What a plan must know of one MoE layer.
+    """Sizes of one MoE layer, as plans see them.
 
     Attributes:
         layer: Index of the decoder layer.
@@ -32,7 +32,7 @@ class LayerShape:
 
     @property
     def least_kept(self) -> int:
-        """Fewest experts that a plan may keep: :attr:`min_experts` in whole groups."""
+        """Fewest experts that a plan may keep: `min_experts` in whole groups."""
         return -(-self.min_experts // self.n_group) * self.n_group
 
 
@@ -63,7 +63,7 @@ class ModelShape:
         return tuple(layer.intermediate_size or self.intermediate_size for layer in self.layers)
 
     def width_of(self, index: int) -> int:
-        """Tell how wide the routed experts of a layer are.
+        """Return the width of a layer's routed experts.
 
         Args:
             index: Of the decoder layer; of one without experts the model's width.

@@ -4,15 +4,15 @@ With an input basis P [R, H] and an output basis Q [H, R], R <= H, a layer gives
 
     y = Q experts(P x)
 
-where the experts are the family's own with a hidden size of R: ``gate_up_proj`` [E, 2I, R] and
-``down_proj`` [E, R, I], or as the family stores them. The router and shared experts see all of
+where the experts are the family's own with a hidden size of R: `gate_up_proj` [E, 2I, R] and
+`down_proj` [E, R, I], or as the family stores them. The router and shared experts see all of
 x. Both bases are stored once per layer, and whatever runs a family's experts, fused kernels
 included, runs these unchanged; only a factored layer needs products of its own
-(:mod:`edgemoe.models.factored_experts`), and no layer is both.
+(`edgemoe.models.factored_experts`), and no layer is both.
 
 A bias of the first product stays as it is. A bias of the second is part of an expert's output
 and goes through the output basis with the rest of it: the module holds its R coordinates
-[E, R]. Which bases to choose: :mod:`edgemoe.decompose.shared_basis`.
+[E, R]. Which bases to choose: `edgemoe.decompose.shared_basis`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MARK = "_edgemoe_based"
 
 
 def is_based(experts: nn.Module) -> bool:
-    """Ask whether the experts of a module share bases."""
+    """Return whether the experts of a module share bases."""
     return hasattr(type(experts), _MARK)
 
 

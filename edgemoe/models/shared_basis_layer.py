@@ -26,9 +26,9 @@ def to_shared_basis(layer: MoeLayer, tensors: Mapping[str, torch.Tensor]) -> Non
     """Put bases, and experts between them, in the place of a layer's; the router stays.
 
     Args:
-        layer: The layer; its ``facts`` hold as before.
-        tensors: ``input_basis`` [R, H] and ``output_basis`` [H, R] with R in [1, H], and what
-            :func:`based_names` lists, as the family stores it, with R in the place of H.
+        layer: The layer; its `facts` hold as before.
+        tensors: `input_basis` [R, H] and `output_basis` [H, R] with R in [1, H], and what
+            `based_names` lists, as the family stores it, with R in the place of H.
 
     Raises:
         CheckpointError: The tensors do not fit together or do not fit the layer, or the layer
@@ -98,7 +98,7 @@ def based_names(layer: MoeLayer) -> tuple[str, ...]:
 
 
 def empty_bases(layer: MoeLayer, rank: int) -> dict[str, torch.Tensor]:
-    """Make room for what `to_shared_basis` takes, on the device and in the type of a layer.
+    """Allocate what `to_shared_basis` takes, on the device and in the type of a layer.
 
     Args:
         layer: A layer without bases.

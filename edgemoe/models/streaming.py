@@ -106,7 +106,7 @@ class Skeleton:
         return max(sizes, key=sizes.__getitem__)
 
     def extent_of(self, index: int | None) -> dict[Path, int]:
-        """Tell how far into which files a decoder layer reaches.
+        """Return the end of a decoder layer's bytes in each file that it reaches into.
 
         Args:
             index: The layer; None stands for what belongs to no layer.
@@ -151,7 +151,7 @@ class Skeleton:
 
     @contextlib.contextmanager
     def head(self) -> Iterator[None]:
-        """Hold in memory what follows the decoder, in a block of :meth:`outer`.
+        """Hold in memory what follows the decoder, in a block of `outer`.
 
         Yields:
             Nothing. When the block ends it is on the meta device again.
@@ -239,11 +239,11 @@ class Skeleton:
     def layer_on_meta(
         self, index: int, *, in_float32: Collection[str] = ()
     ) -> Iterator[nn.Module]:
-        """Let one decoder layer be changed in shape, and put it back after the block.
+        """Put a decoder layer on the meta device to be reshaped; restore it after the block.
 
         Args:
             index: Which.
-            in_float32: As in :meth:`layer`.
+            in_float32: As in `layer`.
 
         Yields:
             The layer, its tensors in the types that they are stored in, without contents.
@@ -322,7 +322,7 @@ class Skeleton:
             )
 
     def _check_fit(self, path: Path) -> set[str]:
-        """Refuse what ``load_model`` would; return what a checkpoint may lack and this does."""
+        """Refuse what `load_model` would; return what a checkpoint may lack and this does."""
         expected = self.model.state_dict()
         found = {k: v for group in self.conversion.groups for k, v in group.targets.items()}
         misshapen = {
@@ -362,7 +362,7 @@ def _build(model_class: type[Any], config: PreTrainedConfig, dtype: torch.dtype)
 
 
 def _wanted_types(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Give each tensor's type in memory: some families keep some tensors in float32."""
+    """Return each tensor's type in memory: some families keep some tensors in float32."""
     plan = dtype_plan(model, dtype)
     return {
         name: next(

@@ -56,7 +56,7 @@ def draw_weights(model: PreTrainedModel, module: nn.Module) -> None:
 
 
 def move_from_meta(model: PreTrainedModel, names: Iterable[str], device: str) -> None:
-    """Give tensors that no checkpoint holds memory on a device, without values.
+    """Allocate tensors that no checkpoint holds on a device, without values.
 
     Args:
         model: A model that is on the meta device.

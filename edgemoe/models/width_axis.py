@@ -28,7 +28,7 @@ def width_axis(facts: LayerFacts, name: str) -> int | None:
 
 
 def follow_width(experts: nn.Module, before: int, after: int) -> None:
-    """Let an experts module's own numbers follow its width.
+    """Set an experts module's own numbers to its new width.
 
     Args:
         experts: The module.

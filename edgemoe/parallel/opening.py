@@ -33,7 +33,7 @@ class _Here(Workers):
         self._ended = []
 
     def close(self) -> None:
-        """Give back what jobs opened: this process goes on without them."""
+        """Release what jobs opened: this process goes on without them."""
         let_go()
 
 

@@ -5,8 +5,8 @@
 
 Results come in the order of the jobs. The first failure ends the call and is raised as the
 worker raised it. A worker that dies (killed, out of memory, its machine gone) is no failure of
-the job: another worker gets it, up to :data:`ATTEMPTS` times in all. What a job finished before
-is for the job to find again: :mod:`edgemoe.resume` is made for that.
+the job: another worker gets it, up to `ATTEMPTS` times in all. What a job finished before
+is for the job to find again: `edgemoe.resume` is made for that.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class RayCluster:
     """On a Ray cluster.
 
     Attributes:
-        address: ``local`` starts one on this machine, ``auto`` finds the one that this machine
-            belongs to, ``host:port`` and ``ray://host:port`` name one.
+        address: `local` starts one on this machine, `auto` finds the one that this machine
+            belongs to, `host:port` and `ray://host:port` name one.
         count: Jobs at a time; None for one on each machine.
         gpus: Whether each job gets a GPU of its own; None where there are enough.
     """
@@ -89,7 +89,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """What a job raised, and where."""
+    """Exception that a job raised, and its traceback."""
 
     error: Exception
     trace: str
@@ -97,7 +97,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Died:
-    """How a worker ended in the middle of a job."""
+    """Reason why a worker ended in the middle of a job."""
 
     reason: str
 
@@ -140,7 +140,7 @@ class Workers(abc.ABC):
             The results in the order of the jobs.
 
         Raises:
-            SpreadError: A job's workers died :data:`ATTEMPTS` times, or it cannot be sent.
+            SpreadError: A job's workers died `ATTEMPTS` times, or it cannot be sent.
             Exception: What the first job that failed raised.
         """
         results: dict[int, Result] = {}
@@ -185,7 +185,7 @@ class Workers(abc.ABC):
 
     @abc.abstractmethod
     def _start(self, number: int, function: Callable[[Any], Any], job: Any) -> None:
-        """Let a free worker run a job."""
+        """Start a job on a free worker."""
 
     @abc.abstractmethod
     def _wait(self, seconds: float) -> Iterable[tuple[int, Outcome]]:
@@ -196,7 +196,7 @@ class Workers(abc.ABC):
         """End the jobs that run."""
 
     def close(self) -> None:
-        """Give back what the workers hold."""
+        """Release what the workers hold."""
         self._stop()
 
 

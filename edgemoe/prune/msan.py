@@ -5,7 +5,7 @@ tokens routed to expert j, g its gate and f_j(x) its output ::
 
     S_j(b, alpha, beta) = N_j^-b * sum_{x routed to j} g_j(x)^alpha ||f_j(x)||_2^beta
 
-REAP is (1, 1, 1). ``man`` is (1, 0, 1) and ``msan`` is (1, 0, 2), which the paper recommends
+REAP is (1, 1, 1). `man` is (1, 0, 1) and `msan` is (1, 0, 2), which the paper recommends
 where the calibration data is not that of the task: what an expert does once it is chosen
 counts, not how often. An expert that no token reached scores 0.
 """

@@ -54,7 +54,7 @@ class Method:
         runs_layers: Whether it needs the model besides the statistics.
         draws: Whether another seed may give another plan.
         spreads: Whether it asks its oracle through
-            :meth:`edgemoe.oracle.oracle.LayerOracle.map`, so that workers can answer.
+            `edgemoe.oracle.oracle.LayerOracle.map`, so that workers can answer.
         shares_out: Whether it decides itself how many experts each layer keeps; only their sum
             counts then.
         picks_neurons: Whether it keeps all experts and chooses their neurons; counts are
@@ -132,7 +132,7 @@ def read_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
 
     Args:
         method: The method's name.
-        texts: ``NAME=VALUE`` each.
+        texts: `NAME=VALUE` each.
 
     Returns:
         The options by name, in the types of their defaults.
@@ -150,7 +150,7 @@ def find_owl(method: str, options: Mapping[str, Any]) -> Owl | None:
 
     Args:
         method: The method's name.
-        options: Its options by name, and those of :data:`edgemoe.prune.owl.LAYER_OPTIONS`.
+        options: Its options by name, and those of `edgemoe.prune.owl.LAYER_OPTIONS`.
 
     Returns:
         OWL's settings; None where layers keep what they are told.
@@ -173,11 +173,11 @@ def find_owl(method: str, options: Mapping[str, Any]) -> Owl | None:
 
 
 def needs_model(method: str, options: Mapping[str, Any]) -> bool:
-    """Ask whether a plan needs the model besides the statistics.
+    """Return whether a plan needs the model besides the statistics.
 
     Args:
         method: The method's name.
-        options: As in :func:`find_owl`.
+        options: As in `find_owl`.
 
     Returns:
         Whether the method runs layers, or OWL does.
@@ -190,7 +190,7 @@ def fill_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         method: The method's name.
-        given: As in :func:`find_owl`.
+        given: As in `find_owl`.
 
     Returns:
         All options that the decision depends on: those of layers only where OWL decides.
@@ -204,7 +204,7 @@ def count_for(method: str, shape: ModelShape, keep: float) -> tuple[int, ...]:
     """Turn a fraction into what a method keeps per MoE layer.
 
     Args:
-        method: One of :data:`METHODS`.
+        method: One of `METHODS`.
         shape: The model.
         keep: Fraction of each layer's experts, or of all neurons, in (0, 1].
 
@@ -234,12 +234,12 @@ def make_plan(
     Args:
         statistics: Sums of the checkpoint.
         task: The task to decide for, or several with their weights.
-        method: One of :data:`METHODS`.
-        counts: Experts to keep per MoE layer, as :func:`edgemoe.prune.keep.count_kept` gives,
-            or neurons of each expert, as :func:`edgemoe.prune.widths.count_widths` gives.
+        method: One of `METHODS`.
+        counts: Experts to keep per MoE layer, as `edgemoe.prune.keep.count_kept` gives,
+            or neurons of each expert, as `edgemoe.prune.widths.count_widths` gives.
         seed: Seed of the methods that draw, in [0, inf).
         options: The method's options by name, and those of
-            :data:`edgemoe.prune.owl.LAYER_OPTIONS`.
+            `edgemoe.prune.owl.LAYER_OPTIONS`.
         open_oracle: Opens the model that was measured, for methods that run its layers and
             for OWL.
 

@@ -5,7 +5,7 @@ gates, the heavy hitters of a layer are the experts of the largest ::
 
     S_j = sum_t 1[j in A_t] g_tj
 
-The hard variant, which counts tokens instead of adding gates, is ``frequency``. Gates are
+The hard variant, which counts tokens instead of adding gates, is `frequency`. Gates are
 those over the top-k divided by their sum, so that a routed scaling factor cancels. The
 paper's second step, fine-tuning for a smaller top-k, is no part of pruning.
 """

@@ -37,7 +37,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a method trains.
+    """Parameters that a method trains, and its phases.
 
     Attributes:
         parameters: All parameters that train in some phase, by their names in the model; all
@@ -87,7 +87,7 @@ class Method:
         learning_rate: The default; None for a method that takes no gradient.
         kd_weight: Default share of the teacher's divergence in the loss, in [0, 1].
         needs_teacher: Whether it makes no sense without one.
-        takes: Options of :class:`edgemoe.recover.options.RecoverOptions` that not every method
+        takes: Options of `edgemoe.recover.options.RecoverOptions` that not every method
             has a use for, and this one has.
         weight_decay: Of AdamW.
         run: Does the work where it is not a training by gradients.

@@ -30,7 +30,7 @@ class RecoverOptions:
             task's cross-entropy.
         temperature: What both models' logits are divided by in the divergence, in (0, inf).
         rank: Rank of the adapters, in [1, inf).
-        alpha: Their scale: they add ``alpha / rank`` times their product; in (0, inf).
+        alpha: Their scale: they add `alpha / rank` times their product; in (0, inf).
         router_steps: Steps in which the routers train alone, in [1, steps).
     """
 

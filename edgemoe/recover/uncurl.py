@@ -6,13 +6,13 @@ drawn anew, trained alone on the task "for a few steps", and then together with 
 What the paper leaves open, or what differs here, and why:
 
 - The draw is the family's own: what its class does to a new router, with the configuration's
-  ``initializer_range``. Biases of the choice start at zero, since they balanced other experts.
+  `initializer_range`. Biases of the choice start at zero, since they balanced other experts.
   Tables of experts by token stay: nothing could learn them again.
-- "A few steps": a quarter of all (``router_steps``).
+- "A few steps": a quarter of all (`router_steps`).
 - The second phase trains routers and routed experts; the rest stays frozen. The paper unfreezes
   everything, but trains on far more than a task file.
 - Loss: cross-entropy on the task, as in the paper; where a teacher is given, half of it is the
-  divergence from the teacher (``kd_weight``). No balancing loss: a task may use few experts.
+  divergence from the teacher (`kd_weight`). No balancing loss: a task may use few experts.
 - Learning rate: the paper's 1e-6 is for 50 epochs, too low for a router that starts from
   noise and has hundreds of steps. The default is 1e-4. Weight decay is the paper's 1e-3.
 - Any checkpoint is taken, merged or not, with any top-k, shared experts and factored experts.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def prepare(model: MoeModel, options: RecoverOptions) -> Training:
-    """Let routers that are drawn anew train alone, then with the experts.
+    """Draw routers anew and make them trainable alone, then with the experts.
 
     Args:
         model: The model.
@@ -60,7 +60,7 @@ def prepare(model: MoeModel, options: RecoverOptions) -> Training:
 
 @torch.no_grad()
 def draw_routers(model: MoeModel, seed: int) -> None:
-    """Give every router the values that its family begins a training with.
+    """Draw every router's values as its family begins a training with them.
 
     Args:
         model: The model; its routers are changed in place, and nothing else.

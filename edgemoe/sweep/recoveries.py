@@ -1,4 +1,4 @@
-"""Recoveries of a sweep, as a command line gives them: ``METHOD[:NAME=VALUE,...]``."""
+"""Recoveries of a sweep, as a command line gives them: `METHOD[:NAME=VALUE,...]`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def read_recoveries(arguments: Sequence[str]) -> dict[str, RecoverOptions]:
     """Read how cuts are recovered.
 
     Args:
-        arguments: A method of ``edgemoe recover`` each, and its options with commas between
-            them, such as ``router-kd:steps=50,batch-tokens=1024``.
+        arguments: A method of `edgemoe recover` each, and its options with commas between
+            them, such as `router-kd:steps=50,batch-tokens=1024`.
 
     Returns:
         Options by method, in the order of the arguments.

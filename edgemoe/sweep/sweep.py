@@ -48,7 +48,7 @@ _REPORT = "report"
 def run_sweep(request: SweepRequest, place: Place) -> Outcome:
     """Run a sweep and write its report.
 
-    Finished statistics, plans and judgements are kept in ``<output>.partial`` until the report
+    Finished statistics, plans and judgements are kept in `<output>.partial` until the report
     is written; a sweep of the same model and lines goes on from there, with the same methods
     and fractions or with others.
 
