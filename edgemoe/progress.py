@@ -23,12 +23,12 @@ _drawn: list[Progress] = []
 def track(
     items: Iterable[Item], description: str, *, total: int | None = None
 ) -> Iterator[Item]:
-    """Yield ``items`` while a bar on stderr shows how far along they are.
+    """Yield `items` while a bar on stderr shows how far along they are.
 
     Args:
         items: What to iterate over.
         description: What the bar says.
-        total: Number of items, where ``items`` has no length.
+        total: Number of items, where `items` has no length.
 
     Yields:
         The items, unchanged. Nothing is drawn when stderr is not a terminal.

@@ -42,7 +42,7 @@ class TextRecord:
 
     @property
     def calibration_text(self) -> str:
-        """What calibration reads: the text."""
+        """Text that calibration reads."""
         return self.text
 
 
@@ -56,13 +56,13 @@ class CompletionRecord:
 
     @property
     def calibration_text(self) -> str:
-        """What calibration reads: the prompt and its completion."""
+        """Prompt and completion, which calibration reads."""
         return self.prompt + self.completion
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceRecord:
-    """One question; ``answer`` in [0, len(choices)) is the right choice."""
+    """One question; `answer` in [0, len(choices)) is the right choice."""
 
     line: int
     prompt: str
@@ -71,7 +71,7 @@ class ChoiceRecord:
 
     @property
     def calibration_text(self) -> str:
-        """What calibration reads: the prompt and the right choice."""
+        """Prompt and right choice, which calibration reads."""
         return self.prompt + self.choices[self.answer]
 
 
@@ -101,7 +101,7 @@ class TaskFile:
         """Read and check a task file.
 
         Args:
-            name: Letters, digits, ``_``, ``.`` and ``-``; it becomes part of file names.
+            name: Letters, digits, `_`, `.` and `-`; it becomes part of file names.
             path: The JSON Lines file.
 
         Returns:
@@ -141,25 +141,25 @@ class TaskFile:
 
     @classmethod
     def parse(cls, argument: str) -> TaskFile:
-        """Load the task that a ``NAME=FILE`` argument names.
+        """Load the task that a `NAME=FILE` argument names.
 
         Args:
-            argument: The command line's ``NAME=FILE``.
+            argument: The command line's `NAME=FILE`.
 
         Returns:
             The task.
 
         Raises:
-            TaskFileError: The argument is not ``NAME=FILE``, or :meth:`load` refuses it.
+            TaskFileError: The argument is not `NAME=FILE`, or `load` refuses it.
         """
         return cls.load(*split_task_argument(argument))
 
 
 def split_task_argument(argument: str) -> tuple[str, Path]:
-    """Split ``NAME=FILE`` at the first equals sign.
+    """Split `NAME=FILE` at the first equals sign.
 
     Args:
-        argument: The command line's ``NAME=FILE``.
+        argument: The command line's `NAME=FILE`.
 
     Returns:
         Name and path.
@@ -191,7 +191,7 @@ def check_task_name(name: str) -> None:
 
 
 def load_tasks(arguments: tuple[str, ...] | list[str]) -> list[TaskFile]:
-    """Load several ``NAME=FILE`` arguments.
+    """Load several `NAME=FILE` arguments.
 
     Args:
         arguments: The command line's arguments, in order.

@@ -6,11 +6,9 @@ from importlib.metadata import version
 
 from edgemoe import __version__
 
-_LIBRARIES = ("torch", "transformers")
-
 
 def library_versions() -> dict[str, str]:
-    """Give the versions of edgemoe and of what computes and loads for it.
+    """Return the versions of edgemoe and of the libraries that compute and load for it.
 
     Returns:
         Versions by distribution name.

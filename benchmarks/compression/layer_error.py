@@ -35,7 +35,7 @@ from edgemoe.prune.naee import best_set
 from edgemoe.prune.registry import make_plan
 
 if TYPE_CHECKING:
-    from edgemoe.models.contract import LayerShape
+    from edgemoe.models.shapes import LayerShape
 
 _SEEDS = 5
 _DRAWN = 100

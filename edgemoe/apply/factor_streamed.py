@@ -85,7 +85,7 @@ def read_factors(work: WorkDirectory, index: int) -> dict[str, torch.Tensor]:
         index: The decoder layer.
 
     Returns:
-        What :func:`edgemoe.models.factored_experts.factor_layer` takes, in the types to be
+        What :func:`edgemoe.models.factored_layer.factor_layer` takes, in the types to be
         stored.
     """
     from safetensors.torch import load_file

@@ -1,16 +1,16 @@
 """Hold carved layers in a Mixture-of-Experts checkpoint that stock transformers loads.
 
-The family is ``glm4_moe``: sigmoid scores, no renormalisation, and a correction bias that
+The family is `glm4_moe`: sigmoid scores, no renormalisation, and a correction bias that
 takes part in the choice only. An expert's gate then depends on the token and on that expert
 alone, so gates survive the removal of other experts and any change of k; a softmax over all
 experts would rescale the rest.
 
 The dense layer is the sum of all its neurons with weight one, so gates must be near one:
-``gate = 2 * sigmoid(slope * r(x))`` for router scores ``r`` of unit deviation. Float32 cannot
-give both extremes: gates within ``d`` of one leave scores apart by less than about
-``6e-8 / d`` tied, and engines break ties differently. Where experts are chosen the slope is
-``GATE_SLOPE`` (gates within about one percent of one, near ties as rare as rounding); where
-every expert is used nothing is chosen, and ``EXACT_GATE_SLOPE`` makes the carved model the
+`gate = 2 * sigmoid(slope * r(x))` for router scores `r` of unit deviation. Float32 cannot
+give both extremes: gates within `d` of one leave scores apart by less than about
+`6e-8 / d` tied, and engines break ties differently. Where experts are chosen the slope is
+`GATE_SLOPE` (gates within about one percent of one, near ties as rare as rounding); where
+every expert is used nothing is chosen, and `EXACT_GATE_SLOPE` makes the carved model the
 dense one.
 """
 
@@ -52,16 +52,16 @@ def build_moe(
     """Assemble the MoE model from a dense one and its carved layers.
 
     Args:
-        dense: Dense decoder of a family in ``DENSE_FAMILIES``; it is not changed.
+        dense: Dense decoder of a family in `DENSE_FAMILIES`; it is not changed.
         layers: One per decoder layer, all of one shape.
-        top_k: Experts per token, in ``[1, experts]``.
+        top_k: Experts per token, in `[1, experts]`.
 
     Returns:
-        A ``Glm4MoeForCausalLM`` in float32, in eval mode.
+        A `Glm4MoeForCausalLM` in float32, in eval mode.
 
     Raises:
-        CarveError: ``top_k`` is out of range, the shared neurons are not a multiple of the
-            expert size, or :func:`check_dense` refuses the model.
+        CarveError: `top_k` is out of range, the shared neurons are not a multiple of the
+            expert size, or `check_dense` refuses the model.
     """
     import torch
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
@@ -105,7 +105,7 @@ def check_dense(config: Any) -> None:
     """Refuse dense models that the carved family cannot hold without a change.
 
     Args:
-        config: Configuration of a family in ``DENSE_FAMILIES``.
+        config: Configuration of a family in `DENSE_FAMILIES`.
 
     Raises:
         CarveError: Attention looks through a sliding window, the activation is not silu, or
@@ -140,7 +140,7 @@ def check_shape(*, experts: int, expert_size: int, shared_size: int, top_k: int)
         top_k: Experts per token.
 
     Raises:
-        CarveError: ``top_k`` is out of range, or the shared neurons are not a positive
+        CarveError: `top_k` is out of range, or the shared neurons are not a positive
             multiple of the expert size.
     """
     if not 1 <= top_k <= experts:
@@ -200,10 +200,10 @@ def neuron_shares(
     Args:
         intermediate_size: Neurons of the dense layer.
         experts: Experts to carve.
-        shared_fraction: Wanted share of the neurons that every token uses, in ``(0, 1)``.
+        shared_fraction: Wanted share of the neurons that every token uses, in `(0, 1)`.
 
     Returns:
-        ``(shared_size, expert_size)``: exact divisions, the shared size nearest to the wish.
+        `(shared_size, expert_size)`: exact divisions, the shared size nearest to the wish.
 
     Raises:
         CarveError: No division exists: shared neurons must be a multiple of the expert size.

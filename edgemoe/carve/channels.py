@@ -28,8 +28,8 @@ class NeuronAssignment:
     """Where each neuron of one layer goes.
 
     Attributes:
-        shared: int64 ``[shared_size]``, ascending: neurons that every token uses.
-        experts: int64 ``[experts, expert_size]``, each row ascending.
+        shared: int64 `[shared_size]`, ascending: neurons that every token uses.
+        experts: int64 `[experts, expert_size]`, each row ascending.
     """
 
     shared: NDArray[np.int64]
@@ -45,7 +45,7 @@ class NeuronAssignment:
 
     @property
     def order(self) -> NDArray[np.int64]:
-        """int64 ``[intermediate_size]``: shared neurons first, then expert by expert."""
+        """int64 `[intermediate_size]`: shared neurons first, then expert by expert."""
         return np.concatenate([self.shared, self.experts.reshape(-1)])
 
 
@@ -55,12 +55,12 @@ def active_neurons(
     """Mark the neurons that matter for each token.
 
     Args:
-        activations: float32 ``[tokens, neurons]``.
-        down_norms: float32 ``[neurons]``: norm of each neuron's column of ``down_proj``.
+        activations: float32 `[tokens, neurons]`.
+        down_norms: float32 `[neurons]`: norm of each neuron's column of `down_proj`.
 
     Returns:
-        bool ``[tokens, neurons]``: true for the ``ACTIVE_FRACTION`` of neurons whose
-        output norm ``|h| * ||w_down||`` is largest for the token.
+        bool `[tokens, neurons]`: true for the `ACTIVE_FRACTION` of neurons whose
+        output norm `|h| * ||w_down||` is largest for the token.
     """
     scores = np.abs(activations) * down_norms
     keep = max(1, round(scores.shape[1] * ACTIVE_FRACTION))
@@ -74,7 +74,7 @@ def assign_neurons(
     """Share the most frequent neurons and cluster the others into balanced experts.
 
     Args:
-        active: bool ``[tokens, neurons]``.
+        active: bool `[tokens, neurons]`.
         experts: Number of experts, at least 2.
         shared_size: Number of shared neurons.
         seed: Decides the first cluster centres.
@@ -105,7 +105,7 @@ def assign_neurons(
 def _balanced_k_means(
     features: NDArray[np.float32], clusters: int, size: int, seed: int
 ) -> NDArray[np.int64]:
-    """k-means whose clusters all hold ``size`` rows, by optimal assignment in each round."""
+    """k-means whose clusters all hold `size` rows, by optimal assignment in each round."""
     from scipy.optimize import linear_sum_assignment
 
     norms = np.linalg.norm(features, axis=1, keepdims=True)

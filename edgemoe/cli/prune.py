@@ -237,7 +237,8 @@ def _layers(layers: str, asked: int | tuple[int, ...] | None) -> list[str]:
 def _open_crew(place: Place, model: Path, threads: int | None) -> Iterator[Crew]:
     from edgemoe.oracle.remote import Crew
     from edgemoe.parallel.agreement import threads_of
-    from edgemoe.parallel.workers import Processes, RayCluster, open_workers
+    from edgemoe.parallel.opening import open_workers
+    from edgemoe.parallel.workers import Processes, RayCluster
     from edgemoe.sweep.memory_check import fits_whole
 
     # Refused before workers are there for nothing, where that is known.

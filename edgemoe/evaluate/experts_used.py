@@ -21,7 +21,7 @@ class ExpertCount:
     """Counts the experts that tokens use, where they choose their number.
 
     Attributes:
-        real: Which tokens of the batch that runs are no padding, bool ``[rows, width]``.
+        real: Which tokens of the batch that runs are no padding, bool `[rows, width]`.
     """
 
     real: torch.Tensor
@@ -34,7 +34,7 @@ class ExpertCount:
             k_cap: Most experts per token, one for all MoE layers or one for each.
 
         Raises:
-            EdgemoeError: ``k_cap`` is out of range.
+            EdgemoeError: `k_cap` is out of range.
         """
         self._model = model
         most = [layer.top_k for layer in model.layers]

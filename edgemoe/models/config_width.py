@@ -28,7 +28,7 @@ _known: dict[tuple[str, str], tuple[str, ...]] = {}
 
 
 def width_entries(model: MoeModel, widths: Sequence[int]) -> tuple[dict[str, int], bool]:
-    """Say what config.json must say for routed experts of some widths.
+    """Return the entries of config.json that give routed experts some widths.
 
     Args:
         model: The model, possibly on the meta device.

@@ -89,9 +89,9 @@ class Question:
     """One job, and what its worker must know besides.
 
     Attributes:
-        model: As in :class:`Crew`.
-        whole: As in :class:`Crew`.
-        threads: As in :class:`Crew`.
+        model: As in `Crew`.
+        whole: As in `Crew`.
+        threads: As in `Crew`.
         versions: What the worker must have too, or its bits may differ.
         windows: The tokens.
         function: What answers.

@@ -35,12 +35,12 @@ def write_mask(kept: Iterable[int], size: int) -> str:
 
 
 def is_mask(text: str) -> bool:
-    """Ask whether a text is what :func:`write_mask` writes, for an expert of some size."""
+    """Return whether a text is what `write_mask` writes, for an expert of some size."""
     return _DIGITS.fullmatch(text) is not None
 
 
 def fits_mask(text: str, size: int) -> bool:
-    """Ask whether a mask has a bit for each neuron of an expert, and no other bit set.
+    """Return whether a mask has a bit for each channel of an expert, and no other bit set.
 
     Args:
         text: A mask.

@@ -13,7 +13,7 @@ from edgemoe.plans.channels import count_mask, fits_mask, is_mask
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemoe.models.contract import LayerShape, ModelShape
+    from edgemoe.models.shapes import LayerShape, ModelShape
     from edgemoe.plans.plan_json import PlanReader
 
 # Ranks of an expert's first and second product.
@@ -38,7 +38,7 @@ class MergedExpert:
         reference: The member that the others' neurons are aligned to; the one with the
             largest share where it is None.
         neurons: Which intermediate neurons a single member keeps, as
-            :func:`edgemoe.plans.channels.write_mask` writes them; None keeps all.
+            `edgemoe.plans.channels.write_mask` writes them; None keeps all.
     """
 
     members: tuple[int, ...]
@@ -161,7 +161,7 @@ class LayerPlan:
 
     @property
     def is_narrowing(self) -> bool:
-        """Whether any expert keeps only some of its neurons."""
+        """Whether any expert keeps only some of its intermediate channels."""
         return any(expert.neurons is not None for expert in self.experts)
 
     @property
@@ -278,7 +278,7 @@ class LayerPlan:
 
 
 def stored_width(experts: Sequence[MergedExpert], size: int) -> int:
-    """Tell how wide a layer's experts are stored; narrower ones are padded with zeros.
+    """Return the width that a layer's experts are stored in; narrower ones are padded.
 
     Args:
         experts: The layer's planned experts.
@@ -286,7 +286,7 @@ def stored_width(experts: Sequence[MergedExpert], size: int) -> int:
 
     Returns:
         The largest number of neurons that an expert keeps, up to the next multiple of
-        :data:`WIDTH_MULTIPLE`, and never above ``size``.
+        `WIDTH_MULTIPLE`, and never above `size`.
     """
     counts = [size if e.neurons is None else count_mask(e.neurons) for e in experts]
     return min(size, -(-max(counts) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
@@ -321,7 +321,7 @@ def _expert_json(expert: MergedExpert) -> str:
 
 
 def read_layer(reader: PlanReader) -> LayerPlan:
-    """Read what :func:`write_layer` wrote.
+    """Read what `write_layer` wrote.
 
     Args:
         reader: The JSON object.

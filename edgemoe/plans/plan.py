@@ -28,7 +28,7 @@ from edgemoe.staging import staged_file
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.plans.layer_plan import RankPair
 
 __all__ = ["LayerPlan", "MergedExpert", "Plan"]
@@ -53,7 +53,7 @@ class Plan:
         options: Options of the method; JSON values.
         edgemoe_version: Version of edgemoe that decided.
         calibration_lines: Digests of the lines that the statistics cover, as
-            :func:`edgemoe.data_provenance.write_digests` writes them: no score may be of these.
+            `edgemoe.data_provenance.write_digests` writes them: no score may be of these.
         factors: How the experts are written as products of thinner matrices, where layers have
             ranks.
         k_policy: How many of the experts that are left each token uses; None where that stays
@@ -109,11 +109,11 @@ class Plan:
 
     @property
     def is_narrowing(self) -> bool:
-        """Whether any expert keeps only some of its neurons."""
+        """Whether any expert keeps only some of its intermediate channels."""
         return any(layer.is_narrowing for layer in self.layers)
 
     def widths(self, shape: ModelShape) -> tuple[int, ...]:
-        """Tell how wide the experts of each layer are stored.
+        """Return the width that the experts of each layer are stored in.
 
         Args:
             shape: The model that the plan was validated for.
@@ -282,7 +282,7 @@ class Plan:
             force: Whether an existing file may be replaced.
 
         Raises:
-            OutputError: The file exists and ``force`` is false, or it cannot be written.
+            OutputError: The file exists and `force` is false, or it cannot be written.
         """
         with staged_file(path, force=force) as staged:
             staged.write_text(self.to_json(), encoding="utf-8")

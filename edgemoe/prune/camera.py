@@ -7,9 +7,9 @@ phi_i is the router's gate times act(gate) * up, and the micro-expert's energy i
     E_i = ((1 - alpha) ||phi_i||_2^2 + alpha ||phi_i||_inf^2) * ||w_i||_2^2
 
 Layers are pruned from the first to the last, each judged on what the pruned layers before it
-return. The paper ranks all micro-experts of a layer together (``widths=ragged``); since a layer
+return. The paper ranks all micro-experts of a layer together (`widths=ragged`); since a layer
 is stored at the width of its widest expert, the default keeps as many of each expert
-(``widths=equal``). ``alpha`` is 0.9 in the run that the authors publish.
+(`widths=equal`). `alpha` is 0.9 in the run that the authors publish.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from edgemoe.apply.checks import refuse_neurons
 from edgemoe.apply.expert_tensors import plan_tensors
 from edgemoe.errors import PlanError
-from edgemoe.models.width_axis import neuron_outputs
+from edgemoe.models.layer_width import neuron_outputs
 from edgemoe.prune.widths import check_choice, keep_equal, keep_ragged
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemoe.calibrate.statistics import TaskStatistics
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.oracle import LayerOracle, LayerView
     from edgemoe.plans.plan import LayerPlan
 
@@ -60,7 +60,7 @@ def camera(
         seed: Not used: the method has no chance in it.
         alpha: Share of the largest square against the sum of squares, in [0, 1].
         tokens: How many tokens to judge on, in [1, inf).
-        widths: ``equal``, as many of each expert, or ``ragged``, the best of the layer.
+        widths: `equal`, as many of each expert, or `ragged`, the best of the layer.
 
     Returns:
         One plan per MoE layer; it keeps all experts.
@@ -93,7 +93,7 @@ def energies(view: LayerView, alpha: float) -> NDArray[np.float64]:
 
     Args:
         view: The layer.
-        alpha: As in :func:`camera`.
+        alpha: As in `camera`.
 
     Returns:
         float64 [experts, neurons]; 0 for those of an expert that no token reached.

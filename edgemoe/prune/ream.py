@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemoe.calibrate.statistics import TaskStatistics
-    from edgemoe.models.contract import LayerShape, ModelShape
+    from edgemoe.models.shapes import LayerShape, ModelShape
     from edgemoe.oracle.oracle import LayerOracle, LayerView
 
 _ABSORBED = 1 / 8

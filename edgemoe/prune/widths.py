@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
 
 WIDTHS = ("equal", "ragged")
 # Products of a fraction and whole numbers are off by less.
@@ -125,13 +125,13 @@ def check_widths(shape: ModelShape, widths: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_choice(widths: str) -> None:
-    """Refuse a value of the option ``widths`` that there is not.
+    """Refuse a value of the option `widths` that there is not.
 
     Args:
         widths: The value.
 
     Raises:
-        PlanError: It is none of :data:`WIDTHS`.
+        PlanError: It is none of `WIDTHS`.
     """
     if widths not in WIDTHS:
         raise PlanError(f"widths must be {' or '.join(WIDTHS)}, got {widths!r}.")

@@ -50,7 +50,7 @@ def shared_modules(layer: MoeLayer) -> list[nn.Linear]:
 
 
 def routed_blocks(view: LayerView) -> list[Block]:
-    """Say what the routed experts' last matrices are given.
+    """Return the inputs of the routed experts' down projections.
 
     Args:
         view: The layer on all tokens, its weights in memory.

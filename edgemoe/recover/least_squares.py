@@ -3,7 +3,7 @@
 Layer by layer, so that what the compressed layers return comes nearest to what the teacher's
 return. With y_t the teacher's output of decoder layer l for token t, y'_t the compressed
 model's, behind its own changed layers, and Z what its experts' last matrices D are given (see
-:mod:`edgemoe.recover.down_projections`)::
+`edgemoe.recover.down_projections`)::
 
     D <- D + C,    C = argmin || (Y - Y') - Z C ||_F^2 + r s || C ||_F^2
 

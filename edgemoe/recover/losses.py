@@ -98,7 +98,7 @@ def add_up(
     """Sum both losses over a batch.
 
     With p = softmax(teacher / T) and q = softmax(student / T) over the vocabulary, the
-    divergence of a token is ``T^2 sum_v p(v) (log p(v) - log q(v))``: the square keeps the size
+    divergence of a token is `T^2 sum_v p(v) (log p(v) - log q(v))`: the square keeps the size
     of its gradient (https://arxiv.org/abs/1503.02531). Probabilities are computed again for the
     gradient, a few rows at a time, because all of them at once take several times the logits.
 

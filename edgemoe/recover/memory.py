@@ -31,7 +31,7 @@ def free_bytes(device: str) -> int:
     """Return how much memory is left where the models are to be.
 
     Args:
-        device: ``cpu`` or ``cuda:N``.
+        device: `cpu` or `cuda:N`.
 
     Returns:
         Bytes.

@@ -74,7 +74,7 @@ def train(
 
     Args:
         lesson: What to train, how, and on what.
-        state: Where the training is; at the end its progress says ``ended``.
+        state: Where the training is; at the end its progress says `ended`.
         checkpoint_seconds: How long a run may lose when it is killed.
 
     Returns:

@@ -136,7 +136,7 @@ def _model(site: Site) -> MoeModel:
 
 
 def _oracle(site: Site, task: str, windows: Sequence[Window]) -> LayerOracle:
-    """Ask the same oracle about a task in every plan: it remembers what fractions share."""
+    """Return one oracle per task for all plans: it remembers what fractions share."""
     key = (site.model, site.work, task)
     return hold("oracle", key, lambda: LayerOracle(_home(site), windows))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgemoe.models.layer_width import entry_size
 from edgemoe.models.saving import float32_names
-from edgemoe.models.width_axis import entry_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

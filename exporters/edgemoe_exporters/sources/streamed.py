@@ -18,7 +18,7 @@ from edgemoe.errors import ExportError
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.layerwise.provider import StreamedLayers
 from edgemoe.models.k_policy import following
-from edgemoe.models.width_axis import widened_shapes
+from edgemoe.models.layer_width import widened_shapes
 from edgemoe.plans.layer_plan import stored_width
 from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.bundle.task_experts import order_experts

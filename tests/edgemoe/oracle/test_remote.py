@@ -15,7 +15,8 @@ from edgemoe.oracle.ablation import loss_increases
 from edgemoe.oracle.blocks import choose_in_blocks
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.remote import Crew
-from edgemoe.parallel.workers import Processes, RayCluster, Workers, open_workers
+from edgemoe.parallel.opening import open_workers
+from edgemoe.parallel.workers import Processes, RayCluster, Workers
 from tests.edgemoe.oracle.conftest import draw_windows
 
 if TYPE_CHECKING:

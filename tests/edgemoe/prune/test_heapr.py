@@ -15,7 +15,7 @@ from edgemoe.errors import StreamingError
 from edgemoe.layerwise.provider import InMemoryLayers, StreamedLayers
 from edgemoe.models import load_model
 from edgemoe.models.opening import open_streamed
-from edgemoe.models.shared_basis_experts import base_layer
+from edgemoe.models.shared_basis_layer import to_shared_basis
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.channels import count_mask, read_mask
@@ -129,7 +129,7 @@ def test_neurons_between_shared_bases_are_scored_in_the_hidden_size(
     model, same = load_model(paths["qwen2_moe"]), load_model(paths["qwen2_moe"])
     for layer in model.layers:
         # Bases of full rank that turn the space: the model says the same.
-        base_layer(layer, share_basis(layer, layer.hidden_size).tensors)
+        to_shared_basis(layer, share_basis(layer, layer.hidden_size).tensors)
     for one, other in zip(importances(model, WINDOWS), importances(same, WINDOWS), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-4 * other.max())
 

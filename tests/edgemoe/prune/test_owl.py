@@ -15,7 +15,7 @@ from edgemoe.calibrate.collect import collect
 from edgemoe.errors import PlanError
 from edgemoe.layerwise.provider import open_layers
 from edgemoe.models import load_model, load_tokenizer
-from edgemoe.models.contract import LayerShape
+from edgemoe.models.shapes import LayerShape
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.outliers import outlier_ratios

@@ -14,7 +14,7 @@ from edgemoe.calibrate.collect import collect
 from edgemoe.errors import PlanError
 from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe.models import adapt_model, load_tokenizer
-from edgemoe.models.contract import LayerShape
+from edgemoe.models.shapes import LayerShape
 from edgemoe.models.tiny import tiny_config, tiny_model, write_tiny_checkpoint
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.reconstruction import Reconstruction
