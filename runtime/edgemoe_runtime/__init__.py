@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from edgemoe_runtime.adaptive_k.adaptation import KMove
     from edgemoe_runtime.adaptive_k.limits import Limits
-    from edgemoe_runtime.backends.chain import Fallback
     from edgemoe_runtime.bundle.integrity import VerifiedBundle, verify_bundle
     from edgemoe_runtime.bundle.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest_file import load_manifest
     from edgemoe_runtime.decoding.answers import Classification, Generation, Score
     from edgemoe_runtime.decoding.generation import TextStream
     from edgemoe_runtime.device.machine import Device, inspect_device
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         SessionClosedError,
     )
     from edgemoe_runtime.explanation import Explanation
+    from edgemoe_runtime.fallback import Fallback
     from edgemoe_runtime.session import Session
 
 _MODULES = {
@@ -43,7 +44,7 @@ _MODULES = {
     "Device": "device.machine",
     "EdgemoeRuntimeError": "errors",
     "Explanation": "explanation",
-    "Fallback": "backends.chain",
+    "Fallback": "fallback",
     "Generation": "decoding.answers",
     "IntegrityError": "errors",
     "KMove": "adaptive_k.adaptation",
@@ -57,6 +58,7 @@ _MODULES = {
     "TextStream": "decoding.generation",
     "VerifiedBundle": "bundle.integrity",
     "inspect_device": "device.machine",
+    "load_manifest": "bundle.manifest_file",
     "verify_bundle": "bundle.integrity",
 }
 
@@ -82,6 +84,7 @@ __all__ = [
     "TextStream",
     "VerifiedBundle",
     "inspect_device",
+    "load_manifest",
     "verify_bundle",
 ]
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemoe_exporters.graph.editor import TRACED
-from edgemoe_runtime.bundle.manifest_parts import EXPERTS_USED
+from edgemoe_runtime.bundle.names import EXPERTS_USED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
