@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from edgemoe.errors import TaskFileError
+from edgemoe_runtime.bundle.names import TASK_NAME_RULE, is_task_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 Kind: TypeAlias = Literal["text", "completion", "choice"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _KINDS_REMEDY = (
     'Use exactly the keys of one kind: {"text"}, {"prompt", "completion"} or '
     '{"prompt", "choices", "answer"}.'
@@ -183,10 +182,10 @@ def check_task_name(name: str) -> None:
     Raises:
         TaskFileError: The name breaks the rule.
     """
-    if not _NAME.fullmatch(name):
+    if not is_task_name(name):
         raise TaskFileError(
-            "a task's name must be 1 to 64 letters, digits, '_', '.' or '-' and start with a "
-            f"letter or digit, got {name!r}. Rename the task."
+            f"a task's name must be {TASK_NAME_RULE} and start with a letter or digit, "
+            f"got {name!r}. Rename the task."
         )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.shapes import ModelShape
     from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
-    from edgemoe_runtime.bundle.manifest_parts import ExpertGroup
+    from edgemoe_runtime.bundle.task_entry import ExpertGroup
 
 
 def refuse_factors(name: str, plan: Plan) -> None:
