@@ -3,7 +3,7 @@
 This made ``examples/reference_moe/smollm2-135m.safetensors``: the neuron assignment, the
 routers and low-rank deltas of every projection. ``make demo`` only applies the result.
 
-    python benchmarks/reference_moe/distil.py demo/dense learned.safetensors --steps 1000
+    python -m benchmarks.reference_moe.distil demo/dense learned.safetensors --steps 1000
 
 Student: the dense model whose feed-forward layers are masked to the shared neurons and the
 top-k experts. Loss: KL(teacher || student) over the whole vocabulary, plus the relative
@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as functional
-from corpus import DOMAINS, HELD_OUT, documents
 from safetensors.torch import load_file, save_file
 
+from benchmarks.reference_moe.corpus import DOMAINS, HELD_OUT, documents
 from edgemoe.carve.build import GATE_SLOPE
 from edgemoe.carve.carve import CarveOptions, carve_layers
 from edgemoe.carve.dense import DenseModel, load_dense
