@@ -6,7 +6,6 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgemoe import __version__
 from edgemoe.calibrate.mixture import mix
 from edgemoe.data_provenance import write_digests
 from edgemoe.errors import PlanError
@@ -27,6 +26,7 @@ from edgemoe.prune.seer import seer
 from edgemoe.prune.selection import keep_by_score
 from edgemoe.prune.uncurl import uncurl
 from edgemoe.prune.widths import check_widths, count_widths
+from edgemoe.versions import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
