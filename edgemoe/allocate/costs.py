@@ -186,7 +186,7 @@ def check_model(oracle: LayerOracle, policy: str) -> None:
                 f"{policy} must have routers that follow a known rule, got one without in "
                 f"layer {layer.index}. Use --policy alloc-l."
             )
-    whole_model(oracle.home, f"{policy}, which takes gradients through it,")
+    whole_model(oracle.provider, f"{policy}, which takes gradients through it,")
 
 
 def run_with(layers: Sequence[MoeLayer], numbers: Sequence[int]) -> KPolicy:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edgemoe.evaluate.torch_scorer import BATCH_TOKENS, pad
+from edgemoe.evaluate.batches import BATCH_TOKENS, pad
 from edgemoe.k_policy import KPolicy
 from edgemoe.k_rule import KRule, score_numbers
 from edgemoe.models.k_policy import following

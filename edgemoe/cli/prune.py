@@ -140,7 +140,7 @@ def prune(
     from edgemoe.apply.checks import refuse_changes
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.errors import PlanError, StatisticsError
-    from edgemoe.layerwise.provider import StreamedHome, open_home
+    from edgemoe.layerwise.provider import StreamedLayers, open_layers
     from edgemoe.models.checkpoint import read_structure
     from edgemoe.models.fingerprint import fingerprint_checkpoint
     from edgemoe.models.opening import open_streamed
@@ -195,7 +195,7 @@ def prune(
             options=chosen,
             # Where workers have the model, this process needs none of it in memory.
             open_oracle=lambda windows: LayerOracle(
-                open_home(model) if crew is None else StreamedHome(open_streamed(model)),
+                open_layers(model) if crew is None else StreamedLayers(open_streamed(model)),
                 windows,
                 crew,
             ),

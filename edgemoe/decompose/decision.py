@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.decompose.walk import Prepare
-    from edgemoe.layerwise.provider import Home
+    from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.models.layer import MoeLayer
     from edgemoe.plans.plan import Plan
 
@@ -97,7 +97,7 @@ def add_ranks(
     method: str,
     ratio: float,
     *,
-    open_home: Callable[[], Home],
+    open_layers: Callable[[], LayerProvider],
     prepare: Prepare,
     options: Mapping[str, Any] | None = None,
 ) -> RankedPlan:
@@ -111,7 +111,7 @@ def add_ranks(
         method: One of `edgemoe.decompose.registry.METHODS`.
         ratio: Fraction of the parameters of the kept routed experts that may be stored, in
             (0, 1].
-        open_home: Opens the model, for options that run its layers.
+        open_layers: Opens the model, for options that run its layers.
         prepare: Makes what a plan keeps and merges of a layer.
         options: Of `method_options`.
 
@@ -149,7 +149,7 @@ def add_ranks(
         chosen["importance"],
         plan,
         measured,
-        lambda: LayerOracle(open_home(), spread_windows(measured.windows, _IMPORTANCE_TOKENS)),
+        lambda: LayerOracle(open_layers(), spread_windows(measured.windows, _IMPORTANCE_TOKENS)),
     )
     budget = _Budget(
         plan,
@@ -164,7 +164,7 @@ def add_ranks(
         raise PlanError(f"layers must be equal or loss, got {chosen['layers']!r}.")
     found = budget.spend([(1.0, 1.0)] * len(layers))
     if chosen["layers"] == "loss":
-        losses = measure_losses(open_home(), found.plan, prepare)
+        losses = measure_losses(open_layers(), found.plan, prepare)
         fractions = [kept_fractions(group, ratio) for group in zip(*losses, strict=True)]
         found = budget.spend(list(zip(*fractions, strict=True)))
     return found

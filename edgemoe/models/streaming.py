@@ -48,6 +48,7 @@ class Skeleton:
         model: The model, in eval mode, without gradients.
         decoder: Its part that turns token ids into hidden states.
         layers: Its decoder layers.
+        device: Where tensors are held.
         conversion: How the checkpoint's tensors become the model's.
         groups: Groups of tensors by decoder layer; under None those of no decoder layer.
     """
@@ -77,7 +78,7 @@ class Skeleton:
         self.model: PreTrainedModel = _build(model_class, config, dtype)
         self.decoder, self.layers, self._prefix = find_layers(self.model)
         self._types = _wanted_types(self.model, dtype)
-        self._device = device
+        self.device = device
         self._refuse_shared_layers()
         stored = read_stored_tensors(files)
         try:
@@ -133,7 +134,7 @@ class Skeleton:
         for group in self.groups[None]:
             if wanted.intersection(group.targets):
                 for target, tensor in self.conversion.read(group):
-                    placed = tensor.to(self._device, self._types[target])
+                    placed = tensor.to(self.device, self._types[target])
                     self._place(target, placed, [])
         if any(wanted.intersection(pair) for pair in ties.items()):
             self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
@@ -161,7 +162,7 @@ class Skeleton:
                 present = self.model.state_dict(keep_vars=True)
                 if any(present[target].is_meta for target in group.targets):
                     for target, tensor in self.conversion.read(group):
-                        self._place(target, tensor.to(self._types[target]), [])
+                        self._place(target, tensor.to(self.device, self._types[target]), [])
             yield
 
     @contextlib.contextmanager
@@ -232,7 +233,7 @@ class Skeleton:
                 if only is None or group.first_target in only:
                     for target, tensor in self.conversion.read(group):
                         dtype = self._dtype(target, tensor, as_stored, in_float32)
-                        self._place(target, tensor.to(self._device, dtype), places)
+                        self._place(target, tensor.to(self.device, dtype), places)
             yield self.layers[index]
 
     @contextlib.contextmanager
@@ -344,7 +345,7 @@ class Skeleton:
         """Compute what no checkpoint holds, such as rotary tables, as transformers does."""
         for tensor in self.model.state_dict(keep_vars=True).values():
             mark_initialised(tensor)
-        move_from_meta(self.model, optional, self._device)
+        move_from_meta(self.model, optional, self.device)
         with torch.no_grad():
             compute_unstored(self.model)
         self.model.eval()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgemoe.calibrate.sample import Window
-    from edgemoe.layerwise.provider import Home
+    from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.layerwise.replay import Outputs
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
@@ -96,7 +96,7 @@ class LayerOracle:
     """
 
     def __init__(
-        self, home: Home, windows: Sequence[Window], crew: JobMapper | None = None
+        self, home: LayerProvider, windows: Sequence[Window], crew: JobMapper | None = None
     ) -> None:
         """Ask about windows.
 

@@ -75,7 +75,7 @@ def heapr(
     """
     del statistics, seed
     check_choice(widths)
-    whole_model(oracle.home, "heapr, which takes gradients through it,")
+    whole_model(oracle.provider, "heapr, which takes gradients through it,")
     for layer in oracle.moe.layers:
         refuse_neurons(layer, shape.family)
     scores = oracle.once(

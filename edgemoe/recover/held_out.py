@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.evaluate.torch_scorer import BATCH_TOKENS, make_batches
+from edgemoe.evaluate.batches import BATCH_TOKENS, make_batches
 from edgemoe.progress import track
 from edgemoe.recover.losses import Batch, add_up, count_tokens
 

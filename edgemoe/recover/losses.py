@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from edgemoe.evaluate.torch_scorer import pad
+from edgemoe.evaluate.batches import pad
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

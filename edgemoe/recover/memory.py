@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from edgemoe.errors import RecoveryError
-from edgemoe.evaluate.torch_scorer import BATCH_TOKENS
+from edgemoe.evaluate.batches import BATCH_TOKENS
 from edgemoe.models.memory_budget import available_memory
 from edgemoe.models.safety import check_weights
 from edgemoe.models.stored_tensors import read_stored_tensors

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.evaluate.torch_scorer import BATCH_TOKENS, make_batches
+from edgemoe.evaluate.batches import BATCH_TOKENS, make_batches
 from edgemoe.progress import telling
 from edgemoe.recover.held_out import logits_of, measure, mix
 from edgemoe.recover.losses import Batch, add_up, count_tokens

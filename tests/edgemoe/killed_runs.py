@@ -25,9 +25,9 @@ import torch
 from edgemoe.cli import main
 
 # Imported before the forks, not in each.
-for module in ("calibrate.streamed", "prune.apply_streamed"):
+for module in ("calibrate.streamed", "apply.streamed"):
     importlib.import_module(f"edgemoe.{module}")
-for module in ("lower_ort", "trace"):
+for module in ("lowering.onnxruntime", "tracing.trace"):
     importlib.import_module(f"edgemoe_exporters.{module}")
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from edgemoe.calibrate.sample import Window
 from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.errors import StreamingError
-from edgemoe.layerwise.provider import MemoryHome, StreamedHome
+from edgemoe.layerwise.provider import InMemoryLayers, StreamedLayers
 from edgemoe.models import load_model
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.shared_basis_layer import to_shared_basis
@@ -137,7 +137,7 @@ def test_neurons_between_shared_bases_are_scored_in_the_hidden_size(
 def decide(path: Path, keep: float, widths: str) -> tuple[LayerPlan, ...]:
     model = load_model(path)
     return heapr(
-        LayerOracle(MemoryHome(model), WINDOWS),
+        LayerOracle(InMemoryLayers(model), WINDOWS),
         None,  # type: ignore[arg-type]  # it reads no statistics
         model.shape,
         count_widths(model.shape, keep),
@@ -188,6 +188,6 @@ def test_the_order_of_all_layers_gives_their_widths(paths: dict[str, Path]) -> N
 
 def test_a_model_larger_than_memory_is_refused(paths: dict[str, Path]) -> None:
     streamed = open_streamed(paths["qwen2_moe"])
-    oracle = LayerOracle(StreamedHome(streamed), WINDOWS)
+    oracle = LayerOracle(StreamedLayers(streamed), WINDOWS)
     with pytest.raises(StreamingError, match=r"heapr, which takes gradients .* whole model"):
         heapr(oracle, None, streamed.moe.shape, (16, 16), 0)  # type: ignore[arg-type]
