@@ -49,9 +49,9 @@ def main() -> int:
 def compare(bundle: Path, checkpoint: Path, task: str | None, environment: Path) -> int:
     """Generate with all three and compare the tokens."""
     from edgemoe.models.checkpoint import load_tokenizer
-    from edgemoe_runtime.bundle.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest_file import load_manifest
 
-    manifest = Manifest.load(bundle)
+    manifest = load_manifest(bundle)
     name, entry = manifest.task(task)
     ids = load_tokenizer(checkpoint).encode(PROMPT).ids
     python = make_environment(environment)

@@ -14,7 +14,7 @@ from edgemoe.calibrate.windows import cut_tasks
 from edgemoe.evaluate.evaluation import Evaluation, evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.k_policy import KPolicy
-from edgemoe.layerwise.provider import MemoryHome
+from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe.models.k_policy import following
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.staging import staged_file
@@ -34,7 +34,7 @@ def ask_about(
 ) -> LayerOracle:
     """Return the oracle of a model in memory on the first tokens of a task's lines."""
     cut = cut_tasks(model, [lines], tokenizer, max_tokens=tokens)
-    return LayerOracle(MemoryHome(model), cut.by_task[lines.name])
+    return LayerOracle(InMemoryLayers(model), cut.by_task[lines.name])
 
 
 class Trial:

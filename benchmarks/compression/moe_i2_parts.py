@@ -26,7 +26,7 @@ from benchmarks.tables import megabytes, show_drop, show_score, write_table
 from benchmarks.task_options import on_one_task
 from edgemoe.calibrate.mixture import mix
 from edgemoe.calibrate.statistics import Statistics
-from edgemoe.layerwise.provider import open_home
+from edgemoe.layerwise.provider import open_layers
 from edgemoe.oracle.ablation import loss_increases
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.plan import Plan
@@ -119,7 +119,7 @@ def _measure(model: Path, stats: Path, task: str, file: Path, tokens: int) -> li
     """Measure the importance of every expert, which takes most of the time."""
     if not file.exists():
         windows = mix(Statistics.load(stats), {task: 1.0}).windows
-        oracle = LayerOracle(open_home(model), windows).fewer(tokens)
+        oracle = LayerOracle(open_layers(model), windows).fewer(tokens)
         found = [layer.tolist() for layer in loss_increases(oracle)]
         file.write_text(json.dumps(found), encoding="utf-8")
     measured: list[list[float]] = json.loads(file.read_text(encoding="utf-8"))

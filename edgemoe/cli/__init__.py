@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import click
 
-from edgemoe import __version__
 from edgemoe.cli.allocate import allocate
 from edgemoe.cli.apply import apply
 from edgemoe.cli.bench import bench
@@ -29,6 +28,7 @@ from edgemoe.cli.recover import recover
 from edgemoe.cli.run import run
 from edgemoe.cli.sweep import sweep
 from edgemoe.cli.verify import verify
+from edgemoe.versions import __version__
 
 
 @click.group(

@@ -94,7 +94,7 @@ def allocate(
     from edgemoe.apply.in_memory import apply_plan
     from edgemoe.calibrate.windows import cut_tasks
     from edgemoe.errors import OutputError
-    from edgemoe.layerwise.provider import MemoryHome
+    from edgemoe.layerwise.provider import InMemoryLayers
     from edgemoe.models import load_model, load_tokenizer
     from edgemoe.models.k_policy import following
     from edgemoe.oracle.oracle import LayerOracle
@@ -140,7 +140,7 @@ def allocate(
         if find_policy(name).trains:
             work = stack.enter_context(resumable(output, key, PROGRESS, force=force))
         policy = allocate_k(
-            LayerOracle(MemoryHome(opened), windows),
+            LayerOracle(InMemoryLayers(opened), windows),
             name,
             task=lines.name,
             mean_k=mean_k,

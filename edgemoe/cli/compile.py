@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgemoe.cli.options import PATH, TARGETS, human_bytes, report, reporting
+from edgemoe.cli.options import PATH, human_bytes, report, reporting
+from edgemoe_runtime.bundle.names import TARGETS
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -70,7 +70,7 @@ def decompose(
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.decompose.decision import add_ranks, read_options
     from edgemoe.errors import StatisticsError
-    from edgemoe.layerwise.provider import open_home
+    from edgemoe.layerwise.provider import open_layers
     from edgemoe.models.checkpoint import read_structure
     from edgemoe.models.fingerprint import fingerprint_checkpoint
     from edgemoe.plans.keep_all import keep_all
@@ -98,7 +98,7 @@ def decompose(
         task,
         method,
         param_ratio,
-        open_home=lambda: open_home(model),
+        open_layers=lambda: open_layers(model),
         prepare=planned_tensors,
         options=chosen,
     )

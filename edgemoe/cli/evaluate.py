@@ -57,7 +57,7 @@ def evaluate(
     from edgemoe.evaluate.rolling import find_prefix_token
     from edgemoe.evaluate.subject import open_subject
     from edgemoe.tasks import TaskFile
-    from edgemoe_runtime.bundle.manifest import MANIFEST_FILE
+    from edgemoe_runtime.bundle.names import MANIFEST_FILE
 
     task_file = TaskFile.parse(task)
     if not (model / MANIFEST_FILE).is_file():

@@ -10,20 +10,19 @@ import click
 from edgemoe.cli.extras import needs
 from edgemoe.cli.options import (
     PATH,
-    PRECISIONS,
-    TARGETS,
     force_option,
     human_bytes,
     output_option,
     report,
     reporting,
 )
+from edgemoe_runtime.bundle.names import PRECISIONS, TARGETS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe_exporters.request import ExportReport
-    from edgemoe_runtime.bundle.manifest_ladder import KRung
+    from edgemoe_runtime.bundle.k_ladder import KRung
 
 
 @click.command()
@@ -142,7 +141,7 @@ def _show_stage(stage: str) -> None:
 
 
 def _text(exported: ExportReport) -> str:
-    from edgemoe_runtime.bundle.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest_file import load_manifest
 
     size = exported.size
     lines = [
@@ -150,7 +149,7 @@ def _text(exported: ExportReport) -> str:
         f"{human_bytes(size.total_bytes)}, of which {human_bytes(size.shared_bytes)} shared "
         f"(the checkpoint in fp32: {human_bytes(exported.checkpoint_bytes)})"
     ]
-    kept = Manifest.load(exported.output).tasks
+    kept = load_manifest(exported.output).tasks
     for name, task in exported.tasks.items():
         line = (
             f"  {name}: {sum(kept[name].experts_per_layer)} of {sum(exported.experts_before)} "

@@ -17,10 +17,6 @@ Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
 # click's own existence check would exit 2; a missing file is a refusal, not a wrong call.
 PATH = click.Path(path_type=Path)
 
-# The same as edgemoe_exporters.targets has, which `edgemoe --help` must not import.
-TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "jetson-orin", "jetson-thor")
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
-
 _DEBUG = "edgemoe.debug"
 
 

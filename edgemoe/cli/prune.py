@@ -140,7 +140,7 @@ def prune(
     from edgemoe.apply.checks import refuse_changes
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.errors import PlanError, StatisticsError
-    from edgemoe.layerwise.provider import StreamedHome, open_home
+    from edgemoe.layerwise.provider import StreamedLayers, open_layers
     from edgemoe.models.checkpoint import read_structure
     from edgemoe.models.fingerprint import fingerprint_checkpoint
     from edgemoe.models.opening import open_streamed
@@ -195,7 +195,7 @@ def prune(
             options=chosen,
             # Where workers have the model, this process needs none of it in memory.
             open_oracle=lambda windows: LayerOracle(
-                open_home(model) if crew is None else StreamedHome(open_streamed(model)),
+                open_layers(model) if crew is None else StreamedLayers(open_streamed(model)),
                 windows,
                 crew,
             ),
@@ -237,7 +237,8 @@ def _layers(layers: str, asked: int | tuple[int, ...] | None) -> list[str]:
 def _open_crew(place: Place, model: Path, threads: int | None) -> Iterator[Crew]:
     from edgemoe.oracle.remote import Crew
     from edgemoe.parallel.agreement import threads_of
-    from edgemoe.parallel.workers import Processes, RayCluster, open_workers
+    from edgemoe.parallel.opening import open_workers
+    from edgemoe.parallel.workers import Processes, RayCluster
     from edgemoe.sweep.memory_check import fits_whole
 
     # Refused before workers are there for nothing, where that is known.

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 @reporting
 def verify(bundle: Path, as_json: bool) -> None:
     """Check BUNDLE's digests, graph inputs and outputs, and where external data lies."""
-    from edgemoe_runtime.bundle.engine_cache import ENGINES_FOLDER
     from edgemoe_runtime.bundle.integrity import verify_bundle
+    from edgemoe_runtime.bundle.names import ENGINES_FOLDER
 
     verified = verify_bundle(bundle)
     engines = sorted(path.name for path in bundle.glob(f"{ENGINES_FOLDER}/*.engine"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgemoe.calibrate.sample import Window
-    from edgemoe.layerwise.provider import Home
+    from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.layerwise.replay import Outputs
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
-    from edgemoe.oracle.remote import Crew
 
     RouterCall = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -63,6 +62,30 @@ class LayerView:
         self._tensors = tensors
 
 
+class JobMapper(Protocol):
+    """Whoever runs an oracle's jobs elsewhere, on the same model."""
+
+    def map(
+        self,
+        function: Callable[[LayerOracle, Job], Result],
+        jobs: Sequence[Job],
+        windows: Sequence[Window],
+        description: str,
+    ) -> list[Result]:
+        """Run a function over jobs, each with an oracle over the windows.
+
+        Args:
+            function: A function of a module that workers can import.
+            jobs: Its second arguments.
+            windows: The tokens of the oracles.
+            description: What the progress bar says.
+
+        Returns:
+            The results in the order of the jobs.
+        """
+        ...
+
+
 class LayerOracle:
     """A model, and tokens to ask it about.
 
@@ -72,7 +95,9 @@ class LayerOracle:
         crew: Who answers what :meth:`map` asks; None for this process.
     """
 
-    def __init__(self, home: Home, windows: Sequence[Window], crew: Crew | None = None) -> None:
+    def __init__(
+        self, home: LayerProvider, windows: Sequence[Window], crew: JobMapper | None = None
+    ) -> None:
         """Ask about windows.
 
         Args:

@@ -25,13 +25,10 @@ import torch
 from edgemoe.cli import main
 
 # Imported before the forks, not in each.
-for module in (
-    "edgemoe.apply.streamed",
-    "edgemoe.calibrate.streamed",
-    "edgemoe_exporters.lowering.onnxruntime",
-    "edgemoe_exporters.tracing.trace",
-):
-    importlib.import_module(module)
+for module in ("calibrate.streamed", "apply.streamed"):
+    importlib.import_module(f"edgemoe.{module}")
+for module in ("lowering.onnxruntime", "tracing.trace"):
+    importlib.import_module(f"edgemoe_exporters.{module}")
 
 
 def run(arguments: list[str], kill_at: int | None, work: str) -> None:
