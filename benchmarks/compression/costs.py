@@ -63,8 +63,8 @@ def main(
     for method in ("svd", "svd-whitened", "shared-basis"):
         todo[f"{method}.json"] = (*rank, "--method", method)
         todo[method] = ("apply", model, "--plan", work / f"{method}.json")
-    recover = ("recover", work / "pruned", "--teacher", model, "--task", lines)
-    recover = (*recover, "--max-tokens", recovery_tokens)
+    of_teacher = ("--teacher", model, "--task", lines, "--max-tokens", recovery_tokens)
+    recover = ("recover", work / "pruned", *of_teacher)
     todo["least-squares"] = (*recover, "--method", "least-squares")
     steps = ("--steps", _STEPS, "--batch-tokens", _BATCH_TOKENS)
     for method in ("router-kd", "lora", "lora+router-kd", "uncurl"):
@@ -73,8 +73,8 @@ def main(
     rows = []
     for name, arguments in todo.items():
         done = commands.make(name, *arguments)
-        given = (model, "--teacher", lines, *of_task)
-        shown = " ".join(str(word) for word in arguments if word not in given)
+        hidden = (model, "--teacher", lines, *of_task)
+        shown = " ".join(str(word) for word in arguments if word not in hidden)
         rows.append(
             [
                 f"`{shown.replace(f'{work}/', '')}`",

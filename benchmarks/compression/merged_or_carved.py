@@ -56,10 +56,10 @@ def main(
         "kept": ("carved16", "reap"),
         "narrowed": ("carved8", "camera"),
     }
-    for name, (whole, method) in plans.items():
-        asked = ("--stats", work / f"{whole}-stats", "--task", task, "--keep", 0.5)
-        commands.make(f"{name}.json", "prune", work / whole, *asked, "--method", method)
-        commands.make(name, "apply", work / whole, "--plan", work / f"{name}.json")
+    for name, (carved, method) in plans.items():
+        asked = ("--stats", work / f"{carved}-stats", "--task", task, "--keep", 0.5)
+        commands.make(f"{name}.json", "prune", work / carved, *asked, "--method", method)
+        commands.make(name, "apply", work / carved, "--plan", work / f"{name}.json")
     shown = {
         "merged": ("8 narrow, merged by UNCURL from 16", ("uncurl", "lora+router-kd")),
         "kept": ("8 narrow, kept by REAP of 16", ("lora+router-kd",)),

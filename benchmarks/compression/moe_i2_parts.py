@@ -75,17 +75,8 @@ def main(
     commands.make("blocks-equal.json", *search, "--keep", keep)
     commands.make("search.json", *search, "--set", "candidates=1", *counts)
     commands.make("blocks.json", *search, *counts)
-    rank = (
-        "decompose",
-        model,
-        "--stats",
-        stats,
-        "--task",
-        task,
-        "--plan",
-        work / "blocks.json",
-    )
-    rank = (*rank, "--param-ratio", param_ratio)
+    of_task = ("--stats", stats, "--task", task, "--plan", work / "blocks.json")
+    rank = ("decompose", model, *of_task, "--param-ratio", param_ratio)
     commands.make("ranks.json", *rank, "--method", "svd", "--set", "importance=loss")
     commands.make("ranks-whitened.json", *rank, "--method", "svd-whitened")
 
