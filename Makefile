@@ -46,7 +46,7 @@ $(VENV)/.dev: $(DECLARED) | venv
 	@touch $@
 
 demo: $(VENV)/.demo
-	@$(BIN)/python examples/demo/run.py
+	@$(BIN)/python -m examples.demo.run
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --durations 15
@@ -59,8 +59,8 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.demo
-	@$(BIN)/python examples/demo/run.py --prepare
-	@$(BIN)/python examples/demo/speed.py
+	@$(BIN)/python -m examples.demo.run --prepare
+	@$(BIN)/python -m examples.demo.speed
 
 families: $(VENV)/.dev
 	@$(BIN)/edgemoe families --check --markdown docs/families.md

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of edgemoe and of what computes and loads for it.
+    """Return the versions of edgemoe and of the libraries that compute and load for it.
 
     Returns:
         Versions by distribution name.

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import onnxruntime
 import pytest
 
-from edgemoe_runtime.backends.onnxruntime import MINIMUM_VERSION
+from edgemoe_runtime.execution_providers import MINIMUM_VERSION
 
 # Fixtures of the command line's tests that export for the CPU.
 _EXPORTED = {"bundle", "copied_bundle"}

@@ -79,7 +79,7 @@ def read_options(name: str, texts: Sequence[str]) -> dict[str, Any]:
 
     Args:
         name: The policy's name.
-        texts: ``NAME=VALUE`` each.
+        texts: `NAME=VALUE` each.
 
     Returns:
         The options by name, in the types of their defaults.
@@ -106,7 +106,7 @@ def allocate(
     Args:
         oracle: The model that will follow the policy, without one of its own, and the task's
             tokens.
-        name: One of :data:`POLICIES`.
+        name: One of `POLICIES`.
         task: Name of the task.
         mean_k: Experts per token and layer to aim at; None for the policy's own.
         seed: Seed of policies that draw, in [0, 2**32).

@@ -172,7 +172,7 @@ def _decide(
     from edgemoe.allocate.usage import count_experts
     from edgemoe.apply.in_memory import apply_plan
     from edgemoe.calibrate.windows import cut_tasks
-    from edgemoe.layerwise.provider import MemoryHome
+    from edgemoe.layerwise.provider import InMemoryLayers
     from edgemoe.models import load_model, load_tokenizer
     from edgemoe.models.k_policy import following
     from edgemoe.oracle.oracle import LayerOracle
@@ -204,7 +204,7 @@ def _decide(
         if output is not None and find_policy(policy).trains:
             work = stack.enter_context(resumable(output, key, PROGRESS, force=force))
         made = allocate_k(
-            LayerOracle(MemoryHome(opened), windows),
+            LayerOracle(InMemoryLayers(opened), windows),
             policy,
             task=task.name,
             mean_k=mean_k,

@@ -99,7 +99,9 @@ def load_statistics(
     """
     from edgemoe.calibrate.statistics import Statistics
 
-    found = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
+    found = (
+        statistics if isinstance(statistics, Statistics) else Statistics.load(Path(statistics))
+    )
     if found.checkpoint_sha256 != sha256:
         source = "statistics" if found is statistics else statistics
         raise StatisticsError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,7 @@ def _read_texts(data: StrPath | Sequence[str] | None) -> list[str]:
         import pydoc_data.topics
 
         return [text for _, text in sorted(pydoc_data.topics.topics.items())]
-    if isinstance(data, (list, tuple)):
+    if not isinstance(data, (str, os.PathLike)):
         return list(data)
     path = Path(data)
     if path.suffix == ".jsonl":

@@ -78,7 +78,7 @@ def decompose(
         from edgemoe.apply.checks import refuse_changes
         from edgemoe.apply.expert_tensors import planned_tensors
         from edgemoe.decompose.decision import add_ranks, read_options
-        from edgemoe.layerwise.provider import open_home
+        from edgemoe.layerwise.provider import open_layers
         from edgemoe.models.checkpoint import read_structure
         from edgemoe.models.fingerprint import fingerprint_checkpoint
         from edgemoe.plans.keep_all import keep_all
@@ -100,7 +100,7 @@ def decompose(
             task,
             method,
             param_ratio,
-            open_home=lambda: open_home(path),
+            open_layers=lambda: open_layers(path),
             prepare=planned_tensors,
             options=chosen,
         )

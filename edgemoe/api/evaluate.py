@@ -81,7 +81,7 @@ def evaluate(
         >>> low, high = evaluation.ci95
     """
     loaded, path = read_task(task), Path(model)
-    from edgemoe_runtime.bundle.manifest import MANIFEST_FILE
+    from edgemoe_runtime.bundle.names import MANIFEST_FILE
 
     # A bundle can be evaluated where it runs, without torch.
     extras = () if (path / MANIFEST_FILE).is_file() else ("export",)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from edgemoe.api.arguments import Options, StrPath
     from edgemoe.calibrate.statistics import Statistics
-    from edgemoe.layerwise.provider import Home
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.layerwise.provider import LayerProvider
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.remote import Crew
     from edgemoe.parallel.workers import Place
     from edgemoe.plans.plan import Plan
@@ -180,20 +180,21 @@ def _counts(
     return count_kept(shape, keep_experts=asked)
 
 
-def _open(model: Path, crew: Crew | None) -> Home:
+def _open(model: Path, crew: Crew | None) -> LayerProvider:
     """Open the model for a method that runs its layers."""
-    from edgemoe.layerwise.provider import StreamedHome, open_home
+    from edgemoe.layerwise.provider import StreamedLayers, open_layers
     from edgemoe.models.opening import open_streamed
 
     # Where workers have the model, this process needs none of it in memory.
-    return open_home(model) if crew is None else StreamedHome(open_streamed(model))
+    return open_layers(model) if crew is None else StreamedLayers(open_streamed(model))
 
 
 @contextlib.contextmanager
 def _open_crew(place: Place, model: Path, threads: int | None) -> Iterator[Crew]:
     from edgemoe.oracle.remote import Crew
     from edgemoe.parallel.agreement import threads_of
-    from edgemoe.parallel.workers import Processes, RayCluster, open_workers
+    from edgemoe.parallel.opening import open_workers
+    from edgemoe.parallel.workers import Processes, RayCluster
     from edgemoe.sweep.memory_check import fits_whole
 
     # Refused before workers are there for nothing, where that is known.

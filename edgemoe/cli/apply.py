@@ -52,7 +52,9 @@ def apply(as_json: bool, **given: Any) -> None:
         "experts_per_layer": list(counts),
         "family": applied.family,
     }
-    text = f"{applied.output}: {applied.family}, experts per layer {', '.join(map(str, counts))}"
+    text = (
+        f"{applied.output}: {applied.family}, experts per layer {', '.join(map(str, counts))}"
+    )
     if plan.is_narrowing:
         result["widths_per_layer"] = list(applied.widths_per_layer)
         text += f", stored {span(applied.widths_per_layer)} neurons wide"

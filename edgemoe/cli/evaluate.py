@@ -25,9 +25,7 @@ option = options_of(score)
     type=click.IntRange(1),
     help="Tokens to read, from the first example on; all without.",
 )
-@option(
-    "--window", type=click.IntRange(2), help="Tokens of a window of text.  [default: 512]"
-)
+@option("--window", type=click.IntRange(2), help="Tokens of a window of text.  [default: 512]")
 @option(
     "--rolling",
     is_flag=True,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
+import textwrap
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,9 +23,8 @@ Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
 # click's own existence check would exit 2; a missing file is a refusal, not a wrong call.
 PATH = click.Path(path_type=Path)
 
-# The same as edgemoe_exporters.targets has, which `edgemoe --help` must not import.
-TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "jetson-orin", "jetson-thor")
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+# Of a line that a shell continues; with the indent and the backslash it fits 80 columns.
+_EXAMPLE_WIDTH = 76
 
 _DEBUG = "edgemoe.debug"
 
@@ -43,9 +44,15 @@ class Command(click.Command):
         """Write the examples below the options."""
         del ctx
         with formatter.section("Examples"):
+            indent = " " * formatter.current_indent
             for example in self.examples:
-                # Not wrapped at any width: it is to be copied.
-                formatter.write(f"{'':{formatter.current_indent}}{example}\n")
+                # An option and its value stay together.
+                joined = re.sub(r"( -\S+) (?=[^-])", "\\1\N{NO-BREAK SPACE}", example)
+                lines = textwrap.wrap(
+                    joined, _EXAMPLE_WIDTH, subsequent_indent="    ", break_on_hyphens=False
+                )
+                text = indent + f" \\\n{indent}".join(lines) + "\n"
+                formatter.write(text.replace("\N{NO-BREAK SPACE}", " "))
 
 
 def command(
@@ -73,7 +80,7 @@ def options_of(verb: Callable[..., Any]) -> Callable[..., Callable[[Decorated], 
         verb: The function.
 
     Returns:
-        A decorator as :func:`click.option`, which refuses names that the function does not take.
+        A decorator as :func:`click.option` is, which refuses names that are no parameters.
     """
     parameters = inspect.signature(verb).parameters
 

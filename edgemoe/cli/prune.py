@@ -119,7 +119,7 @@ def parse_experts(
     help="moe-i2 and naee: search N layers at once, on processes of this machine or on the Ray "
     "cluster; each process loads the model.",
 )
-@option("--ray", **{**RAY, "help": f"moe-i2 and naee: {RAY['help']}"})
+@option("--ray", metavar="ADDRESS", help=f"moe-i2 and naee: {RAY['help']}")
 @option("--threads", **THREADS)
 @output_option("Plan")
 @force_option

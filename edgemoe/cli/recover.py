@@ -71,9 +71,7 @@ option = options_of(train)
     metavar="N",
     help="Longest sequence in tokens; texts are cut at 512 at most.",
 )
-@option(
-    "--max-tokens", type=int, metavar="N", help="Train on at most so many tokens per task."
-)
+@option("--max-tokens", type=int, metavar="N", help="Train on at most so many tokens per task.")
 @option(
     "--held-out",
     type=float,
@@ -94,9 +92,7 @@ option = options_of(train)
     help="Temperature of the distillation.  [default: 1]",
 )
 @option("--rank", type=int, metavar="R", help="Rank of LoRA adapters.  [default: 16]")
-@option(
-    "--alpha", type=float, metavar="A", help="Scale of LoRA adapters.  [default: 2 * rank]"
-)
+@option("--alpha", type=float, metavar="A", help="Scale of LoRA adapters.  [default: 2 * rank]")
 @option(
     "--router-steps",
     type=int,

@@ -9,7 +9,7 @@ from edgemoe_runtime.adaptive_k.k_cap import compact
 
 if TYPE_CHECKING:
     from edgemoe_runtime.adaptive_k.adaptation import KMove
-    from edgemoe_runtime.backends.chain import Fallback
+    from edgemoe_runtime.fallback import Fallback
     from edgemoe_runtime.json_fields import Json
 
 _SHOWN_MOVES = 5

@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING
 from edgemoe_runtime.adaptive_k.adaptation import Pacing
 from edgemoe_runtime.adaptive_k.k_cap import check_k_cap
 from edgemoe_runtime.backends.base import OpenRequest
-from edgemoe_runtime.backends.chain import Fallback, plan_chain
+from edgemoe_runtime.backends.chain import plan_chain
 from edgemoe_runtime.backends.engine import Engine
 from edgemoe_runtime.bundle.integrity import verify_bundle
-from edgemoe_runtime.bundle.manifest import Manifest
-from edgemoe_runtime.bundle.manifest_parts import EXPERTS_USED
-from edgemoe_runtime.decoding.tokenizer import TOKENIZER_FILE, Tokenizer
+from edgemoe_runtime.bundle.manifest_file import load_manifest
+from edgemoe_runtime.bundle.names import EXPERTS_USED, TOKENIZER_FILE
+from edgemoe_runtime.decoding.tokenizer import Tokenizer
 from edgemoe_runtime.errors import BundleError, RequestError
+from edgemoe_runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemoe_runtime.bundle.manifest_parts import TaskEntry
+    from edgemoe_runtime.bundle.manifest import Manifest
+    from edgemoe_runtime.bundle.task_entry import TaskEntry
 
 _LOG = logging.getLogger(__name__)
 DEFAULT_MAX_LENGTH = 4096
@@ -69,7 +71,7 @@ def open_task(
         BackendError: when no engine works here.
     """
     begin = time.perf_counter()
-    manifest = Manifest.load(bundle)
+    manifest = load_manifest(bundle)
     name, entry = manifest.task(task)
     caps = check_k_cap(k_cap, top_k=entry.top_k, layers=len(manifest.model.moe_layers))
     chain = plan_chain(manifest.target, backend, providers)

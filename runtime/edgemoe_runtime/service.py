@@ -13,8 +13,7 @@ from edgemoe_runtime.adaptive_k.adaptation import PromptWork
 from edgemoe_runtime.adaptive_k.k_cap import check_k_cap
 from edgemoe_runtime.adaptive_k.k_controller import Pace
 from edgemoe_runtime.adaptive_k.rung_cost import measure_prompt_offset, time_rungs
-from edgemoe_runtime.backends.chain import Fallback
-from edgemoe_runtime.bundle.manifest_ladder import KRung
+from edgemoe_runtime.bundle.k_ladder import KRung
 from edgemoe_runtime.decoding.answers import Classification, Generation, Score, meets_deadline
 from edgemoe_runtime.decoding.decoder import Decoder
 from edgemoe_runtime.decoding.generation import (
@@ -25,6 +24,7 @@ from edgemoe_runtime.decoding.generation import (
 )
 from edgemoe_runtime.decoding.scoring import Comparison, compare_completions, score_completions
 from edgemoe_runtime.errors import RequestError
+from edgemoe_runtime.fallback import Fallback
 from edgemoe_runtime.stats import Tally
 
 if TYPE_CHECKING:

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemoe.errors import TaskFileError
-from edgemoe.tasks import ChoiceRecord, CompletionRecord, TaskFile, TextRecord, split_task_arguments
+from edgemoe.tasks import (
+    ChoiceRecord,
+    CompletionRecord,
+    TaskFile,
+    TextRecord,
+    split_task_arguments,
+)
 
 CHOICE = {"prompt": "2+2=", "choices": ["4", "5"], "answer": 0}
 # Surrogates cannot be encoded, and files of the task format must not hold them.

@@ -18,15 +18,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgemoe_runtime.adaptive_k.adaptation import KMove, PromptWork
-from edgemoe_runtime.adaptive_k.controller import ControlState, Signals, decide
-from edgemoe_runtime.backends.chain import Fallback
+from edgemoe_runtime.adaptive_k.decision import ControlState, Signals, decide
+from edgemoe_runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
     from edgemoe_runtime.adaptive_k.adaptation import Pacing, Phase
-    from edgemoe_runtime.adaptive_k.controller import Move
-    from edgemoe_runtime.bundle.manifest_ladder import KRung
+    from edgemoe_runtime.adaptive_k.decision import Move
+    from edgemoe_runtime.bundle.k_ladder import KRung
     from edgemoe_runtime.device.sensors import Sensors
 
 _LOG = logging.getLogger(__name__)

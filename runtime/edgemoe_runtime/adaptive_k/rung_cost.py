@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgemoe_runtime.bundle.manifest_ladder import RungCost
+from edgemoe_runtime.bundle.k_ladder import RungCost
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemoe_runtime.backends.base import Backend
-    from edgemoe_runtime.bundle.manifest_ladder import KRung
+    from edgemoe_runtime.bundle.k_ladder import KRung
 
 _PROMPT_TOKENS = 64
 _NEW_TOKENS = 16

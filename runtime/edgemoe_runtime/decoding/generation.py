@@ -17,9 +17,9 @@ from edgemoe_runtime.errors import RequestError
 if TYPE_CHECKING:
     from edgemoe_runtime.adaptive_k.adaptation import KMove
     from edgemoe_runtime.adaptive_k.k_controller import Pace
-    from edgemoe_runtime.backends.chain import Fallback
     from edgemoe_runtime.decoding.answers import Generation
     from edgemoe_runtime.decoding.decoder import Decoder
+    from edgemoe_runtime.fallback import Fallback
 
 
 @dataclass(frozen=True, kw_only=True)

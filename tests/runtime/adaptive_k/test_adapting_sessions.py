@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from edgemoe.cli import main
 from edgemoe_runtime import Limits, Session
 from edgemoe_runtime.adaptive_k import rung_cost
-from edgemoe_runtime.bundle.manifest import Manifest
-from edgemoe_runtime.bundle.manifest_ladder import KRung, RungCost, RungQuality
+from edgemoe_runtime.bundle.k_ladder import KRung, RungCost, RungQuality
+from edgemoe_runtime.bundle.manifest_file import load_manifest, save_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,10 +35,10 @@ LOW = KRung(
 
 
 def with_ladder(folder: Path, *rungs: KRung, **more: Any) -> Path:
-    manifest = Manifest.load(folder)
+    manifest = load_manifest(folder)
     entry = replace(manifest.tasks["model"], k_ladder=rungs or None, **more)
-    replace(manifest, tasks={"model": entry}).save(folder)
-    assert Manifest.load(folder).tasks["model"] == entry
+    save_manifest(replace(manifest, tasks={"model": entry}), folder)
+    assert load_manifest(folder).tasks["model"] == entry
     return folder
 
 

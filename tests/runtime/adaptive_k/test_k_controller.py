@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgemoe_runtime.adaptive_k.adaptation import Pacing, PromptWork
 from edgemoe_runtime.adaptive_k.k_controller import Pace, falling, share_of_prompt
 from edgemoe_runtime.adaptive_k.limits import Limits
-from edgemoe_runtime.bundle.manifest_ladder import KRung, RungCost
+from edgemoe_runtime.bundle.k_ladder import KRung, RungCost
 from edgemoe_runtime.device.sensors import Sensors
 from edgemoe_runtime.errors import RequestError
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe_runtime.adaptive_k.controller import ControlState, Move, Signals, decide
+from edgemoe_runtime.adaptive_k.decision import ControlState, Move, Signals, decide
 from edgemoe_runtime.adaptive_k.limits import Limits
 from edgemoe_runtime.device.sensors import Sensors, ThermalZone
 from edgemoe_runtime.errors import RequestError
