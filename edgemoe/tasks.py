@@ -22,7 +22,7 @@ from edgemoe.errors import TaskFileError
 from edgemoe_runtime.bundle.names import TASK_NAME_RULE, is_task_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 Kind: TypeAlias = Literal["text", "completion", "choice"]
 
@@ -189,26 +189,37 @@ def check_task_name(name: str) -> None:
         )
 
 
-def load_tasks(arguments: tuple[str, ...] | list[str]) -> list[TaskFile]:
-    """Load several `NAME=FILE` arguments.
+def split_task_arguments(arguments: Sequence[str]) -> dict[str, Path]:
+    """Split several `NAME=FILE` arguments.
 
     Args:
         arguments: The command line's arguments, in order.
 
     Returns:
-        The tasks in the same order.
+        Paths by name, in the same order.
 
     Raises:
-        TaskFileError: A name comes twice, or a task is refused.
+        TaskFileError: An argument is not `NAME=FILE`, or a name comes twice.
     """
     pairs = [split_task_argument(argument) for argument in arguments]
-    names = [name for name, _ in pairs]
+    check_names_differ([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def check_names_differ(names: Sequence[str]) -> None:
+    """Refuse two tasks of one name.
+
+    Args:
+        names: The tasks' names.
+
+    Raises:
+        TaskFileError: A name comes twice.
+    """
     for name in names:
         if names.count(name) > 1:
             raise TaskFileError(
                 f"task names must differ, got {name!r} twice. Rename one of them."
             )
-    return [TaskFile.load(name, path) for name, path in pairs]
 
 
 def _read(path: Path) -> bytes:

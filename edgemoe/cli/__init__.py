@@ -1,7 +1,7 @@
-"""The ``edgemoe`` command: one file per subcommand, each parses, calls and prints.
+"""The `edgemoe` command: one file per subcommand, each parses, calls and prints.
 
-Command modules import click only at their top, and their packages inside their bodies, so that
-``edgemoe --help`` and the commands of the runtime work where torch is not installed.
+What they call is :mod:`edgemoe.api`, whose functions import their packages when they are
+called: `edgemoe --help` and the commands of the runtime work where torch is not installed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     """Fit Mixture-of-Experts language models to one task and one edge device."""
 
 
-# In the order of the road, which is the order that --help shows.
+# In the order of the pipeline, which is the order that --help shows.
 for command in (
     carve,
     calibrate,

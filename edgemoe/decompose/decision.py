@@ -149,7 +149,9 @@ def add_ranks(
         chosen["importance"],
         plan,
         measured,
-        lambda: LayerOracle(open_layers(), spread_windows(measured.windows, _IMPORTANCE_TOKENS)),
+        lambda: LayerOracle(
+            open_layers(), spread_windows(measured.windows, _IMPORTANCE_TOKENS)
+        ),
     )
     budget = _Budget(
         plan,

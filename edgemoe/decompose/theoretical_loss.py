@@ -48,7 +48,9 @@ def kept_fractions(losses: Sequence[float], ratio: float) -> tuple[float, ...]:
     return tuple(np.maximum(1 - removed, _LEAST * ratio).tolist())
 
 
-def measure_losses(home: LayerProvider, plan: Plan, prepare: Prepare) -> tuple[tuple[float, float], ...]:
+def measure_losses(
+    home: LayerProvider, plan: Plan, prepare: Prepare
+) -> tuple[tuple[float, float], ...]:
     """Factor every layer at the ranks of a plan, and go on as if it had stayed whole.
 
     Args:

@@ -166,7 +166,5 @@ def _compressed(site: Site, job: JudgeJob) -> Iterator[Scorer]:
         return applied_layer(layers[index], plans[index])
 
     outputs = WorkDirectory(site.work).empty_directory(f"outputs-{job.decision}")
-    yield TorchScorer(
-        StreamedLayers(streamed), work=WorkDirectory(outputs), inside=change
-    )
+    yield TorchScorer(StreamedLayers(streamed), work=WorkDirectory(outputs), inside=change)
     shutil.rmtree(outputs)
