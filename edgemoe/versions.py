@@ -1,10 +1,8 @@
-"""Versions that results may depend on."""
+"""The version of edgemoe, and of the libraries that results may depend on."""
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
-from edgemoe import __version__
+__version__ = "0.1.0"
 
 
 def library_versions() -> dict[str, str]:
@@ -13,6 +11,9 @@ def library_versions() -> dict[str, str]:
     Returns:
         Versions by distribution name.
     """
+    # Imported here, because `import edgemoe` reads this file and is to cost nothing.
+    from importlib.metadata import version
+
     return {
         "edgemoe": __version__,
         **{name: version(name) for name in ("torch", "transformers")},

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
+    from edgemoe.calibrate.sample import Window
     from edgemoe.models.contract import MoeModel
 
 
@@ -46,6 +47,11 @@ class Trial:
         self._lines = TaskFile.load(task, tasks / f"{task}.train.jsonl")
         self._held_out = TaskFile.load(task, tasks / f"{task}.test.jsonl")
         self._oracle: LayerOracle | None = None
+
+    def held_out(self, tokens: int) -> list[Window]:
+        """Cut the first tokens of the lines that judge into windows."""
+        cut = cut_tasks(self._model, [self._held_out], self._tokenizer, max_tokens=tokens)
+        return cut.by_task[self._task]
 
     def judge(
         self, name: str, mean_k: float | None, options: str, tokens: int, held_out: int

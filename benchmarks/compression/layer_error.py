@@ -6,7 +6,7 @@ where there are too many to try), scores and chance choose are divided by the sm
 error is || F(X) - F_S(X) ||_F on the layer's output. Run it from the repository's root, with
 the demo's model and statistics of ``edgemoe calibrate``::
 
-    python benchmarks/compression/layer_error.py demo/moe --stats stats.safetensors --task code
+    python -m benchmarks.compression.layer_error demo/moe --stats stats.safetensors --task code
 
 Markdown goes to stdout.
 """
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 import torch
-from commands import write_table
 
+from benchmarks.tables import write_table
 from edgemoe.calibrate.mixture import mix
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.layerwise.provider import open_layers

@@ -10,7 +10,7 @@ y_i(n) is what the token's n best experts give with the gates that the family gi
 the gradient of the loss (cross-entropy of the next token) at the layer's output. First-order
 terms are left out: the gradient of a trained model has a mean of 0, and its square has not. It
 is the estimate of Optimal Brain Damage and of HEAPr (https://arxiv.org/abs/2509.22299), for
-experts of one token where those have weights or neurons of a layer.
+experts of one token where those have weights or channels of a layer.
 
 One backward pass gives c_i(n) for all layers. A token that is to be decided has no gradient, so
 ridge regression learns it from what the router sees, x_i ::

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgemoe import __version__
 from edgemoe.allocate.ada_k import ada_k
 from edgemoe.allocate.alloc_l import alloc_l
 from edgemoe.allocate.fisher import fisher
@@ -16,6 +15,7 @@ from edgemoe.errors import AllocationError, CheckpointError
 from edgemoe.k_policy import KPolicy
 from edgemoe.models.k_policy import check_k_policy
 from edgemoe.plans.options import options_of, parse_options
+from edgemoe.versions import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgemoe import __version__
 from edgemoe.calibrate.sample import TokenSample
 from edgemoe.calibrate.sums import LayerSums, array_types
 from edgemoe.errors import StatisticsError
 from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.staging import staged_file
+from edgemoe.versions import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -5,7 +5,7 @@ takes part in the choice only. An expert's gate then depends on the token and on
 alone, so gates survive the removal of other experts and any change of k; a softmax over all
 experts would rescale the rest.
 
-The dense layer is the sum of all its neurons with weight one, so gates must be near one:
+The dense layer is the sum of all its channels with weight one, so gates must be near one:
 `gate = 2 * sigmoid(slope * r(x))` for router scores `r` of unit deviation. Float32 cannot
 give both extremes: gates within `d` of one leave scores apart by less than about
 `6e-8 / d` tied, and engines break ties differently. Where experts are chosen the slope is
@@ -38,7 +38,7 @@ class CarvedLayer:
     """One carved feed-forward layer.
 
     Attributes:
-        assignment: Where each neuron goes.
+        assignment: Where each channel goes.
         router: Which experts a token gets.
     """
 
@@ -60,7 +60,7 @@ def build_moe(
         A `Glm4MoeForCausalLM` in float32, in eval mode.
 
     Raises:
-        CarveError: `top_k` is out of range, the shared neurons are not a multiple of the
+        CarveError: `top_k` is out of range, the shared channels are not a multiple of the
             expert size, or `check_dense` refuses the model.
     """
     import torch
@@ -135,12 +135,12 @@ def check_shape(*, experts: int, expert_size: int, shared_size: int, top_k: int)
 
     Args:
         experts: Experts per layer.
-        expert_size: Neurons per expert.
-        shared_size: Shared neurons.
+        expert_size: Intermediate channels per expert.
+        shared_size: Shared channels.
         top_k: Experts per token.
 
     Raises:
-        CarveError: `top_k` is out of range, or the shared neurons are not a positive
+        CarveError: `top_k` is out of range, or the shared channels are not a positive
             multiple of the expert size.
     """
     if not 1 <= top_k <= experts:
@@ -195,18 +195,18 @@ def _settings(config: Any, experts: int, size: int, shared: int, top_k: int) -> 
 def neuron_shares(
     intermediate_size: int, *, experts: int, shared_fraction: float
 ) -> tuple[int, int]:
-    """Divide a feed-forward layer into shared neurons and experts of one size.
+    """Divide a feed-forward layer into shared channels and experts of one size.
 
     Args:
-        intermediate_size: Neurons of the dense layer.
+        intermediate_size: Intermediate channels of the dense layer.
         experts: Experts to carve.
-        shared_fraction: Wanted share of the neurons that every token uses, in `(0, 1)`.
+        shared_fraction: Wanted share of the channels that every token uses, in `(0, 1)`.
 
     Returns:
         `(shared_size, expert_size)`: exact divisions, the shared size nearest to the wish.
 
     Raises:
-        CarveError: No division exists: shared neurons must be a multiple of the expert size.
+        CarveError: No division exists: shared channels must be a multiple of the expert size.
     """
     if not 0.0 < shared_fraction < 1.0:
         raise CarveError(

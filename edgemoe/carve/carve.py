@@ -37,7 +37,7 @@ class CarveOptions:
 
     Attributes:
         experts: Routed experts per layer, at least 2.
-        shared_fraction: Wanted share of neurons that every token uses, in `(0, 1)`; the
+        shared_fraction: Wanted share of channels that every token uses, in `(0, 1)`; the
             nearest share that divides evenly is taken.
         top_k: Routed experts per token, in `[1, experts]`.
         max_tokens: Calibration tokens to read at most, at least 512.
@@ -65,10 +65,10 @@ class CarveReport:
     Attributes:
         layers: Decoder layers.
         experts: Routed experts per layer.
-        expert_size: Neurons per routed expert.
-        shared_size: Neurons that every token uses.
+        expert_size: Intermediate channels per routed expert.
+        shared_size: Intermediate channels that every token uses.
         top_k: Routed experts per token.
-        active_fraction: Share of the feed-forward neurons that a token uses.
+        active_fraction: Share of the FFN channels that a token uses.
         calibration_tokens: Tokens that were read.
         parameters: Parameters of the carved model.
         router_recall: Share of the experts with the most energy that the router also chooses,
@@ -178,13 +178,13 @@ def rebuild_checkpoint(
 def carve_layers(
     dense: DenseModel, windows: Sequence[Sequence[int]], options: CarveOptions, shared_size: int
 ) -> tuple[list[CarvedLayer], float]:
-    """Assign neurons and fit routers, layer by layer.
+    """Assign channels and fit routers, layer by layer.
 
     Args:
         dense: The dense model.
         windows: Calibration token ids.
         options: Shape and seed.
-        shared_size: Neurons that every token uses.
+        shared_size: Intermediate channels that every token uses.
 
     Returns:
         The layers, and the mean recall of their routers.

@@ -1,7 +1,7 @@
-"""Which neuron goes where: shared neurons, and balanced clusters of the others.
+"""Which channel goes where: shared channels, and balanced clusters of the others.
 
-CMoE (https://arxiv.org/abs/2502.04416): a neuron is active for a token when its output is
-among the largest of the layer; neurons that are active for many tokens are shared by all,
+CMoE (https://arxiv.org/abs/2502.04416): a channel is active for a token when its output is
+among the largest of the layer; channels that are active for many tokens are shared by all,
 the rest are clustered by which tokens activate them together, into experts of equal size.
 """
 
@@ -25,10 +25,10 @@ _ROUNDS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronAssignment:
-    """Where each neuron of one layer goes.
+    """Where each channel of one layer goes.
 
     Attributes:
-        shared: int64 `[shared_size]`, ascending: neurons that every token uses.
+        shared: int64 `[shared_size]`, ascending: channels that every token uses.
         experts: int64 `[experts, expert_size]`, each row ascending.
     """
 
@@ -45,21 +45,21 @@ class NeuronAssignment:
 
     @property
     def order(self) -> NDArray[np.int64]:
-        """int64 `[intermediate_size]`: shared neurons first, then expert by expert."""
+        """int64 `[intermediate_size]`: shared channels first, then expert by expert."""
         return np.concatenate([self.shared, self.experts.reshape(-1)])
 
 
 def active_neurons(
     activations: NDArray[np.float32], down_norms: NDArray[np.float32]
 ) -> NDArray[np.bool_]:
-    """Mark the neurons that matter for each token.
+    """Mark the channels that matter for each token.
 
     Args:
         activations: float32 `[tokens, neurons]`.
-        down_norms: float32 `[neurons]`: norm of each neuron's column of `down_proj`.
+        down_norms: float32 `[neurons]`: norm of each channel's column of `down_proj`.
 
     Returns:
-        bool `[tokens, neurons]`: true for the `ACTIVE_FRACTION` of neurons whose
+        bool `[tokens, neurons]`: true for the `ACTIVE_FRACTION` of channels whose
         output norm `|h| * ||w_down||` is largest for the token.
     """
     scores = np.abs(activations) * down_norms
@@ -71,19 +71,19 @@ def active_neurons(
 def assign_neurons(
     active: NDArray[np.bool_], *, experts: int, shared_size: int, seed: int
 ) -> NeuronAssignment:
-    """Share the most frequent neurons and cluster the others into balanced experts.
+    """Share the most frequent channels and cluster the others into balanced experts.
 
     Args:
         active: bool `[tokens, neurons]`.
         experts: Number of experts, at least 2.
-        shared_size: Number of shared neurons.
+        shared_size: Number of shared channels.
         seed: Decides the first cluster centres.
 
     Returns:
         The assignment; the same for the same arguments.
 
     Raises:
-        CarveError: The neurons that are left do not divide into the experts.
+        CarveError: The channels that are left do not divide into the experts.
     """
     neurons = active.shape[1]
     if experts < 2 or not 0 <= shared_size < neurons or (neurons - shared_size) % experts:

@@ -1,12 +1,12 @@
 """What a distillation learned on top of a carve: small enough to ship, exact to repeat.
 
-A learned carve is the neuron assignment and the router of every layer, low-rank deltas of the
+A learned carve is the channel assignment and the router of every layer, low-rank deltas of the
 projections, and the norms. With the dense checkpoint it was learned on, it gives the
 distilled MoE back in a minute. `benchmarks/reference_moe/distil.py` makes one.
 
 The file is safetensors. A delta is `b @ diag(scale) @ a` with `a` int8 `[rank, in]`,
 `b` int8 `[out, rank]` and `scale` float32 `[rank]`; deltas of feed-forward
-projections refer to neurons in the order of the assignment.
+projections refer to channels in the order of the assignment.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LearnedCarve:
 
     Attributes:
         experts: Routed experts per layer.
-        shared_size: Neurons that every token uses.
+        shared_size: Intermediate channels that every token uses.
         top_k: Routed experts per token.
         dense_sha256: `weights_sha256` of the dense model it was learned on.
         tensors: Per layer `{i}.order` int16 `[neurons]`, `{i}.router.weight` float16

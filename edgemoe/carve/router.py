@@ -40,7 +40,7 @@ def expert_energy(
     Args:
         activations: float32 `[tokens, neurons]`.
         down: float32 `[hidden_size, neurons]`: the dense `down_proj`.
-        experts: int64 `[experts, expert_size]`: neurons of each expert.
+        experts: int64 `[experts, expert_size]`: channels of each expert.
 
     Returns:
         float64 `[tokens, experts]`.

@@ -1,7 +1,7 @@
-"""``optimum-cli export edgemoe``: ``edgemoe export`` where users of optimum look for it.
+"""`optimum-cli export edgemoe`: `edgemoe export` where users of optimum look for it.
 
-``optimum/commands/register/register_edgemoe.py`` names it to optimum's command line. No module
-of edgemoe imports this one, so neither ``edgemoe --help`` nor the runtime loads optimum.
+`optimum/commands/register/register_edgemoe.py` names it to optimum's command line. No module
+of edgemoe imports this one, so neither `edgemoe --help` nor the runtime loads optimum.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAME = "edgemoe"
 
 
 class EdgemoeExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum is untyped
-    """Hands what follows ``optimum-cli export edgemoe`` to the click command of edgemoe.
+    """Hands what follows `optimum-cli export edgemoe` to the click command of edgemoe.
 
     Parsing twice would give two sets of options and of messages: here there is one, of
     :data:`edgemoe.cli.export.export`, and so are the exit statuses.
@@ -42,7 +42,7 @@ class EdgemoeExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]  # opti
         parser.add_argument("arguments", nargs=REMAINDER)
 
     def run(self) -> None:
-        """Run ``edgemoe export``.
+        """Run `edgemoe export`.
 
         Raises:
             SystemExit: Always, with status 0 done, 1 refused or failed, 2 wrongly called.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edgemoe import __version__
 from edgemoe.calibrate.mixture import spread_windows
 from edgemoe.data_provenance import read_digests, write_digests
 from edgemoe.decompose.importance import expert_importance
@@ -19,6 +18,7 @@ from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.factors import EmbeddedSample, Factors
 from edgemoe.plans.layer_plan import BASIS_MULTIPLE
 from edgemoe.plans.options import parse_options
+from edgemoe.versions import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

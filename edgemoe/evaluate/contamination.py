@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.data_provenance import digest_line, read_digests
 from edgemoe.errors import TaskFileError
+from edgemoe_runtime.bundle.names import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -34,7 +35,7 @@ def lines_behind(path: Path, task: str) -> frozenset[int]:
     Returns:
         Their digests; none where edgemoe did not make it, or not from lines.
     """
-    manifest = _read(path / "manifest.json")
+    manifest = _read(path / MANIFEST_FILE)
     if manifest:
         tasks = manifest.get("tasks")
         entries = tasks if isinstance(tasks, dict) else {}

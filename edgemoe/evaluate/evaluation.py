@@ -37,6 +37,8 @@ class Evaluation:
             choices those of the right choice.
         tokens: Tokens that the perplexity covers.
         details: What else was measured.
+        experts_per_token: Experts that scored tokens used per MoE layer, averaged over both;
+            None where that is not known.
         line_losses: Negative log-likelihood per line in nats, for paired comparisons.
         line_tokens: Scored tokens per line.
         line_hits: Per line of choices 1 where the right one is likeliest in total, else 0.
@@ -51,6 +53,7 @@ class Evaluation:
     perplexity: float
     tokens: int
     details: dict[str, Any] = field(default_factory=dict)
+    experts_per_token: float | None = None
     line_losses: tuple[float, ...] = field(default=(), repr=False)
     line_tokens: tuple[int, ...] = field(default=(), repr=False)
     line_hits: tuple[int, ...] = field(default=(), repr=False)

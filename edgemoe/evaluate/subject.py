@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgemoe.errors import CheckpointError
+from edgemoe_runtime.bundle.names import MANIFEST_FILE, TOKENIZER_FILE
 from edgemoe_runtime.decoding.tokenizer import encode_once
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def open_subject(
         edgemoe_runtime.errors.BundleError: The bundle cannot be used, or has no such task.
     """
     path = Path(path)
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST_FILE).is_file():
         with _open_bundle(path, task, k_cap) as opened:
             yield opened
         return
@@ -154,15 +155,15 @@ def _open_bundle(
     from edgemoe.evaluate.requests import PROMPT_TOKENS
     from edgemoe.evaluate.session_scorer import SessionScorer
     from edgemoe_runtime import Session
-    from edgemoe_runtime.bundle.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest_file import load_manifest
 
-    manifest = Manifest.load(path)
+    manifest = load_manifest(path)
     # A single graph answers for any task; of several, the task's own must exist.
     name, _ = manifest.task(None if len(manifest.tasks) == 1 else task)
     max_length = min(manifest.model.max_position_embeddings, PROMPT_TOKENS)
     with Session.open(path, task=name, k_cap=k_cap, max_length=max_length) as session:
         # Opening the session has checked that the file is there and is whole.
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(path / TOKENIZER_FILE))
         tokenizer.no_truncation()
         tokenizer.no_padding()
 

@@ -32,7 +32,7 @@ def width_entries(model: MoeModel, widths: Sequence[int]) -> tuple[dict[str, int
 
     Args:
         model: The model, possibly on the meta device.
-        widths: Intermediate neurons of the experts of each MoE layer.
+        widths: Intermediate channels of the experts of each MoE layer.
 
     Returns:
         Entries to set: the largest width, so that stock transformers refuses narrower layers

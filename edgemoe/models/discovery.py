@@ -45,7 +45,7 @@ class LayerFacts:
         tensors: Everything with one entry per expert, in the experts module and outside.
         counts: Numbers that must follow the number of experts.
         routing: What the router does.
-        width: Intermediate neurons that the configuration gives each expert.
+        width: Intermediate channels that the configuration gives each expert.
     """
 
     index: int

@@ -74,18 +74,18 @@ class ExpertsLayout:
     def pick_neurons(
         self, name: str, tensor: torch.Tensor, neurons: torch.Tensor, width: int
     ) -> torch.Tensor:
-        """Keep some of an expert's intermediate neurons, and pad it with zeros.
+        """Keep some of an expert's intermediate channels, and pad it with zeros.
 
-        A neuron of zeros adds nothing to the output, whatever the activation makes of it.
+        A channel of zeros adds nothing to the output, whatever the activation makes of it.
 
         Args:
             name: One of `names`.
             tensor: One expert's, as the module has it.
             neurons: Which to keep, int64 [kept].
-            width: Neurons of the result, at least as many.
+            width: Intermediate channels of the result, at least as many.
 
         Returns:
-            As the module has it, with `width` neurons.
+            As the module has it, with `width` channels.
         """
         if self.width_axis(name) is None:
             return tensor

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def neuron_outputs(layer: MoeLayer, expert: int) -> torch.Tensor:
-    """Return what each neuron of an expert adds to its output, where the neuron gives 1.
+    """Return what each channel of an expert adds to its output, where the channel gives 1.
 
     Args:
         layer: A layer that is not factored.
@@ -31,7 +31,7 @@ def widened_shapes(layer: MoeLayer, width: int) -> dict[str, tuple[int, ...]]:
 
     Args:
         layer: The layer.
-        width: Intermediate neurons of each expert, in [1, inf).
+        width: Intermediate channels of each expert, in [1, inf).
 
     Returns:
         Shapes by the tensors' names; none where the layer is factored.
@@ -51,7 +51,7 @@ def empty_tensors(layer: MoeLayer, width: int) -> dict[str, torch.Tensor]:
 
     Args:
         layer: A layer that is not factored.
-        width: Intermediate neurons of each expert, in [1, inf).
+        width: Intermediate channels of each expert, in [1, inf).
 
     Returns:
         What `edgemoe.models.layer.MoeLayer.replace` takes; tensors that depend on the
@@ -69,7 +69,7 @@ def entry_size(layer: MoeLayer, spec: ExpertTensor, width: int) -> int:
     Args:
         layer: The layer.
         spec: Which tensor; it holds no ids.
-        width: Intermediate neurons of the expert.
+        width: Intermediate channels of the expert.
 
     Returns:
         Their number.

@@ -44,7 +44,7 @@ class RaggedNote:
         ranks_per_layer: Ranks of each of them; None for a layer that is not factored.
         basis_per_layer: Rank of the bases that the experts of each share; None for a layer
             without.
-        widths_per_layer: Intermediate neurons of the experts of each; None where they have
+        widths_per_layer: Intermediate channels of the experts of each; None where they have
             those that config.json says.
     """
 

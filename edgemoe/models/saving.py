@@ -102,8 +102,8 @@ def save_settings(
             its layers have by default.
         bases: Rank of the bases that each MoE layer's experts share in the weights, None for a
             layer without; those that its layers have by default.
-        widths: Intermediate neurons of the experts of each MoE layer in the weights; those that
-            its layers have by default.
+        widths: Intermediate channels of the experts of each MoE layer in the weights; those
+            that its layers have by default.
     """
     set_expert_counts(model, counts)
     config: Any = model.config

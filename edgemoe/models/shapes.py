@@ -69,7 +69,7 @@ class ModelShape:
             index: Of the decoder layer; of one without experts the model's width.
 
         Returns:
-            Their intermediate neurons.
+            Their intermediate channels.
         """
         found = (layer.intermediate_size for layer in self.layers if layer.layer == index)
         return next(found, None) or self.intermediate_size

@@ -21,7 +21,7 @@ RankPair: TypeAlias = "tuple[int, int]"
 
 # Rows of 16 bytes in the narrowest type that products are computed in.
 BASIS_MULTIPLE = 8
-# The same for an expert's neurons.
+# The same for an expert's channels.
 WIDTH_MULTIPLE = 8
 _EDIT = "Correct the plan, or make it again with `edgemoe prune`."
 
@@ -35,9 +35,9 @@ class MergedExpert:
             as it is.
         weights: Their shares, one each, in [0, inf) with a positive sum; only ratios count.
             None means equal shares.
-        reference: The member that the others' neurons are aligned to; the one with the
+        reference: The member that the others' channels are aligned to; the one with the
             largest share where it is None.
-        neurons: Which intermediate neurons a single member keeps, as
+        neurons: Which intermediate channels a single member keeps, as
             `edgemoe.plans.channels.write_mask` writes them; None keeps all.
     """
 
@@ -202,14 +202,14 @@ class LayerPlan:
         self._check_groups(shape)
 
     def check_widths(self, model: ModelShape, *, shares_bases: bool = False) -> None:
-        """Check neurons and ranks against the experts' widths.
+        """Check channels and ranks against the experts' widths.
 
         Args:
             model: The model.
             shares_bases: Whether ranks are those of bases that all experts share.
 
         Raises:
-            PlanError: Neurons are not those of an expert of that width, a rank is above what a
+            PlanError: Channels are not those of an expert of that width, a rank is above what a
                 matrix of that size can have, or experts that share bases have several.
         """
         hidden, units = model.hidden_size, model.width_of(self.layer)
@@ -282,10 +282,10 @@ def stored_width(experts: Sequence[MergedExpert], size: int) -> int:
 
     Args:
         experts: The layer's planned experts.
-        size: Neurons that its experts have now.
+        size: Intermediate channels that its experts have now.
 
     Returns:
-        The largest number of neurons that an expert keeps, up to the next multiple of
+        The largest number of channels that an expert keeps, up to the next multiple of
         `WIDTH_MULTIPLE`, and never above `size`.
     """
     counts = [size if e.neurons is None else count_mask(e.neurons) for e in experts]

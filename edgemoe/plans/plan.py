@@ -119,7 +119,7 @@ class Plan:
             shape: The model that the plan was validated for.
 
         Returns:
-            Neurons of every expert of the layer, padding included.
+            Intermediate channels of every expert of the layer, padding included.
         """
         return tuple(
             stored_width(layer.experts, shape.width_of(layer.layer)) for layer in self.layers
@@ -139,7 +139,7 @@ class Plan:
 
         Raises:
             PlanError: The plan is about another checkpoint or other layers, keeps fewer
-                experts than top_k, names experts or neurons that do not exist, or has ranks
+                experts than top_k, names experts or channels that do not exist, or has ranks
                 that no matrix of that size can have.
         """
         if None not in (self.checkpoint_sha256, checkpoint_sha256) and (

@@ -1,6 +1,6 @@
-"""camera: the neurons of the highest energy (CAMERA-P, 2025).
+"""camera: the channels of the highest energy (CAMERA-P, 2025).
 
-https://arxiv.org/abs/2508.02322. A micro-expert i is one intermediate neuron of an expert: its
+https://arxiv.org/abs/2508.02322. A micro-expert i is one intermediate channel of an expert: its
 gate row, its up row and its down column w_i. Over the tokens that were routed to the expert,
 phi_i is the router's gate times act(gate) * up, and the micro-expert's energy is ::
 
@@ -50,13 +50,13 @@ def camera(
     tokens: int = 8192,
     widths: str = "equal",
 ) -> tuple[LayerPlan, ...]:
-    """Keep the neurons of the highest energy, layer after layer.
+    """Keep the channels of the highest energy, layer after layer.
 
     Args:
         oracle: The model and the task's tokens.
         statistics: Not used: energies are of the pruned model.
         shape: The model.
-        counts: Neurons to keep of each expert, on average, per MoE layer.
+        counts: Intermediate channels to keep of each expert, on average, per MoE layer.
         seed: Not used: the method has no chance in it.
         alpha: Share of the largest square against the sum of squares, in [0, 1].
         tokens: How many tokens to judge on, in [1, inf).
@@ -66,7 +66,7 @@ def camera(
         One plan per MoE layer; it keeps all experts.
 
     Raises:
-        PlanError: An option is out of range, or the family's neurons cannot be chosen.
+        PlanError: An option is out of range, or the family's channels cannot be chosen.
     """
     del statistics, seed
     check_choice(widths)
@@ -89,14 +89,14 @@ def camera(
 
 @torch.no_grad()
 def energies(view: LayerView, alpha: float) -> NDArray[np.float64]:
-    """Compute the energy of every neuron of a layer.
+    """Compute the energy of every channel of a layer.
 
     Args:
         view: The layer.
         alpha: As in `camera`.
 
     Returns:
-        float64 [experts, neurons]; 0 for those of an expert that no token reached.
+        float64 [experts, channels]; 0 for those of an expert that no token reached.
     """
     layer, routing = view.layer, view.routing
     found = np.zeros((layer.num_experts, layer.intermediate_size))

@@ -6,7 +6,6 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgemoe import __version__
 from edgemoe.calibrate.mixture import mix
 from edgemoe.data_provenance import write_digests
 from edgemoe.errors import PlanError
@@ -27,6 +26,7 @@ from edgemoe.prune.seer import seer
 from edgemoe.prune.selection import keep_by_score
 from edgemoe.prune.uncurl import uncurl
 from edgemoe.prune.widths import check_widths, count_widths
+from edgemoe.versions import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -57,8 +57,8 @@ class Method:
             `edgemoe.oracle.oracle.LayerOracle.map`, so that workers can answer.
         shares_out: Whether it decides itself how many experts each layer keeps; only their sum
             counts then.
-        picks_neurons: Whether it keeps all experts and chooses their neurons; counts are
-            neurons of each expert then.
+        picks_neurons: Whether it keeps all experts and chooses their channels; counts are
+            channels of each expert then.
     """
 
     decide: Callable[..., tuple[LayerPlan, ...]]
@@ -206,10 +206,10 @@ def count_for(method: str, shape: ModelShape, keep: float) -> tuple[int, ...]:
     Args:
         method: One of `METHODS`.
         shape: The model.
-        keep: Fraction of each layer's experts, or of all neurons, in (0, 1].
+        keep: Fraction of each layer's experts, or of all channels, in (0, 1].
 
     Returns:
-        Experts to keep, or neurons of each expert, one number per MoE layer.
+        Experts to keep, or channels of each expert, one number per MoE layer.
 
     Raises:
         PlanError: There is no such method, or the model cannot keep that fraction.
@@ -236,7 +236,7 @@ def make_plan(
         task: The task to decide for, or several with their weights.
         method: One of `METHODS`.
         counts: Experts to keep per MoE layer, as `edgemoe.prune.keep.count_kept` gives,
-            or neurons of each expert, as `edgemoe.prune.widths.count_widths` gives.
+            or channels of each expert, as `edgemoe.prune.widths.count_widths` gives.
         seed: Seed of the methods that draw, in [0, inf).
         options: The method's options by name, and those of
             `edgemoe.prune.owl.LAYER_OPTIONS`.

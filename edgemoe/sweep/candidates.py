@@ -27,9 +27,9 @@ class Cut:
     Attributes:
         task: The task that chooses the experts.
         method: How; a name as `edgemoe.sweep.request.read_methods` gives it.
-        keep: Fraction of each layer's experts, or of all neurons, to keep, (0, 1].
+        keep: Fraction of each layer's experts, or of all channels, to keep, (0, 1].
         seed: Seed of the method.
-        counts: Experts to keep per MoE layer, or neurons of each expert.
+        counts: Experts to keep per MoE layer, or channels of each expert.
         options: The method's options.
     """
 
@@ -136,6 +136,6 @@ def hash_decision(plan: Plan) -> str:
 
     Returns:
         SHA-256 in hexadecimal: equal for plans that keep and merge the same experts
-        and neurons.
+        and channels.
     """
     return Plan(method="", layers=plan.layers, factors=plan.factors).sha256

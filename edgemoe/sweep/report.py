@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe import __version__
 from edgemoe.prune.registry import fill_options, find_method
 from edgemoe.recover.registry import find_method as find_recovery
 from edgemoe.sweep.outcome import PLANS
@@ -16,7 +15,7 @@ from edgemoe.sweep.plot import write_plot
 from edgemoe.sweep.report_text import UNPRUNED, list_columns, tell_threshold
 from edgemoe.sweep.request import method_of
 from edgemoe.sweep.sweep_dir import CALIBRATION, HELD_OUT, STATISTICS
-from edgemoe.versions import library_versions
+from edgemoe.versions import __version__, library_versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.errors import SweepError, TaskFileError
+from edgemoe.errors import SweepError
 from edgemoe.prune.owl import LAYER_OPTIONS, OWL, UNIFORM
 from edgemoe.prune.registry import find_method, read_options
 from edgemoe.staging import recover, refuse_existing, refuse_inputs_inside
-from edgemoe.tasks import split_task_argument
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -102,28 +101,6 @@ class SweepRequest:
         refuse_existing(self.output, force=self.force, directory=True)
         inputs = (self.model, *self.tasks.values(), *self.held_out.values())
         refuse_inputs_inside(self.output, *inputs)
-
-
-def read_paths(arguments: Sequence[str]) -> dict[str, Path]:
-    """Read `NAME=FILE` arguments.
-
-    Args:
-        arguments: The command line's, in order.
-
-    Returns:
-        Paths by name.
-
-    Raises:
-        TaskFileError: An argument is not `NAME=FILE`, or a name comes twice.
-    """
-    pairs = [split_task_argument(argument) for argument in arguments]
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise TaskFileError(
-                f"task names must differ, got {name!r} twice. Rename one of them."
-            )
-    return dict(pairs)
 
 
 def read_methods(

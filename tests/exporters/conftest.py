@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from edgemoe_exporters.lowering.quantize import Quantized
+
+    Array = np.ndarray[Any, Any]
+
 _COMMON = {
     "vocab_size": 199,
     "hidden_size": 64,
@@ -187,3 +191,28 @@ def tasks(
         "low": write_task(folder / "low.jsonl", 3, 40),
         "high": write_task(folder / "high.jsonl", 50, 90),
     }
+
+
+@pytest.fixture(scope="session")
+def dequantize_blocks() -> Callable[[Quantized, int], Array]:
+    """A function that undoes `quantize_blocks`: float32 `[..., rows, columns]`."""
+
+    def unpack(packed: Array, bits: int) -> Array:
+        if bits == 8:
+            return packed
+        pairs = np.stack([packed & 15, packed >> 4], axis=-1)
+        return pairs.reshape(*packed.shape[:-1], -1)
+
+    def dequantize(quantized: Quantized, bits: int) -> Array:
+        levels = unpack(quantized.packed, bits).astype(np.float32)
+        scales = quantized.scales
+        blocks = levels.reshape(*scales.shape, -1)
+        if quantized.zero_points is None:
+            zeros = np.full(scales.shape, 1 << (bits - 1), dtype=np.float32)
+        else:
+            zeros = unpack(quantized.zero_points, bits)[..., : scales.shape[-1]]
+            zeros = zeros.astype(np.float32)
+        values: Array = (blocks - zeros[..., None]) * scales[..., None]
+        return values.reshape(levels.shape)
+
+    return dequantize

@@ -15,8 +15,8 @@ from edgemoe.models.layer_width import entry_size
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.prune.registry import find_method
 from edgemoe_exporters.bundle.expert_layout import ExpertKey, StackLayout, lay_out
+from edgemoe_exporters.graph.metadata import EXPERT_AXIS
 from edgemoe_exporters.lowering.k_policy import bind_policy
-from edgemoe_exporters.tracing.trace import EXPERT_AXIS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.shapes import ModelShape
     from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
-    from edgemoe_runtime.bundle.manifest_parts import ExpertGroup
+    from edgemoe_runtime.bundle.task_entry import ExpertGroup
 
 
 def refuse_factors(name: str, plan: Plan) -> None:

@@ -15,7 +15,6 @@ The same graphs give the same bytes: nothing here depends on time, place or mach
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 import sys
 from typing import TYPE_CHECKING
@@ -28,8 +27,21 @@ from edgemoe.progress import track
 from edgemoe_exporters.bundle.hf_config import write_config
 from edgemoe_exporters.bundle.journal import Contents, WeightJournal
 from edgemoe_exporters.bundle.weight_store import ALIGNMENT_BYTES, Extent, Places, WeightSpool
-from edgemoe_exporters.graph.lazy_weights import SAME_BYTES
-from edgemoe_runtime.bundle.manifest_parts import FileEntry, SizeReport, TensorSpec
+from edgemoe_exporters.graph.metadata import (
+    KEY_PREFIX,
+    SAME_BYTES,
+    SETS_SHAPES,
+    stacked_layer,
+)
+from edgemoe_runtime.bundle.file_entry import FileEntry, SizeReport
+from edgemoe_runtime.bundle.graph_spec import TensorSpec
+from edgemoe_runtime.bundle.names import (
+    MANIFEST_FILE,
+    RESERVED_TASK_NAME,
+    SHARED_WEIGHTS_FILE,
+    TASK_NAME_RULE,
+    is_task_name,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,13 +50,7 @@ if TYPE_CHECKING:
 
     from edgemoe_exporters.bundle.expert_layout import StackLayout
 
-UNNAMED_TASK = "model"
-EXPERT_AXIS_KEY = "edgemoe.expert_axis"
-# Of a graph input: shapes inside the graph follow its values.
-SETS_SHAPES_KEY = "edgemoe.sets_shapes"
-LAYER_KEY = "edgemoe.layer"
 _INLINE_BYTES = 1024  # shape arithmetic must stay inline: engines read it while they parse
-_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -163,7 +169,7 @@ class BundleWriter:
             total_bytes=sum(
                 path.stat().st_size for path in self._directory.rglob("*") if path.is_file()
             ),
-            shared_bytes=places.sizes.get("shared.onnx.data", 0),
+            shared_bytes=places.sizes.get(SHARED_WEIGHTS_FILE, 0),
             task_bytes=own,
         )
 
@@ -172,7 +178,7 @@ class BundleWriter:
         contents = self._journal.recall(task, name)
         data = None if contents is not None else _bytes_of(tensor)
         length = tensor.nbytes
-        layer = _stacked_layer(value, tensor)
+        layer = stacked_layer({**tensor.metadata_props, **value.metadata_props})
         layout = None if layer is None else self._layouts.get(layer)
         is_stack, parts = False, 1
         if layout is not None:
@@ -222,10 +228,10 @@ def check_task_names(tasks: Sequence[str]) -> None:
         ExportError: One breaks the rule.
     """
     for task in tasks:
-        if _TASK_NAME.fullmatch(task) is None or ".." in task or task == "shared":
+        if not is_task_name(task) or task == RESERVED_TASK_NAME:
             raise ExportError(
-                "a task's name must be 1 to 64 letters, digits, '.', '_' or '-', and not "
-                f"'shared', got {task!r}. Rename it in --task NAME=FILE."
+                f"a task's name must be {TASK_NAME_RULE}, and not "
+                f"'{RESERVED_TASK_NAME}', got {task!r}. Rename it in --task NAME=FILE."
             )
     if not tasks or len({task.lower() for task in tasks}) != len(tasks):
         raise ExportError(
@@ -269,7 +275,7 @@ def list_files(directory: Path) -> dict[str, FileEntry]:
     entries = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and name != "manifest.json":
+        if path.is_file() and name != MANIFEST_FILE:
             digest = hashlib.sha256()
             with path.open("rb") as file:
                 while chunk := file.read(_HASH_BYTES):
@@ -307,7 +313,7 @@ def tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
                 name=str(value.name),
                 dtype=dtype,
                 shape=shape,
-                sets_shapes=SETS_SHAPES_KEY in value.metadata_props,
+                sets_shapes=SETS_SHAPES in value.metadata_props,
             )
         )
     return tuple(specs)
@@ -350,13 +356,6 @@ def _is_large(tensor: ir.TensorProtocol) -> bool:
     return tensor.dtype != ir.DataType.STRING and tensor.nbytes >= _INLINE_BYTES
 
 
-def _stacked_layer(value: ir.Value, tensor: ir.TensorProtocol) -> int | None:
-    for properties in (value.metadata_props, tensor.metadata_props):
-        if properties.get(EXPERT_AXIS_KEY) == "0" and LAYER_KEY in properties:
-            return int(properties[LAYER_KEY])
-    return None
-
-
 def _point(
     value: ir.Value, tensor: ir.TensorProtocol, file: str, offset: int, length: int
 ) -> None:
@@ -383,5 +382,5 @@ def _strip_origins(model: ir.Model) -> None:
             values.extend(node.outputs)
         for value in values:
             value.doc_string = None
-            for key in [key for key in value.metadata_props if not key.startswith("edgemoe.")]:
+            for key in [key for key in value.metadata_props if not key.startswith(KEY_PREFIX)]:
                 del value.metadata_props[key]

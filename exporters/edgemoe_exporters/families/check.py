@@ -27,6 +27,7 @@ from edgemoe_exporters.compiler.compile import compile_bundle
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
 from edgemoe_exporters.tracing.prepare.model import check_exportable
+from edgemoe_runtime.bundle.names import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -184,7 +185,7 @@ class _Trial:
         for file in sorted(report.output.iterdir()):
             # The manifest says how the graph was compared.
             other = self.folder / "cpu-fp32" / file.name
-            if file.name != "manifest.json" and file.read_bytes() != other.read_bytes():
+            if file.name != MANIFEST_FILE and file.read_bytes() != other.read_bytes():
                 raise EdgemoeError(f"{file.name} must have the same bytes, got others.")
         return "yes" if report.streamed else "loaded whole"
 

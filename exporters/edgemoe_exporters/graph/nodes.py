@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 import torch
 
-from edgemoe.errors import ExportError
 from edgemoe.models.activation import Activation
 from edgemoe.models.experts import ExpertsLayout
 from edgemoe.models.router_rule import RouterRule, Scoring
+from edgemoe_exporters.graph.editor import required
 from edgemoe_exporters.graph.initializers import weight_of
 from edgemoe_exporters.graph.lazy_weights import Deferred
 
@@ -115,17 +115,6 @@ def activation_of(node: ir.Node) -> Activation:
     )
 
 
-def present(value: ir.Value | None) -> ir.Value:
-    """Return an input that its op demands.
-
-    Raises:
-        ExportError: It is absent.
-    """
-    if value is None:
-        raise ExportError("a traced node must have all its inputs, got none. Trace again.")
-    return value
-
-
 @dataclass(frozen=True)
 class ExpertsNode:
     """An Experts node.
@@ -160,11 +149,11 @@ class ExpertsNode:
         attributes = node.attributes
         gated = bool(attributes["gated"].as_int())
         return cls(
-            hidden=present(hidden),
-            indices=present(indices),
-            weights=present(weights),
-            gate_up=present(gate_up),
-            down=present(down),
+            hidden=required(hidden),
+            indices=required(indices),
+            weights=required(weights),
+            gate_up=required(gate_up),
+            down=required(down),
             gate_up_bias=first,
             down_bias=second,
             layout=ExpertsLayout(

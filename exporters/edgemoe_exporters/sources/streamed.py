@@ -136,7 +136,7 @@ class StreamedTask:
             for layer in streamed.moe.layers
             if not _is_unchanged(layer, experts[layer.index])
         }
-        self._latest: Latest[dict[str, torch.Tensor]] = Latest()
+        self._latest = Latest()
 
     def bind(self, traced: ir.Model) -> ir.Model:
         """Give a graph this task's weights; they are read when they are written."""

@@ -20,7 +20,8 @@ from edgemoe.evaluate.requests import build_questions
 from edgemoe_exporters.validation.margins import WatchingScorer, answers_of_choices, find_margin
 from edgemoe_exporters.validation.quality_gate import ROUNDING
 from edgemoe_runtime.adaptive_k.rung_cost import time_rungs
-from edgemoe_runtime.bundle.manifest_ladder import KRung, RungQuality
+from edgemoe_runtime.bundle.k_ladder import KRung, RungQuality
+from edgemoe_runtime.bundle.manifest_file import save_manifest
 from edgemoe_runtime.opening import open_task
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from edgemoe_exporters.validation.graph_calls import Runner
     from edgemoe_exporters.validation.margins import Answers
     from edgemoe_runtime.bundle.manifest import Manifest
-    from edgemoe_runtime.bundle.manifest_parts import TaskEntry
+    from edgemoe_runtime.bundle.task_entry import TaskEntry
 
 DEFAULT_FLOOR = 0.1
 """Most that the last rung may lose against the first where there is no ``--max-drop``."""
@@ -192,7 +193,7 @@ def time_ladders(staged: Path, manifest: Manifest, say: Callable[[str], None]) -
     Returns:
         The manifest with costs, without rungs that another one beats in both.
     """
-    manifest.save(staged)
+    save_manifest(manifest, staged)
     tasks: dict[str, TaskEntry] = {}
     for name, entry in manifest.tasks.items():
         tasks[name] = entry

@@ -15,7 +15,7 @@ import numpy as np
 from edgemoe_runtime.backends.base import CacheMark
 from edgemoe_runtime.backends.cuda_memory import CudaRuntime
 from edgemoe_runtime.bundle.engine_cache import find_engine
-from edgemoe_runtime.bundle.manifest_parts import EXPERTS_USED
+from edgemoe_runtime.bundle.names import EXPERTS_USED
 from edgemoe_runtime.errors import BackendError, BackendUnavailableError
 
 if TYPE_CHECKING:

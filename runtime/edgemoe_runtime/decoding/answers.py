@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemoe_runtime.adaptive_k.adaptation import KMove
-    from edgemoe_runtime.backends.chain import Fallback
+    from edgemoe_runtime.fallback import Fallback
     from edgemoe_runtime.json_fields import Json
 
 

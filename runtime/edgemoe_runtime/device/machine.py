@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe_runtime.backends.onnxruntime import CPU, CUDA, MINIMUM_VERSION
 from edgemoe_runtime.device.gpu import compute_capability
 from edgemoe_runtime.device.jetson import Jetson, detect_jetson
 from edgemoe_runtime.device.sensors import Sensors, read_sensors
+from edgemoe_runtime.execution_providers import CPU, CUDA, MINIMUM_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from edgemoe.cli import main
 from edgemoe_runtime import Limits, Session
 from edgemoe_runtime.adaptive_k import rung_cost
-from edgemoe_runtime.bundle.manifest import Manifest
-from edgemoe_runtime.bundle.manifest_ladder import KRung, RungCost, RungQuality
+from edgemoe_runtime.bundle.k_ladder import KRung, RungCost, RungQuality
+from edgemoe_runtime.bundle.manifest_file import load_manifest, save_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,10 +35,10 @@ LOW = KRung(
 
 
 def with_ladder(folder: Path, *rungs: KRung, **more: Any) -> Path:
-    manifest = Manifest.load(folder)
+    manifest = load_manifest(folder)
     entry = replace(manifest.tasks["model"], k_ladder=rungs or None, **more)
-    replace(manifest, tasks={"model": entry}).save(folder)
-    assert Manifest.load(folder).tasks["model"] == entry
+    save_manifest(replace(manifest, tasks={"model": entry}), folder)
+    assert load_manifest(folder).tasks["model"] == entry
     return folder
 
 
@@ -212,18 +212,18 @@ def test_an_answer_is_in_doubt_if_any_of_it_ran_on_a_lower_rung(
         expected = session.generate("It hums", max_new_tokens=20).tokens
     state = hot / "sys/class/thermal/cooling_device0/cur_state"
     with Session.open(folder, sensors_root=hot, limits=limits) as session:
-        pace = session._service.pace
+        controller = session._service.state.controller
         # It cools down in the middle of the answer, and is read with every token.
-        read, reads = pace._pacing.read, iter(range(1000))
+        read, reads = controller._config.read, iter(range(1000))
         assert read is not None
 
         def cool() -> Any:
-            pace._read_at = None
+            controller._read_at = None
             if next(reads) == 8:
                 state.write_text("0\n")
             return read()
 
-        pace._pacing = replace(pace._pacing, read=cool)
+        controller._config = replace(controller._config, read=cool)
         answer = session.generate("It hums", max_new_tokens=20)
     assert [f.kind for f in answer.fallbacks] == ["confidence"]
     assert answer.fallbacks[0].backend == "low"
@@ -240,7 +240,9 @@ def test_a_second_answer_that_would_be_late_is_given_up(
     with Session.open(folder, deadline_ms=60_000, sensors_root=hot) as session:
         # There is time for the prompt and as many tokens, as it seems, and then there is none.
         answers = iter([True, True, True, False])
-        monkeypatch.setattr(session._service.pace, "full_fits", lambda *_: next(answers))
+        monkeypatch.setattr(
+            session._service.state.controller, "full_k_fits", lambda *_: next(answers)
+        )
         answer = session.generate("It hums", max_new_tokens=6)
         assert session.explain().asked_again == 0
     assert (answer.tokens, answer.text) == (expected.tokens, expected.text)

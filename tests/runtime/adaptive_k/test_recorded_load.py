@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from edgemoe_runtime.adaptive_k.controller import ControlState, Signals, decide
+from edgemoe_runtime.adaptive_k.decision import ControlState, Signals, decide
 from edgemoe_runtime.adaptive_k.limits import Limits
 
 TRACE = Path(__file__).parent / "traces" / "two_busy_processes.csv"

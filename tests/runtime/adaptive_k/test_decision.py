@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe_runtime.adaptive_k.controller import ControlState, Move, Signals, decide
+from edgemoe_runtime.adaptive_k.decision import ControlState, Move, Signals, decide
 from edgemoe_runtime.adaptive_k.limits import Limits
 from edgemoe_runtime.device.sensors import Sensors, ThermalZone
 from edgemoe_runtime.errors import RequestError
@@ -151,7 +151,10 @@ def test_no_rung_is_kept_that_was_late_too_often(
 ) -> None:
     seen = units[-100:]
     state = ControlState(
-        rung=rung, unit_ms=tuple(seen), rungs=(rung,) * len(seen), fresh=len(units)
+        rung=rung,
+        full_k_ms=tuple(seen),
+        rungs=(rung,) * len(seen),
+        tokens_since_move=len(units),
     )
     limits = Limits(in_time=share)
     after, _ = decide(state, Signals(seconds=1.0, each_ms=each), COSTS, limits)
@@ -225,15 +228,15 @@ def test_who_answers_once_a_minute_does_not_wait_a_minute_for_each_rung() -> Non
     state = ControlState()
     for second in range(10):
         state, _ = decide(state, Signals(seconds=second, sensors=hot), COSTS, Limits())
-    assert state.pressed == len(COSTS) - 1
+    assert state.pressure == len(COSTS) - 1
     state, _ = decide(state, Signals(seconds=70.0, sensors=NOTHING), COSTS, Limits())
-    assert state.pressed == 0
-    assert state.troubles == ()
+    assert state.pressure == 0
+    assert state.alerts == ()
 
 
 def test_patience_ends_when_climbing_was_not_too_early() -> None:
     costs, limits = (1.0, 0.5), Limits()
-    state, at = ControlState(patience=4.0), 0.0
+    state, at = ControlState(backoff=4.0), 0.0
     # Slow for a while, well for long, slow again: nothing was too early.
     for unit, seconds in [(30.0, 20), (10.0, 120)] * 3:
         end = at + seconds
@@ -242,15 +245,15 @@ def test_patience_ends_when_climbing_was_not_too_early() -> None:
             at += took / 1000
             signals = Signals(seconds=at, token_ms=(took,), allowed_ms=20.0)
             state, _ = decide(state, signals, costs, limits)
-    assert state.patience == 1.0
+    assert state.backoff == 1.0
 
 
 def test_what_no_rung_can_do_is_told() -> None:
     run = simulate(lambda _: 40.0, 5, 10.0)
-    assert run.state.impossible
+    assert run.state.infeasible
     assert run.state.rung == len(COSTS) - 1
     assert run.moves[-1].reason == "no rung is fast enough for the deadline"
-    assert not simulate(lambda _: 10.0, 5, 12.0).state.impossible
+    assert not simulate(lambda _: 10.0, 5, 12.0).state.infeasible
 
 
 def hot_machine(ambient: Callable[[float], float]) -> Any:

@@ -117,7 +117,7 @@ class KRung:
         fields = value.fields("name", "k_cap", *measured)
         return cls(
             name=fields["name"].text(),
-            k_cap=tuple(item.integer(1) for item in fields["k_cap"].items()),
+            k_cap=fields["k_cap"].integers(1),
             quality=RungQuality.read(fields["quality"]) if "quality" in fields else None,
             cost=RungCost.read(fields["cost"]) if "cost" in fields else None,
         )
