@@ -14,6 +14,7 @@ from edgemoe_exporters.validation.quality_gate import split_task
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe_exporters.request import ExportRequest
 
 
@@ -36,11 +37,12 @@ class TaskData:
     remarks: tuple[str, ...]
 
     @classmethod
-    def load(cls, request: ExportRequest) -> TaskData:
+    def load(cls, request: ExportRequest, checkpoint: Checkpoint) -> TaskData:
         """Read the files.
 
         Args:
             request: The request, which was checked.
+            checkpoint: What it exports.
 
         Returns:
             What they hold.
@@ -56,7 +58,7 @@ class TaskData:
             name: splits[name][1] if name in splits else file for name, file in files.items()
         }
         # What earlier compression of the checkpoint read must not judge it either.
-        before = lines_behind(request.model, "")
+        before = lines_behind(request.model, "", checkpoint.read)
         remarks = []
         for name, file in judged.items():
             chosen_on = plans[name].calibration_lines if name in plans else None
