@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgemoe.api.arguments import Options, StrPath
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.layerwise.provider import LayerProvider
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.remote import Crew
     from edgemoe.parallel.workers import Place
@@ -110,8 +111,7 @@ def prune(
     extras = ("export", *extras_of(ray))
     with running(*extras, threads=threads, on_progress=on_progress):
         from edgemoe.apply.checks import refuse_changes
-        from edgemoe.models.checkpoint import read_structure
-        from edgemoe.models.fingerprint import fingerprint_checkpoint
+        from edgemoe.models.checkpoint import Checkpoint
         from edgemoe.oracle.oracle import LayerOracle
         from edgemoe.prune.registry import find_method, make_plan, read_options
         from edgemoe.staging import refuse_existing, refuse_inputs_inside
@@ -128,10 +128,11 @@ def prune(
                 f"--workers and --ray cannot be used with {method}, which decides in one "
                 "process."
             )
-        structure = read_structure(path)
+        checkpoint = Checkpoint(path)
+        structure = checkpoint.structure
         refuse_changes(structure)
         counts = _counts(method, structure.shape, keep, asked)
-        measured = load_statistics(statistics, path, fingerprint_checkpoint(path), "pruned")
+        measured = load_statistics(statistics, path, checkpoint.sha256, "pruned")
         with contextlib.ExitStack() as stack:
             place = choose_place(workers, ray)
             crew = stack.enter_context(_open_crew(place, path, threads)) if spread else None
@@ -142,7 +143,7 @@ def prune(
                 counts,
                 seed=seed,
                 options=chosen,
-                open_oracle=lambda windows: LayerOracle(_open(path, crew), windows, crew),
+                open_oracle=lambda windows: LayerOracle(_open(checkpoint, crew), windows, crew),
             )
         if target is not None:
             plan.save(target, force=force)
@@ -180,7 +181,7 @@ def _counts(
     return count_kept(shape, keep_experts=asked)
 
 
-def _open(model: Path, crew: Crew | None) -> LayerProvider:
+def _open(model: Checkpoint, crew: Crew | None) -> LayerProvider:
     """Open the model for a method that runs its layers."""
     from edgemoe.layerwise.provider import StreamedLayers, open_layers
     from edgemoe.models.opening import open_streamed
