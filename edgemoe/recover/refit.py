@@ -39,14 +39,16 @@ if TYPE_CHECKING:
     from edgemoe.models.layer import MoeLayer
     from edgemoe.recover.samples import TaskSamples
     from edgemoe.recover.state import TrainingState
-    from edgemoe.recover.trainer import Lesson
+    from edgemoe.recover.trainer import TrainingTask
 
 
-def refit(lesson: Lesson, state: TrainingState, *, checkpoint_seconds: float) -> float | None:
+def refit(
+    training_task: TrainingTask, state: TrainingState, *, checkpoint_seconds: float
+) -> float | None:
     """Change every MoE layer, from where the state is.
 
     Args:
-        lesson: What to change, and on what.
+        training_task: What to change, and on what.
         state: Where the work is; at the end its progress says ``ended``.
         checkpoint_seconds: How long a run may lose when it is killed.
 
@@ -60,7 +62,7 @@ def refit(lesson: Lesson, state: TrainingState, *, checkpoint_seconds: float) ->
     if "ended" in state.progress:
         return None
     first, begun = int(state.progress["step"]), time.monotonic()
-    _Refit(lesson, state, checkpoint_seconds).finish()
+    _Refit(training_task, state, checkpoint_seconds).finish()
     return (time.monotonic() - begun) / (int(state.progress["step"]) - first)
 
 
@@ -104,18 +106,23 @@ _ONE = 1e-3
 class _Refit:
     """One run, possibly over what an earlier one reached."""
 
-    def __init__(self, lesson: Lesson, state: TrainingState, seconds: float) -> None:
-        assert lesson.teacher is not None
-        self._lesson, self._state, self._seconds = lesson, state, seconds
-        self._rows = _Rows.of(lesson.tasks)
-        self._student = LayerOracle(InMemoryLayers(lesson.student), self._rows.windows)
-        self._teacher = find_layers(lesson.teacher)[:2]
+    def __init__(
+        self, training_task: TrainingTask, state: TrainingState, seconds: float
+    ) -> None:
+        assert training_task.teacher is not None
+        self._task, self._state, self._seconds = training_task, state, seconds
+        self._rows = _Rows.of(training_task.tasks)
+        self._student = LayerOracle(InMemoryLayers(training_task.student), self._rows.windows)
+        self._teacher = find_layers(training_task.teacher)[:2]
         ours = len(self._student.provider.layers)
-        sizes = (lesson.teacher.config.get_text_config().hidden_size, len(self._teacher[1]))
-        if sizes != (lesson.student.shape.hidden_size, ours):
+        sizes = (
+            training_task.teacher.config.get_text_config().hidden_size,
+            len(self._teacher[1]),
+        )
+        if sizes != (training_task.student.shape.hidden_size, ours):
             raise RecoveryError(
                 "a teacher of least-squares must have the model's hidden size "
-                f"{lesson.student.shape.hidden_size} and its {ours} decoder layers, got "
+                f"{training_task.student.shape.hidden_size} and its {ours} decoder layers, got "
                 f"{sizes[0]} and {sizes[1]}. Give the checkpoint that the model was compressed "
                 "from."
             )
@@ -123,7 +130,7 @@ class _Refit:
     def finish(self) -> None:
         """Visit all decoder layers that are left."""
         progress: dict[str, Any] = {"changed": [], **self._state.progress}
-        layers = {layer.index: layer for layer in self._lesson.student.layers}
+        layers = {layer.index: layer for layer in self._task.student.layers}
         first, end = int(progress.get("decoder_layers", 0)), max(layers) + 1
         for index in progress["changed"]:
             self._put_back(layers[index])
@@ -148,7 +155,7 @@ class _Refit:
                 advance()
         progress["ended"] = "all layers"
         if progress["changed"]:
-            parameters = self._lesson.training.parameters
+            parameters = self._task.training.parameters
             progress["best_step"] = len(progress["changed"])
             progress["best_file"] = self._state.save_best(progress["step"], parameters)
         self._state.save(progress)
@@ -254,7 +261,7 @@ class _Refit:
         if not done:
             return [None] * len(self._rows.windows)
         kept = LayerOutputs.reopen(self._state.work.path / f"stream{number}-{done:05}")
-        device = self._lesson.model.device
+        device = self._task.model.device
         return [map_tensors(outputs, lambda tensor: tensor.to(device)) for outputs in kept]
 
 

@@ -85,7 +85,7 @@ def kept_here(
         Experts and their width per MoE layer.
     """
     experts, widths = shape.experts_per_layer, shape.widths_per_layer
-    if counts and find_method(method).picks_neurons:
+    if counts and find_method(method).prunes_width:
         widths = tuple(counts)
     elif counts:
         experts = tuple(counts)

@@ -11,7 +11,7 @@ import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 from transformers import GenerationConfig
 
-from edgemoe.apply.checks import check_neurons, refuse_k_policy
+from edgemoe.apply.checks import check_width_pruning, refuse_k_policy
 from edgemoe.apply.expert_tensors import expert_tensors
 from edgemoe.calibrate.streamed import collect_streamed
 from edgemoe.errors import ExportError
@@ -100,7 +100,7 @@ class StreamedSource:
     ) -> Iterator[StreamedTask]:
         """Give the model the experts of one task."""
         plan.validate(self.moe.shape)
-        check_neurons(plan, self.moe)
+        check_width_pruning(plan, self.moe)
         experts = {
             layer.index: order_experts(layer_plan, layouts.get(layer.index), task)
             for layer, layer_plan in zip(self.moe.layers, plan.layers, strict=True)

@@ -161,7 +161,7 @@ def test_the_padding_of_blocks_is_that_of_a_wider_checkpoint(
         for name in layout.names:
             full = f"{layer.facts.experts}.{name}"
             rows = [
-                layout.pick_neurons(name, one, torch.arange(size), -(-size // 32) * 32)
+                layout.keep_channels(name, one, torch.arange(size), -(-size // 32) * 32)
                 for one in tensors[full]
             ]
             tensors[full] = torch.stack(rows)
