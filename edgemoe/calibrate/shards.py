@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe.calibrate.statistics import Statistics, merge
-from edgemoe.calibrate.streamed import calibrate_streamed, layers_done, work_key
+from edgemoe.calibrate.streamed import calibrate_streamed, calibration_key
 from edgemoe.calibrate.windows import SEQUENCE_LENGTH, Windows, cut_tasks
-from edgemoe.models.checkpoint import load_tokenizer
+from edgemoe.layerwise.finished_layers import layers_done
+from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.device import device_here
-from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.opening import open_streamed
 from edgemoe.parallel.agreement import check_agreement, threads_of
 from edgemoe.parallel.opening import open_workers
 from edgemoe.parallel.workers import JobProgress
-from edgemoe.resume import resumable, wait_until_free
+from edgemoe.resume import WorkDirectory, partial_path, resumable, wait_until_free
 from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:
@@ -101,18 +101,19 @@ def calibrate_in_shards(
         OutputError: The output exists, or the disk refuses.
     """
     path, output = path.resolve(), output.resolve()
-    streamed = open_streamed(path)
+    checkpoint = Checkpoint(path)
+    streamed = open_streamed(checkpoint)
     windows = cut_tasks(
         streamed.moe,
         tasks,
-        load_tokenizer(path),
+        checkpoint.tokenizer,
         max_tokens=max_tokens,
         sequence_length=sequence_length,
     )
     with open_workers(executor) as workers:
         count = count_shards(windows, workers.count)
         options = [max_tokens, windows.sequence_length, device, threads, count]
-        key = work_key(path, tasks, options, FileHashes(path)) | {"command": "calibrate shards"}
+        key = calibration_key("calibrate shards", checkpoint, tasks, options)
         with resumable(output, key, _KEPT, force=force) as work:
             outputs = [work.path / f"shard-{index:05}" for index in range(count)]
             jobs = [
@@ -134,7 +135,7 @@ def calibrate_in_shards(
 
             def count_layers() -> int:
                 done = sum(
-                    depth if file.exists() else min(layers_done(file), depth)
+                    depth if file.exists() else layers_done(WorkDirectory(partial_path(file)))
                     for file in outputs
                 )
                 if done and work.read(_KEPT) is None:

@@ -82,11 +82,12 @@ class RaggedNote:
         (path / FILE_NAME).write_text(text, encoding="utf-8")
 
 
-def read_ragged_note(path: Path) -> RaggedNote | None:
+def read_ragged_note(path: Path, content: bytes | None = None) -> RaggedNote | None:
     """Read `edgemoe.json`, where a checkpoint has one.
 
     Args:
         path: Checkpoint directory.
+        content: What the file holds, where that was read already.
 
     Returns:
         What it says; None for a plain checkpoint.
@@ -95,9 +96,20 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
         CheckpointError: The file breaks the format.
     """
     file = path / FILE_NAME
-    if not file.exists():
+    if content is None and not file.exists():
         return None
-    content = read_json_object(file)
+    note = _parse(file, read_json_object(file, content))
+    pairs = zip(note.ranks_per_layer or (), note.basis_per_layer or (), strict=False)
+    both = [index for index, pair in enumerate(pairs) if None not in pair]
+    if both:
+        raise CheckpointError(
+            f"{file}: a layer must be factored or share bases, got both for MoE layer "
+            f"{both[0]}. Apply the plan again."
+        )
+    return note
+
+
+def _parse(file: Path, content: dict[str, Any]) -> RaggedNote:
     if content.get("format") != _FORMAT or content.get("version") != _VERSION:
         raise CheckpointError(
             f"{file} must be {_FORMAT} version {_VERSION}, got {content.get('format')!r} "
@@ -112,7 +124,7 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
             f"{file} must have no other keys, got {sorted(unknown)}. Remove them."
         )
     provenance = content.get("provenance")
-    note = RaggedNote(
+    return RaggedNote(
         moe_layers=_counts(file, content, "moe_layers", least=0),
         experts_per_layer=_counts(file, content, "experts_per_layer", least=1),
         provenance=provenance if isinstance(provenance, dict) else {},
@@ -120,14 +132,6 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
         basis_per_layer=_bases(file, content),
         widths_per_layer=_widths(file, content),
     )
-    pairs = zip(note.ranks_per_layer or (), note.basis_per_layer or (), strict=False)
-    both = [index for index, pair in enumerate(pairs) if None not in pair]
-    if both:
-        raise CheckpointError(
-            f"{file}: a layer must be factored or share bases, got both for MoE layer "
-            f"{both[0]}. Apply the plan again."
-        )
-    return note
 
 
 def _ranks(file: Path, content: dict[str, Any]) -> tuple[Ranks | None, ...] | None:

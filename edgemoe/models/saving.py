@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from edgemoe.errors import OutputError
-from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.config_width import width_entries
 from edgemoe.models.factored_layer import ranks_of
 from edgemoe.models.k_policy import save_k_policy
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.ragged import RaggedNote
 
 if TYPE_CHECKING:

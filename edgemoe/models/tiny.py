@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from edgemoe.models.checkpoint import quiet_transformers
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.registry import find_family
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ import torch
 
 from edgemoe.apply.checks import refuse_width_pruning
 from edgemoe.layerwise.provider import whole_model
-from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.layer_width import channel_outputs
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.oracle.gradients import take_gradients
 from edgemoe.progress import track
 from edgemoe.prune.widths import check_choice, keep_equal, keep_ragged, share_widths

@@ -10,13 +10,12 @@ from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.shards import calibrate_in_shards
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import StreamingError, SweepError
-from edgemoe.models.checkpoint import load_model, load_tokenizer, read_config, read_structure
-from edgemoe.models.fingerprint import FileHashes, hash_file
+from edgemoe.models.checkpoint import Checkpoint, load_model
 from edgemoe.parallel.agreement import threads_of
 from edgemoe.parallel.opening import open_workers
 from edgemoe.parallel.workers import Processes, RayCluster
 from edgemoe.plans.keep_all import keep_all
-from edgemoe.resume import publish, resumable
+from edgemoe.resume import publish, resumable, resume_key
 from edgemoe.staging import staged_file, sync
 from edgemoe.sweep.candidates import Candidate, hash_decision, list_candidates
 from edgemoe.sweep.evaluation import CandidateEvaluation
@@ -72,32 +71,27 @@ def run_sweep(request: SweepRequest, executor: ExecutorConfig) -> Outcome:
         OutputError: The output exists, or the disk refuses.
     """
     request.check()
-    structure = read_structure(request.model)
+    checkpoint = Checkpoint(request.model)
+    structure = checkpoint.structure
     refuse_changes(structure)
     shape = structure.shape
     candidates, impossible = list_candidates(request, shape)
     lines = load_lines(request.tasks, request.held_out)
-    config = read_config(request.model)[1]
     check_judging(
         lines,
-        load_tokenizer(request.model),
-        max_length=int(getattr(config, "max_position_embeddings", None) or 2**31),
+        checkpoint.tokenizer,
+        max_length=checkpoint.max_length,
         max_tokens=request.held_out_tokens,
     )
     output = request.output.resolve()
     threads = threads_of(executor, request.threads)
-    hashes = FileHashes(request.model)
-    key = {
-        "command": "sweep",
-        "checkpoint": hashes.stamps(),
-        "tasks": {
-            name: [task.calibration.sha256, task.held_out.sha256]
-            for name, task in lines.items()
-        },
-        "options": [request.calibration_tokens, request.held_out_tokens, threads],
-        "tokenizer": hash_file(request.model / "tokenizer.json"),
-        "versions": library_versions(),
-    }
+    key = resume_key(
+        "sweep",
+        checkpoint,
+        tasks={name: [task.calibration, task.held_out] for name, task in lines.items()},
+        options=[request.calibration_tokens, request.held_out_tokens, threads],
+        tokenizer=checkpoint.tokenizer_sha256,
+    )
     # Refused before workers are there for nothing, where that is known.
     workers_here = executor.count if isinstance(executor, Processes) else 1
     fits_whole(request.model, workers_here, request.memory_limit_bytes)
@@ -120,7 +114,7 @@ def run_sweep(request: SweepRequest, executor: ExecutorConfig) -> Outcome:
                 threads=threads,
                 versions=library_versions(),
             )
-            statistics = _measure(request, lines, workers, work, threads)
+            statistics = _measure(request, checkpoint, lines, workers, work, threads)
             held_out = _prepare(sweep_dir, lines)
             findings, unpruned = _judge(sweep_dir, workers, shape, candidates)
             findings = _recover(sweep_dir, workers, findings, request.recoveries)
@@ -144,6 +138,7 @@ def run_sweep(request: SweepRequest, executor: ExecutorConfig) -> Outcome:
 
 def _measure(
     request: SweepRequest,
+    checkpoint: Checkpoint,
     lines: Mapping[str, TaskLines],
     workers: Workers,
     work: WorkDirectory,
@@ -168,9 +163,9 @@ def _measure(
     except StreamingError:
         # Its layers cannot be told apart, so it is loaded whole.
         statistics = collect(
-            load_model(request.model),
+            load_model(checkpoint),
             tasks,
-            load_tokenizer(request.model),
+            checkpoint.tokenizer,
             max_tokens=request.calibration_tokens,
         )
         statistics.save(file)

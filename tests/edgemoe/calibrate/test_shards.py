@@ -25,11 +25,12 @@ from edgemoe.calibrate.shards import (
     count_shards,
 )
 from edgemoe.calibrate.statistics import Statistics
-from edgemoe.calibrate.streamed import calibrate_streamed, layers_done
+from edgemoe.calibrate.streamed import calibrate_streamed
 from edgemoe.calibrate.windows import Windows
 from edgemoe.errors import CheckpointError, OutputError, SpreadError
+from edgemoe.layerwise.finished_layers import layers_done
 from edgemoe.parallel.workers import InProcess, Processes, RayCluster
-from edgemoe.resume import partial_path
+from edgemoe.resume import WorkDirectory, partial_path
 from edgemoe.tasks import TaskFile
 from edgemoe.versions import library_versions
 
@@ -89,7 +90,7 @@ def test_a_killed_worker_is_replaced_and_its_layers_are_kept(
     kept: list[int] = []
 
     def kill_one() -> None:
-        progress = partial_path(partial_path(output) / "shard-00000") / "progress.json"
+        progress = partial_path(partial_path(output) / "shard-00000") / "pass-progress.json"
         end = time.monotonic() + 120
         while not progress.exists() and time.monotonic() < end:
             time.sleep(0.005)
@@ -122,7 +123,8 @@ def test_kills_of_the_command_change_nothing(
     for least in (1, 7):
         with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
             while run.poll() is None and not any(shard.exists() for shard in shards):
-                if sum(map(layers_done, shards)) >= least:
+                works = [WorkDirectory(partial_path(shard)) for shard in shards]
+                if sum(map(layers_done, works)) >= least:
                     break
                 time.sleep(0.002)
             run.kill()
