@@ -1,7 +1,7 @@
 """How long does TensorRT-RTX take per GPU, and how large are the engines?
 
     edgemoe export demo/moe -o rtx --target tensorrt-rtx --precision fp16
-    python benchmarks/compile_matrix.py rtx
+    python -m benchmarks.compile_matrix rtx
 
 Builds every engine of a bundle again, for each GPU of the target, then once more to time the
 cache. No GPU is needed, and none is used: how fast the engines run is another question.

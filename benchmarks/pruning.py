@@ -6,8 +6,8 @@ them by several seeds instead, the same draw for all tasks. Intervals are 95%, b
 over lines (1000 resamples, seed 0); ratios are paired: numerator and denominator score the
 same lines.
 
-    python benchmarks/pruning.py demo/moe --tasks demo/tasks
-    python benchmarks/pruning.py demo/moe --tasks demo/tasks --only bible --only code \
+    python -m benchmarks.pruning demo/moe --tasks demo/tasks
+    python -m benchmarks.pruning demo/moe --tasks demo/tasks --only bible --only code \
         --keep-experts 12 --method reap --max-test-tokens 1000 --csv pruning.csv
 
 The folder of --tasks holds NAME.train.jsonl and NAME.test.jsonl for each task. With the

@@ -22,7 +22,7 @@ from edgemoe.errors import TaskFileError
 from edgemoe_runtime.bundle.names import TASK_NAME_RULE, is_task_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 Kind: TypeAlias = Literal["text", "completion", "choice"]
 
@@ -41,7 +41,7 @@ class TextRecord:
 
     @property
     def calibration_text(self) -> str:
-        """What calibration reads: the text."""
+        """Text that calibration reads."""
         return self.text
 
 
@@ -55,13 +55,13 @@ class CompletionRecord:
 
     @property
     def calibration_text(self) -> str:
-        """What calibration reads: the prompt and its completion."""
+        """Prompt and completion, which calibration reads."""
         return self.prompt + self.completion
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceRecord:
-    """One question; ``answer`` in [0, len(choices)) is the right choice."""
+    """One question; `answer` in [0, len(choices)) is the right choice."""
 
     line: int
     prompt: str
@@ -70,7 +70,7 @@ class ChoiceRecord:
 
     @property
     def calibration_text(self) -> str:
-        """What calibration reads: the prompt and the right choice."""
+        """Prompt and right choice, which calibration reads."""
         return self.prompt + self.choices[self.answer]
 
 
@@ -100,7 +100,7 @@ class TaskFile:
         """Read and check a task file.
 
         Args:
-            name: Letters, digits, ``_``, ``.`` and ``-``; it becomes part of file names.
+            name: Letters, digits, `_`, `.` and `-`; it becomes part of file names.
             path: The JSON Lines file.
 
         Returns:
@@ -140,25 +140,25 @@ class TaskFile:
 
     @classmethod
     def parse(cls, argument: str) -> TaskFile:
-        """Load the task that a ``NAME=FILE`` argument names.
+        """Load the task that a `NAME=FILE` argument names.
 
         Args:
-            argument: The command line's ``NAME=FILE``.
+            argument: The command line's `NAME=FILE`.
 
         Returns:
             The task.
 
         Raises:
-            TaskFileError: The argument is not ``NAME=FILE``, or :meth:`load` refuses it.
+            TaskFileError: The argument is not `NAME=FILE`, or `load` refuses it.
         """
         return cls.load(*split_task_argument(argument))
 
 
 def split_task_argument(argument: str) -> tuple[str, Path]:
-    """Split ``NAME=FILE`` at the first equals sign.
+    """Split `NAME=FILE` at the first equals sign.
 
     Args:
-        argument: The command line's ``NAME=FILE``.
+        argument: The command line's `NAME=FILE`.
 
     Returns:
         Name and path.
@@ -189,26 +189,37 @@ def check_task_name(name: str) -> None:
         )
 
 
-def load_tasks(arguments: tuple[str, ...] | list[str]) -> list[TaskFile]:
-    """Load several ``NAME=FILE`` arguments.
+def split_task_arguments(arguments: Sequence[str]) -> dict[str, Path]:
+    """Split several `NAME=FILE` arguments.
 
     Args:
         arguments: The command line's arguments, in order.
 
     Returns:
-        The tasks in the same order.
+        Paths by name, in the same order.
 
     Raises:
-        TaskFileError: A name comes twice, or a task is refused.
+        TaskFileError: An argument is not `NAME=FILE`, or a name comes twice.
     """
     pairs = [split_task_argument(argument) for argument in arguments]
-    names = [name for name, _ in pairs]
+    check_names_differ([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def check_names_differ(names: Sequence[str]) -> None:
+    """Refuse two tasks of one name.
+
+    Args:
+        names: The tasks' names.
+
+    Raises:
+        TaskFileError: A name comes twice.
+    """
     for name in names:
         if names.count(name) > 1:
             raise TaskFileError(
                 f"task names must differ, got {name!r} twice. Rename one of them."
             )
-    return [TaskFile.load(name, path) for name, path in pairs]
 
 
 def _read(path: Path) -> bytes:

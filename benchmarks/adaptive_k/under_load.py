@@ -7,7 +7,7 @@ lowest rung, in turn, several times. A token counts as possible where the lowest
 been fast enough, by the ladder's costs. Run it from the repository's root on a machine that is
 otherwise idle::
 
-    python benchmarks/adaptive_k/under_load.py --work load
+    python -m benchmarks.adaptive_k.under_load --work load
 
 ``--record FILE`` keeps every token's time of the first session. The model is random, its
 experts dominate (hidden size 1024, 8 layers of 16 experts, top-4).
@@ -29,11 +29,10 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from benchmarks.commands import Commands
+from benchmarks.tables import write_table
+from benchmarks.wide_model import write_wide_model
 from edgemoe_runtime import Session
-
-sys.path.append(str(Path(__file__).parents[1] / "compression"))
-from commands import Commands, write_table
-from wide_model import write_wide_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

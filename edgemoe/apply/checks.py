@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.apply.expert_tensors import keeps_all
 from edgemoe.errors import PlanError
-from edgemoe.models.factored_experts import product_shapes
+from edgemoe.models.factored_layer import product_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

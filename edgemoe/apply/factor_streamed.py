@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from edgemoe.apply.expert_tensors import planned_tensors
 from edgemoe.decompose.walk import FactoringWalk
 from edgemoe.layerwise.outputs import LayerOutputs
-from edgemoe.layerwise.provider import StreamedHome
+from edgemoe.layerwise.provider import StreamedLayers
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.progress import counting
 from edgemoe.staging import require_space
@@ -51,7 +51,7 @@ def factor_streamed(
         OutputError: The disk has not enough space.
     """
     skeleton = streamed.skeleton
-    walk = FactoringWalk(streamed.moe, plan, planned_tensors, lambda: StreamedHome(streamed))
+    walk = FactoringWalk(streamed.moe, plan, planned_tensors, lambda: StreamedLayers(streamed))
     found = work.read(_PROGRESS)
     first = 0 if found is None else int(found["layers_done"])
     left = walk.indices[first:]
@@ -85,7 +85,7 @@ def read_factors(work: WorkDirectory, index: int) -> dict[str, torch.Tensor]:
         index: The decoder layer.
 
     Returns:
-        What :func:`edgemoe.models.factored_experts.factor_layer` takes, in the types to be
+        What :func:`edgemoe.models.factored_layer.factor_layer` takes, in the types to be
         stored.
     """
     from safetensors.torch import load_file

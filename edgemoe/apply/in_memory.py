@@ -21,7 +21,7 @@ from edgemoe.apply.expert_tensors import (
 from edgemoe.apply.provenance import describe_plan
 from edgemoe.decompose.registry import find_method
 from edgemoe.decompose.walk import FactoringWalk
-from edgemoe.layerwise.provider import MemoryHome
+from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.k_policy import following, put_k_policy
 from edgemoe.models.saving import set_expert_counts
@@ -102,7 +102,7 @@ def _factor(model: MoeModel, plan: Plan) -> None:
     """Carry out the plan on the layers that have ranks."""
     assert plan.factors is not None
     put = find_method(plan.factors.method).put
-    walk = FactoringWalk(model, plan, planned_tensors, lambda: MemoryHome(model))
+    walk = FactoringWalk(model, plan, planned_tensors, lambda: InMemoryLayers(model))
     layers = {layer.index: layer for layer in model.layers}
     states: list[Outputs] = [None] * walk.windows
     with quiet_transformers(), counting(len(walk.indices), "factor experts") as done:

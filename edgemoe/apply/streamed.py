@@ -21,7 +21,8 @@ from edgemoe.apply.expert_tensors import apply_layer, keeps_all
 from edgemoe.apply.factor_streamed import factor_streamed, read_factors
 from edgemoe.apply.provenance import describe_plan
 from edgemoe.decompose.registry import find_method
-from edgemoe.models.factored_experts import Ranks, empty_factors
+from edgemoe.models.factored_experts import Ranks
+from edgemoe.models.factored_layer import empty_factors
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.k_policy import save_k_policy
 from edgemoe.models.opening import open_streamed
@@ -33,7 +34,7 @@ from edgemoe.models.shards import (
     lay_out,
     write_index,
 )
-from edgemoe.models.shared_basis_experts import empty_bases
+from edgemoe.models.shared_basis_layer import empty_bases
 from edgemoe.plans.plan import LayerPlan, MergedExpert
 from edgemoe.progress import counting, track
 from edgemoe.resume import publish, resumable

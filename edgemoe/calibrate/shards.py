@@ -19,7 +19,8 @@ from edgemoe.models.device import device_here
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.opening import open_streamed
 from edgemoe.parallel.agreement import check_agreement, threads_of
-from edgemoe.parallel.workers import Steps, open_workers
+from edgemoe.parallel.opening import open_workers
+from edgemoe.parallel.workers import Steps
 from edgemoe.resume import resumable, wait_until_free
 from edgemoe.versions import library_versions
 

@@ -6,8 +6,8 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from edgemoe.api.extras import needs
 from edgemoe.cli.describe_report import REPORT_FILE, REPORT_FORMAT, describe_report
-from edgemoe.cli.extras import needs
 from edgemoe.cli.options import human_bytes
 from edgemoe.errors import CheckpointError, EdgemoeError
 from edgemoe_runtime.bundle.names import MANIFEST_FILE
@@ -31,7 +31,7 @@ def describe(path: Path) -> dict[str, Any]:
         path: A checkpoint, bundle or report directory, or a statistics, plan or engine file.
 
     Returns:
-        JSON values; ``kind`` comes first.
+        JSON values; `kind` comes first.
 
     Raises:
         EdgemoeError: It is none of these, or it is malformed.

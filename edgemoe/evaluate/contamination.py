@@ -2,7 +2,7 @@
 
 Experts are chosen, and weights trained, for the lines that calibration read, so a score of
 those lines says how well they were learnt by heart. Plans, checkpoints and bundles carry the
-digests of these lines (:mod:`edgemoe.data_provenance`).
+digests of these lines (`edgemoe.data_provenance`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def keep_held_out(
     Args:
         task: What to judge on.
         lines: Digests of the lines that the subject was made from.
-        policy: ``refuse`` them, ``skip`` them, or keep them and ``warn``.
+        policy: `refuse` them, `skip` them, or keep them and `warn`.
         subject: What messages call what is judged.
 
     Returns:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edgemoe.layerwise.provider import MemoryHome, StreamedHome
+from edgemoe.layerwise.provider import InMemoryLayers, StreamedLayers
 from edgemoe.models.checkpoint import load_model
 from edgemoe.models.opening import open_streamed
 from edgemoe.oracle.oracle import LayerOracle
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.calibrate.sample import Window
-    from edgemoe.layerwise.provider import Home
+    from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.parallel.workers import Workers
 
 Job = TypeVar("Job")
@@ -89,9 +89,9 @@ class Question:
     """One job, and what its worker must know besides.
 
     Attributes:
-        model: As in :class:`Crew`.
-        whole: As in :class:`Crew`.
-        threads: As in :class:`Crew`.
+        model: As in `Crew`.
+        whole: As in `Crew`.
+        threads: As in `Crew`.
         versions: What the worker must have too, or its bits may differ.
         windows: The tokens.
         function: What answers.
@@ -135,7 +135,7 @@ def answer(question: Question) -> Any:
         return question.function(oracle, question.job)
 
 
-def _open(question: Question) -> Home:
+def _open(question: Question) -> LayerProvider:
     if question.whole:
-        return MemoryHome(load_model(question.model))
-    return StreamedHome(open_streamed(question.model))
+        return InMemoryLayers(load_model(question.model))
+    return StreamedLayers(open_streamed(question.model))

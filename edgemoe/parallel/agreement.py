@@ -21,7 +21,7 @@ def check_agreement(directories: Mapping[str, Path], versions: Mapping[str, str]
 
     Args:
         directories: Absolute directories by what they are.
-        versions: What :func:`edgemoe.versions.library_versions` gave where the job is from.
+        versions: What `edgemoe.versions.library_versions` gave where the job is from.
 
     Raises:
         SpreadError: This machine does not see a directory, or has other versions.
@@ -40,7 +40,7 @@ def check_agreement(directories: Mapping[str, Path], versions: Mapping[str, str]
 
 
 def threads_of(place: Place, wanted: int | None) -> int | None:
-    """Say how many CPU threads a job computes with.
+    """Return the CPU threads that a job computes with.
 
     The number of threads decides how some products are summed: as many as in one process give
     the bits of one process. A cluster's machines have their own number, which Ray sets.

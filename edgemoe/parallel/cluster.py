@@ -114,7 +114,7 @@ class ClusterWorkers(Workers):
 
 
 def share_out(machines: list[int], count: int | None) -> tuple[int, int]:
-    """Say how many jobs run at a time, and how many CPUs each may use.
+    """Compute how many jobs run at a time, and how many CPUs each may use.
 
     Args:
         machines: CPUs of each machine, each in [1, inf).
@@ -124,7 +124,7 @@ def share_out(machines: list[int], count: int | None) -> tuple[int, int]:
         Jobs at a time and CPUs of each; the smallest machine holds its share of the jobs.
 
     Raises:
-        SpreadError: There is no machine, or ``count`` is below 1.
+        SpreadError: There is no machine, or `count` is below 1.
     """
     if not machines:
         raise SpreadError(

@@ -21,7 +21,7 @@ def hold(kind: str, key: Hashable, make: Callable[[], Thing]) -> Thing:
     """Return what this process holds, or open it and hold it.
 
     Args:
-        kind: What it is, such as ``model``.
+        kind: What it is, such as `model`.
         key: Which one.
         make: Opens it.
 

@@ -1,9 +1,9 @@
-"""least-squares: the last matrices of all experts, in closed form, layer after layer.
+"""least-squares: the down projections of all experts, in closed form, layer after layer.
 
 Layer by layer, so that what the compressed layers return comes nearest to what the teacher's
 return. With y_t the teacher's output of decoder layer l for token t, y'_t the compressed
-model's, behind its own changed layers, and Z what its experts' last matrices D are given (see
-:mod:`edgemoe.recover.down_projections`)::
+model's, behind its own changed layers, and Z what its experts' down projections D are given
+(see `edgemoe.recover.down_projections`)::
 
     D <- D + C,    C = argmin || (Y - Y') - Z C ||_F^2 + r s || C ||_F^2
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def prepare(model: MoeModel, options: RecoverOptions) -> Training:
-    """Name the last matrices.
+    """Name the down projections.
 
     Args:
         model: The model.

@@ -16,7 +16,7 @@ from edgemoe.sweep.request import method_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.sweep.request import SweepRequest
 
 
@@ -26,10 +26,10 @@ class Cut:
 
     Attributes:
         task: The task that chooses the experts.
-        method: How; a name as :func:`edgemoe.sweep.request.read_methods` gives it.
-        keep: Fraction of each layer's experts, or of all neurons, to keep, (0, 1].
+        method: How; a name as `edgemoe.sweep.request.read_methods` gives it.
+        keep: Fraction of each layer's experts, or of all channels, to keep, (0, 1].
         seed: Seed of the method.
-        counts: Experts to keep per MoE layer, or neurons of each expert.
+        counts: Experts to keep per MoE layer, or channels of each expert.
         options: The method's options.
     """
 
@@ -42,7 +42,7 @@ class Cut:
 
     @property
     def name(self) -> str:
-        """What its plan file is called, without the suffix."""
+        """Name of its plan file, without the suffix."""
         return f"{self.task}-{self.method}-{self.keep:g}-{self.seed}"
 
     @property
@@ -136,6 +136,6 @@ def hash_decision(plan: Plan) -> str:
 
     Returns:
         SHA-256 in hexadecimal: equal for plans that keep and merge the same experts
-        and neurons.
+        and channels.
     """
     return Plan(method="", layers=plan.layers, factors=plan.factors).sha256

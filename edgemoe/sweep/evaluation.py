@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """What judging a plan found.
+    """Scores of a plan on its tasks.
 
     Attributes:
         scores: Scores by task.
@@ -51,7 +51,7 @@ class Judgement:
         """Read what a finished job found.
 
         Args:
-            file: What :meth:`save` wrote.
+            file: What `save` wrote.
             tasks: The tasks, in the order of the scores.
 
         Returns:

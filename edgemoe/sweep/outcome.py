@@ -104,7 +104,7 @@ class Row:
 
     @property
     def narrows(self) -> bool:
-        """Whether the method keeps all experts and chooses their neurons."""
+        """Whether the method keeps all experts and chooses their intermediate channels."""
         return self.method is not None and find_method(method_of(self.method)).picks_neurons
 
 
@@ -127,7 +127,7 @@ class Threshold:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a sweep found.
+    """Results of a sweep.
 
     Attributes:
         request: What was asked for.
@@ -258,7 +258,7 @@ class Outcome:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What whoever reads the scores should know, each in a sentence."""
+        """Remarks on the scores for their reader, a sentence each."""
         notes = [
             f"--keep {found.keep:g} was left out: {found.reason}" for found in self.impossible
         ]

@@ -36,7 +36,7 @@ def _show_hundredths(value: float) -> str:
 
 
 def tell_threshold(outcome: Outcome, threshold: Threshold, folder: Path) -> str:
-    """Say in one sentence how deep a task may be cut.
+    """Describe in one sentence how deep a task may be cut.
 
     Args:
         outcome: What was found.

@@ -13,7 +13,8 @@ from edgemoe.errors import StreamingError, SweepError
 from edgemoe.models.checkpoint import load_model, load_tokenizer, read_config, read_structure
 from edgemoe.models.fingerprint import FileHashes, hash_file
 from edgemoe.parallel.agreement import threads_of
-from edgemoe.parallel.workers import Processes, RayCluster, open_workers
+from edgemoe.parallel.opening import open_workers
+from edgemoe.parallel.workers import Processes, RayCluster
 from edgemoe.plans.keep_all import keep_all
 from edgemoe.resume import publish, resumable
 from edgemoe.staging import staged_file, sync
@@ -32,7 +33,7 @@ from edgemoe.versions import library_versions
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.parallel.workers import Place, Workers
     from edgemoe.plans.plan import Plan
     from edgemoe.recover.options import RecoverOptions
@@ -47,7 +48,7 @@ _REPORT = "report"
 def run_sweep(request: SweepRequest, place: Place) -> Outcome:
     """Run a sweep and write its report.
 
-    Finished statistics, plans and judgements are kept in ``<output>.partial`` until the report
+    Finished statistics, plans and judgements are kept in `<output>.partial` until the report
     is written; a sweep of the same model and lines goes on from there, with the same methods
     and fractions or with others.
 

@@ -25,7 +25,7 @@ _RECOVERED = "recovered"
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """What all jobs of a sweep share.
+    """Directory and settings that all jobs of a sweep share.
 
     Attributes:
         model: Checkpoint directory, absolute.
@@ -46,19 +46,19 @@ class Site:
     versions: Mapping[str, str]
 
     def plan_file(self, cut: Cut) -> Path:
-        """Say where a cut's plan is once it is made."""
+        """Return the path of a candidate's plan."""
         return self.work / _PLANS / f"{cut.key}.json"
 
     def score_file(self, decision: str) -> Path:
-        """Say where a decision's judgement is once it is made."""
+        """Return the path of a decision's evaluation."""
         return self.work / _SCORES / f"{decision}.json"
 
     def recovered_file(self, key: str) -> Path:
-        """Say where the judgement of a recovered decision is once it is made."""
+        """Return the path of the evaluation of a recovered decision."""
         return self.work / _RECOVERED / f"{key}.json"
 
     def lines_file(self, kind: str, task: str) -> Path:
-        """Say where lines of a task are: :data:`HELD_OUT` or :data:`CALIBRATION`."""
+        """Return the path of a task's examples: `HELD_OUT` or `CALIBRATION`."""
         return self.work / kind / f"{task}.jsonl"
 
     def prepare(self) -> None:

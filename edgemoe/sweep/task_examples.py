@@ -103,7 +103,7 @@ def check_judging(
 
     Raises:
         TaskFileError: A line is too long, or fewer than two lines have a token to score within
-            ``max_tokens``.
+            `max_tokens`.
     """
     for name, task in lines.items():
         questions = build_questions(

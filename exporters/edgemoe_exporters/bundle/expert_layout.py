@@ -61,11 +61,6 @@ class StackLayout:
         return self.slots[window.start : window.stop]
 
     @property
-    def duplicates(self) -> int:
-        """Number of slots that hold an expert which another slot holds too."""
-        return len(self.slots) - len(set(self.slots))
-
-    @property
     def shared(self) -> bool:
         """Whether two tasks read one slot."""
         windows = sorted(self.windows.values(), key=lambda window: window.start)

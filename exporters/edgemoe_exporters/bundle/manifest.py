@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgemoe import __version__
 from edgemoe.errors import ExportError
 from edgemoe.plans.keep_all import KEEP_ALL
+from edgemoe.versions import __version__
 from edgemoe_runtime.bundle.cache_spec import CacheState, KvCache, KvLayer
 from edgemoe_runtime.bundle.graph_spec import ModelInfo
 

@@ -27,7 +27,12 @@ from edgemoe.progress import track
 from edgemoe_exporters.bundle.hf_config import write_config
 from edgemoe_exporters.bundle.journal import Contents, WeightJournal
 from edgemoe_exporters.bundle.weight_store import ALIGNMENT_BYTES, Extent, Places, WeightSpool
-from edgemoe_exporters.graph.lazy_weights import SAME_BYTES
+from edgemoe_exporters.graph.metadata import (
+    KEY_PREFIX,
+    SAME_BYTES,
+    SETS_SHAPES,
+    stacked_layer,
+)
 from edgemoe_runtime.bundle.file_entry import FileEntry, SizeReport
 from edgemoe_runtime.bundle.graph_spec import TensorSpec
 from edgemoe_runtime.bundle.names import (
@@ -45,10 +50,6 @@ if TYPE_CHECKING:
 
     from edgemoe_exporters.bundle.expert_layout import StackLayout
 
-EXPERT_AXIS_KEY = "edgemoe.expert_axis"
-# Of a graph input: shapes inside the graph follow its values.
-SETS_SHAPES_KEY = "edgemoe.sets_shapes"
-LAYER_KEY = "edgemoe.layer"
 _INLINE_BYTES = 1024  # shape arithmetic must stay inline: engines read it while they parse
 _MODEL_FILES = (
     "config.json",
@@ -177,7 +178,7 @@ class BundleWriter:
         contents = self._journal.recall(task, name)
         data = None if contents is not None else _bytes_of(tensor)
         length = tensor.nbytes
-        layer = _stacked_layer(value, tensor)
+        layer = stacked_layer({**tensor.metadata_props, **value.metadata_props})
         layout = None if layer is None else self._layouts.get(layer)
         is_stack, parts = False, 1
         if layout is not None:
@@ -312,7 +313,7 @@ def tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
                 name=str(value.name),
                 dtype=dtype,
                 shape=shape,
-                sets_shapes=SETS_SHAPES_KEY in value.metadata_props,
+                sets_shapes=SETS_SHAPES in value.metadata_props,
             )
         )
     return tuple(specs)
@@ -355,13 +356,6 @@ def _is_large(tensor: ir.TensorProtocol) -> bool:
     return tensor.dtype != ir.DataType.STRING and tensor.nbytes >= _INLINE_BYTES
 
 
-def _stacked_layer(value: ir.Value, tensor: ir.TensorProtocol) -> int | None:
-    for properties in (value.metadata_props, tensor.metadata_props):
-        if properties.get(EXPERT_AXIS_KEY) == "0" and LAYER_KEY in properties:
-            return int(properties[LAYER_KEY])
-    return None
-
-
 def _point(
     value: ir.Value, tensor: ir.TensorProtocol, file: str, offset: int, length: int
 ) -> None:
@@ -388,5 +382,5 @@ def _strip_origins(model: ir.Model) -> None:
             values.extend(node.outputs)
         for value in values:
             value.doc_string = None
-            for key in [key for key in value.metadata_props if not key.startswith("edgemoe.")]:
+            for key in [key for key in value.metadata_props if not key.startswith(KEY_PREFIX)]:
                 del value.metadata_props[key]

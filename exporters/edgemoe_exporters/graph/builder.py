@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemoe.errors import ExportError
+from edgemoe_exporters.graph.initializers import add_initializer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +29,12 @@ class Emitter:
         self.graph = graph
         self.compute = compute
         self.prefix = prefix
-        self.nodes: list[ir.Node] = []
+        self._tape = ir.tape.Tape()
+
+    @property
+    def nodes(self) -> Sequence[ir.Node]:
+        """The nodes so far, in the order in which they were added."""
+        return self._tape.nodes
 
     def call(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Add a node with one output."""
@@ -37,22 +43,12 @@ class Emitter:
     def call_many(
         self, op: str, outputs: int, *inputs: ir.Value | None, **attributes: Any
     ) -> Sequence[ir.Value]:
-        """Add a node with several outputs; attributes that are None are left out."""
+        """Add a node with several outputs."""
         name = f"{self.prefix}/{op}_{len(self.nodes)}"
-        node = ir.Node(
-            "",
-            op,
-            inputs,
-            attributes=ir.convenience.convert_attributes(
-                {key: value for key, value in attributes.items() if value is not None}
-            ),
-            num_outputs=outputs,
-            name=name,
-        )
-        for index, value in enumerate(node.outputs):
+        values = self._tape.op_multi_out(op, inputs, attributes, num_outputs=outputs, name=name)
+        for index, value in enumerate(values):
             value.name = f"{name}:{index}"
-        self.nodes.append(node)
-        return node.outputs
+        return values
 
     def integers(self, *values: int) -> ir.Value:
         """Return a constant int64 vector."""
@@ -85,15 +81,7 @@ class Emitter:
         known = self.graph.initializers.get(name)
         if known is not None:
             return known
-        tensor = ir.tensor(make(), name=name)
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(tensor.shape.numpy()),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        self.graph.register_initializer(value)
-        return value
+        return add_initializer(self.graph, name, ir.tensor(make(), name=name))
 
 
 def size_of(value: ir.Value, axis: int) -> int:

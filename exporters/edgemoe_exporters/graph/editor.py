@@ -8,17 +8,13 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgemoe.errors import ExportError
+from edgemoe_exporters.graph.initializers import add_initializer
 from edgemoe_exporters.graph.lazy_weights import Latest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import numpy as np
-
-    from edgemoe_exporters.lowering.quantize import Quantized
-
-MICROSOFT = "com.microsoft"
-TRACED = "edgemoe"
 
 Attribute = int | float | str | list[int] | list[float]
 
@@ -35,7 +31,7 @@ class Editor:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.graph = model.graph
-        self.latest: Latest[Quantized] = Latest()
+        self.latest = Latest()
 
     def nodes(self, op_type: str, domain: str = "") -> Iterator[ir.Node]:
         """Yield the nodes of one op; the graph may change meanwhile.
@@ -105,15 +101,7 @@ class Editor:
         Returns:
             The initializer.
         """
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(tensor.shape.numpy()),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-            metadata_props=metadata,
-        )
-        self.graph.register_initializer(value)
-        return value
+        return add_initializer(self.graph, name, tensor, metadata)
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Let everything that reads ``old`` read ``new``, which takes over its name and type.

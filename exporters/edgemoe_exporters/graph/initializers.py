@@ -14,6 +14,28 @@ if TYPE_CHECKING:
     from edgemoe_exporters.graph.lazy_weights import Deferred
 
 
+def add_initializer(
+    graph: ir.Graph,
+    name: str,
+    tensor: ir.TensorProtocol,
+    metadata: dict[str, str] | None = None,
+) -> ir.Value:
+    """Register a new initializer.
+
+    Args:
+        graph: The graph that owns it.
+        name: Its name.
+        tensor: Its content, which gives its type and shape.
+        metadata: Its metadata.
+
+    Returns:
+        The initializer.
+    """
+    value = ir.val(name, const_value=tensor, metadata_props=metadata)
+    graph.register_initializer(value)
+    return value
+
+
 def weight_of(value: ir.Value) -> np.ndarray[Any, Any]:
     """Return the content of an initializer that is small enough to be read early.
 

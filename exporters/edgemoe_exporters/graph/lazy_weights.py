@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -19,9 +19,6 @@ from edgemoe.errors import ExportError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-# Metadata of a tensor: the name of an initializer of the same graph that has the same bytes.
-SAME_BYTES = "edgemoe.same_bytes"
 
 Result = TypeVar("Result")
 
@@ -100,19 +97,19 @@ class Deferred:
         return ir.LazyTensor(make, wanted, ir.Shape(self.shape), name=name)
 
 
-class Latest(Generic[Result]):
+class Latest:
     """The result that was computed last: tensors made of it are written one after the other."""
 
     def __init__(self) -> None:
         self._owner: object = None
-        self._result: Result | None = None
+        self._result: Any = None
 
     def get(self, owner: object, compute: Callable[[], Result]) -> Result:
         """Return a result, computed unless it is the last one.
 
         Args:
-            owner: Whose result it is.
-            compute: Makes it.
+            owner: Whose result it is; one owner always computes the same.
+            compute: Computes it.
 
         Returns:
             The result.
@@ -122,7 +119,8 @@ class Latest(Generic[Result]):
             self._owner = self._result = None
             self._result = compute()
             self._owner = owner
-        return self._result
+        result: Result = self._result
+        return result
 
 
 def in_range(

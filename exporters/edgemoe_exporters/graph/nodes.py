@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 import torch
 
-from edgemoe.errors import ExportError
 from edgemoe.models.activation import Activation
 from edgemoe.models.experts import ExpertsLayout
 from edgemoe.models.router_rule import RouterRule, Scoring
+from edgemoe_exporters.graph.editor import required
 from edgemoe_exporters.graph.initializers import weight_of
 from edgemoe_exporters.graph.lazy_weights import Deferred
 
@@ -86,7 +86,6 @@ class RouteNode:
                 renormalise=bool(attributes["renormalise"].as_int()),
                 sum_epsilon=attributes["sum_epsilon"].as_float(),
                 scaling_factor=attributes["scaling_factor"].as_float(),
-                has_correction_bias=correction is not None,
                 bias_on=cast("Literal['scores', 'logits']", attributes["bias_on"].as_string()),
                 n_group=attributes["n_group"].as_int(),
                 topk_group=attributes["topk_group"].as_int(),
@@ -114,17 +113,6 @@ def activation_of(node: ir.Node) -> Activation:
         beta=attributes["beta"].as_float(),
         limit=attributes["limit"].as_float(),
     )
-
-
-def present(value: ir.Value | None) -> ir.Value:
-    """Return an input that its op demands.
-
-    Raises:
-        ExportError: It is absent.
-    """
-    if value is None:
-        raise ExportError("a traced node must have all its inputs, got none. Trace again.")
-    return value
 
 
 @dataclass(frozen=True)
@@ -161,11 +149,11 @@ class ExpertsNode:
         attributes = node.attributes
         gated = bool(attributes["gated"].as_int())
         return cls(
-            hidden=present(hidden),
-            indices=present(indices),
-            weights=present(weights),
-            gate_up=present(gate_up),
-            down=present(down),
+            hidden=required(hidden),
+            indices=required(indices),
+            weights=required(weights),
+            gate_up=required(gate_up),
+            down=required(down),
             gate_up_bias=first,
             down_bias=second,
             layout=ExpertsLayout(

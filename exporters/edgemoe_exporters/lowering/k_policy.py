@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from edgemoe_exporters.graph.editor import TRACED
+from edgemoe_exporters.graph.initializers import add_initializer
+from edgemoe_exporters.graph.metadata import DOMAIN
 from edgemoe_runtime.bundle.names import EXPERTS_USED
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def count_experts_used(graph: ir.Model) -> None:
 
 
 def _routes(graph: ir.Model) -> Sequence[ir.Node]:
-    return [n for n in graph.graph if n.domain == TRACED and n.op_type == "Route"]
+    return [n for n in graph.graph if n.domain == DOMAIN and n.op_type == "Route"]
 
 
 def _bind_rule(graph: ir.Graph, node: ir.Node, rule: KRule, layer: int) -> None:
@@ -115,12 +116,6 @@ def _bind_rule(graph: ir.Graph, node: ir.Node, rule: KRule, layer: int) -> None:
     ):
         name = f"allocator.{layer}.{part}"
         tensor = ir.tensor(np.ascontiguousarray(numbers), name=name)
-        rows = ir.Value(
-            name=name,
-            shape=ir.Shape(tensor.shape.numpy()),
-            type=ir.TensorType(ir.DataType.FLOAT),
-            const_value=tensor,
-        )
-        graph.register_initializer(rows)
+        rows = add_initializer(graph, name, tensor)
         node.resize_inputs(len(node.inputs) + 1)
         node.replace_input_with(len(node.inputs) - 1, rows)

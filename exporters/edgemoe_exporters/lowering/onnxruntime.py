@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from onnx_ir.passes.common import TopologicalSortPass
 
 from edgemoe.errors import ExportError
-from edgemoe_exporters.graph.editor import MICROSOFT, Editor
+from edgemoe_exporters.graph.editor import Editor
+from edgemoe_exporters.graph.metadata import DOMAIN, MICROSOFT
 from edgemoe_exporters.lowering.fused.attention import lower_attention
 from edgemoe_exporters.lowering.fused.half import convert_to_half
 from edgemoe_exporters.lowering.fused.linear import lower_embedding, lower_linears
@@ -20,7 +21,6 @@ from edgemoe_exporters.lowering.fused.moe import lower_moe
 from edgemoe_exporters.lowering.fused.norms import lower_activations, lower_norms
 from edgemoe_exporters.lowering.fused.recurrence import lower_recurrence
 from edgemoe_exporters.precision import find_precision
-from edgemoe_exporters.tracing.ops import DOMAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable

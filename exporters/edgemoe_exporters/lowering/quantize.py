@@ -96,28 +96,6 @@ def _chunks(blocks: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
         yield blocks[start : start + _CHUNK]
 
 
-def dequantize_blocks(quantized: Quantized, bits: int) -> np.ndarray[Any, Any]:
-    """Undo :func:`quantize_blocks`.
-
-    Args:
-        quantized: What it returned.
-        bits: What it was given.
-
-    Returns:
-        float32 ``[..., rows, columns]``.
-    """
-    levels = _unpack(quantized.packed, bits).astype(np.float32)
-    scales = quantized.scales
-    blocks = levels.reshape(*scales.shape, -1)
-    if quantized.zero_points is None:
-        zeros = np.full(scales.shape, 1 << (bits - 1), dtype=np.float32)
-    else:
-        zeros = _unpack(quantized.zero_points, bits)[..., : scales.shape[-1]]
-        zeros = zeros.astype(np.float32)
-    values: np.ndarray[Any, Any] = (blocks - zeros[..., None]) * scales[..., None]
-    return values.reshape(levels.shape)
-
-
 def _search(
     blocks: torch.Tensor, bits: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -179,10 +157,3 @@ def _pack(levels: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
         levels = np.concatenate([levels, np.zeros_like(levels[..., :1])], axis=-1)
     packed: np.ndarray[Any, Any] = levels[..., 0::2] | (levels[..., 1::2] << 4)
     return packed
-
-
-def _unpack(packed: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
-    if bits == 8:
-        return packed
-    pairs = np.stack([packed & 15, packed >> 4], axis=-1)
-    return pairs.reshape(*packed.shape[:-1], -1)

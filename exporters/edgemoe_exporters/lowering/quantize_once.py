@@ -111,7 +111,7 @@ def quantize(weight: np.ndarray[Any, Any], bits: int, block: int, symmetric: boo
 
 
 def quantize_later(
-    latest: Latest[Quantized], weight: Deferred, bits: int, block: int, symmetric: bool
+    latest: Latest, weight: Deferred, bits: int, block: int, symmetric: bool
 ) -> dict[str, Deferred]:
     """Quantise a weight when one of its parts is written.
 

@@ -12,39 +12,23 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from edgemoe.errors import ExportError
-from edgemoe_exporters.bundle.writer import SETS_SHAPES_KEY
 from edgemoe_exporters.graph.builder import FLOAT32, Emitter, size_of
+from edgemoe_exporters.graph.editor import required
 from edgemoe_exporters.graph.initializers import narrow_attributes, set_weight, state_values
 from edgemoe_exporters.graph.lazy_weights import Deferred
-from edgemoe_exporters.graph.nodes import ExpertsNode, RouteNode, present
-from edgemoe_exporters.lowering.primitive.attention import (
-    Shared,
-    lower_angles,
-    lower_attend_all,
-    lower_attention,
-    lower_norm,
-    lower_rotary,
-)
+from edgemoe_exporters.graph.metadata import DOMAIN, SETS_SHAPES
+from edgemoe_exporters.graph.nodes import ExpertsNode, RouteNode
+from edgemoe_exporters.lowering.primitive.attention import Shared
 from edgemoe_exporters.lowering.primitive.dispatch import MAX_SHAPE_NUMBERS, Slots
 from edgemoe_exporters.lowering.primitive.factored import lower_factored_experts
-from edgemoe_exporters.lowering.primitive.moe import lower_experts, mark_experts
-from edgemoe_exporters.lowering.primitive.recurrence import (
-    lower_causal_conv,
-    lower_linear_attention,
-    lower_new_mask,
-    lower_softplus,
-)
+from edgemoe_exporters.lowering.primitive.moe import lower_experts
 from edgemoe_exporters.lowering.primitive.routing import lower_route
-from edgemoe_exporters.lowering.primitive.selection import (
-    lower_select_blocks,
-    lower_select_keys,
-)
+from edgemoe_exporters.lowering.primitive.table import LOWERINGS, SHARING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 
-DOMAIN = "edgemoe"
 MAX_OPSET = 20
 _IR_VERSION = 10
 _COMPUTE = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
@@ -56,24 +40,6 @@ _WIDE_INPUTS = {
     "RMSNorm": (1,),
 }
 _LOGITS = "logits"
-
-_LOWERINGS: dict[str, Callable[[Emitter, ir.Node], list[ir.Value]]] = {
-    "RMSNorm": lower_norm,
-    "NewMask": lower_new_mask,
-    "Softplus": lower_softplus,
-    "CausalConv": lower_causal_conv,
-    "LinearAttention": lower_linear_attention,
-}
-# Those that need masks or angles, which several layers have in common; basic ops that
-# onnxruntime runs as well.
-SHARING: dict[str, Callable[[Emitter, ir.Node, Shared], list[ir.Value]]] = {
-    "Attention": lower_attention,
-    "AttendAll": lower_attend_all,
-    "SelectKeys": lower_select_keys,
-    "SelectBlocks": lower_select_blocks,
-    "Angles": lower_angles,
-    "RotaryEmbedding": lower_rotary,
-}
 
 
 def lower(model: ir.Model, precision: str, *, static_shapes: bool = False) -> ir.Model:
@@ -147,23 +113,22 @@ def _lower_nodes(graph: ir.Graph, compute: ir.DataType, *, static_shapes: bool) 
         emit = Emitter(graph, compute, str(node.name or node.op_type))
         if node.op_type == "Route":
             route = RouteNode.of(node)
-            mark_experts(route.weight)
             outputs, most = lower_route(emit, route)
             gates, indices, *_ = outputs
             follows = may_follow and size_of(route.k_cap, 0) <= MAX_SHAPE_NUMBERS
             if follows:
-                route.k_cap.metadata_props[SETS_SHAPES_KEY] = "1"
+                route.k_cap.metadata_props[SETS_SHAPES] = "1"
             chosen[gates] = Slots(indices=indices, gates=gates, most=most if follows else None)
         elif node.op_type in ("Experts", "FactoredExperts"):
-            slots = chosen.get(present(node.inputs[2]))
+            slots = chosen.get(required(node.inputs[2]))
             if slots is None:
                 raise ExportError(f"{node.name} must get its weights from a Route node.")
             if node.op_type == "Experts":
                 outputs = lower_experts(emit, ExpertsNode.of(node), slots)
             else:
                 outputs = lower_factored_experts(emit, node, slots)
-        elif node.op_type in _LOWERINGS:
-            outputs = _LOWERINGS[node.op_type](emit, node)
+        elif node.op_type in LOWERINGS:
+            outputs = LOWERINGS[node.op_type](emit, node)
         elif node.op_type in SHARING:
             outputs = SHARING[node.op_type](emit, node, shared)
         else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.calibrate.collect import collect
 from edgemoe.evaluate.torch_scorer import TorchScorer
-from edgemoe.layerwise.provider import MemoryHome
+from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe_exporters.bundle.task_experts import bind_experts, compressed
 from edgemoe_exporters.sources.eager_run import run_eager
 
@@ -38,9 +38,9 @@ class SourceInMemory:
         """
         self.moe = moe
 
-    def home(self) -> MemoryHome:
+    def home(self) -> InMemoryLayers:
         """Return where its layers are."""
-        return MemoryHome(self.moe)
+        return InMemoryLayers(self.moe)
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
         """Measure a task."""
@@ -76,4 +76,4 @@ class TaskInMemory:
 
     def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:
         """Ask the eager model."""
-        return run_eager(self._small, ids)
+        return run_eager(InMemoryLayers(self._small), ids)

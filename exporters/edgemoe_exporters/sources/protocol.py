@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.evaluate.scorer import Scorer
-    from edgemoe.layerwise.provider import Home
+    from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.models.contract import MoeModel
     from edgemoe.plans.plan import Plan
     from edgemoe.tasks import TaskFile
@@ -58,7 +58,7 @@ class ModelSource(Protocol):
         """Whether its decoder layers are in memory one at a time."""
         ...
 
-    def home(self) -> Home:
+    def home(self) -> LayerProvider:
         """Return where its layers are, for methods that run them."""
         ...
 

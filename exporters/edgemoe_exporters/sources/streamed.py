@@ -15,18 +15,16 @@ from edgemoe.apply.checks import check_neurons, refuse_k_policy
 from edgemoe.apply.expert_tensors import expert_tensors
 from edgemoe.calibrate.streamed import collect_streamed
 from edgemoe.errors import ExportError
-from edgemoe.evaluate.streamed_scorer import StreamedScorer
-from edgemoe.layerwise.provider import StreamedHome
-from edgemoe.layerwise.runner import Batch, run_batches
-from edgemoe.models.hooks import observe
+from edgemoe.evaluate.torch_scorer import TorchScorer
+from edgemoe.layerwise.provider import StreamedLayers
 from edgemoe.models.k_policy import following
-from edgemoe.models.width_axis import widened_shapes
+from edgemoe.models.layer_width import widened_shapes
 from edgemoe.plans.layer_plan import stored_width
 from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.bundle.task_experts import order_experts
 from edgemoe_exporters.graph.lazy_weights import Deferred, Latest
 from edgemoe_exporters.lowering.k_policy import bind_policy
-from edgemoe_exporters.sources.eager_run import EagerRows
+from edgemoe_exporters.sources.eager_run import run_eager
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -72,9 +70,9 @@ class StreamedSource:
             # A skeleton knows the configuration of the model only.
             self.moe.model.generation_config = GenerationConfig.from_pretrained(str(path))
 
-    def home(self) -> StreamedHome:
+    def home(self) -> StreamedLayers:
         """Return where its layers are."""
-        return StreamedHome(self._streamed)
+        return StreamedLayers(self._streamed)
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
         """Measure a task."""
@@ -92,9 +90,9 @@ class StreamedSource:
         self._work.remove(folder.name)
         return statistics
 
-    def scorer(self) -> StreamedScorer:
+    def scorer(self) -> TorchScorer:
         """Return what scores with the model."""
-        return StreamedScorer(self._streamed, self._work)
+        return TorchScorer(self.home(), work=self._work)
 
     @contextlib.contextmanager
     def of_task(
@@ -138,7 +136,7 @@ class StreamedTask:
             for layer in streamed.moe.layers
             if not _is_unchanged(layer, experts[layer.index])
         }
-        self._latest: Latest[dict[str, torch.Tensor]] = Latest()
+        self._latest = Latest()
 
     def bind(self, traced: ir.Model) -> ir.Model:
         """Give a graph this task's weights; they are read when they are written."""
@@ -170,25 +168,8 @@ class StreamedTask:
 
     def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:
         """Ask the eager model, one decoder layer at a time."""
-        asked = EagerRows(ids)
-        batches = [Batch(torch.from_numpy(rows)) for rows in asked.rows]
-
-        def set_current(number: int) -> None:
-            asked.current = number
-
-        with observe(self._streamed.moe, asked.note_ties):
-            run_batches(
-                self._streamed,
-                batches,
-                asked.take,
-                self._work,
-                name=f"eager {self._name}",
-                description="run the checkpoint",
-                inside=self._changed,
-                on_batch=set_current,
-                state=asked,
-            )
-        return asked.runs()
+        layers = StreamedLayers(self._streamed)
+        return run_eager(layers, ids, self._work, name=self._name, inside=self._changed)
 
     @contextlib.contextmanager
     def _changed(self, index: int) -> Iterator[None]:

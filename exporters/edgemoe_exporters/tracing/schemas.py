@@ -10,7 +10,7 @@ import torch
 from onnxscript.values import Opset
 
 from edgemoe.errors import ExportError
-from edgemoe_exporters.tracing import ops
+from edgemoe_exporters.graph.metadata import DOMAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -201,12 +201,12 @@ _TORCH_NAMES = {
 def register() -> None:
     """Make onnx know the ops; doing it again changes nothing."""
     for name, (inputs, outputs, attributes) in _OPS.items():
-        if onnx.defs.has(name, ops.DOMAIN):
+        if onnx.defs.has(name, DOMAIN):
             continue
         onnx.defs.register_schema(
             onnx.defs.OpSchema(
                 name,
-                ops.DOMAIN,
+                DOMAIN,
                 VERSION,
                 doc=f"Opaque {name} of a traced model; see edgemoe_exporters.tracing.ops.",
                 inputs=[_formal(*parameter) for parameter in inputs],
@@ -232,7 +232,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     Every torch op has the inputs of its ONNX op, then its attributes, in the same order.
     """
     register()
-    opset: Any = Opset(ops.DOMAIN, VERSION)
+    opset: Any = Opset(DOMAIN, VERSION)
 
     # The exporter's own form has a threshold and a scale, and is float16 where the graph is.
     def softplus(states: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:

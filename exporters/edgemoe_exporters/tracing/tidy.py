@@ -6,6 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import Sequential, common
 
+from edgemoe_exporters.graph.initializers import add_initializer
+
 # Larger tensors are weights, or stay as they are.
 _FOLDED_NUMBERS = 64
 
@@ -125,12 +127,5 @@ def _constant(
     graph: ir.Graph, name: str, array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 ) -> ir.Value:
     if name not in graph.initializers:
-        graph.register_initializer(
-            ir.Value(
-                name=name,
-                type=ir.TensorType(ir.DataType.INT64),
-                shape=ir.Shape(array.shape),
-                const_value=ir.tensor(array, name=name),
-            )
-        )
+        add_initializer(graph, name, ir.tensor(array, name=name))
     return graph.initializers[name]

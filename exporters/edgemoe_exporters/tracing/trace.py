@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from edgemoe.errors import ExportError
+from edgemoe_exporters.graph.metadata import mark_experts
 from edgemoe_exporters.tracing import schemas
 from edgemoe_exporters.tracing.prepare.model import prepared
 from edgemoe_exporters.tracing.tidy import tidy
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
     from edgemoe_exporters.tracing.cache import CacheTensor
 
 OPSET = 20
-
-# Metadata of initializers whose given axis counts the experts of a decoder layer.
-EXPERT_AXIS = "edgemoe.expert_axis"
-EXPERT_LAYER = "edgemoe.layer"
 
 _PREFIX = "lm."
 
@@ -164,5 +161,4 @@ def _mark_experts(traced: ir.Model, model: MoeModel) -> None:
         for spec in layer.facts.tensors:
             value = traced.graph.initializers.get(f"{layer.name}.{spec.name}")
             if value is not None:
-                value.metadata_props[EXPERT_AXIS] = str(spec.axis)
-                value.metadata_props[EXPERT_LAYER] = str(layer.index)
+                mark_experts(value, spec.axis, layer.index)

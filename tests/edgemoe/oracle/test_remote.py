@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from edgemoe.errors import SpreadError, StreamingError
-from edgemoe.layerwise.provider import StreamedHome, open_home
+from edgemoe.layerwise.provider import StreamedLayers, open_layers
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.oracle.ablation import loss_increases
 from edgemoe.oracle.blocks import choose_in_blocks
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.remote import Crew
-from edgemoe.parallel.workers import Processes, RayCluster, Workers, open_workers
+from edgemoe.parallel.opening import open_workers
+from edgemoe.parallel.workers import Processes, RayCluster, Workers
 from tests.edgemoe.oracle.conftest import draw_windows
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def spread(workers: Workers, checkpoint: Path) -> Callable[..., LayerOracle]:
     def make(**changes: Any) -> LayerOracle:
         given: dict[str, Any] = {"model": checkpoint, "whole": True, "threads": 1}
         crew = Crew(workers=workers, **{**given, **changes})
-        return LayerOracle(open_home(checkpoint, limit_bytes=1), draw_windows(), crew)
+        return LayerOracle(open_layers(checkpoint, limit_bytes=1), draw_windows(), crew)
 
     return make
 
@@ -69,8 +70,8 @@ def spread(workers: Workers, checkpoint: Path) -> Callable[..., LayerOracle]:
 def test_workers_give_the_bits_of_one_process(
     checkpoint: Path, spread: Callable[..., LayerOracle]
 ) -> None:
-    alone, crew = LayerOracle(open_home(checkpoint), draw_windows()), spread()
-    assert isinstance(crew.home, StreamedHome)
+    alone, crew = LayerOracle(open_layers(checkpoint), draw_windows()), spread()
+    assert isinstance(crew.provider, StreamedLayers)
     for one, other in zip(loss_increases(alone), loss_increases(crew), strict=True):
         assert one.tolist() == other.tolist()
         assert one.max() > 0
@@ -103,7 +104,7 @@ def test_what_a_worker_cannot_do_is_refused(
 
 
 def test_a_model_that_changed_in_between_is_run_again(checkpoint: Path) -> None:
-    oracle = LayerOracle(open_home(checkpoint), draw_windows())
+    oracle = LayerOracle(open_layers(checkpoint), draw_windows())
     (_, before), *_ = oracle.map(look, [3], "")
     layer = oracle.moe.layers[0]
     with layer.changed(layer.select([0, 1, 2, 3])):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import weakref
 
+from edgemoe.parallel.opening import open_workers
 from edgemoe.parallel.worker_cache import hold, let_go
-from edgemoe.parallel.workers import Here, Processes, open_workers
+from edgemoe.parallel.workers import Here, Processes
 from tests.edgemoe.parallel import jobs
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from edgemoe.errors import PlanError, SpreadError
 from edgemoe.parallel.cluster import share_out
+from edgemoe.parallel.opening import open_workers
 from edgemoe.parallel.workers import (
     Here,
     Processes,
@@ -22,7 +23,6 @@ from edgemoe.parallel.workers import (
     Steps,
     Workers,
     WorkerTraceback,
-    open_workers,
 )
 from tests.edgemoe.parallel import jobs
 
@@ -44,7 +44,8 @@ PLACES = [
 
 PARENT = """
 import sys
-from edgemoe.parallel.workers import Processes, open_workers
+from edgemoe.parallel.opening import open_workers
+from edgemoe.parallel.workers import Processes
 from tests.edgemoe.parallel.jobs import sleep_long
 
 if __name__ == "__main__":

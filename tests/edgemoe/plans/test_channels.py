@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemoe.errors import PlanError
-from edgemoe.models.contract import LayerShape, ModelShape
+from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.plans.channels import count_mask, fits_mask, is_mask, read_mask, write_mask
 from edgemoe.plans.factors import Factors
 from edgemoe.plans.layer_plan import stored_width

@@ -10,7 +10,7 @@ import torch
 from edgemoe.calibrate.collect import collect
 from edgemoe.errors import PlanError, SweepError
 from edgemoe.models.checkpoint import load_model, load_tokenizer
-from edgemoe.models.contract import LayerShape, ModelShape
+from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.plans.keep_all import keep_all
 from edgemoe.prune.registry import METHODS, make_plan
 from edgemoe.sweep.candidates import hash_decision, list_cuts

@@ -24,7 +24,7 @@ from edgemoe.errors import OutputError, SpreadError, TaskFileError
 from edgemoe.evaluate.drop import paired_drop
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
-from edgemoe.layerwise.provider import MemoryHome
+from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe.models.checkpoint import load_model, load_tokenizer
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.parallel.workers import Here, Processes, RayCluster
@@ -339,7 +339,7 @@ def test_what_fractions_share_is_measured_once_for_each_task(
             count_for(method_of(name), statistics.shape, 0.5),
             options=given,
             open_oracle=lambda windows: LayerOracle(
-                MemoryHome(load_model(folder / "moe")), windows
+                InMemoryLayers(load_model(folder / "moe")), windows
             ),
         )
         swept = (tmp_path / f"report/plans/low-{name}-0.5-0.json").read_text()

@@ -11,7 +11,7 @@ import pytest
 from edgemoe.errors import ExportError
 from edgemoe.models.memory_budget import default_limit
 from edgemoe_exporters.graph.lazy_weights import Deferred, Latest
-from edgemoe_exporters.lowering.quantize import Quantized, quantize_blocks
+from edgemoe_exporters.lowering.quantize import quantize_blocks
 from edgemoe_exporters.lowering.quantize_once import quantize_later
 
 
@@ -57,7 +57,7 @@ def test_parts_of_a_quantised_weight_are_made_together(bits: int, symmetric: boo
         calls.append(1)
         return array
 
-    latest: Latest[Quantized] = Latest()
+    latest = Latest()
     weight = Deferred(array.shape, ir.DataType.FLOAT, compute)
     parts = quantize_later(latest, weight, bits, 32, symmetric)
     expected = quantize_blocks(array, bits, 32, symmetric)

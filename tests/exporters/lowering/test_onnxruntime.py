@@ -13,12 +13,12 @@ import torch
 
 from edgemoe.errors import ExportError
 from edgemoe_exporters.graph.editor import Editor
+from edgemoe_exporters.graph.metadata import EXPERT_AXIS
 from edgemoe_exporters.lowering import onnxruntime as lower_ort
 from edgemoe_exporters.lowering.fused.sensitive import find_sensitive
-from edgemoe_exporters.lowering.quantize import dequantize_blocks, quantize_blocks
+from edgemoe_exporters.lowering.quantize import quantize_blocks
 from edgemoe_exporters.precision import PRECISIONS
 from edgemoe_exporters.tracing.prepare.model import prepared
-from edgemoe_exporters.tracing.trace import EXPERT_AXIS
 
 pytestmark = pytest.mark.fused
 
@@ -117,7 +117,11 @@ def test_fp32_equals_eager(traced_models: Any, family: Any) -> None:
     [*((family, "int4") for family in (*FAMILIES, "grouped", "based")), ("glm4_moe", "int8")],
 )
 def test_blocks_equal_eager_with_quantised_weights(
-    traced_models: Any, family: Any, name: Any, monkeypatch: Any
+    traced_models: Any,
+    dequantize_blocks: Any,
+    family: Any,
+    name: Any,
+    monkeypatch: Any,
 ) -> None:
     """Where activations are not rounded, the only difference to eager is in the weights."""
     traced = traced_models(family)

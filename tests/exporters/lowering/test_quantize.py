@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from edgemoe_exporters.lowering.quantize import dequantize_blocks, quantize_blocks
+from edgemoe_exporters.lowering.quantize import quantize_blocks
 
 
 def _run(nodes: Any, initializers: Any, feeds: Any) -> Any:
@@ -38,7 +38,7 @@ def _run(nodes: Any, initializers: Any, feeds: Any) -> Any:
 )
 @settings(max_examples=40, deadline=None)
 def test_error_is_below_that_of_rounding_over_the_range(
-    seed: Any, bits: Any, block: Any, symmetric: Any, offset: Any
+    dequantize_blocks: Any, seed: Any, bits: Any, block: Any, symmetric: Any, offset: Any
 ) -> None:
     rng = np.random.default_rng(seed)
     weight = (rng.normal(size=(2, 3, 3 * block)) + offset).astype(np.float32)
@@ -59,7 +59,7 @@ def test_error_is_below_that_of_rounding_over_the_range(
 
 @given(seed=st.integers(0, 2**32 - 1), bits=st.sampled_from([4, 8]))
 @settings(max_examples=20, deadline=None)
-def test_weights_on_the_grid_are_kept(seed: Any, bits: Any) -> None:
+def test_weights_on_the_grid_are_kept(dequantize_blocks: Any, seed: Any, bits: Any) -> None:
     rng = np.random.default_rng(seed)
     top = (1 << bits) - 1
     levels = rng.integers(0, top + 1, size=(4, 2, 32))
@@ -71,7 +71,7 @@ def test_weights_on_the_grid_are_kept(seed: Any, bits: Any) -> None:
     np.testing.assert_allclose(back, weight, rtol=0, atol=2e-5 * top)
 
 
-def test_zero_blocks_stay_zero() -> None:
+def test_zero_blocks_stay_zero(dequantize_blocks: Any) -> None:
     weight = np.zeros((2, 64), dtype=np.float32)
     for symmetric in (False, True):
         back = dequantize_blocks(quantize_blocks(weight, 4, 32, symmetric), 4)
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.mark.fused
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_kernels_read_the_layout(bits: Any, symmetric: Any) -> None:
+def test_kernels_read_the_layout(dequantize_blocks: Any, bits: Any, symmetric: Any) -> None:
     rng = np.random.default_rng(bits)
     weight = rng.normal(size=(48, 96)).astype(np.float32)
     quantised = quantize_blocks(weight, bits, 32, symmetric)

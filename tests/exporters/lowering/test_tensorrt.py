@@ -22,7 +22,7 @@ from edgemoe.models import RouterRule
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.hooks import limit_k
 from edgemoe.models.tiny import tiny_config, tiny_model
-from edgemoe_exporters.bundle.writer import SETS_SHAPES_KEY
+from edgemoe_exporters.graph.metadata import SETS_SHAPES
 from edgemoe_exporters.lowering import tensorrt as lower_tensorrt
 from edgemoe_exporters.lowering.tensorrt import MAX_OPSET, lower
 from edgemoe_exporters.tracing import ops
@@ -187,7 +187,7 @@ def sets_shapes(lowered: ir.Model) -> bool:
     tokens in each layer, and put its answer back by ScatterElements."""
     (caps,) = [value for value in lowered.graph.inputs if value.name == "k_cap"]
     follows = any(node.op_type == "ScatterElements" for node in lowered.graph)
-    assert follows == (SETS_SHAPES_KEY in caps.metadata_props)
+    assert follows == (SETS_SHAPES in caps.metadata_props)
     return follows
 
 

@@ -11,8 +11,9 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from edgemoe.errors import ExportError
 from edgemoe.models.adapter import adapt_model
+from edgemoe_exporters.graph.metadata import DOMAIN, EXPERT_AXIS, LAYER
 from edgemoe_exporters.tracing.prepare.model import prepared
-from edgemoe_exporters.tracing.trace import EXPERT_AXIS, EXPERT_LAYER, trace
+from edgemoe_exporters.tracing.trace import trace
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "qwen2_moe", "mixtral"])
@@ -22,7 +23,7 @@ def test_graph_has_opaque_nodes_and_the_names_of_the_checkpoint(
     traced = traced_models(family)
     graph, model = traced.graph.graph, traced.model
     layers = model.config.num_hidden_layers
-    opaque = Counter(node.op_type for node in graph if node.domain == "edgemoe")
+    opaque = Counter(node.op_type for node in graph if node.domain == DOMAIN)
     assert opaque["Route"] == opaque["Experts"] == len(model.layers)
     assert opaque["Attention"] == layers
     assert opaque["RotaryEmbedding"] == 2 * layers
@@ -52,7 +53,7 @@ def test_graph_has_opaque_nodes_and_the_names_of_the_checkpoint(
 def test_expert_tensors_say_which_layer_they_are_of(traced_models: Any) -> None:
     traced = traced_models("glm4_moe")
     marked = {
-        name: value.metadata_props[EXPERT_LAYER]
+        name: value.metadata_props[LAYER]
         for name, value in traced.graph.graph.initializers.items()
         if value.metadata_props.get(EXPERT_AXIS) == "0"
     }

@@ -17,8 +17,6 @@ import onnx_ir as ir
 from edgemoe.errors import ExportError
 from edgemoe_exporters.graph.builder import Emitter
 from edgemoe_exporters.graph.editor import (
-    MICROSOFT,
-    TRACED,
     Editor,
     array_of,
     producer_of,
@@ -26,8 +24,9 @@ from edgemoe_exporters.graph.editor import (
     size_of,
     sole_consumer,
 )
+from edgemoe_exporters.graph.metadata import DOMAIN, MICROSOFT
 from edgemoe_exporters.lowering.primitive.attention import Shared
-from edgemoe_exporters.lowering.tensorrt import SHARING
+from edgemoe_exporters.lowering.primitive.table import SHARING
 
 if TYPE_CHECKING:
     from edgemoe_exporters.precision import Precision
@@ -66,21 +65,21 @@ def lower_attention(editor: Editor, precision: Precision) -> None:
     Raises:
         ExportError: Two layers rotate by different frequencies.
     """
-    nodes = list(editor.nodes("Attention", TRACED))
+    nodes = list(editor.nodes("Attention", DOMAIN))
     names = ("AttendAll", "SelectKeys", "SelectBlocks", "Angles")
-    apart = [node for name in names for node in editor.nodes(name, TRACED)]
+    apart = [node for name in names for node in editor.nodes(name, DOMAIN)]
     some_join = any(node.op_type == "AttendAll" for node in apart)
     _spell_out(editor, apart, precision)
     # One cache has one form: either all layers share buffers, or none does.
     if some_join or any(_sizes_differ(node) for node in nodes):
-        rotations = list(editor.nodes("RotaryEmbedding", TRACED))
+        rotations = list(editor.nodes("RotaryEmbedding", DOMAIN))
         _spell_out(editor, [*rotations, *nodes], precision)
         return
     slots: _Slots | None = None
     rotation: _Rotation | None = None
     for node in nodes:
         slots = slots or _share_slots(editor, node, precision)
-        first = producer_of(node.inputs[0], "RotaryEmbedding", TRACED)
+        first = producer_of(node.inputs[0], "RotaryEmbedding", DOMAIN)
         if rotation is None and first is not None:
             rotation = _share_rotation(editor, first, precision)
         query = _rotated(editor, node, 0, rotation)
@@ -112,7 +111,7 @@ def lower_attention(editor: Editor, precision: Precision) -> None:
         editor.replace(node.outputs[2], outputs[2])
     editor.tidy()
     # Some families do something else between rotating and attending.
-    _spell_out(editor, list(editor.nodes("RotaryEmbedding", TRACED)), precision)
+    _spell_out(editor, list(editor.nodes("RotaryEmbedding", DOMAIN)), precision)
 
 
 def _sizes_differ(node: ir.Node) -> bool:
@@ -200,7 +199,7 @@ def _rotated(
     editor: Editor, node: ir.Node, position: int, shared: _Rotation | None
 ) -> ir.Value:
     source = required(node.inputs[position])
-    rotary = producer_of(source, "RotaryEmbedding", TRACED)
+    rotary = producer_of(source, "RotaryEmbedding", DOMAIN)
     if rotary is None or shared is None:
         return _tokens_first(editor, node, source)
     states = required(rotary.inputs[0])

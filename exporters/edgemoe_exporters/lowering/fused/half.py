@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from edgemoe_exporters.graph.editor import TRACED, Editor
 from edgemoe_exporters.graph.initializers import narrow_attributes, set_weight, state_values
 from edgemoe_exporters.graph.lazy_weights import Deferred
+from edgemoe_exporters.graph.metadata import DOMAIN
 
 if TYPE_CHECKING:
+    from edgemoe_exporters.graph.editor import Editor
     from edgemoe_exporters.precision import Precision
 
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
@@ -29,7 +30,7 @@ def convert_to_half(editor: Editor, precision: Precision) -> None:
     if precision.dtype != _HALF:
         return
     for value in editor.graph.initializers.values():
-        readers = {node.op_type for node in value.consumers() if node.domain == TRACED}
+        readers = {node.op_type for node in value.consumers() if node.domain == DOMAIN}
         if value.dtype == _FLOAT and not readers & _EXACT:
             set_weight(value, Deferred.of(value), _HALF)
     kept = state_values(editor.graph)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemoe_exporters.graph.editor import (
-    MICROSOFT,
     Attribute,
     Editor,
     producer_of,
@@ -16,7 +15,8 @@ from edgemoe_exporters.graph.editor import (
     size_of,
     sole_consumer,
 )
-from edgemoe_exporters.graph.lazy_weights import SAME_BYTES, Deferred
+from edgemoe_exporters.graph.lazy_weights import Deferred
+from edgemoe_exporters.graph.metadata import MICROSOFT, SAME_BYTES
 from edgemoe_exporters.lowering.fused.sensitive import find_sensitive
 from edgemoe_exporters.lowering.quantize_once import quantize_later
 

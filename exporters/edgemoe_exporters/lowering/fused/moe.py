@@ -17,8 +17,6 @@ import numpy as np
 from edgemoe.errors import ExportError
 from edgemoe_exporters.graph.builder import Emitter
 from edgemoe_exporters.graph.editor import (
-    MICROSOFT,
-    TRACED,
     Attribute,
     Editor,
     producer_of,
@@ -27,6 +25,7 @@ from edgemoe_exporters.graph.editor import (
     sole_consumer,
 )
 from edgemoe_exporters.graph.lazy_weights import Deferred
+from edgemoe_exporters.graph.metadata import DOMAIN, MICROSOFT
 from edgemoe_exporters.graph.nodes import ExpertsNode, RouteNode
 from edgemoe_exporters.lowering.fused.routing import Choice, choose
 from edgemoe_exporters.lowering.primitive.dispatch import Slots
@@ -62,10 +61,10 @@ def lower_moe(editor: Editor, precision: Precision) -> None:
     Raises:
         ExportError: Experts are not fed by a Route, or cannot be quantised.
     """
-    for node in editor.nodes("FactoredExperts", TRACED):
+    for node in editor.nodes("FactoredExperts", DOMAIN):
         _refuse_quantised(precision, None)
         _spell_out(editor, node, precision, partial(lower_factored_experts, node=node))
-    experts_nodes = list(editor.nodes("Experts", TRACED))
+    experts_nodes = list(editor.nodes("Experts", DOMAIN))
     if not experts_nodes:
         return
     route_nodes = [_route_of(node) for node in experts_nodes]
@@ -88,7 +87,7 @@ def lower_moe(editor: Editor, precision: Precision) -> None:
 
 
 def _route_of(node: ir.Node) -> ir.Node:
-    route = producer_of(node.inputs[1], "Route", TRACED)
+    route = producer_of(node.inputs[1], "Route", DOMAIN)
     if route is None:
         raise ExportError("experts must be chosen by a router, got other weights. Trace again.")
     return route

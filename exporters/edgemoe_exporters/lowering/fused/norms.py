@@ -8,14 +8,13 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemoe_exporters.graph.editor import (
-    MICROSOFT,
-    TRACED,
     Editor,
     producer_of,
     required,
     size_of,
 )
 from edgemoe_exporters.graph.lazy_weights import Deferred
+from edgemoe_exporters.graph.metadata import DOMAIN, MICROSOFT
 
 if TYPE_CHECKING:
     from edgemoe_exporters.precision import Precision
@@ -28,7 +27,7 @@ def lower_norms(editor: Editor, precision: Precision) -> None:
         editor: The graph.
         precision: fp32 gets the steps one by one, all others the fused op.
     """
-    for node in editor.nodes("RMSNorm", TRACED):
+    for node in editor.nodes("RMSNorm", DOMAIN):
         if precision.is_exact:
             _spell_out(editor, node)
             continue

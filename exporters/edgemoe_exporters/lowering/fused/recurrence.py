@@ -12,13 +12,12 @@ import numpy as np
 
 from edgemoe_exporters.graph.builder import Emitter
 from edgemoe_exporters.graph.editor import (
-    MICROSOFT,
-    TRACED,
     Editor,
     producer_of,
     required,
     size_of,
 )
+from edgemoe_exporters.graph.metadata import DOMAIN, MICROSOFT
 from edgemoe_exporters.lowering.primitive.recurrence import (
     lower_new_mask,
     lower_softplus,
@@ -39,14 +38,14 @@ def lower_recurrence(editor: Editor, precision: Precision) -> None:
         precision: Says the type of activations.
     """
     for op_type, spell_out in (("NewMask", lower_new_mask), ("Softplus", lower_softplus)):
-        for node in editor.nodes(op_type, TRACED):
+        for node in editor.nodes(op_type, DOMAIN):
             emit = Emitter(editor.graph, precision.dtype, str(node.name))
             (output,) = spell_out(emit, node)
             editor.graph.insert_before(node, emit.nodes)
             editor.replace(node.outputs[0], output)
-    for node in editor.nodes("CausalConv", TRACED):
+    for node in editor.nodes("CausalConv", DOMAIN):
         _lower_conv(editor, node, precision)
-    for node in editor.nodes("LinearAttention", TRACED):
+    for node in editor.nodes("LinearAttention", DOMAIN):
         _lower_attention(editor, node, precision)
 
 

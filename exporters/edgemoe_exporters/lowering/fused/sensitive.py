@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgemoe_exporters.graph.editor import TRACED, Editor, producer_of, required
+from edgemoe_exporters.graph.editor import Editor, producer_of, required
+from edgemoe_exporters.graph.metadata import DOMAIN
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -33,7 +34,7 @@ def find_sensitive(editor: Editor) -> set[str]:
     for node in editor.graph:
         if node.op_type == "Gather" and node.domain == "":
             _note(found, node.inputs[0])
-        elif node.op_type == "Attention" and node.domain == TRACED:
+        elif node.op_type == "Attention" and node.domain == DOMAIN:
             for states in node.inputs[:3]:
                 _note(found, _weight_above(required(states)))
             for reader in _readers(node.outputs[0]):

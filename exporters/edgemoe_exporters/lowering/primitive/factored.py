@@ -17,16 +17,16 @@ import torch
 
 from edgemoe.models.experts import ExpertsLayout
 from edgemoe_exporters.graph.builder import Emitter, size_of
+from edgemoe_exporters.graph.editor import required
 from edgemoe_exporters.graph.initializers import set_weight
 from edgemoe_exporters.graph.lazy_weights import Deferred
-from edgemoe_exporters.graph.nodes import activation_of, present
+from edgemoe_exporters.graph.nodes import activation_of
 from edgemoe_exporters.lowering.primitive.activation import activate
 from edgemoe_exporters.lowering.primitive.dispatch import (
     gates_by_expert,
     run_following,
     run_static,
 )
-from edgemoe_exporters.lowering.primitive.moe import mark_experts
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -147,7 +147,7 @@ def lower_factored_experts(emit: Emitter, node: ir.Node, slots: Slots) -> list[i
     concatenated = bool(node.attributes["is_concatenated"].as_int())
     activation = activation_of(node)
     layout = ExpertsLayout(has_gate=activation.gated, is_concatenated=concatenated)
-    factors = [present(value) for value in (up_in, up_out, down_in, down_out)]
+    factors = [required(value) for value in (up_in, up_out, down_in, down_out)]
     _turn(factors[1], layout)
     for value in factors[2:]:
         stored = Deferred.of(value)
@@ -157,11 +157,8 @@ def lower_factored_experts(emit: Emitter, node: ir.Node, slots: Slots) -> list[i
     if up_bias is not None:
         name = f"{layout.gate_up_name}_bias"
         set_weight(up_bias, Deferred.of(up_bias).map(partial(_canonical, layout, name)))
-    for marked in (*factors, up_bias, down_bias):
-        if marked is not None:
-            mark_experts(marked)
     layer = _Layer(
-        hidden=present(hidden),
+        hidden=required(hidden),
         up_in=factors[0],
         up_out=factors[1],
         down_in=factors[2],

@@ -20,11 +20,9 @@ shape may follow values.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgemoe_exporters.bundle.writer import EXPERT_AXIS_KEY, LAYER_KEY
 from edgemoe_exporters.graph.builder import Emitter, size_of
 from edgemoe_exporters.graph.initializers import set_weight
 from edgemoe_exporters.lowering.primitive.activation import activate
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     from edgemoe_exporters.graph.lazy_weights import Deferred
     from edgemoe_exporters.graph.nodes import ExpertsNode
     from edgemoe_exporters.lowering.primitive.dispatch import Places, Slots
-
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def lower_experts(emit: Emitter, experts: ExpertsNode, slots: Slots) -> list[ir.Value]:
@@ -60,9 +56,6 @@ def lower_experts(emit: Emitter, experts: ExpertsNode, slots: Slots) -> list[ir.
     bias = experts.gate_up_bias_array()
     if bias is not None and experts.gate_up_bias is not None:
         set_weight(experts.gate_up_bias, bias)
-    for marked in (gate_up, down, experts.gate_up_bias, experts.down_bias):
-        if marked is not None:
-            mark_experts(marked)
     kind = StaticLayer if slots.most is None else Layer
     layer = kind(
         hidden=experts.hidden,
@@ -83,14 +76,6 @@ def lower_experts(emit: Emitter, experts: ExpertsNode, slots: Slots) -> list[ir.
 def _turned(stored: Deferred) -> Deferred:
     count, rows, columns = stored.shape
     return stored.map(lambda array: array.transpose(0, 2, 1), (count, columns, rows))
-
-
-def mark_experts(value: ir.Value) -> None:
-    """Say that a weight has one row per expert, so that tasks can share what is common."""
-    match = _LAYER.search(str(value.name))
-    if match is not None:
-        value.metadata_props[EXPERT_AXIS_KEY] = "0"
-        value.metadata_props[LAYER_KEY] = match.group(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,10 +28,8 @@ from edgemoe_exporters.tracing.ops.moe import experts, route
 from edgemoe_exporters.tracing.ops.recurrence import causal_conv, linear_attention, new_mask
 from edgemoe_exporters.tracing.ops.selection import select_blocks, select_keys
 
-DOMAIN = "edgemoe"
-
 __all__ = [
-    "DOMAIN", "angles", "attend_all", "attention", "causal_conv", "experts", "factored_experts",
-    "linear_attention", "new_mask", "rms_norm", "rotary", "route",
-    "select_blocks", "select_keys",
+    "angles", "attend_all", "attention", "causal_conv", "experts", "factored_experts",
+    "linear_attention", "new_mask", "rms_norm", "rotary", "route", "select_blocks",
+    "select_keys",
 ]  # fmt: skip

@@ -15,6 +15,10 @@ from edgemoe.models.discovery import build_skeleton
 from edgemoe.models.k_policy import following
 from edgemoe.models.ragged import read_ragged_note
 from edgemoe.models.registry import FAMILIES
+from edgemoe.models.transformers_internals import (
+    attention_implementation,
+    set_attention_implementation,
+)
 from edgemoe_exporters.precision import PRECISIONS
 from edgemoe_exporters.tracing import ops
 from edgemoe_exporters.tracing.cache import CacheTensor, TraceCache
@@ -183,15 +187,15 @@ def prepared(model: MoeModel) -> Iterator[TraceModule]:
         check_layer(layer, model.family)
     module = TraceModule(model)
     lm = model.model
-    attention_before = lm.config._attn_implementation
+    attention_before = attention_implementation(lm.config)
     register()
     with contextlib.ExitStack() as stack:
         # A policy is bound to each task's graph, after the trace.
         stack.enter_context(following(model, None))
         ACTIVE.append(module.attender)
         stack.callback(ACTIVE.pop)
-        lm.config._attn_implementation = ATTENTION
-        stack.callback(setattr, lm.config, "_attn_implementation", attention_before)
+        set_attention_implementation(lm.config, ATTENTION)
+        stack.callback(set_attention_implementation, lm.config, attention_before)
         for position, layer in enumerate(model.layers):
             replace_moe(stack, module, layer, position)
         replace_norms(stack, lm)

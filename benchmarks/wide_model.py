@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -42,7 +42,8 @@ def write_wide_model(work: Path, **sizes: float) -> tuple[Path, Path]:
     """
     model, lines = work / "wide", work / "wide.jsonl"
     if not model.exists():
-        write_tiny_checkpoint("qwen3_moe", model, **{**_SIZES, **sizes})
+        changes: dict[str, Any] = {**_SIZES, **sizes}
+        write_tiny_checkpoint("qwen3_moe", model, **changes)
     experts = set(read_shape(model).experts_per_layer)
     if experts != {_SIZES["num_experts"]}:
         raise click.ClickException(

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 
-from edgemoe.evaluate.drop import Drop, paired_drop
 from edgemoe.evaluate.evaluation import Evaluation, evaluate
 from edgemoe.evaluate.subject import open_subject
 from edgemoe.staging import staged_file
@@ -121,6 +120,23 @@ class Commands:
         """
         return self.run(name, *arguments, "-o", self.work / name)
 
+    def calibrate(self, model: Path, task: str, lines: Path, tokens: int) -> Path:
+        """Collect statistics of one task, in `stats.safetensors` of the work directory.
+
+        Args:
+            model: The checkpoint.
+            task: Name of the task.
+            lines: Its task file.
+            tokens: Of it, at most.
+
+        Returns:
+            The statistics.
+        """
+        name = "stats.safetensors"
+        given = ("--task", f"{task}={lines}", "--max-tokens", tokens)
+        self.make(name, "calibrate", model, *given)
+        return self.work / name
+
     def judge(self, name: str, checkpoint: Path, lines: Path, tokens: int) -> Evaluation:
         """Judge a checkpoint, or tell how it was judged.
 
@@ -146,30 +162,3 @@ class Commands:
     def _keep(self, file: Path, content: dict[str, Any]) -> None:
         with staged_file(file, force=True) as staged:
             staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def show_score(score: Evaluation) -> str:
-    """Write a score and its 95% interval."""
-    low, high = score.ci95
-    return f"{score.value:.4g} [{low:.4g}, {high:.4g}]"
-
-
-def show_drop(before: Evaluation, after: Evaluation) -> str:
-    """Write how much worse a score is, and its 95% interval over paired lines."""
-    drop: Drop = paired_drop(before, after)
-    low, high = drop.ci95
-    return f"{100 * drop.value:+.1f}% [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def megabytes(checkpoint: Path) -> str:
-    """Write the size of a checkpoint's weights in MB."""
-    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    return f"{size / 1e6:.0f}"
-
-
-def write_table(heading: list[str], rows: list[list[str]]) -> None:
-    """Print a table in Markdown."""
-    click.echo(f"| {' | '.join(heading)} |")
-    click.echo(f"|{'---|' * len(heading)}")
-    for row in rows:
-        click.echo(f"| {' | '.join(row)} |")

@@ -1,4 +1,4 @@
-"""Say in one line which extra a command needs, where it is not installed."""
+"""Check that the extra of a command or function is installed, and name it where it is not."""
 
 from __future__ import annotations
 

@@ -69,11 +69,21 @@ def write_checkpoint(path: Path, layers: int, shard_bytes: int) -> int:
                     content.fill_(1)
                 writer.write(tensor, content.to(torch.bfloat16))
     write_index(shards, path)
-    words = {f"w{index}": index for index in range(_WORDS)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token=next(iter(words))))
+    write_word_tokenizer(path, _WORDS)
+    return sum(shard.nbytes for shard in shards)
+
+
+def write_word_tokenizer(path: Path, words: int) -> None:
+    """Write a tokenizer whose tokens are the words w0, w1, and so on.
+
+    Args:
+        path: Checkpoint directory.
+        words: Their number.
+    """
+    vocabulary = {f"w{index}": index for index in range(words)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(path / "tokenizer.json"))
-    return sum(shard.nbytes for shard in shards)
 
 
 def write_task(path: Path, tokens: int) -> None:
