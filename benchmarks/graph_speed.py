@@ -1,6 +1,6 @@
 """Decode and prefill of exported graphs against transformers eager, in one run.
 
-    python benchmarks/graph_speed.py MODEL [--precision fp32 --precision int4] [--json FILE]
+    python -m benchmarks.graph_speed MODEL [--precision fp32 --precision int4] [--json FILE]
 
 Every contestant does one prefill and one decode step in turn, again and again, so that what
 else the machine does falls on all of them alike; the table shows medians. Decoding starts
@@ -25,8 +25,8 @@ import onnxruntime
 import torch
 
 from edgemoe.models.checkpoint import load_model
-from edgemoe_exporters import lower_ort
-from edgemoe_exporters.trace import trace
+from edgemoe_exporters.lowering import onnxruntime as lower_ort
+from edgemoe_exporters.tracing.trace import trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable

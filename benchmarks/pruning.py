@@ -6,8 +6,8 @@ them by several seeds instead, the same draw for all tasks. Intervals are 95%, b
 over lines (1000 resamples, seed 0); ratios are paired: numerator and denominator score the
 same lines.
 
-    python benchmarks/pruning.py demo/moe --tasks demo/tasks
-    python benchmarks/pruning.py demo/moe --tasks demo/tasks --only bible --only code \
+    python -m benchmarks.pruning demo/moe --tasks demo/tasks
+    python -m benchmarks.pruning demo/moe --tasks demo/tasks --only bible --only code \
         --keep-experts 12 --method reap --max-test-tokens 1000 --csv pruning.csv
 
 The folder of --tasks holds NAME.train.jsonl and NAME.test.jsonl for each task. With the
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 
+from edgemoe.apply.in_memory import apply_plan
 from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import EdgemoeError
@@ -37,7 +38,6 @@ from edgemoe.evaluate.intervals import bootstrap_perplexity
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.saving import set_expert_counts
-from edgemoe.prune.apply import apply_plan
 from edgemoe.prune.keep import count_kept
 from edgemoe.prune.registry import METHODS, make_plan
 from edgemoe.staging import staged_file

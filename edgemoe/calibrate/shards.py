@@ -18,16 +18,17 @@ from edgemoe.models.checkpoint import load_tokenizer
 from edgemoe.models.device import device_here
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.opening import open_streamed
+from edgemoe.parallel.agreement import check_agreement, threads_of
+from edgemoe.parallel.opening import open_workers
+from edgemoe.parallel.workers import Steps
 from edgemoe.resume import resumable, wait_until_free
-from edgemoe.spread.agreement import check_agreement, threads_of
-from edgemoe.spread.workers import Steps, open_workers
 from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemoe.spread.workers import Place, Workers
+    from edgemoe.parallel.workers import Place, Workers
     from edgemoe.tasks import TaskFile
 
 _KEPT = "shards.json"

@@ -16,12 +16,12 @@ from edgemoe.calibrate.collect import sum_call
 from edgemoe.calibrate.statistics import Statistics, TaskStatistics
 from edgemoe.calibrate.sums import LayerSums
 from edgemoe.calibrate.windows import SEQUENCE_LENGTH, cut_tasks
+from edgemoe.layerwise.outputs import DEFAULT_LIMIT_BYTES, LayerOutputs
+from edgemoe.layerwise.replay import map_tensors, only_layer
 from edgemoe.models.checkpoint import load_tokenizer, quiet_transformers
 from edgemoe.models.fingerprint import FileHashes, hash_file
 from edgemoe.models.hooks import observe
 from edgemoe.models.opening import open_streamed
-from edgemoe.models.outputs import DEFAULT_LIMIT_BYTES, LayerOutputs
-from edgemoe.models.replay import map_tensors, only_layer
 from edgemoe.progress import counting
 from edgemoe.resume import WorkDirectory, partial_path, resumable
 from edgemoe.versions import library_versions

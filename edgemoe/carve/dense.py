@@ -38,8 +38,8 @@ def load_dense(source: Path) -> DenseModel:
     """Load a dense checkpoint in float32.
 
     Args:
-        source: A Hugging Face directory with safetensors, a ``.gguf`` file, or a directory
-            that holds exactly one ``.gguf`` file.
+        source: A Hugging Face directory with safetensors, a `.gguf` file, or a directory
+            that holds exactly one `.gguf` file.
 
     Returns:
         The model and its tokenizer.

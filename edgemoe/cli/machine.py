@@ -1,4 +1,4 @@
-"""What ``edgemoe doctor`` tells: the runtime's view of this machine, and what the kit lacks."""
+"""What `edgemoe doctor` tells: the runtime's view of this machine, and what the kit lacks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe_runtime.device import PACKAGES, Finding, inspect_device
+from edgemoe_runtime.device.machine import PACKAGES, Finding, inspect_device
 
 if TYPE_CHECKING:
-    from edgemoe_runtime.jetson import Jetson
-    from edgemoe_runtime.sensors import Sensors
+    from edgemoe_runtime.device.jetson import Jetson
+    from edgemoe_runtime.device.sensors import Sensors
 
 
 def examine(root: Path = Path("/")) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def examine(root: Path = Path("/")) -> dict[str, Any]:
         root: Where the file system starts; another one only in tests.
 
     Returns:
-        JSON values: facts, then ``missing``, a list of what could be added and how.
+        JSON values: facts, then `missing`, a list of what could be added and how.
     """
     device = inspect_device(root)
     findings = list(device.findings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgemoe.models.factored import stack_factors
+from edgemoe.models.factored_experts import stack_factors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """What a method makes of a layer.
+    """Factors that a method computed for a layer.
 
     Attributes:
-        tensors: What :func:`edgemoe.models.factored.factor_layer` takes.
+        tensors: What `edgemoe.models.factored_layer.factor_layer` takes.
         lost: What the first and the second products of all experts lose together: squared
             Frobenius norms, of what they give on the method's tokens or, without tokens, of
             themselves.

@@ -9,8 +9,8 @@ from edgemoe.decompose.shared_basis import shared_basis
 from edgemoe.decompose.svd import svd
 from edgemoe.decompose.svd_whitened import svd_whitened
 from edgemoe.errors import PlanError
-from edgemoe.models.factored import factor_layer, factored
-from edgemoe.models.shared_basis import base_layer, based
+from edgemoe.models.factored_layer import factor_layer, factored
+from edgemoe.models.shared_basis_layer import based, to_shared_basis
 from edgemoe.plans.factors import SHARED_BASIS
 from edgemoe.plans.options import options_of
 
@@ -41,7 +41,7 @@ class Method:
             Options are keyword arguments.
         reads_tokens: Whether it looks at tokens.
         shares_bases: Whether the experts of a layer share bases
-            (:mod:`edgemoe.models.shared_basis`) instead of having factors each.
+            (`edgemoe.models.shared_basis_experts`) instead of having factors each.
     """
 
     factor: Callable[..., LayerFactors]
@@ -50,13 +50,13 @@ class Method:
 
     @property
     def inside(self) -> Inside:
-        """Puts what :attr:`factor` gives into a layer for a while."""
+        """Puts what `factor` gives into a layer for a while."""
         return based if self.shares_bases else factored
 
     @property
     def put(self) -> Callable[[MoeLayer, Mapping[str, torch.Tensor]], None]:
-        """Puts what :attr:`factor` gives into a layer."""
-        return base_layer if self.shares_bases else factor_layer
+        """Puts what `factor` gives into a layer."""
+        return to_shared_basis if self.shares_bases else factor_layer
 
     @property
     def options(self) -> dict[str, Any]:

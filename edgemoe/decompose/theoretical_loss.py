@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemoe.decompose.walk import Prepare
-    from edgemoe.models.replay import Outputs
-    from edgemoe.oracle.homes import Home
+    from edgemoe.layerwise.provider import LayerProvider
+    from edgemoe.layerwise.replay import Outputs
     from edgemoe.plans.plan import Plan
 
 _LEAST = 0.1
@@ -48,7 +48,9 @@ def kept_fractions(losses: Sequence[float], ratio: float) -> tuple[float, ...]:
     return tuple(np.maximum(1 - removed, _LEAST * ratio).tolist())
 
 
-def measure_losses(home: Home, plan: Plan, prepare: Prepare) -> tuple[tuple[float, float], ...]:
+def measure_losses(
+    home: LayerProvider, plan: Plan, prepare: Prepare
+) -> tuple[tuple[float, float], ...]:
     """Factor every layer at the ranks of a plan, and go on as if it had stayed whole.
 
     Args:

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import torch
 
     from edgemoe.decompose.layer_factors import LayerFactors
+    from edgemoe.layerwise.provider import LayerProvider
+    from edgemoe.layerwise.replay import Outputs
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.replay import Outputs
-    from edgemoe.oracle.homes import Home
     from edgemoe.plans.layer_plan import LayerPlan
     from edgemoe.plans.plan import Plan
 
@@ -57,7 +57,7 @@ class FactoringWalk:
         model: MoeModel,
         plan: Plan,
         prepare: Prepare,
-        open_home: Callable[[], Home],
+        open_layers: Callable[[], LayerProvider],
         *,
         go_on_factored: bool = True,
     ) -> None:
@@ -67,7 +67,7 @@ class FactoringWalk:
             model: The model; it is as before after every step.
             plan: A plan with ranks, which was validated for the model.
             prepare: Makes what the plan keeps and merges.
-            open_home: Tells where the model's layers are, for a method that looks at tokens.
+            open_layers: Tells where the model's layers are, for a method that looks at tokens.
             go_on_factored: Whether later layers see what factored ones return; what whole ones
                 return otherwise.
 
@@ -85,7 +85,7 @@ class FactoringWalk:
         self._plans = {layer.layer: layer for layer in plan.layers}
         self._last = max(layer.layer for layer in plan.layers if layer.ranks is not None)
         windows = self._decomposition.windows
-        self._oracle = LayerOracle(open_home(), windows) if windows else None
+        self._oracle = LayerOracle(open_layers(), windows) if windows else None
         self.windows = len(windows)
         self.indices: Sequence[int] = (
             range(self._last + 1)

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How a model does on a task.
+    """Score of a model on a task, with its confidence interval.
 
     Attributes:
         task: The task's name.
-        metric: ``perplexity`` for text and completions, ``accuracy`` for choices,
-            ``exact_match`` for completions that were generated.
+        metric: `perplexity` for text and completions, `accuracy` for choices,
+            `exact_match` for completions that were generated.
         value: The metric.
         ci95: Its 95% interval: for perplexity a bootstrap over lines, for the others Wilson's.
         n: Lines that were scored.
@@ -37,6 +37,8 @@ class Evaluation:
             choices those of the right choice.
         tokens: Tokens that the perplexity covers.
         details: What else was measured.
+        experts_per_token: Experts that scored tokens used per MoE layer, averaged over both;
+            None where that is not known.
         line_losses: Negative log-likelihood per line in nats, for paired comparisons.
         line_tokens: Scored tokens per line.
         line_hits: Per line of choices 1 where the right one is likeliest in total, else 0.
@@ -51,16 +53,17 @@ class Evaluation:
     perplexity: float
     tokens: int
     details: dict[str, Any] = field(default_factory=dict)
+    experts_per_token: float | None = None
     line_losses: tuple[float, ...] = field(default=(), repr=False)
     line_tokens: tuple[int, ...] = field(default=(), repr=False)
     line_hits: tuple[int, ...] = field(default=(), repr=False)
     line_values: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
 
     def to_dict(self, *, details: bool = False) -> dict[str, Any]:
-        """Return what ``edgemoe evaluate --json`` answers.
+        """Return what `edgemoe evaluate --json` answers.
 
         Args:
-            details: Whether to add the key ``details``.
+            details: Whether to add the key `details`.
 
         Returns:
             A dictionary that JSON can hold.
@@ -78,7 +81,7 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Evaluation:
-        """Read what :func:`dataclasses.asdict` and JSON made of an evaluation.
+        """Read what `dataclasses.asdict` and JSON made of an evaluation.
 
         Args:
             document: The JSON object.
@@ -127,8 +130,8 @@ def evaluate(
 
     Raises:
         TaskFileError: No token can be scored, a completion is longer than the model's
-            longest sequence, ``generate`` is given for a task without completions, or
-            ``max_tokens`` or ``window`` is out of range.
+            longest sequence, `generate` is given for a task without completions, or
+            `max_tokens` or `window` is out of range.
         CheckpointError: The model answers NaN or infinity.
     """
     if generate is not None:
@@ -251,7 +254,7 @@ def _judged(question: Question) -> list[int]:
 
 
 def _find_hits(questions: list[Question], rows: list[list[Logprobs]]) -> NDArray[np.int64]:
-    """Tell where the right choice is likeliest in total, per character and per byte."""
+    """Find where the right choice is likeliest in total, per character and per byte."""
     hits = np.zeros((len(questions), 3), np.int64)
     for line, (question, row) in enumerate(zip(questions, rows, strict=True)):
         scores = np.array([logprobs.sum() for logprobs in row])

@@ -8,7 +8,7 @@ from edgemoe.errors import TaskFileError
 from edgemoe.evaluate.requests import PROMPT_TOKENS, count_shared
 from edgemoe.progress import track
 from edgemoe.tasks import CompletionRecord
-from edgemoe_runtime.tokenizer import encode_once
+from edgemoe_runtime.decoding.tokenizer import encode_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -9,7 +9,7 @@ from edgemoe.errors import TaskFileError
 from edgemoe.evaluate.rolling import roll_text
 from edgemoe.evaluate.scorer import Request
 from edgemoe.tasks import ChoiceRecord, TextRecord
-from edgemoe_runtime.tokenizer import encode_once
+from edgemoe_runtime.decoding.tokenizer import encode_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,9 +78,9 @@ def build_questions(
 
     Raises:
         TaskFileError: No line has a token to score in its context.
-        TaskFileError: A completion or choice alone is longer than ``max_length``, or choices
+        TaskFileError: A completion or choice alone is longer than `max_length`, or choices
             have no token before them.
-        TaskFileError: ``max_tokens`` or ``window`` is out of range.
+        TaskFileError: `max_tokens` or `window` is out of range.
     """
     if max_tokens is not None and max_tokens < 2:
         raise TaskFileError(f"max_tokens must be in [2, inf), got {max_tokens}.")
@@ -124,7 +124,7 @@ def resolve_window(window: int | None, max_length: int) -> int:
         The tokens, in [2, max_length].
 
     Raises:
-        TaskFileError: ``window`` is out of range.
+        TaskFileError: `window` is out of range.
     """
     if window is None:
         return min(WINDOW_TOKENS, max_length)

@@ -15,6 +15,7 @@ from edgemoe.models.k_policy import put_k_policy, read_k_policy
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note, resize_layers
 from edgemoe.models.registry import find_family
 from edgemoe.models.safety import check_directory, check_weights, read_json_object
+from edgemoe.models.transformers_internals import read_special_floats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from edgemoe.models.contract import ModelShape, MoeModel
+    from edgemoe.models.contract import MoeModel
     from edgemoe.models.registry import Family
+    from edgemoe.models.shapes import ModelShape
 
 _ALIGNMENT_BYTES = 64
 # What torch and transformers raise when weights and configuration contradict each other.
@@ -193,7 +195,7 @@ def _configuration(content: Mapping[str, Any]) -> PreTrainedConfig:
     configuration = CONFIG_MAPPING[content["model_type"]]
     # JSON has no infinity; transformers writes it as an object.
     found: PreTrainedConfig = configuration.from_dict(
-        configuration._decode_special_floats(dict(content))
+        read_special_floats(configuration, content)
     )
     return found
 

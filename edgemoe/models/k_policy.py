@@ -1,6 +1,6 @@
 """Let models follow k policies, and keep these in checkpoints.
 
-A checkpoint that has a policy carries ``k_policy.json`` beside its weights. transformers does
+A checkpoint that has a policy carries `k_policy.json` beside its weights. transformers does
 not look at that file and runs the model with its own top_k; whatever opens the checkpoint
 through edgemoe follows the policy.
 """
@@ -70,7 +70,7 @@ def read_k_policy(path: Path) -> KPolicy | None:
 
 
 def put_k_policy(model: MoeModel, policy: KPolicy | None) -> None:
-    """Let a model follow a policy until :func:`drop_k_policy`.
+    """Make a model follow a policy until `drop_k_policy`.
 
     Args:
         model: A model without a policy; it is changed.
@@ -85,7 +85,7 @@ def put_k_policy(model: MoeModel, policy: KPolicy | None) -> None:
 
 
 def drop_k_policy(model: MoeModel) -> None:
-    """Let a model's tokens use as many experts as its routers say.
+    """Make a model's tokens use as many experts as its routers say.
 
     Args:
         model: A model, with a policy or without; it is changed.
@@ -97,7 +97,7 @@ def drop_k_policy(model: MoeModel) -> None:
 
 @contextlib.contextmanager
 def following(model: MoeModel, policy: KPolicy | None) -> Iterator[None]:
-    """Let a model follow a policy for a while, and not its own.
+    """Make a model follow a policy for a while, and not its own.
 
     Args:
         model: The model.

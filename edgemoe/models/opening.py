@@ -12,7 +12,7 @@ from edgemoe.models.adapter import adapt_model
 from edgemoe.models.checkpoint import quiet_transformers, read_config, refusing_misfits
 from edgemoe.models.discovery import discover
 from edgemoe.models.k_policy import put_k_policy, read_k_policy
-from edgemoe.models.memory import default_limit
+from edgemoe.models.memory_budget import default_limit
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note
 from edgemoe.models.safety import check_weights
 from edgemoe.models.streaming import Skeleton

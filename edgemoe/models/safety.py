@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from edgemoe.errors import CheckpointError
+from edgemoe_runtime.bundle.names import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,7 +69,7 @@ def check_directory(path: Path) -> None:
         elif path.suffix == ".gguf":
             remedy = "Turn GGUF into a checkpoint with `edgemoe carve`."
         raise CheckpointError(f"checkpoint must be a directory, got the file {path}. {remedy}")
-    if (path / "manifest.json").exists() and not (path / _SINGLE).exists():
+    if (path / MANIFEST_FILE).exists() and not (path / _SINGLE).exists():
         raise CheckpointError(
             f"checkpoint must be a Hugging Face directory, got the bundle {path}. Give the "
             "checkpoint that it was exported from."

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
 from edgemoe.calibrate.mixture import spread_windows
 from edgemoe.errors import StatisticsError
+from edgemoe.layerwise.replay import only_layer
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.hooks import observe
-from edgemoe.models.replay import only_layer
 from edgemoe.models.routers import Routing
 from edgemoe.progress import counting
 
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgemoe.calibrate.sample import Window
+    from edgemoe.layerwise.provider import LayerProvider
+    from edgemoe.layerwise.replay import Outputs
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.replay import Outputs
-    from edgemoe.oracle.crew import Crew
-    from edgemoe.oracle.homes import Home
 
     RouterCall = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -63,20 +62,46 @@ class LayerView:
         self._tensors = tensors
 
 
+class JobMapper(Protocol):
+    """Whoever runs an oracle's jobs elsewhere, on the same model."""
+
+    def map(
+        self,
+        function: Callable[[LayerOracle, Job], Result],
+        jobs: Sequence[Job],
+        windows: Sequence[Window],
+        description: str,
+    ) -> list[Result]:
+        """Run a function over jobs, each with an oracle over the windows.
+
+        Args:
+            function: A function of a module that workers can import.
+            jobs: Its second arguments.
+            windows: The tokens of the oracles.
+            description: What the progress bar says.
+
+        Returns:
+            The results in the order of the jobs.
+        """
+        ...
+
+
 class LayerOracle:
     """A model, and tokens to ask it about.
 
     Attributes:
-        home: Where its layers are.
+        provider: Where its layers are.
         windows: The tokens, one forward pass each.
         crew: Who answers what :meth:`map` asks; None for this process.
     """
 
-    def __init__(self, home: Home, windows: Sequence[Window], crew: Crew | None = None) -> None:
+    def __init__(
+        self, provider: LayerProvider, windows: Sequence[Window], crew: JobMapper | None = None
+    ) -> None:
         """Ask about windows.
 
         Args:
-            home: The model; it is as before whenever nothing runs.
+            provider: The model; it is as before whenever nothing runs.
             windows: The tokens.
             crew: Workers with the same model.
 
@@ -88,7 +113,7 @@ class LayerOracle:
                 "statistics must hold tokens for a method that runs layers, got none. "
                 "Calibrate again."
             )
-        self.home = home
+        self.provider = provider
         self.windows = tuple(windows)
         self.crew = crew
         self._answers: dict[Hashable, Any] = {}
@@ -99,7 +124,7 @@ class LayerOracle:
     @property
     def moe(self) -> MoeModel:
         """The model."""
-        return self.home.moe
+        return self.provider.moe
 
     @property
     def tokens(self) -> int:
@@ -116,7 +141,7 @@ class LayerOracle:
             An oracle over the same model and
             :func:`edgemoe.calibrate.mixture.spread_windows` of the same tokens.
         """
-        return LayerOracle(self.home, spread_windows(self.windows, tokens), self.crew)
+        return LayerOracle(self.provider, spread_windows(self.windows, tokens), self.crew)
 
     def once(self, question: Hashable, ask: Callable[[], Result]) -> Result:
         """Remember an answer that depends on the model and the tokens alone.
@@ -173,7 +198,7 @@ class LayerOracle:
         Yields:
             Nothing.
         """
-        with quiet_transformers(), self.home.outer():
+        with quiet_transformers(), self.provider.outer():
             yield
 
     def states_before(self, index: int) -> list[Outputs]:
@@ -192,7 +217,7 @@ class LayerOracle:
             self._forget()
         reached, states = self._reached
         for number in range(reached, index):
-            with self.home.layer(number):
+            with self.provider.layer(number):
                 states = self.run_layer(number, states)
             self._reached = (number + 1, states)
         return states
@@ -212,7 +237,7 @@ class LayerOracle:
         """
         (layer,) = (layer for layer in self.moe.layers if layer.index == index)
         before = self.states_before(index)
-        with self.home.layer(index):
+        with self.provider.layer(index):
             returned, view = self.observe(layer, before)
             self._reached = (index + 1, returned)
             yield view
@@ -239,7 +264,7 @@ class LayerOracle:
         with self.open(), counting(last + 1, description) as done:
             for index in range(last + 1):
                 layer = by_index.get(index)
-                with self.home.layer(index):
+                with self.provider.layer(index):
                     if layer is None:
                         states = self.run_layer(index, states)
                     else:
@@ -261,7 +286,7 @@ class LayerOracle:
         Returns:
             What it returns for each window.
         """
-        return run_windows(self.home.decoder, self.home.layers, index, self.windows, before)
+        return run_windows(self.provider.decoder, self.provider.layers, index, self.windows, before)
 
     def view(self, layer: MoeLayer, before: Sequence[Outputs]) -> LayerView:
         """Look at one MoE layer, whose weights are in memory, on all windows.

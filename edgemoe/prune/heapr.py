@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from edgemoe.apply.checks import refuse_neurons
+from edgemoe.layerwise.provider import whole_model
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.layer_width import neuron_outputs
 from edgemoe.oracle.gradients import take_gradients
-from edgemoe.oracle.homes import whole_model
 from edgemoe.progress import track
-from edgemoe.prune.apply import refuse_neurons
 from edgemoe.prune.widths import check_choice, keep_equal, keep_ragged, share_widths
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.sample import Window
     from edgemoe.calibrate.statistics import TaskStatistics
-    from edgemoe.models.contract import ModelShape, MoeModel
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.gradients import LayerGradient
     from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.plans.plan import LayerPlan
@@ -74,7 +75,7 @@ def heapr(
     """
     del statistics, seed
     check_choice(widths)
-    whole_model(oracle.home, "heapr, which takes gradients through it,")
+    whole_model(oracle.provider, "heapr, which takes gradients through it,")
     for layer in oracle.moe.layers:
         refuse_neurons(layer, shape.family)
     scores = oracle.once(

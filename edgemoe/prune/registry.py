@@ -6,10 +6,9 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgemoe import __version__
 from edgemoe.calibrate.mixture import mix
+from edgemoe.data_provenance import write_digests
 from edgemoe.errors import PlanError
-from edgemoe.lines import write_digests
 from edgemoe.plans.options import options_of, parse_options
 from edgemoe.plans.plan import LayerPlan, Plan
 from edgemoe.prune.camera import camera
@@ -24,15 +23,21 @@ from edgemoe.prune.random import random
 from edgemoe.prune.ream import ream
 from edgemoe.prune.reap import reap
 from edgemoe.prune.seer import seer
+from edgemoe.prune.selection import keep_by_score
 from edgemoe.prune.uncurl import uncurl
 from edgemoe.prune.widths import check_widths, count_widths
+from edgemoe.versions import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from edgemoe.calibrate.sample import Window
-    from edgemoe.calibrate.statistics import Statistics
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.calibrate.statistics import Statistics, TaskStatistics
+    from edgemoe.calibrate.sums import LayerSums
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.oracle import LayerOracle
 
     # Opens the model for methods that run its layers.
@@ -49,11 +54,11 @@ class Method:
         runs_layers: Whether it needs the model besides the statistics.
         draws: Whether another seed may give another plan.
         spreads: Whether it asks its oracle through
-            :meth:`edgemoe.oracle.oracle.LayerOracle.map`, so that workers can answer.
+            `edgemoe.oracle.oracle.LayerOracle.map`, so that workers can answer.
         shares_out: Whether it decides itself how many experts each layer keeps; only their sum
             counts then.
-        picks_neurons: Whether it keeps all experts and chooses their neurons; counts are
-            neurons of each expert then.
+        picks_neurons: Whether it keeps all experts and chooses their channels; counts are
+            channels of each expert then.
     """
 
     decide: Callable[..., tuple[LayerPlan, ...]]
@@ -69,18 +74,38 @@ class Method:
         return options_of(self.decide)
 
 
+def scoring(score: Callable[[LayerSums], NDArray[np.float64]]) -> Method:
+    """Make a method of a score: each layer keeps the experts of the highest.
+
+    Args:
+        score: From the sums of one layer of E experts to a score each, float64 `[E]`.
+
+    Returns:
+        The method. Of equal scores the expert of lower id stays; routers with groups keep as
+        many experts of each.
+    """
+
+    def decide(
+        statistics: TaskStatistics, shape: ModelShape, counts: Sequence[int], seed: int
+    ) -> tuple[LayerPlan, ...]:
+        del seed
+        return keep_by_score(statistics, shape, counts, score)
+
+    return Method(decide)
+
+
 METHODS: dict[str, Method] = {
     "camera": Method(camera, runs_layers=True, picks_neurons=True),
-    "frequency": Method(frequency),
+    "frequency": scoring(frequency),
     "heapr": Method(heapr, runs_layers=True, picks_neurons=True),
-    "man": Method(man),
+    "man": scoring(man),
     "moe-i2": Method(moe_i2, runs_layers=True, draws=True, spreads=True, shares_out=True),
-    "msan": Method(msan),
+    "msan": scoring(msan),
     "naee": Method(naee, runs_layers=True, spreads=True),
     "random": Method(random, draws=True),
-    "reap": Method(reap),
+    "reap": scoring(reap),
     "ream": Method(ream, runs_layers=True),
-    "seer": Method(seer),
+    "seer": scoring(seer),
     "uncurl": Method(uncurl, draws=True),
 }
 
@@ -107,7 +132,7 @@ def read_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
 
     Args:
         method: The method's name.
-        texts: ``NAME=VALUE`` each.
+        texts: `NAME=VALUE` each.
 
     Returns:
         The options by name, in the types of their defaults.
@@ -125,7 +150,7 @@ def find_owl(method: str, options: Mapping[str, Any]) -> Owl | None:
 
     Args:
         method: The method's name.
-        options: Its options by name, and those of :data:`edgemoe.prune.owl.LAYER_OPTIONS`.
+        options: Its options by name, and those of `edgemoe.prune.owl.LAYER_OPTIONS`.
 
     Returns:
         OWL's settings; None where layers keep what they are told.
@@ -148,11 +173,11 @@ def find_owl(method: str, options: Mapping[str, Any]) -> Owl | None:
 
 
 def needs_model(method: str, options: Mapping[str, Any]) -> bool:
-    """Ask whether a plan needs the model besides the statistics.
+    """Return whether a plan needs the model besides the statistics.
 
     Args:
         method: The method's name.
-        options: As in :func:`find_owl`.
+        options: As in `find_owl`.
 
     Returns:
         Whether the method runs layers, or OWL does.
@@ -165,7 +190,7 @@ def fill_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         method: The method's name.
-        given: As in :func:`find_owl`.
+        given: As in `find_owl`.
 
     Returns:
         All options that the decision depends on: those of layers only where OWL decides.
@@ -179,12 +204,12 @@ def count_for(method: str, shape: ModelShape, keep: float) -> tuple[int, ...]:
     """Turn a fraction into what a method keeps per MoE layer.
 
     Args:
-        method: One of :data:`METHODS`.
+        method: One of `METHODS`.
         shape: The model.
-        keep: Fraction of each layer's experts, or of all neurons, in (0, 1].
+        keep: Fraction of each layer's experts, or of all channels, in (0, 1].
 
     Returns:
-        Experts to keep, or neurons of each expert, one number per MoE layer.
+        Experts to keep, or channels of each expert, one number per MoE layer.
 
     Raises:
         PlanError: There is no such method, or the model cannot keep that fraction.
@@ -209,12 +234,12 @@ def make_plan(
     Args:
         statistics: Sums of the checkpoint.
         task: The task to decide for, or several with their weights.
-        method: One of :data:`METHODS`.
-        counts: Experts to keep per MoE layer, as :func:`edgemoe.prune.keep.count_kept` gives,
-            or neurons of each expert, as :func:`edgemoe.prune.widths.count_widths` gives.
+        method: One of `METHODS`.
+        counts: Experts to keep per MoE layer, as `edgemoe.prune.keep.count_kept` gives,
+            or channels of each expert, as `edgemoe.prune.widths.count_widths` gives.
         seed: Seed of the methods that draw, in [0, inf).
         options: The method's options by name, and those of
-            :data:`edgemoe.prune.owl.LAYER_OPTIONS`.
+            `edgemoe.prune.owl.LAYER_OPTIONS`.
         open_oracle: Opens the model that was measured, for methods that run its layers and
             for OWL.
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from edgemoe.errors import RecoveryError
-from edgemoe.models.factored import FACTOR_NAMES
+from edgemoe.models.factored_experts import FACTOR_NAMES
 
 if TYPE_CHECKING:
     from edgemoe.models.contract import MoeModel

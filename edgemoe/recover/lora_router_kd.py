@@ -2,7 +2,7 @@
 
 Joins `router-kd` (https://arxiv.org/abs/2603.02217) and the adapters of MoE-I², stage 3
 (https://arxiv.org/abs/2411.01016). Both train on one loss: by default the divergence from the
-teacher alone, as the routers do in `router-kd`; with a ``kd_weight`` below 1 the rest of it is
+teacher alone, as the routers do in `router-kd`; with a `kd_weight` below 1 the rest of it is
 the task's cross-entropy. Routers have a quarter of the adapters' learning rate, as the defaults
 of the two methods have.
 """

@@ -61,19 +61,19 @@ def recover_checkpoint(
     """Train a checkpoint on tasks, and write the best that it was.
 
     Student and teacher are in memory whole, in float32. Where the training is, is kept in
-    ``<output>.partial``; the same call goes on from there after an interruption, and writes
+    `<output>.partial`; the same call goes on from there after an interruption, and writes
     the same bytes on a CPU with as many threads.
 
     Args:
         path: Checkpoint directory, plain, ragged or factored.
         tasks: What to train on; each has an equal share of the tokens.
         output: Checkpoint directory to write.
-        method: One of :data:`edgemoe.recover.registry.METHODS`.
+        method: One of `edgemoe.recover.registry.METHODS`.
         teacher: Checkpoint to distil from, with experts or dense.
         options: How to train; the defaults where it is None.
-        device: ``cpu`` or ``cuda:N``.
+        device: `cpu` or `cuda:N`.
         checkpoint_seconds: How long a run may lose when it is killed.
-        force: Whether ``output``, and unfinished work of another call, may be replaced.
+        force: Whether `output`, and unfinished work of another call, may be replaced.
 
     Returns:
         What it came to.
@@ -90,7 +90,7 @@ def recover_checkpoint(
     checkpoints = [path] if teacher is None else [path, teacher]
     refuse_inputs_inside(output, *checkpoints, *(task.path for task in tasks))
     chosen = find_method(method)
-    settled = (options or RecoverOptions()).settle(chosen, has_teacher=teacher is not None)
+    settled = chosen.settle(options or RecoverOptions(), has_teacher=teacher is not None)
     tokenizer = load_tokenizer(path)
     samples = _cut(path, tasks, tokenizer, settled)
     if teacher is not None:
@@ -206,7 +206,7 @@ def _take_best(
 
 @torch.no_grad()
 def round_to_stored(model: MoeModel) -> None:
-    """Round weights as :func:`edgemoe.models.saving.save_model` does.
+    """Round weights as `edgemoe.models.saving.save_model` does.
 
     Args:
         model: The model; it then equals what is loaded from the checkpoint that it is saved as.

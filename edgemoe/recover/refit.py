@@ -13,14 +13,14 @@ from torch import nn
 
 from edgemoe.calibrate.sample import Window
 from edgemoe.errors import RecoveryError, StreamingError
+from edgemoe.layerwise.outputs import LayerOutputs
+from edgemoe.layerwise.provider import InMemoryLayers
+from edgemoe.layerwise.replay import map_tensors
 from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.decoder import find_layers
-from edgemoe.models.outputs import LayerOutputs
-from edgemoe.models.replay import map_tensors
-from edgemoe.oracle.homes import MemoryHome
 from edgemoe.oracle.oracle import LayerOracle, run_windows
 from edgemoe.progress import counting
-from edgemoe.recover.last_matrices import (
+from edgemoe.recover.down_projections import (
     add_routed,
     add_shared,
     gate_of,
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Any
 
+    from edgemoe.layerwise.replay import Outputs
     from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.replay import Outputs
     from edgemoe.recover.samples import TaskSamples
     from edgemoe.recover.state import TrainingState
     from edgemoe.recover.trainer import Lesson
@@ -108,9 +108,9 @@ class _Refit:
         assert lesson.teacher is not None
         self._lesson, self._state, self._seconds = lesson, state, seconds
         self._rows = _Rows.of(lesson.tasks)
-        self._student = LayerOracle(MemoryHome(lesson.student), self._rows.windows)
+        self._student = LayerOracle(InMemoryLayers(lesson.student), self._rows.windows)
         self._teacher = find_layers(lesson.teacher)[:2]
-        ours = len(self._student.home.layers)
+        ours = len(self._student.provider.layers)
         sizes = (lesson.teacher.config.get_text_config().hidden_size, len(self._teacher[1]))
         if sizes != (lesson.student.shape.hidden_size, ours):
             raise RecoveryError(
@@ -210,7 +210,7 @@ class _Refit:
         expected = nn.functional.linear(given, module.weight)
         # Most families multiply by nothing, and one window shows that.
         for windows in (slice(1), slice(None)):
-            asked = LayerOracle(self._student.home, self._rows.windows[windows])
+            asked = LayerOracle(self._student.provider, self._rows.windows[windows])
             with _doubled(module):
                 moved = rows_of(asked.run_layer(index, before[windows]))
             moved = moved - rows_of(returned[windows])

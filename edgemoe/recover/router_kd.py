@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def prepare(model: MoeModel, options: RecoverOptions) -> Training:
-    """Let the routers train, and nothing else.
+    """Make the routers trainable, and nothing else.
 
     Args:
         model: The model.

@@ -36,7 +36,7 @@ class TaskSamples:
     Attributes:
         name: The task.
         training: What is trained on; each has one continuation, the tokens to predict.
-        held_out: What judges the training; at most :data:`HELD_OUT_TOKENS` tokens, and beside
+        held_out: What judges the training; at most `HELD_OUT_TOKENS` tokens, and beside
             few tokens to train on the same share of them as of the lines.
         held_out_lines: Lines that are behind it.
     """

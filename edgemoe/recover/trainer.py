@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.evaluate.torch_scorer import BATCH_TOKENS, make_batches
+from edgemoe.evaluate.batches import BATCH_TOKENS, make_batches
 from edgemoe.progress import telling
 from edgemoe.recover.held_out import logits_of, measure, mix
 from edgemoe.recover.losses import Batch, add_up, count_tokens
@@ -74,7 +74,7 @@ def train(
 
     Args:
         lesson: What to train, how, and on what.
-        state: Where the training is; at the end its progress says ``ended``.
+        state: Where the training is; at the end its progress says `ended`.
         checkpoint_seconds: How long a run may lose when it is killed.
 
     Returns:

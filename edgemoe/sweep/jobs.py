@@ -14,32 +14,32 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgemoe.apply.expert_tensors import applied_layer
+from edgemoe.apply.in_memory import applied
 from edgemoe.calibrate.statistics import Statistics
-from edgemoe.evaluate.streamed_scorer import StreamedScorer
 from edgemoe.evaluate.torch_scorer import TorchScorer
+from edgemoe.layerwise.provider import InMemoryLayers, StreamedLayers
 from edgemoe.models.checkpoint import load_model, load_tokenizer
 from edgemoe.models.opening import open_streamed
-from edgemoe.oracle.homes import MemoryHome, StreamedHome
 from edgemoe.oracle.oracle import LayerOracle
+from edgemoe.parallel.worker_cache import hold
 from edgemoe.plans.plan import Plan
-from edgemoe.prune.apply import applied, applied_layer
 from edgemoe.prune.registry import make_plan, needs_model
 from edgemoe.resume import WorkDirectory
-from edgemoe.spread.holding import hold
-from edgemoe.sweep.judgement import Judgement, judge
+from edgemoe.sweep.evaluation import Judgement, judge
 from edgemoe.sweep.request import method_of
-from edgemoe.sweep.site import STATISTICS, leave
 from edgemoe.sweep.sizes import Sizes
+from edgemoe.sweep.sweep_dir import STATISTICS, leave
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from edgemoe.calibrate.sample import Window
     from edgemoe.evaluate.scorer import Scorer
+    from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.models.contract import MoeModel
-    from edgemoe.oracle.homes import Home
-    from edgemoe.sweep.cuts import Cut
-    from edgemoe.sweep.site import Site
+    from edgemoe.sweep.candidates import Cut
+    from edgemoe.sweep.sweep_dir import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +136,15 @@ def _model(site: Site) -> MoeModel:
 
 
 def _oracle(site: Site, task: str, windows: Sequence[Window]) -> LayerOracle:
-    """Ask the same oracle about a task in every plan: it remembers what fractions share."""
+    """Return one oracle per task for all plans: it remembers what fractions share."""
     key = (site.model, site.work, task)
     return hold("oracle", key, lambda: LayerOracle(_home(site), windows))
 
 
-def _home(site: Site) -> Home:
+def _home(site: Site) -> LayerProvider:
     if site.whole:
-        return MemoryHome(_model(site))
-    return hold("home", site.model, lambda: StreamedHome(open_streamed(site.model)))
+        return InMemoryLayers(_model(site))
+    return hold("home", site.model, lambda: StreamedLayers(open_streamed(site.model)))
 
 
 @contextlib.contextmanager
@@ -166,5 +166,5 @@ def _compressed(site: Site, job: JudgeJob) -> Iterator[Scorer]:
         return applied_layer(layers[index], plans[index])
 
     outputs = WorkDirectory(site.work).empty_directory(f"outputs-{job.decision}")
-    yield StreamedScorer(streamed, WorkDirectory(outputs), inside=change)
+    yield TorchScorer(StreamedLayers(streamed), work=WorkDirectory(outputs), inside=change)
     shutil.rmtree(outputs)

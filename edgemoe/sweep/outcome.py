@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from edgemoe.evaluate.drop import Drop, paired_drop
 from edgemoe.prune.registry import find_method
-from edgemoe.sweep.lines import FEW_LINES
 from edgemoe.sweep.request import method_of
+from edgemoe.sweep.task_examples import FEW_LINES
 from edgemoe.sweep.threshold import Point, choose_deepest, find_nearest, find_threshold
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.evaluate.evaluation import Evaluation
     from edgemoe.plans.plan import Plan
-    from edgemoe.sweep.cuts import Cut, Impossible
-    from edgemoe.sweep.judgement import Judgement
-    from edgemoe.sweep.lines import TaskLines
+    from edgemoe.sweep.candidates import Cut, Impossible
+    from edgemoe.sweep.evaluation import Judgement
     from edgemoe.sweep.request import SweepRequest
+    from edgemoe.sweep.task_examples import TaskLines
     from edgemoe.tasks import TaskFile
 
 PLANS = "plans"
@@ -104,7 +104,7 @@ class Row:
 
     @property
     def narrows(self) -> bool:
-        """Whether the method keeps all experts and chooses their neurons."""
+        """Whether the method keeps all experts and chooses their intermediate channels."""
         return self.method is not None and find_method(method_of(self.method)).picks_neurons
 
 
@@ -127,7 +127,7 @@ class Threshold:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a sweep found.
+    """Results of a sweep.
 
     Attributes:
         request: What was asked for.
@@ -258,7 +258,7 @@ class Outcome:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What whoever reads the scores should know, each in a sentence."""
+        """Remarks on the scores for their reader, a sentence each."""
         notes = [
             f"--keep {found.keep:g} was left out: {found.reason}" for found in self.impossible
         ]

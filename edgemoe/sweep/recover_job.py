@@ -9,21 +9,21 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from edgemoe.apply.in_memory import apply_plan
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models.checkpoint import load_model, load_tokenizer
 from edgemoe.models.saving import save_model
-from edgemoe.prune.apply import apply_plan
+from edgemoe.parallel.worker_cache import let_go
 from edgemoe.recover.recovery import recover_checkpoint
-from edgemoe.spread.holding import let_go
 from edgemoe.staging import staged_directory
-from edgemoe.sweep.judgement import Judgement, judge
-from edgemoe.sweep.site import CALIBRATION
+from edgemoe.sweep.evaluation import Judgement, judge
+from edgemoe.sweep.sweep_dir import CALIBRATION
 from edgemoe.tasks import TaskFile
 
 if TYPE_CHECKING:
     from edgemoe.plans.plan import Plan
     from edgemoe.recover.options import RecoverOptions
-    from edgemoe.sweep.site import Site
+    from edgemoe.sweep.sweep_dir import Site
 
 
 @dataclass(frozen=True, kw_only=True)

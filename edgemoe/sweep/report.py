@@ -8,15 +8,14 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe import __version__
 from edgemoe.prune.registry import fill_options, find_method
 from edgemoe.recover.registry import find_method as find_recovery
 from edgemoe.sweep.outcome import PLANS
 from edgemoe.sweep.plot import write_plot
+from edgemoe.sweep.report_text import UNPRUNED, list_columns, tell_threshold
 from edgemoe.sweep.request import method_of
-from edgemoe.sweep.site import CALIBRATION, HELD_OUT, STATISTICS
-from edgemoe.sweep.wording import UNPRUNED, list_columns, tell_threshold
-from edgemoe.versions import library_versions
+from edgemoe.sweep.sweep_dir import CALIBRATION, HELD_OUT, STATISTICS
+from edgemoe.versions import __version__, library_versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,7 +32,7 @@ _HERE = Path()
 def write_report(outcome: Outcome, folder: Path, work: Path) -> None:
     """Write all files of a report.
 
-    All but ``times.csv`` are the same, byte for byte, whenever the same sweep is run.
+    All but `times.csv` are the same, byte for byte, whenever the same sweep is run.
 
     Args:
         outcome: What was found.
@@ -65,7 +64,7 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         outcome: What was found.
 
     Returns:
-        JSON values, the content of ``report.json``.
+        JSON values, the content of `report.json`.
     """
     request, statistics = outcome.request, outcome.statistics
     return {
@@ -90,7 +89,7 @@ def describe(outcome: Outcome) -> dict[str, Any]:
             for name, given in request.methods.items()
         },
         "recoveries": {
-            name: options.settle(find_recovery(name), has_teacher=True).to_dict()
+            name: find_recovery(name).settle(options, has_teacher=True).to_dict()
             for name, options in request.recoveries.items()
         },
         "tasks": {
@@ -177,7 +176,7 @@ def _describe_row(row: Row) -> dict[str, Any]:
 
 
 def _flatten(row: dict[str, Any]) -> dict[str, Any]:
-    """Give each end of an interval a column of its own."""
+    """Write each end of an interval into a column of its own."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, list):

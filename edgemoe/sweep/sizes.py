@@ -40,7 +40,7 @@ class Sizes:
         Args:
             model: The model, possibly on the meta device.
             counts: Experts of each MoE layer.
-            widths: Intermediate neurons of each of them, padding included; those that the
+            widths: Intermediate channels of each of them, padding included; those that the
                 layers have by default.
 
         Returns:

@@ -5,40 +5,41 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from edgemoe.apply.checks import refuse_changes
 from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.shards import calibrate_in_shards
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import StreamingError, SweepError
 from edgemoe.models.checkpoint import load_model, load_tokenizer, read_config, read_structure
 from edgemoe.models.fingerprint import FileHashes, hash_file
+from edgemoe.parallel.agreement import threads_of
+from edgemoe.parallel.opening import open_workers
+from edgemoe.parallel.workers import Processes, RayCluster
 from edgemoe.plans.keep_all import keep_all
-from edgemoe.prune.apply import refuse_changes
 from edgemoe.resume import publish, resumable
-from edgemoe.spread.agreement import threads_of
-from edgemoe.spread.workers import Processes, RayCluster, open_workers
 from edgemoe.staging import staged_file, sync
-from edgemoe.sweep.cuts import Cut, hash_decision, list_cuts
+from edgemoe.sweep.candidates import Cut, hash_decision, list_cuts
+from edgemoe.sweep.evaluation import Judgement
 from edgemoe.sweep.jobs import JudgeJob, PlanJob, read_plan, run_judge_job, run_plan_job
-from edgemoe.sweep.judgement import Judgement
-from edgemoe.sweep.lines import check_judging, load_lines, write_lines
+from edgemoe.sweep.memory_check import fits_whole
 from edgemoe.sweep.outcome import Finding, Outcome
 from edgemoe.sweep.recover_job import RecoverJob, run_recover_job
 from edgemoe.sweep.report import write_report
-from edgemoe.sweep.room import fits_whole
-from edgemoe.sweep.site import CALIBRATION, HELD_OUT, STATISTICS, Site
+from edgemoe.sweep.sweep_dir import CALIBRATION, HELD_OUT, STATISTICS, Site
+from edgemoe.sweep.task_examples import check_judging, load_lines, write_lines
 from edgemoe.tasks import TaskFile
 from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
+    from edgemoe.parallel.workers import Place, Workers
     from edgemoe.plans.plan import Plan
     from edgemoe.recover.options import RecoverOptions
     from edgemoe.resume import WorkDirectory
-    from edgemoe.spread.workers import Place, Workers
-    from edgemoe.sweep.lines import TaskLines
     from edgemoe.sweep.request import SweepRequest
+    from edgemoe.sweep.task_examples import TaskLines
 
 _BEGUN = f"{STATISTICS}*"
 _REPORT = "report"
@@ -47,7 +48,7 @@ _REPORT = "report"
 def run_sweep(request: SweepRequest, place: Place) -> Outcome:
     """Run a sweep and write its report.
 
-    Finished statistics, plans and judgements are kept in ``<output>.partial`` until the report
+    Finished statistics, plans and judgements are kept in `<output>.partial` until the report
     is written; a sweep of the same model and lines goes on from there, with the same methods
     and fractions or with others.
 

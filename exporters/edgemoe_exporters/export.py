@@ -1,94 +1,41 @@
-"""The whole road of ``edgemoe export``: checkpoint in, checked bundle out, or nothing."""
+"""The export pipeline, end to end: checkpoint in, checked bundle out, or nothing."""
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import replace
 
-from edgemoe.evaluate.evaluation import evaluate
+from edgemoe.apply.checks import check_neurons, refuse_changes, refuse_k_policy
 from edgemoe.models.checkpoint import load_tokenizer, read_structure
 from edgemoe.models.fingerprint import FileHashes
-from edgemoe.models.memory import default_limit
+from edgemoe.models.memory_budget import default_limit
 from edgemoe.models.opening import open_larger
-from edgemoe.oracle.oracle import LayerOracle
-from edgemoe.plans.keep_all import keep_all
-from edgemoe.prune.apply import check_neurons, refuse_changes, refuse_k_policy
-from edgemoe.prune.registry import count_for, make_plan
+from edgemoe.prune.registry import count_for
 from edgemoe.staging import require_space
-from edgemoe_exporters import lower_ort, lower_tensorrt
-from edgemoe_exporters.bind_policy import count_experts_used, full_k, has_policies
-from edgemoe_exporters.bundle import (
-    BundleWriter,
-    copy_model_files,
-    list_files,
-    set_default_input,
-    tensor_specs,
-)
-from edgemoe_exporters.graph_runner import GraphRunner, check_engine
-from edgemoe_exporters.graph_scorer import GraphScorer
-from edgemoe_exporters.graph_slices import SlicedRunner, weight_bytes
-from edgemoe_exporters.ladder import LadderTask, floor_of, judge_rungs, time_ladders
-from edgemoe_exporters.manifest_writer import (
-    CREATED_BY,
-    describe_cache,
-    describe_model,
-    describe_plan,
-)
-from edgemoe_exporters.ort.precision import PRECISIONS, check_block_sizes
-from edgemoe_exporters.parity import check_parity, measure_parity
-from edgemoe_exporters.parity_text import sample_tokens
-from edgemoe_exporters.prepare import check_exportable
-from edgemoe_exporters.quality import judge_quality
-from edgemoe_exporters.quantize_once import remembering
-from edgemoe_exporters.request import ExportReport, ExportRequest, TaskReport
-from edgemoe_exporters.source_opening import open_source
-from edgemoe_exporters.steps import key_of, open_steps
-from edgemoe_exporters.task_data import TaskData
-from edgemoe_exporters.task_experts import (
+from edgemoe_exporters.bundle.task_experts import (
     count_least_parameters,
     count_parameters,
     kept_here,
     lay_out_plans,
-    list_experts,
     refuse_factors,
 )
-from edgemoe_exporters.trace import trace
-from edgemoe_runtime.integrity import verify_bundle
-from edgemoe_runtime.manifest import Manifest
-from edgemoe_runtime.manifest_ladder import KRung
-from edgemoe_runtime.manifest_parts import TaskEntry
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
-
-    import onnx_ir as ir
-    from tokenizers import Tokenizer
-
-    from edgemoe.calibrate.statistics import Statistics
-    from edgemoe.evaluate.evaluation import Evaluation
-    from edgemoe.evaluate.scorer import Scorer
-    from edgemoe.models.contract import MoeModel
-    from edgemoe.plans.plan import Plan
-    from edgemoe.tasks import TaskFile
-    from edgemoe_exporters.eager_run import EagerRun
-    from edgemoe_exporters.graph_calls import Runner
-    from edgemoe_exporters.sharing import StackLayout
-    from edgemoe_exporters.source import ModelSource
-    from edgemoe_exporters.steps import Steps
-    from edgemoe_exporters.targets import Target
-    from edgemoe_runtime.manifest_cache import KvCache
-    from edgemoe_runtime.manifest_parts import ExpertGroup, SizeReport, TensorSpec
-
-Say: TypeAlias = "Callable[[str], None]"
+from edgemoe_exporters.bundle.writer import copy_model_files
+from edgemoe_exporters.precision import PRECISIONS, check_block_sizes
+from edgemoe_exporters.request import ExportReport, ExportRequest
+from edgemoe_exporters.resumable_export import key_of, open_steps
+from edgemoe_exporters.sources.opening import open_source
+from edgemoe_exporters.stages import ExportStages, OnStage
+from edgemoe_exporters.task_data import TaskData
+from edgemoe_exporters.tracing.prepare.model import check_exportable
+from edgemoe_exporters.validation.graph_runner import check_engine
+from edgemoe_runtime.bundle.integrity import verify_bundle
 
 # Bytes of a graph for each parameter, at most: embeddings stay wider than 4 bits.
 _BYTES_PER_PARAMETER = {"fp32": 4.1, "fp16": 2.1, "int8": 1.5, "int4": 1.2}
 
 
-def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> ExportReport:
+def export_bundle(
+    request: ExportRequest, *, on_stage: OnStage = lambda _: None
+) -> ExportReport:
     """Export a checkpoint for one or more tasks.
 
     Without tasks the model is exported as it is. For a task without a plan, experts are chosen
@@ -150,25 +97,25 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         ]
         least = count_least_parameters(source.moe, kept, multiple) * bytes_per_parameter
         require_space(steps.staged, int(least) - written)
-        road = _Road(
+        stages = ExportStages(
             request, target, precision, steps, source, tokenizer, data, on_stage, limit
         )
-        plans = road.choose_plans(counts)
-        before = road.evaluate_before()
+        plans = stages.choose_plans(counts)
+        before = stages.evaluate_before()
         layouts = lay_out_plans(plans, shape)
         parameters_stored = count_parameters(source.moe, plans, layouts, multiple)
         needed = parameters_stored * bytes_per_parameter
         # Several tasks' weights lie in one file until it is known who reads what, and what was
         # quantised is remembered in another.
         require_space(steps.staged, int(needed * (3 if len(plans) > 1 else 1)) - written)
-        graphs = road.write_graphs(plans, layouts)
+        graphs = stages.write_graphs(plans, layouts)
         reports = {
-            name: road.judge(name, plan, graphs.eager[name], before)
+            name: stages.judge(name, plan, graphs.eager[name], before)
             for name, plan in plans.items()
         }
         # Reading a large checkpoint only to hash it takes as long as copying it.
         source.moe.sha256 = steps.fingerprint(hashes)
-        manifest = road.write_manifest(plans, layouts, graphs, reports)
+        manifest = stages.write_manifest(plans, layouts, graphs, reports)
         on_stage("verify the bundle")
         verify_bundle(steps.staged, hashes=False)
     return ExportReport(
@@ -187,210 +134,3 @@ def export_bundle(request: ExportRequest, *, on_stage: Say = lambda _: None) -> 
         separate_stacks=graphs.separate_stacks,
         remarks=data.remarks,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Graphs:
-    """What was written, and what it must agree with."""
-
-    eager: Mapping[str, list[EagerRun]]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    cache: KvCache
-    size: SizeReport
-    separate_stacks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Road:
-    """One export under way: its stages, in the order in which they run."""
-
-    request: ExportRequest
-    target: Target
-    precision: str
-    steps: Steps
-    source: ModelSource
-    tokenizer: Tokenizer
-    data: TaskData
-    say: Say
-    limit: int
-
-    @property
-    def model(self) -> MoeModel:
-        return self.source.moe
-
-    def choose_plans(self, counts: tuple[int, ...]) -> dict[str, Plan]:
-        """Return the plan of every task, in the order of the request."""
-        plans = {}
-        whole = kept_here(self.request.method, self.model.shape, ())
-        cuts = kept_here(self.request.method, self.model.shape, counts) != whole
-        for name in self.request.names:
-            if name in self.data.plans:
-                plans[name] = self.data.plans[name]
-            elif name in self.data.calibration and cuts:
-                self.say(f"choose the experts for {name}")
-                statistics = self.steps.statistics(name, partial(self._collect, name))
-                plans[name] = make_plan(
-                    statistics,
-                    name,
-                    self.request.method,
-                    counts,
-                    seed=self.request.seed,
-                    open_oracle=lambda windows: LayerOracle(self.source.home(), windows),
-                )
-            else:
-                plans[name] = keep_all(self.model.shape)
-        return plans
-
-    def evaluate_before(self) -> dict[str, Evaluation]:
-        """Return the score of the whole model on each task's held-out lines."""
-        scores = {}
-        for name, held_out in self.data.held_out.items():
-            self.say(f"evaluate the checkpoint on {name}")
-            scores[name] = self.steps.evaluation(
-                name, "before", partial(self._evaluate, self.source.scorer(), held_out)
-            )
-        return scores
-
-    def write_graphs(
-        self, plans: Mapping[str, Plan], layouts: Mapping[int, StackLayout]
-    ) -> _Graphs:
-        """Trace the model once; lower and write it with each task's experts."""
-        eager = {}
-        lower: Callable[[ir.Model, str], ir.Model] = lower_ort.lower
-        if self.target.flavour == "tensorrt":
-            lower = partial(lower_tensorrt.lower, static_shapes=self.request.static_shapes)
-        self.say("trace the model")
-        traced = trace(self.model)
-        several = len(plans) > 1
-        memory = remembering(self.steps.staged) if several else contextlib.nullcontext()
-        writing = BundleWriter(
-            self.steps.staged, tuple(plans), layouts, journal=self.steps.journal
-        )
-        with memory, writing as writer:
-            for name, plan in plans.items():
-                self.say(f"make the graph of {name}")
-                with self.source.of_task(plan, layouts, name) as small:
-                    eager[name] = self.steps.eager(
-                        name, partial(small.run_eager, self._sample(name))
-                    )
-                    bound = small.bind(traced)
-                    if has_policies(self.model, plans.values()):
-                        count_experts_used(bound)
-                    lowered = lower(bound, self.precision)
-                    if self.target.flavour == "ort":
-                        # optimum does not know this input, and opens bundles all the same.
-                        set_default_input(lowered, "k_cap", full_k(self.model, plan))
-                    inputs = tensor_specs(lowered.graph.inputs)
-                    outputs = tensor_specs(lowered.graph.outputs)
-                    depth = int(self.model.config.num_hidden_layers)
-                    cache = describe_cache(lowered.graph, inputs, depth)
-                    writer.add_graph(name, lowered)
-            self.say("write the bundle")
-            size = writer.finish()
-            return _Graphs(
-                eager=eager,
-                inputs=inputs,
-                outputs=outputs,
-                cache=cache,
-                size=size,
-                separate_stacks=tuple(writer.separate_stacks),
-            )
-
-    def judge(
-        self, name: str, plan: Plan, eager: list[EagerRun], before: Mapping[str, Evaluation]
-    ) -> TaskReport:
-        """Compare a written graph with the eager model, and its score with the one before."""
-        most = full_k(self.model, plan)
-        self.say(f"compare the graph of {name} with the eager model")
-        runner = self._open_graph(self.steps.staged / f"{name}.onnx")
-        parity = self.steps.parity(name, partial(measure_parity, runner, eager, most))
-        check_parity(parity, self.precision, name)
-        quality, table, ladder = None, None, None
-        whole = runner if isinstance(runner, GraphRunner) else None
-        if whole is not None:
-            table = whole.mean_experts(self._sample(name), most)
-        if name in before:
-            self.say(f"evaluate the graph of {name}")
-            held_out = self.data.held_out[name]
-            longest = int(self.model.config.max_position_embeddings)
-            scorer = GraphScorer(runner, most, longest)
-            after = self.steps.evaluation(
-                name, "after", partial(self._evaluate, scorer, held_out)
-            )
-            quality = judge_quality(held_out, before[name], after, self.request.max_drop)
-            if self.request.ladder and most and whole is not None:
-                self.say(f"judge the k ladder of {name}")
-                judges = LadderTask(
-                    held_out, self.tokenizer, longest, self.request.held_out_tokens
-                )
-                floor = floor_of(self.request.max_drop, before[name], after)
-                policy = plan.k_policy or self.model.k_policy
-                ladder = judge_rungs(whole, judges, most, floor, policy)
-        return TaskReport(parity=parity, quality=quality, k_table=table, k_ladder=ladder)
-
-    def _open_graph(self, path: Path) -> Runner:
-        """Open a written graph as a whole, or in slices where it is too large for that."""
-        if weight_bytes(path) <= self.limit:
-            return GraphRunner(path)
-        # Kernels may keep a second copy of a slice's matrices.
-        return SlicedRunner(path, self.limit // 4, self.steps.work)
-
-    def write_manifest(
-        self,
-        plans: Mapping[str, Plan],
-        layouts: Mapping[int, StackLayout],
-        graphs: _Graphs,
-        reports: Mapping[str, TaskReport],
-    ) -> Manifest:
-        """Write manifest.json, last of all files."""
-        manifest = Manifest(
-            created_by=CREATED_BY,
-            model=describe_model(self.model, self.request.model.resolve().name),
-            target=self.target.name,
-            flavour=self.target.flavour,
-            precision=self.precision,
-            kv_cache=graphs.cache,
-            tasks={
-                name: TaskEntry(
-                    graph=f"{name}.onnx",
-                    top_k=max(full_k(self.model, plan)),
-                    experts_per_layer=plan.experts_per_layer,
-                    experts=self._experts(name, plan, layouts),
-                    plan=describe_plan(plan, self.model),
-                    parity=reports[name].parity.to_report(),
-                    quality=reports[name].quality,
-                    k_table=reports[name].k_table,
-                    k_ladder=reports[name].k_ladder,
-                )
-                for name, plan in plans.items()
-            },
-            inputs=graphs.inputs,
-            outputs=graphs.outputs,
-            k_ladder=(KRung(name="full", k_cap=full_k(self.model, *plans.values())),),
-            size=graphs.size,
-            files=list_files(self.steps.staged),
-        )
-        if self.target.name == "cpu":
-            manifest = time_ladders(self.steps.staged, manifest, self.say)
-        manifest.save(self.steps.staged)
-        return manifest
-
-    def _experts(
-        self, name: str, plan: Plan, layouts: Mapping[int, StackLayout]
-    ) -> tuple[tuple[ExpertGroup, ...], ...] | None:
-        """Return the original ids of a task's experts, or None where all stay in order."""
-        listed = list_experts(plan, layouts, name)
-        in_order = tuple(tuple(range(count)) for count in self.model.experts_per_layer)
-        return None if listed == in_order else listed
-
-    def _sample(self, name: str) -> list[int]:
-        vocabulary = int(self.model.config.vocab_size)
-        return sample_tokens(self.data.held_out.get(name), self.tokenizer, vocabulary)
-
-    def _collect(self, name: str) -> Statistics:
-        limit = self.request.calibration_tokens
-        return self.source.collect(self.data.calibration[name], self.tokenizer, limit)
-
-    def _evaluate(self, scorer: Scorer, task: TaskFile) -> Evaluation:
-        return evaluate(scorer, task, self.tokenizer, max_tokens=self.request.held_out_tokens)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgemoe.evaluate.lines_behind import keep_held_out, lines_behind
-from edgemoe.lines import read_digests
+from edgemoe.data_provenance import read_digests
+from edgemoe.evaluate.contamination import keep_held_out, lines_behind
 from edgemoe.plans.plan import Plan
 from edgemoe.tasks import TaskFile
-from edgemoe_exporters.quality import split_task
+from edgemoe_exporters.validation.quality_gate import split_task
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -22,12 +22,16 @@ from transformers import (
 
 from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.models.adapter import adapt_model
-from edgemoe.models.shared_basis import base_layer
-from edgemoe_exporters.trace import trace
+from edgemoe.models.shared_basis_layer import to_shared_basis
+from edgemoe_exporters.tracing.trace import trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from edgemoe_exporters.lowering.quantize import Quantized
+
+    Array = np.ndarray[Any, Any]
 
 _COMMON = {
     "vocab_size": 199,
@@ -123,7 +127,7 @@ def _trace(family: Any) -> Any:
         bias.normal_(std=0.1)
     if family == "based":
         first = model.layers[0]
-        base_layer(first, share_basis(first, 32).tensors)
+        to_shared_basis(first, share_basis(first, 32).tensors)
     if family == "glm4_moe":
         last: Any = model.layers[-1]
         last.correction_bias.normal_(std=0.1)
@@ -187,3 +191,28 @@ def tasks(
         "low": write_task(folder / "low.jsonl", 3, 40),
         "high": write_task(folder / "high.jsonl", 50, 90),
     }
+
+
+@pytest.fixture(scope="session")
+def dequantize_blocks() -> Callable[[Quantized, int], Array]:
+    """A function that undoes `quantize_blocks`: float32 `[..., rows, columns]`."""
+
+    def unpack(packed: Array, bits: int) -> Array:
+        if bits == 8:
+            return packed
+        pairs = np.stack([packed & 15, packed >> 4], axis=-1)
+        return pairs.reshape(*packed.shape[:-1], -1)
+
+    def dequantize(quantized: Quantized, bits: int) -> Array:
+        levels = unpack(quantized.packed, bits).astype(np.float32)
+        scales = quantized.scales
+        blocks = levels.reshape(*scales.shape, -1)
+        if quantized.zero_points is None:
+            zeros = np.full(scales.shape, 1 << (bits - 1), dtype=np.float32)
+        else:
+            zeros = unpack(quantized.zero_points, bits)[..., : scales.shape[-1]]
+            zeros = zeros.astype(np.float32)
+        values: Array = (blocks - zeros[..., None]) * scales[..., None]
+        return values.reshape(levels.shape)
+
+    return dequantize

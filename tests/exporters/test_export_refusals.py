@@ -8,13 +8,13 @@ import onnxruntime
 import pytest
 
 from edgemoe.errors import EdgemoeError, ExportError, OutputError, PlanError, TaskFileError
-from edgemoe.models.contract import LayerShape, ModelShape
+from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
-from edgemoe_exporters import source_opening
 from edgemoe_exporters.export import export_bundle
-from edgemoe_exporters.graph_runner import check_engine
-from edgemoe_exporters.ort.precision import check_block_sizes
+from edgemoe_exporters.precision import check_block_sizes
 from edgemoe_exporters.request import ExportRequest
+from edgemoe_exporters.sources import opening as source_opening
+from edgemoe_exporters.validation.graph_runner import check_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from edgemoe_runtime.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest import Manifest
 
 TokenArray = NDArray[np.int64]
 LogitArray = NDArray[np.float32]

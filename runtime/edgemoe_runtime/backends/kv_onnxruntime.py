@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemoe_runtime.manifest_cache import CacheTensor, KvCache
+    from edgemoe_runtime.bundle.cache_spec import CacheTensor, KvCache
 
 _NUMPY_TYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16}
 _ONNX_BFLOAT16 = 16

@@ -14,9 +14,9 @@ import numpy as np
 
 from edgemoe_runtime.backends.base import CacheMark
 from edgemoe_runtime.backends.cuda_memory import CudaRuntime
-from edgemoe_runtime.engine_cache import find_engine
+from edgemoe_runtime.bundle.engine_cache import find_engine
+from edgemoe_runtime.bundle.names import EXPERTS_USED
 from edgemoe_runtime.errors import BackendError, BackendUnavailableError
-from edgemoe_runtime.manifest_parts import EXPERTS_USED
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemoe_runtime.backends.base import LogitArray, LogitRows, OpenRequest, TokenArray
-    from edgemoe_runtime.engine_cache import EngineKey
+    from edgemoe_runtime.bundle.engine_cache import EngineKey
 
 _TYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 

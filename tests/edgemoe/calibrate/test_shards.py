@@ -28,8 +28,8 @@ from edgemoe.calibrate.statistics import Statistics
 from edgemoe.calibrate.streamed import calibrate_streamed, layers_done
 from edgemoe.calibrate.windows import Windows
 from edgemoe.errors import CheckpointError, OutputError, SpreadError
+from edgemoe.parallel.workers import Here, Processes, RayCluster
 from edgemoe.resume import partial_path
-from edgemoe.spread.workers import Here, Processes, RayCluster
 from edgemoe.tasks import TaskFile
 from edgemoe.versions import library_versions
 

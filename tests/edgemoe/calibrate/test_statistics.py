@@ -15,7 +15,7 @@ from edgemoe.calibrate.sample import TokenSample, Window
 from edgemoe.calibrate.statistics import Source, Statistics, TaskStatistics, merge
 from edgemoe.calibrate.sums import LayerSums
 from edgemoe.errors import OutputError, StatisticsError
-from edgemoe.models.contract import LayerShape, ModelShape
+from edgemoe.models.shapes import LayerShape, ModelShape
 
 SHAPE = ModelShape(
     family="glm4_moe",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-import edgemoe.models.replay
+import edgemoe.layerwise.replay
 from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.statistics import Statistics, merge
 from edgemoe.calibrate.streamed import calibrate_streamed
@@ -128,7 +128,7 @@ def test_finished_layers_are_not_run_again_and_other_work_is_refused(
     output = tmp_path / "statistics"
     interrupted = True
     ran: list[int] = []
-    own = edgemoe.models.replay.only_layer
+    own = edgemoe.layerwise.replay.only_layer
 
     def count(decoder: Any, layers: Any, index: int) -> Any:
         if interrupted and index == 2:

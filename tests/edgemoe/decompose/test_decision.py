@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from edgemoe.apply.expert_tensors import planned_tensors
+from edgemoe.apply.in_memory import apply_plan
 from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.mixture import spread_windows
 from edgemoe.calibrate.saliency import mean_gated_norm
 from edgemoe.decompose.decision import RankedPlan, add_ranks, method_options, read_options
 from edgemoe.decompose.ranks import spread
 from edgemoe.errors import PlanError, StatisticsError
+from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe.models import load_model, load_tokenizer
-from edgemoe.models.factored import FACTOR_NAMES
+from edgemoe.models.factored_experts import FACTOR_NAMES
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.oracle.ablation import loss_increases
-from edgemoe.oracle.homes import MemoryHome
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.keep_all import keep_all
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
-from edgemoe.prune.apply import apply_plan, planned_tensors
 from edgemoe.tasks import TaskFile
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def decide(
         "t",
         method,
         ratio,
-        open_home=lambda: MemoryHome(model),
+        open_layers=lambda: InMemoryLayers(model),
         prepare=planned_tensors,
         options=options,
     )
@@ -137,7 +138,7 @@ def test_importance_is_that_of_the_experts_members(path: Path, statistics: Stati
     model = load_model(path / "moe")
     plan, layers = pruned(model), statistics.tasks["t"].layers
     windows = spread_windows(statistics.tasks["t"].windows, 512)
-    losses = loss_increases(LayerOracle(MemoryHome(model), windows))
+    losses = loss_increases(LayerOracle(InMemoryLayers(model), windows))
     scores = {
         "frequency": [layer.count for layer in layers.values()],
         "reap": [mean_gated_norm(layer) for layer in layers.values()],
@@ -221,7 +222,7 @@ def test_tasks_that_were_not_measured_are_refused(path: Path, statistics: Statis
             "other",
             "svd",
             0.5,
-            open_home=lambda: pytest.fail("the model is not needed"),
+            open_layers=lambda: pytest.fail("the model is not needed"),
             prepare=planned_tensors,
         )
 

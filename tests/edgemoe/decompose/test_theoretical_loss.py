@@ -9,11 +9,11 @@ import scipy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgemoe.apply.expert_tensors import planned_tensors
 from edgemoe.decompose.layer_factors import expert_matrices
 from edgemoe.decompose.theoretical_loss import kept_fractions, measure_losses
 from edgemoe.plans.factors import EmbeddedSample, Factors
 from edgemoe.plans.keep_all import keep_all
-from edgemoe.prune.apply import planned_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +62,7 @@ def test_losses_are_those_of_each_layer_alone(
         ),
     )
 
-    found = measure_losses(oracle.home, plan, planned_tensors)
+    found = measure_losses(oracle.provider, plan, planned_tensors)
 
     assert len(found) == len(oracle.moe.layers)
     for (up, down), view in zip(found, oracle.walk("test"), strict=True):

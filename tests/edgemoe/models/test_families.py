@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
+from edgemoe.apply.in_memory import apply_plan
 from edgemoe.errors import FamilyError
 from edgemoe.models import (
     FAMILIES,
@@ -19,12 +20,12 @@ from edgemoe.models import (
     save_model,
 )
 from edgemoe.models.discovery import build_skeleton, discover
-from edgemoe.models.factored import Ranks, factor_layer, ranks_of, split_by_svd
+from edgemoe.models.factored_experts import Ranks
+from edgemoe.models.factored_layer import factor_layer, ranks_of, split_by_svd
 from edgemoe.models.registry import find_family
 from edgemoe.models.routers import select
 from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
 from edgemoe.prune import LayerPlan, MergedExpert, Plan
-from edgemoe.prune.apply import apply_plan
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from edgemoe.apply.in_memory import apply_plan
 from edgemoe.errors import CheckpointError
 from edgemoe.models import load_model, save_model
 from edgemoe.models.opening import open_streamed
 from edgemoe.prune import LayerPlan, MergedExpert, Plan
-from edgemoe.prune.apply import apply_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable

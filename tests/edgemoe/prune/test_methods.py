@@ -12,7 +12,7 @@ from edgemoe.calibrate.sample import TokenSample
 from edgemoe.calibrate.statistics import Source, Statistics, TaskStatistics
 from edgemoe.calibrate.sums import LayerSums
 from edgemoe.errors import PlanError, StatisticsError
-from edgemoe.models.contract import LayerShape, ModelShape
+from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.plans.plan import Plan
 from edgemoe.prune.registry import METHODS, find_method, make_plan, read_options
 from edgemoe.prune.uncurl import similarity

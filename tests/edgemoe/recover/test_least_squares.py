@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from edgemoe.errors import RecoveryError
 from edgemoe.models import load_model, save_model
 from edgemoe.models.tiny import VOCAB_SIZE
-from edgemoe.recover.last_matrices import routed_tensor, shared_modules
+from edgemoe.recover.down_projections import routed_tensor, shared_modules
 from edgemoe.recover.options import RecoverOptions
 from edgemoe.recover.recovery import recover_checkpoint
 from edgemoe.recover.ridge import fit_change

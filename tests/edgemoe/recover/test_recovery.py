@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from edgemoe.data_provenance import digest_line, read_digests
 from edgemoe.errors import OutputError, RecoveryError, TaskFileError
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
-from edgemoe.lines import digest_line, read_digests
 from edgemoe.models import load_model, load_tokenizer
-from edgemoe.models.factored import ranks_of
+from edgemoe.models.factored_layer import ranks_of
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
 from edgemoe.recover.adapters import Adapters
 from edgemoe.recover.options import RecoverOptions

@@ -16,7 +16,7 @@ from edgemoe.evaluate.scorer import Request
 from edgemoe.recover.options import RecoverOptions
 from edgemoe.recover.samples import HELD_OUT_TOKENS, Batches, TaskSamples, split_task
 from edgemoe.tasks import TaskFile
-from edgemoe_exporters.quality import split_task as split_for_export
+from edgemoe_exporters.validation.quality_gate import split_task as split_for_export
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -31,7 +31,7 @@ def make_lesson(
 ) -> tuple[Lesson, MoeModel]:
     model = load_model(path)
     options = RecoverOptions(batch_tokens=64, **given)
-    options = options.settle(METHODS[method], has_teacher=teacher is not None)
+    options = METHODS[method].settle(options, has_teacher=teacher is not None)
     master = None if teacher is None else load_model(teacher).model
     samples = [split_task(task, load_tokenizer(path), held_out_fraction=0.25, max_length=64)]
     lesson = Lesson(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from edgemoe.spread.workers import Here
+from edgemoe.parallel.workers import Here
 from edgemoe.sweep import plot
 from edgemoe.sweep.request import SweepRequest, read_methods
 from edgemoe.sweep.sweep import run_sweep

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from edgemoe.apply.in_memory import apply_plan
 from edgemoe.errors import RecoveryError, SweepError
 from edgemoe.evaluate.drop import paired_drop
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models.checkpoint import load_model, load_tokenizer
 from edgemoe.models.saving import save_model
+from edgemoe.parallel.workers import Here, Processes
 from edgemoe.plans.plan import Plan
-from edgemoe.prune.apply import apply_plan
 from edgemoe.recover.options import RecoverOptions
 from edgemoe.recover.recovery import recover_checkpoint
 from edgemoe.resume import ResumableInterrupt
-from edgemoe.spread.workers import Here, Processes
 from edgemoe.sweep.recover_job import run_recover_job
 from edgemoe.sweep.recoveries import read_recoveries
 from edgemoe.sweep.request import SweepRequest, read_methods

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from edgemoe.apply.in_memory import apply_plan
 from edgemoe.models.checkpoint import load_model
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.saving import save_model
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
-from edgemoe.prune.apply import apply_plan
 from edgemoe.sweep.sizes import Sizes
 
 if TYPE_CHECKING:

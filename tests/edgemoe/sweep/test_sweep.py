@@ -18,19 +18,19 @@ import numpy as np
 import pytest
 import torch
 
+from edgemoe.apply.in_memory import apply_plan
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import OutputError, SpreadError, TaskFileError
 from edgemoe.evaluate.drop import paired_drop
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
+from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe.models.checkpoint import load_model, load_tokenizer
-from edgemoe.oracle.homes import MemoryHome
 from edgemoe.oracle.oracle import LayerOracle
+from edgemoe.parallel.workers import Here, Processes, RayCluster
 from edgemoe.plans.plan import Plan
-from edgemoe.prune.apply import apply_plan
 from edgemoe.prune.registry import count_for, make_plan
 from edgemoe.resume import ResumableInterrupt, partial_path
-from edgemoe.spread.workers import Here, Processes, RayCluster
 from edgemoe.sweep.jobs import run_judge_job, run_plan_job
 from edgemoe.sweep.request import SweepRequest, method_of, read_methods
 from edgemoe.sweep.sweep import run_sweep
@@ -339,7 +339,7 @@ def test_what_fractions_share_is_measured_once_for_each_task(
             count_for(method_of(name), statistics.shape, 0.5),
             options=given,
             open_oracle=lambda windows: LayerOracle(
-                MemoryHome(load_model(folder / "moe")), windows
+                InMemoryLayers(load_model(folder / "moe")), windows
             ),
         )
         swept = (tmp_path / f"report/plans/low-{name}-0.5-0.json").read_text()

@@ -21,8 +21,8 @@ from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
 from edgemoe_runtime import BackendError, RequestError, Session
-from edgemoe_runtime.engine_cache import EngineKey, graph_fingerprint, hash_file
-from edgemoe_runtime.manifest import Manifest
+from edgemoe_runtime.bundle.engine_cache import EngineKey, graph_fingerprint, hash_file
+from edgemoe_runtime.bundle.manifest_file import load_manifest
 
 Build = Callable[..., Path]
 TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(int64)": np.int64}
@@ -132,7 +132,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def add_engine(folder: Path, content: bytes | None = None, **changes: Any) -> None:
-    manifest = Manifest.load(folder)
+    manifest = load_manifest(folder)
     engines = folder / "engines"
     engines.mkdir(exist_ok=True)
     content = content or str(folder / "model.onnx").encode()
@@ -202,7 +202,7 @@ def test_states_begin_anew_with_each_text(tmp_path: Path) -> None:
         )
     )
     add_engine(folder)
-    assert Manifest.load(folder).kv_cache.states
+    assert load_manifest(folder).kv_cache.states
     with Session.open(folder) as session, Session.open(folder, providers=["cpu"]) as other:
         assert session.explain().backend == "tensorrt_rtx:sm89"
         for prompt in ("w5 w9 w7 w11 w4 w8 w30 w31 w40 w41", "w8 w3"):

@@ -1,0 +1,1 @@
+"""Carry out plans: in memory, or on a checkpoint that is larger than memory."""

@@ -1,0 +1,116 @@
+"""Carry out a plan on a model that is in memory.
+
+Experts are kept and merged first; what is left is factored, where the plan has ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from edgemoe.apply.checks import check_neurons, check_ranks, refuse_k_policy
+from edgemoe.apply.expert_tensors import (
+    applied_layer,
+    apply_layer,
+    keeps_all,
+    planned_tensors,
+)
+from edgemoe.apply.provenance import describe_plan
+from edgemoe.decompose.registry import find_method
+from edgemoe.decompose.walk import FactoringWalk
+from edgemoe.layerwise.provider import InMemoryLayers
+from edgemoe.models.checkpoint import quiet_transformers
+from edgemoe.models.k_policy import following, put_k_policy
+from edgemoe.models.saving import set_expert_counts
+from edgemoe.progress import counting, track
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from edgemoe.layerwise.replay import Outputs
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.plans.plan import Plan
+
+
+@torch.no_grad()
+def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
+    """Keep and merge experts as planned, layer by layer, in place.
+
+    A kept expert's tensors are copied bit for bit. A merged expert is the weighted average of
+    its aligned members, and its router row is the weighted average of their rows: a start that
+    a router trained afterwards improves on, and that needs no data. With ranks, each layer is
+    factored on what the factored layers before it return for the plan's tokens.
+
+    Args:
+        model: The model; it is changed and must not be used as the original any more.
+        plan: The decision.
+
+    Returns:
+        The compressed model, whose ``path`` is None because no checkpoint equals it yet.
+
+    Raises:
+        PlanError: The plan does not fit the model; then nothing has changed.
+        StreamingError: The plan's method runs layers one by one, which the family's cannot; the
+            model is of no use then.
+    """
+    plan.validate(model.shape)
+    check_ranks(plan, model.layers)
+    sha256 = model.sha256
+    plan.validate(model.shape, sha256)
+    check_neurons(plan, model)
+    refuse_k_policy(plan, model)
+    if plan.factors is not None:
+        _factor(model, plan)
+    pairs = list(zip(model.layers, plan.layers, strict=True))
+    for layer, layer_plan in track(pairs, "Applying the plan"):
+        if layer_plan.ranks is None and not keeps_all(layer_plan, layer.num_experts):
+            apply_layer(layer, layer_plan)
+    set_expert_counts(model)
+    found = replace(model, path=None, provenance=describe_plan(plan, model, sha256))
+    put_k_policy(found, plan.k_policy)
+    return found
+
+
+@contextlib.contextmanager
+def applied(model: MoeModel, plan: Plan) -> Iterator[None]:
+    """Carry out a plan for a while, as :func:`apply_plan` does for good.
+
+    Args:
+        model: The model; the experts that are kept are in memory twice meanwhile.
+        plan: The decision; that it is about this checkpoint is for the caller to know.
+
+    Yields:
+        Nothing. When the block ends the model is as it was.
+
+    Raises:
+        PlanError: The plan does not fit the model; then nothing has changed.
+    """
+    plan.validate(model.shape)
+    check_neurons(plan, model)
+    with contextlib.ExitStack() as stack:
+        for layer, layer_plan in zip(model.layers, plan.layers, strict=True):
+            stack.enter_context(applied_layer(layer, layer_plan))
+        if plan.k_policy is not None:
+            stack.enter_context(following(model, plan.k_policy))
+        yield
+
+
+def _factor(model: MoeModel, plan: Plan) -> None:
+    """Carry out the plan on the layers that have ranks."""
+    assert plan.factors is not None
+    put = find_method(plan.factors.method).put
+    walk = FactoringWalk(model, plan, planned_tensors, lambda: InMemoryLayers(model))
+    layers = {layer.index: layer for layer in model.layers}
+    states: list[Outputs] = [None] * walk.windows
+    with quiet_transformers(), counting(len(walk.indices), "factor experts") as done:
+        for index in walk.indices:
+            step = walk.step(index, states)
+            states = step.returned
+            if step.factors is not None:
+                if step.kept is not None:
+                    layers[index].replace(step.kept)
+                put(layers[index], step.factors.tensors)
+            done()

@@ -1,0 +1,96 @@
+"""What judging a compressed model found, and its file."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from edgemoe.evaluate.evaluation import Evaluation, evaluate
+from edgemoe.sweep.sizes import Sizes
+from edgemoe.sweep.sweep_dir import HELD_OUT, leave
+from edgemoe.tasks import TaskFile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from tokenizers import Tokenizer
+
+    from edgemoe.evaluate.scorer import Scorer
+    from edgemoe.sweep.sweep_dir import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Scores of a plan on its tasks.
+
+    Attributes:
+        scores: Scores by task.
+        sizes: Of the compressed model.
+        seconds: What it took, opening the model not counted.
+        recover_seconds: What the recovery before it took; after an interruption, the rest.
+    """
+
+    scores: Mapping[str, Evaluation]
+    sizes: Sizes
+    seconds: float
+    recover_seconds: float = 0.0
+
+    def save(self, target: Path) -> None:
+        """Write it, whole or not at all.
+
+        Args:
+            target: The file.
+        """
+        leave(target, asdict(self))
+
+    @classmethod
+    def load(cls, file: Path, tasks: Sequence[str]) -> Judgement:
+        """Read what a finished job found.
+
+        Args:
+            file: What `save` wrote.
+            tasks: The tasks, in the order of the scores.
+
+        Returns:
+            The judgement.
+        """
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return cls(
+            scores={name: Evaluation.from_json(found["scores"][name]) for name in tasks},
+            sizes=Sizes(**found["sizes"]),
+            seconds=float(found["seconds"]),
+            recover_seconds=float(found["recover_seconds"]),
+        )
+
+
+def judge(
+    site: Site, scorer: Scorer, tokenizer: Tokenizer
+) -> tuple[dict[str, Evaluation], float]:
+    """Judge a model on every task.
+
+    Args:
+        site: The sweep.
+        scorer: The model.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        Scores by task, and the seconds that they took.
+
+    Raises:
+        TaskFileError: A line cannot be scored.
+        CheckpointError: The model answers NaN or infinity.
+    """
+    began = time.perf_counter()
+    scores = {
+        name: evaluate(
+            scorer,
+            TaskFile.load(name, site.lines_file(HELD_OUT, name)),
+            tokenizer,
+            max_tokens=site.held_out_tokens,
+        )
+        for name in site.tasks
+    }
+    return scores, time.perf_counter() - began

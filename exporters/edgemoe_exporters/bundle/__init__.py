@@ -1,0 +1,1 @@
+"""Write a bundle: graphs, weights that tasks share stored once, manifest, tokenizer files."""

@@ -1,0 +1,1 @@
+"""Read, build and edit ONNX graphs: what tracing, lowering and writing share."""

@@ -1,0 +1,1 @@
+"""Custom ops of a trace, decomposed into primitive ONNX ops; for graphs of both flavours."""

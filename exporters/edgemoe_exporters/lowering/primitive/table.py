@@ -1,0 +1,50 @@
+"""Which function decomposes which custom op: the table of both flavours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgemoe_exporters.lowering.primitive.attention import (
+    lower_angles,
+    lower_attend_all,
+    lower_attention,
+    lower_norm,
+    lower_rotary,
+)
+from edgemoe_exporters.lowering.primitive.recurrence import (
+    lower_causal_conv,
+    lower_linear_attention,
+    lower_new_mask,
+    lower_softplus,
+)
+from edgemoe_exporters.lowering.primitive.selection import (
+    lower_select_blocks,
+    lower_select_keys,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import onnx_ir as ir
+
+    from edgemoe_exporters.graph.builder import Emitter
+    from edgemoe_exporters.lowering.primitive.attention import Shared
+
+LOWERINGS: dict[str, Callable[[Emitter, ir.Node], list[ir.Value]]] = {
+    "RMSNorm": lower_norm,
+    "NewMask": lower_new_mask,
+    "Softplus": lower_softplus,
+    "CausalConv": lower_causal_conv,
+    "LinearAttention": lower_linear_attention,
+}
+"""Ops that need nothing but their node."""
+
+SHARING: dict[str, Callable[[Emitter, ir.Node, Shared], list[ir.Value]]] = {
+    "Attention": lower_attention,
+    "AttendAll": lower_attend_all,
+    "SelectKeys": lower_select_keys,
+    "SelectBlocks": lower_select_blocks,
+    "Angles": lower_angles,
+    "RotaryEmbedding": lower_rotary,
+}
+"""Ops that need masks or angles, which several layers have in common."""

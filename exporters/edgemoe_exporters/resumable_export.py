@@ -1,0 +1,252 @@
+"""Where an export writes, and what its finished steps gave.
+
+An export from memory takes minutes and leaves nothing when it is interrupted. One of a
+checkpoint that is larger takes hours: what it has finished is kept in ``<output>.partial``, and
+the same command goes on from there. Whatever it takes up again, it gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import onnxruntime
+
+from edgemoe.calibrate.statistics import Statistics
+from edgemoe.errors import EdgemoeError, OutputError
+from edgemoe.evaluate.evaluation import Evaluation
+from edgemoe.models.fingerprint import hash_file
+from edgemoe.resume import WorkDirectory, publish, resumable
+from edgemoe.staging import recover, staged_directory
+from edgemoe.versions import library_versions
+from edgemoe_exporters.sources.eager_run import runs_from_bytes, runs_to_bytes
+from edgemoe_exporters.validation.parity import Parity
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from edgemoe.models.fingerprint import FileHashes
+    from edgemoe.plans.plan import Plan
+    from edgemoe.tasks import TaskFile
+    from edgemoe_exporters.request import ExportRequest
+    from edgemoe_exporters.sources.eager_run import EagerRun
+
+_STEPS = "steps"
+_HASHES = "hashes.json"
+_BUNDLE = "bundle"
+_LIBRARIES = ("onnx", "onnx-ir", "onnxscript")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """An export under way.
+
+    Attributes:
+        staged: The directory that becomes the bundle.
+        work: Where what is finished is kept; None where nothing is.
+    """
+
+    staged: Path
+    work: WorkDirectory | None
+
+    @property
+    def journal(self) -> Path | None:
+        """Where the weights that were written are noted."""
+        return None if self.work is None else self.work.path / "weights.jsonl"
+
+    def fingerprint(self, hashes: FileHashes) -> str:
+        """Hash the checkpoint, unless that was done.
+
+        Args:
+            hashes: Of its files, as far as they are known.
+
+        Returns:
+            As :func:`edgemoe.models.fingerprint.fingerprint_checkpoint`.
+        """
+        if self.work is None:
+            return hashes.fingerprint()
+        hashes.recall(self.work.read(_HASHES) or {})
+        sha256 = hashes.fingerprint()
+        self.work.write(_HASHES, hashes.as_dict())
+        return sha256
+
+    def statistics(self, task: str, collect: Callable[[], Statistics]) -> Statistics:
+        """Measure a task, unless that was done.
+
+        Args:
+            task: The task.
+            collect: Measures it.
+
+        Returns:
+            Its statistics.
+        """
+        if self.work is None:
+            return collect()
+        path = self.work.path / f"{task}.statistics"
+        if not path.exists():
+            collect().save(path)
+        return Statistics.load(path)
+
+    def evaluation(
+        self, task: str, when: str, evaluate: Callable[[], Evaluation]
+    ) -> Evaluation:
+        """Score a task, unless that was done.
+
+        Args:
+            task: The task.
+            when: ``before`` or ``after``.
+            evaluate: Scores it.
+
+        Returns:
+            Its score.
+        """
+        score: Evaluation = self._kept(
+            f"{task}.{when}.json",
+            evaluate,
+            _as_json,
+            lambda content: Evaluation.from_json(json.loads(content)),
+        )
+        return score
+
+    def eager(self, task: str, run: Callable[[], list[EagerRun]]) -> list[EagerRun]:
+        """Ask the eager model, unless that was done.
+
+        Args:
+            task: Whose experts it has.
+            run: Asks it.
+
+        Returns:
+            What it says.
+        """
+        return self._kept(f"{task}.eager", run, runs_to_bytes, runs_from_bytes)
+
+    def parity(self, task: str, measure: Callable[[], Parity]) -> Parity:
+        """Compare a graph with the eager model, unless that was done.
+
+        Args:
+            task: Whose graph it is.
+            measure: Compares them.
+
+        Returns:
+            How far they are apart.
+        """
+        parity: Parity = self._kept(
+            f"{task}.parity.json",
+            measure,
+            _as_json,
+            lambda content: Parity(**json.loads(content)),
+        )
+        return parity
+
+    def written_bytes(self) -> int:
+        """Return how much of the bundle is on the disk."""
+        return sum(path.stat().st_size for path in self.staged.rglob("*") if path.is_file())
+
+    def _kept(
+        self,
+        name: str,
+        make: Callable[[], Result],
+        encode: Callable[[Result], bytes],
+        decode: Callable[[bytes], Result],
+    ) -> Result:
+        if self.work is None:
+            return make()
+        path = self.work.path / name
+        if path.exists():
+            return decode(path.read_bytes())
+        made = make()
+        self.work.write_bytes(name, encode(made))
+        return made
+
+
+@contextlib.contextmanager
+def open_steps(
+    request: ExportRequest, key: Mapping[str, Any], *, kept: bool
+) -> Iterator[Steps]:
+    """Make the directory of an export, or find that of an interrupted one.
+
+    Args:
+        request: The export.
+        key: What decides its result, as JSON values.
+        kept: Whether finished steps are kept.
+
+    Yields:
+        Where to write; the bundle is put in its place when the block ends well.
+
+    Raises:
+        OutputError: The output exists, there is other unfinished work for it, or the disk
+            refuses.
+    """
+    if not kept:
+        with staged_directory(request.output, force=request.force) as staged:
+            yield Steps(staged, None)
+        return
+    recover(request.output)
+    with resumable(request.output, key, f"{_STEPS}/**/*.*", force=request.force) as whole:
+        steps = whole.path / _STEPS
+        steps.mkdir(exist_ok=True)
+        staged = whole.path / _BUNDLE
+        staged.mkdir(exist_ok=True)
+        try:
+            yield Steps(staged, WorkDirectory(steps))
+        except EdgemoeError as error:
+            if not isinstance(error, OutputError):
+                # What is refused once will be refused again.
+                whole.remove(_STEPS)
+            raise
+        publish(staged, request.output, force=request.force)
+
+
+def key_of(
+    request: ExportRequest,
+    precision: str,
+    hashes: FileHashes,
+    tasks: Mapping[str, TaskFile],
+    plans: Mapping[str, Plan],
+) -> dict[str, Any]:
+    """Say what decides the result of an export.
+
+    Args:
+        request: The export.
+        precision: Of its weights.
+        hashes: Those of the checkpoint.
+        tasks: All lines of each task.
+        plans: Plans that were given.
+
+    Returns:
+        JSON values, for :func:`open_steps`.
+    """
+    return {
+        "command": "export",
+        "checkpoint": hashes.stamps(),
+        "tokenizer": hash_file(request.model / "tokenizer.json"),
+        "tasks": {name: task.sha256 for name, task in tasks.items()},
+        "plans": {name: plan.sha256 for name, plan in plans.items()},
+        "options": [
+            list(request.names),
+            request.target,
+            precision,
+            request.keep,
+            request.method,
+            request.seed,
+            request.calibration_tokens,
+            request.held_out_tokens,
+            request.ladder,
+            request.static_shapes,
+        ],
+        "versions": {
+            **library_versions(),
+            **{name: version(name) for name in _LIBRARIES},
+            "onnxruntime": onnxruntime.__version__,
+        },
+    }
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(asdict(value), indent=1) + "\n").encode()

@@ -1,0 +1,212 @@
+"""Ask the eager model what a graph must agree with."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load, save
+
+from edgemoe.layerwise.runner import Batch, LayerTask, run_batches
+from edgemoe.models.hooks import observe
+from edgemoe.models.routers import is_near_tie, mass_of, select
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from edgemoe.layerwise.provider import LayerProvider
+    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.routers import Routing
+    from edgemoe.resume import WorkDirectory
+
+_ROW_TOKENS = 24
+# Batch and lengths of successive calls; their sums are at most _ROW_TOKENS. GroupQueryAttention
+# continues a batch by one token at a time only.
+_SCHEDULES = ((1, (16, 1, 1, 1, 1)), (1, (5, 4, 3)), (2, (7, 1, 1)))
+
+
+@dataclass(frozen=True)
+class EagerRun:
+    """What the eager model says of one batch of rows.
+
+    Attributes:
+        ids: Token ids, int64 ``[batch, tokens]``.
+        steps: Lengths of the calls in which the graph gets them; their sum is ``tokens``.
+        logits: float32 ``[batch, tokens, vocabulary]``.
+        decided: bool ``[batch, tokens]``: no router was near a tie up to this token.
+    """
+
+    ids: np.ndarray[Any, np.dtype[np.int64]]
+    steps: tuple[int, ...]
+    logits: np.ndarray[Any, np.dtype[np.float32]]
+    decided: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class EagerRows(LayerTask):
+    """Rows of real tokens for the eager model, and what it says of them.
+
+    Args:
+        ids: Tokens of some text; repeated where they are few.
+        inside: Makes a context that each layer runs in, where they run one by one.
+
+    Attributes:
+        rows: Token ids of each batch, int64 ``[batch, tokens]``.
+        current: The batch that the model runs.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[int],
+        inside: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        self._inside = inside
+        needed = sum(batch * _ROW_TOKENS for batch, _ in _SCHEDULES)
+        tokens = np.resize(np.asarray(ids, dtype=np.int64), needed).reshape(-1, _ROW_TOKENS)
+        self.rows = []
+        used = 0
+        for batch, steps in _SCHEDULES:
+            self.rows.append(np.ascontiguousarray(tokens[used : used + batch, : sum(steps)]))
+            used += batch
+        self.current = 0
+        self._tied = [torch.zeros(rows.size, dtype=torch.bool) for rows in self.rows]
+        self._logits: list[np.ndarray[Any, np.dtype[np.float32]]] = []
+
+    def inside(self, index: int) -> AbstractContextManager[Any]:
+        """Make the context of a layer."""
+        return self._inside(index)
+
+    def note_ties(
+        self, layer: MoeLayer, hidden: torch.Tensor, routing: Routing, _: object
+    ) -> None:
+        """Watch a layer; for :func:`edgemoe.models.hooks.observe`."""
+        if layer.rule is None:
+            return
+        used = (routing.indices < layer.num_experts).sum(dim=-1)
+        tied = is_near_tie(routing.logits, layer.correction_bias, layer.rule, used)
+        if layer.k_rule is not None and not layer.k_rule.is_fixed:
+            chosen = select(
+                routing.logits, layer.correction_bias, layer.rule, layer.slots
+            ).indices
+            mass = mass_of(routing.logits, layer.rule).gather(-1, chosen)
+            tied |= layer.k_rule.is_near_tie(hidden, mass)
+        self._tied[self.current] |= tied
+
+    def before_batch(self, number: int) -> None:
+        """Be told which batch runs next."""
+        self.current = number
+
+    def state(self, index: int) -> dict[str, torch.Tensor]:
+        """Return the ties so far."""
+        del index
+        return {str(number): tied for number, tied in enumerate(self._tied)}
+
+    def restore(self, index: int, read: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """Take the ties that an earlier process noted."""
+        del index
+        tensors = read()
+        self._tied = [tensors[str(number)].clone() for number in range(len(self.rows))]
+
+    def take(self, number: int, logits: torch.Tensor) -> None:
+        """Take the logits of the next batch.
+
+        Args:
+            number: Which it is.
+            logits: ``[batch, tokens, vocabulary]``.
+        """
+        assert number == len(self._logits)
+        self._logits.append(logits.float().numpy())
+
+    def runs(self) -> list[EagerRun]:
+        """Return what the model said of each batch."""
+        return [
+            EagerRun(
+                rows,
+                steps,
+                logits,
+                ~np.logical_or.accumulate(tied.numpy().reshape(rows.shape), axis=1),
+            )
+            for rows, (_, steps), logits, tied in zip(
+                self.rows, _SCHEDULES, self._logits, self._tied, strict=True
+            )
+        ]
+
+
+def runs_to_bytes(runs: Sequence[EagerRun]) -> bytes:
+    """Store runs.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        A safetensors file.
+    """
+    arrays = {
+        f"{number}/{name}": np.ascontiguousarray(array)
+        for number, run in enumerate(runs)
+        for name, array in (
+            ("ids", run.ids),
+            ("steps", np.array(run.steps)),
+            ("logits", run.logits),
+            ("decided", run.decided),
+        )
+    }
+    return save(arrays)
+
+
+def runs_from_bytes(content: bytes) -> list[EagerRun]:
+    """Read what :func:`runs_to_bytes` stored.
+
+    Args:
+        content: A safetensors file.
+
+    Returns:
+        The runs.
+    """
+    arrays = load(content)
+    return [
+        EagerRun(
+            arrays[f"{number}/ids"],
+            tuple(arrays[f"{number}/steps"].tolist()),
+            arrays[f"{number}/logits"],
+            arrays[f"{number}/decided"],
+        )
+        for number in range(len(arrays) // 4)
+    ]
+
+
+def run_eager(
+    provider: LayerProvider,
+    ids: Sequence[int],
+    work: WorkDirectory | None = None,
+    *,
+    name: str = "",
+    inside: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> list[EagerRun]:
+    """Ask the eager model about rows of real tokens.
+
+    Args:
+        provider: The model, in float32.
+        ids: Tokens of some text; repeated where they are few.
+        work: For what layers that are read one by one returned; nothing is left there.
+        name: What tells the model from others that are asked there.
+        inside: Makes a context that each of those layers runs in, from its index.
+
+    Returns:
+        Its logits for each schedule of calls.
+    """
+    asked = EagerRows(ids, inside)
+    with observe(provider.moe, asked.note_ties):
+        run_batches(
+            provider,
+            [Batch(torch.from_numpy(rows)) for rows in asked.rows],
+            asked,
+            description="run the checkpoint",
+            take=asked.take,
+            work=work,
+            name=f"eager {name}",
+        )
+    return asked.runs()

@@ -1,0 +1,35 @@
+"""The opaque ops of a traced model, with a reference implementation in torch.
+
+What differs between engines the trace keeps whole, as nodes of the ONNX domain ``edgemoe``:
+Route, Experts (or FactoredExperts), Attention (AttendAll where the model joins past and present
+itself, after SelectKeys or SelectBlocks where it attends to some), LinearAttention and
+CausalConv (with NewMask, which hides padding from them), RotaryEmbedding (Angles where it
+rotates in a way of its own), and RMSNorm. Each is a torch custom op, so that a model prepared
+for tracing still runs eagerly.
+Softplus is torch's own, kept whole because it must be computed in float32.
+
+Letters in shapes: T tokens, B batch, S new tokens of a row, P cached tokens, E experts,
+k chosen experts, H hidden size, I intermediate size of an expert, N query heads, M key and
+value heads, D head size, V head size of values, R rotated part of a head, C channels and W
+width of a convolution, L MoE layers.
+"""
+
+from __future__ import annotations
+
+from edgemoe_exporters.tracing.ops.attention import (
+    angles,
+    attend_all,
+    attention,
+    rms_norm,
+    rotary,
+)
+from edgemoe_exporters.tracing.ops.factored import factored_experts
+from edgemoe_exporters.tracing.ops.moe import experts, route
+from edgemoe_exporters.tracing.ops.recurrence import causal_conv, linear_attention, new_mask
+from edgemoe_exporters.tracing.ops.selection import select_blocks, select_keys
+
+__all__ = [
+    "angles", "attend_all", "attention", "causal_conv", "experts", "factored_experts",
+    "linear_attention", "new_mask", "rms_norm", "rotary", "route", "select_blocks",
+    "select_keys",
+]  # fmt: skip

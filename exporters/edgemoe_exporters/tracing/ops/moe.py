@@ -1,0 +1,203 @@
+"""Routing and experts as opaque ops of a traced model.
+
+Letters in shapes are those of :mod:`edgemoe_exporters.tracing.ops`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from torch.nn import functional
+
+from edgemoe.models.activation import Activation
+from edgemoe.models.experts import ExpertsLayout
+from edgemoe.models.router_rule import RouterRule, Scoring
+from edgemoe.models.routers import route as route_by_rule
+
+
+@torch.library.custom_op("edgemoe::route", mutates_args=())
+def route(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    logit_bias: torch.Tensor | None,
+    correction_bias: torch.Tensor | None,
+    expert_scale: torch.Tensor | None,
+    k_cap: torch.Tensor,
+    k_cap_index: int,
+    top_k: int,
+    scoring: str,
+    softmax_over: str,
+    renormalise: bool,
+    sum_epsilon: float,
+    scaling_factor: float,
+    bias_on: str,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+    group_fill: float,
+    jitter: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose experts and their weights for each token, as :func:`edgemoe.models.routers.route`.
+
+    Args:
+        hidden: What the router's rows see, float ``[T, H]``.
+        weight: Router rows, float ``[E, H]``.
+        logit_bias: Part of the logits, float ``[E]``, or None.
+        correction_bias: Added for the choice only, float ``[E]``, or None.
+        expert_scale: Multiplies each expert's weights, float ``[E]``, or None.
+        k_cap: Most experts a token may use, for every MoE layer, int64 ``[L]``, each >= 1.
+        k_cap_index: Which element of ``k_cap`` is this layer's.
+        top_k: Experts per token without a cap.
+        scoring: This and the following are those of
+            :class:`edgemoe.models.router_rule.RouterRule`.
+        softmax_over: ``all`` experts, or the ``top_k`` that are chosen.
+        renormalise: Whether the weights of the chosen experts are divided by their sum.
+        sum_epsilon: Added to that sum.
+        scaling_factor: Multiplies the weights.
+        bias_on: What the correction bias is added to.
+        n_group: Number of groups that the experts form.
+        topk_group: Number of groups from which experts may be chosen.
+        group_score: What ranks a group.
+        group_fill: Choice score of experts outside the best groups.
+        jitter: Of ``sparsemixer``.
+
+    Returns:
+        Weights, float ``[T, top_k]``, and expert ids, int64 ``[T, top_k]``, best first. A slot
+        beyond the cap has weight 0 and id E.
+    """
+    rule = RouterRule(
+        scoring=cast("Scoring", scoring),
+        softmax_over="top_k" if softmax_over == "top_k" else "all",
+        renormalise=renormalise,
+        sum_epsilon=sum_epsilon,
+        scaling_factor=scaling_factor,
+        bias_on=cast("Literal['scores', 'logits']", bias_on),
+        n_group=n_group,
+        topk_group=topk_group,
+        group_score=cast("Literal['top2', 'max']", group_score),
+        group_fill=group_fill,
+        jitter=jitter,
+    )
+    routing = route_by_rule(
+        hidden,
+        weight,
+        correction_bias,
+        rule,
+        top_k,
+        k_cap=k_cap[k_cap_index],
+        logit_bias=logit_bias,
+        expert_scale=expert_scale,
+    )
+    return routing.weights.contiguous(), routing.indices.contiguous()
+
+
+@route.register_fake
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    logit_bias: torch.Tensor | None,
+    correction_bias: torch.Tensor | None,
+    expert_scale: torch.Tensor | None,
+    k_cap: torch.Tensor,
+    k_cap_index: int,
+    top_k: int,
+    scoring: str,
+    softmax_over: str,
+    renormalise: bool,
+    sum_epsilon: float,
+    scaling_factor: float,
+    bias_on: str,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+    group_fill: float,
+    jitter: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (hidden.shape[0], top_k)
+    return hidden.new_empty(shape), hidden.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("edgemoe::experts", mutates_args=())
+def experts(
+    hidden: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    is_transposed: bool,
+    is_concatenated: bool,
+    activation: str,
+    gated: bool,
+    alpha: float,
+    beta: float,
+    limit: float,
+) -> torch.Tensor:
+    """Sum the chosen experts' outputs, each times its weight.
+
+    Args:
+        hidden: float ``[T, H]``.
+        indices: Expert ids, int64 ``[T, k]``; an id equal to E is skipped.
+        weights: float ``[T, k]``.
+        gate_up: First product, as the family stores it; see
+            :class:`edgemoe.models.experts.ExpertsLayout`.
+        down: Second product, as the family stores it.
+        gate_up_bias: float ``[E, 2I]``, or None.
+        down_bias: float ``[E, H]``, or None.
+        is_transposed: Whether weights are ``[E, inputs, outputs]``.
+        is_concatenated: Whether gate rows come before up rows, or alternate with them.
+        activation: This and the following are those of
+            :class:`edgemoe.models.activation.Activation`.
+        gated: Whether there is a gate.
+        alpha: Slope inside ``swish``.
+        beta: Added to the up half.
+        limit: Where both halves are cut off.
+
+    Returns:
+        float ``[T, H]``.
+    """
+    layout = ExpertsLayout(
+        has_gate=gated,
+        has_bias=gate_up_bias is not None,
+        is_transposed=is_transposed,
+        is_concatenated=is_concatenated,
+    )
+    act = Activation(kind=activation, gated=gated, alpha=alpha, beta=beta, limit=limit)
+    name = layout.gate_up_name
+    output = torch.zeros_like(hidden)
+    for expert in range(gate_up.shape[0]):
+        token, slot = torch.where(indices == expert)
+        first = layout.to_canonical(name, gate_up[expert])
+        second = layout.to_canonical("down_proj", down[expert])
+        bias = None
+        if gate_up_bias is not None:
+            bias = layout.to_canonical(f"{name}_bias", gate_up_bias[expert])
+        units = functional.linear(hidden[token], first, bias)
+        value = act(*units.chunk(2, dim=-1)) if gated else act(units)
+        value = functional.linear(
+            value, second, None if down_bias is None else down_bias[expert]
+        )
+        output.index_add_(0, token, value * weights[token, slot, None])
+    return output
+
+
+@experts.register_fake
+def _(
+    hidden: torch.Tensor,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    is_transposed: bool,
+    is_concatenated: bool,
+    activation: str,
+    gated: bool,
+    alpha: float,
+    beta: float,
+    limit: float,
+) -> torch.Tensor:
+    return torch.empty_like(hidden)

@@ -1,0 +1,1 @@
+"""Make a transformers model traceable: the parts that families spell differently become ops."""

@@ -1,0 +1,122 @@
+"""Attention in a trace.
+
+Every family calls ``cache.update(key, value, layer)`` and then transformers' attention
+interface. Where what the cache returned goes to the interface as it is, the op Attention joins
+past and new positions. Where the model computes keys and values from what is cached (latent
+attention), the join is done in the graph and the op AttendAll gets all positions. A rehearsal
+without memory tells which, and what the cache of each layer holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from edgemoe.errors import ExportError
+from edgemoe_exporters.tracing import ops
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgemoe_exporters.tracing.cache import TraceCache
+
+ATTENTION = "edgemoe_trace"
+
+
+@dataclass
+class Attender:
+    """Answers transformers' attention interface with ops.
+
+    Attributes:
+        cache: The cache of the pass under way.
+        attention_mask: int64 ``[B, P + S]`` of the pass under way.
+        rehearsed: Whether each layer's keys went from the cache to the interface unchanged.
+    """
+
+    cache: TraceCache | None = None
+    attention_mask: torch.Tensor | None = None
+    rehearsed: dict[int, bool] = field(default_factory=dict)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        s_aux: torch.Tensor | None = None,
+        softcap: float | None = None,
+        indices: torch.Tensor | None = None,
+        block_indices: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attend; the mask is the marker that :func:`mark_mask` made."""
+        assert self.cache is not None
+        assert self.attention_mask is not None
+        if softcap:
+            raise ExportError(
+                f"attention scores must not be capped, got softcap={softcap}. This way of "
+                "attending is not supported."
+            )
+        window = 0 if attention_mask is None else attention_mask.shape[0] - 1
+        window = window or sliding_window or 0
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        given = self.cache.given.get(index)
+        if given is None:
+            raise ExportError(
+                f"every layer must have a cache of its own, got none in layer {index}, which "
+                "attends to another's. This way of attending is not supported."
+            )
+        # What indexers give is a mask here, see edgemoe_exporters.tracing.prepare.indexers.
+        selected = block_indices if indices is None else indices[:, None]
+        self.rehearsed[index] = given[0] is key and given[1] is value and selected is None
+        if index in self.cache.joined:
+            output = ops.attend_all(
+                query, key, value, self.attention_mask, s_aux, selected, scale, int(window)
+            )
+            return output, None
+        past_key, past_value = self.cache.past_pair(index, key, value)
+        output, present_key, present_value = ops.attention(
+            query,
+            key,
+            value,
+            past_key,
+            past_value,
+            self.attention_mask,
+            s_aux,
+            scale,
+            int(window),
+        )
+        self.cache.keep_pair(index, present_key, present_value)
+        return output, None
+
+    @property
+    def joined(self) -> frozenset[int]:
+        """Layers that, in a rehearsal, made something of what is cached, or chose from it."""
+        return frozenset(index for index, same in self.rehearsed.items() if not same)
+
+
+def mark_mask(*_: Any, local_size: int | None = None, **__: Any) -> torch.Tensor:
+    """Answer for transformers' masks: only the width of the window is of interest."""
+    return torch.empty((local_size or 0) + 1, 1, 1, 1, device="meta")
+
+
+# transformers keeps what it is registered for good, and must not keep a model with it.
+ACTIVE: list[Attender] = []
+
+
+def _attend(*arguments: Any, **options: Any) -> tuple[torch.Tensor, None]:
+    return ACTIVE[-1].attend(*arguments, **options)
+
+
+def register() -> None:
+    """Make transformers know the attention of a trace; doing it again changes nothing."""
+    AttentionInterface.register(ATTENTION, _attend)
+    AttentionMaskInterface.register(ATTENTION, mark_mask)

@@ -1,0 +1,279 @@
+"""Make a transformers model traceable: its routers, experts, attention, norms become ops."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from edgemoe.errors import EdgemoeError, ExportError
+from edgemoe.models.adapter import adapt_model
+from edgemoe.models.checkpoint import read_config
+from edgemoe.models.discovery import build_skeleton
+from edgemoe.models.k_policy import following
+from edgemoe.models.ragged import read_ragged_note
+from edgemoe.models.registry import FAMILIES
+from edgemoe.models.transformers_internals import (
+    attention_implementation,
+    set_attention_implementation,
+)
+from edgemoe_exporters.precision import PRECISIONS
+from edgemoe_exporters.tracing import ops
+from edgemoe_exporters.tracing.cache import CacheTensor, TraceCache
+from edgemoe_exporters.tracing.prepare.attention import ACTIVE, ATTENTION, Attender, register
+from edgemoe_exporters.tracing.prepare.indexers import replace_indexers
+from edgemoe_exporters.tracing.prepare.moe import replace_moe
+from edgemoe_exporters.tracing.prepare.norms import replace_norms
+from edgemoe_exporters.tracing.prepare.recurrence import replace_recurrence
+from edgemoe_exporters.tracing.prepare.rotary import replace_rotary
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.models.layer import MoeLayer
+
+
+# Families whose layers keep what no op of a graph takes, or whose router or activation is of a
+# kind of its own.
+WITHOUT_GRAPH = frozenset(
+    {"deepseek_v4", "inkling2_text", "inkling_text", "qwen4_exp_text", "zaya"}
+)
+_WITH_GRAPH = ", ".join(name for name in FAMILIES if name not in WITHOUT_GRAPH)
+_NOT_YET = (
+    "Calibration, pruning and evaluation work for this family, graphs do not yet; families "
+    f"with graphs: {_WITH_GRAPH}."
+)
+
+
+class TraceModule(nn.Module):
+    """The model with flat tensors in and out, in the order of the graph's interface.
+
+    Attributes:
+        lm: The transformers model.
+        cached: What the decoder layers keep, in the order of the graph's inputs.
+    """
+
+    def __init__(self, model: MoeModel) -> None:
+        super().__init__()
+        self.lm = model.model
+        self.cached: tuple[CacheTensor, ...] = ()
+        self.attender = Attender()
+        self._moe_layers = len(model.layers)
+        self._k_cap: torch.Tensor | None = None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        past: list[torch.Tensor],
+        k_cap: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run the model.
+
+        Args:
+            input_ids: int64 ``[B, S]``.
+            attention_mask: int64 ``[B, P + S]``.
+            position_ids: int64 ``[B, S]``.
+            past: What is cached, in the order of :attr:`cached`.
+            k_cap: Most experts per token for each MoE layer, int64 ``[L]``.
+
+        Returns:
+            Logits, float ``[B, S, vocabulary]``, and what is to be cached then.
+        """
+        given = {tensor.name: part for tensor, part in zip(self.cached, past, strict=True)}
+        cache = TraceCache(given, self.attender.joined if self.cached else frozenset())
+        self.attender.cache, self.attender.attention_mask = cache, attention_mask
+        self._k_cap = k_cap
+        output = self.lm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        present = cache.present(self.cached)
+        self.attender.attention_mask = self._k_cap = None
+        return output.logits, present
+
+    def rehearse(self) -> None:
+        """Find out what each layer caches, by a pass over two tokens.
+
+        Raises:
+            ExportError: The model does something that a graph cannot.
+        """
+        config: Any = self.lm.config
+        device = next(self.lm.parameters()).device
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        positions = torch.arange(2, device=device)[None]
+        caps = torch.ones(self._moe_layers, dtype=torch.int64, device=device)
+        try:
+            with torch.no_grad():
+                self(ids, torch.ones_like(ids), positions, [], caps)
+        except EdgemoeError:
+            raise
+        except Exception as error:  # whatever the family's code raises where it wants a state
+            kinds = ", ".join(sorted(set(getattr(config, "layer_types", None) or ())))
+            raise ExportError(
+                f"layers of {config.model_type} must keep keys and values, states of "
+                "convolutions or of linear attention, or keys of an indexer, to be put into a "
+                f"graph, got code that asks for something else (layers: "
+                f"{kinds or 'of one kind'}). {_NOT_YET}"
+            ) from error
+        assert self.attender.cache is not None
+        self.cached = self.attender.cache.tensors()
+        self.attender.cache = None
+
+    def route(
+        self, layer: MoeLayer, position: int, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Answer for a router module.
+
+        Args:
+            layer: Whose router it is.
+            position: Of the layer among MoE layers.
+            hidden: float ``[..., hidden]``.
+
+        Returns:
+            Logits (which nobody reads), weights and ids.
+        """
+        assert self._k_cap is not None
+        rule, roles = layer.rule, layer.facts.routing.tensors
+        assert rule is not None
+        assert roles is not None
+        weights, indices = ops.route(
+            hidden.reshape(-1, hidden.shape[-1]),
+            layer.tensor(roles.weight),
+            *(
+                None if name is None else layer.tensor(name)
+                for name in (roles.logit_bias, roles.correction_bias, roles.expert_scale)
+            ),
+            self._k_cap,
+            position,
+            layer.top_k,
+            rule.scoring,
+            rule.softmax_over,
+            rule.renormalise,
+            rule.sum_epsilon,
+            rule.scaling_factor,
+            rule.bias_on,
+            rule.n_group,
+            rule.topk_group,
+            rule.group_score,
+            rule.group_fill,
+            rule.jitter,
+        )
+        return weights, weights, indices
+
+
+@contextlib.contextmanager
+def prepared(model: MoeModel) -> Iterator[TraceModule]:
+    """Yield the model with opaque ops inside; it is as before when the block ends.
+
+    Args:
+        model: The model to trace; on the meta device its shapes are checked at no cost.
+
+    Yields:
+        A module that runs eagerly and can be traced.
+
+    Raises:
+        ExportError: A router, an activation or a layer's state has no op.
+    """
+    for layer in model.layers:
+        check_layer(layer, model.family)
+    module = TraceModule(model)
+    lm = model.model
+    attention_before = attention_implementation(lm.config)
+    register()
+    with contextlib.ExitStack() as stack:
+        # A policy is bound to each task's graph, after the trace.
+        stack.enter_context(following(model, None))
+        ACTIVE.append(module.attender)
+        stack.callback(ACTIVE.pop)
+        set_attention_implementation(lm.config, ATTENTION)
+        stack.callback(set_attention_implementation, lm.config, attention_before)
+        for position, layer in enumerate(model.layers):
+            replace_moe(stack, module, layer, position)
+        replace_norms(stack, lm)
+        replace_recurrence(stack, lm, module.attender)
+        replace_indexers(stack, lm, module.attender)
+        if not _rehearse_usual(stack, module):
+            replace_rotary(stack, lm, usual=False)
+            module.rehearse()
+        yield module
+
+
+def _rehearse_usual(stack: contextlib.ExitStack, module: TraceModule) -> bool:
+    """Try RotaryEmbedding; return whether the model runs with it, and uses it."""
+    with contextlib.ExitStack() as attempt:
+        use = replace_rotary(attempt, module.lm, usual=True)
+        if not use.usual:
+            return False
+        with contextlib.suppress(ExportError):
+            module.rehearse()
+            if use.calls:
+                stack.push(attempt.pop_all())
+                return True
+    return False
+
+
+def check_exportable(path: Path, precision: str) -> None:
+    """Refuse a checkpoint that no graph can hold; its weights are not read.
+
+    Args:
+        path: Checkpoint directory.
+        precision: Of the graph.
+
+    Raises:
+        ExportError: A router, an activation or a layer's state has no op, or experts have no
+            op of that precision.
+        CheckpointError: The checkpoint's configuration is malformed.
+    """
+    family, config = read_config(path)
+    model = adapt_model(build_skeleton(family, config))
+    with prepared(model):
+        pass
+    note = read_ragged_note(path)
+    if precision in {"int8", "int4"} and note is not None and note.ranks_per_layer is not None:
+        raise ExportError(
+            f"experts must be whole to be exported in {precision}, got factored ones, for "
+            "which onnxruntime has no quantised op. Export with --precision fp32 or fp16."
+        )
+    block = PRECISIONS[precision].block if precision in {"int8", "int4"} else 1
+    for rank in () if note is None else note.basis_per_layer or ():
+        if rank is not None and rank % block:
+            raise ExportError(
+                f"bases that experts share must have a rank that is a multiple of {block} to "
+                f"be exported in {precision}, got {rank}: {block} weights share a "
+                "scale. Export with --precision fp32 or fp16, or choose such a rank."
+            )
+    for layer in model.layers:
+        activation = layer.activation
+        if precision in {"int8", "int4"} and activation and not activation.is_swiglu:
+            raise ExportError(
+                f"experts must have SwiGLU to be exported in {precision}, got the activation "
+                f"{activation.kind}: onnxruntime has no quantised op for it. Export with "
+                "--precision fp32 or fp16."
+            )
+
+
+def check_layer(layer: MoeLayer, family: str) -> None:
+    """Refuse a layer that has no op.
+
+    Args:
+        layer: The layer.
+        family: Of the model.
+
+    Raises:
+        ExportError: Its router or its activation is of no known kind.
+    """
+    unknown = "router" if layer.rule is None else "activation of experts"
+    if layer.rule is None or layer.activation is None:
+        raise ExportError(
+            f"the {unknown} of {family} must be of a kind that graphs know, got another in "
+            f"layer {layer.index}. {_NOT_YET}"
+        )

@@ -1,0 +1,150 @@
+"""Routers and experts in a trace: one op each, whatever the family's code does for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch.nn import functional
+
+from edgemoe.models.factored_experts import FACTOR_NAMES
+from edgemoe_exporters.tracing import ops
+
+if TYPE_CHECKING:
+    import contextlib
+
+    import torch
+
+    from edgemoe.models.layer import MoeLayer
+
+
+class Router(Protocol):
+    """What answers for all routers of a model."""
+
+    def route(
+        self, layer: MoeLayer, position: int, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return logits, weights and ids of one layer's router."""
+        ...
+
+
+def replace_moe(
+    stack: contextlib.ExitStack, module: Router, layer: MoeLayer, position: int
+) -> None:
+    """Put ops in the place of a layer's router and experts.
+
+    Args:
+        stack: Undoes it.
+        module: Answers for the router.
+        layer: The layer; its router and activation are of known kinds.
+        position: Of the layer among MoE layers.
+    """
+    roles = layer.facts.routing.tensors
+    assert roles is not None
+    router: Any = layer.router
+    if roles.projection:
+        _route_after(stack, module, layer, position, roles.projection)
+    else:
+
+        def route(
+            hidden: torch.Tensor, *_: Any
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return module.route(layer, position, hidden)
+
+        _replace_forward(stack, router, route)
+    _replace_forward(stack, layer.experts, _experts_op(layer))
+
+
+def _route_after(
+    stack: contextlib.ExitStack,
+    module: Router,
+    layer: MoeLayer,
+    position: int,
+    projection: str,
+) -> None:
+    """Let the router transform its input, and take over where its rows come in."""
+    router: Any = layer.router
+    inputs: list[torch.Tensor] = []
+
+    def keep(hidden: torch.Tensor) -> torch.Tensor:
+        inputs[:] = [hidden]
+        return hidden.new_zeros((*hidden.shape[:-1], layer.num_experts))
+
+    def route(
+        hidden: torch.Tensor, *rest: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # What it makes of the zeros is not used, and leaves the graph.
+        type(router).forward(router, hidden, *rest)
+        return module.route(layer, position, inputs.pop())
+
+    _replace_forward(stack, router.get_submodule(projection), keep)
+    _replace_forward(stack, router, route)
+
+
+def _experts_op(layer: MoeLayer) -> Any:
+    activation, layout = layer.activation, layer.layout
+    assert activation is not None
+    prefix = layer.facts.experts
+
+    def factored(
+        hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        biases = (f"{layout.gate_up_name}_bias", "down_proj_bias") if layout.has_bias else ()
+        parts = [layer.tensor(f"{prefix}.{name}") for name in (*FACTOR_NAMES, *biases)]
+        output: torch.Tensor = ops.factored_experts(
+            hidden,
+            indices,
+            weights,
+            *parts,
+            *([None] * (len(FACTOR_NAMES) + 2 - len(parts))),
+            layout.is_concatenated,
+            activation.kind,
+            activation.gated,
+            activation.alpha,
+            activation.beta,
+            activation.limit,
+        )
+        return output
+
+    def experts(
+        hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        name = layout.gate_up_name
+        parts = [
+            layer.tensor(f"{prefix}.{part}")
+            for part in (name, "down_proj", f"{name}_bias", "down_proj_bias")
+            if part in layout.names
+        ]
+        gate_up, down, *biases = parts
+        output: torch.Tensor = ops.experts(
+            hidden,
+            indices,
+            weights,
+            gate_up,
+            down,
+            biases[0] if biases else None,
+            biases[1] if biases else None,
+            layout.is_transposed,
+            layout.is_concatenated,
+            activation.kind,
+            activation.gated,
+            activation.alpha,
+            activation.beta,
+            activation.limit,
+        )
+        return output
+
+    def based(
+        hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        module: Any = layer.experts
+        output = experts(functional.linear(hidden, module.input_basis), indices, weights)
+        return functional.linear(output, module.output_basis)
+
+    if layer.is_factored:
+        return factored
+    return based if layer.is_based else experts
+
+
+def _replace_forward(stack: contextlib.ExitStack, module: Any, forward: Any) -> None:
+    module.forward = forward
+    stack.callback(delattr, module, "forward")

@@ -1,0 +1,1 @@
+"""The bundle's format: manifest, files, integrity; the standard library only."""
