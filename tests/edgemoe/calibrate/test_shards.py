@@ -55,7 +55,7 @@ def tasks(tmp_path: Path) -> list[TaskFile]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "place",
+    "executor",
     [
         InProcess(),
         Processes(3),

@@ -45,7 +45,7 @@ def look(oracle: LayerOracle, index: int) -> tuple[int, torch.Tensor]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its second decoder layer is dense."""
-    path = tmp_path_factory.mktemp("crew") / "model"
+    path = tmp_path_factory.mktemp("pool") / "model"
     return write_tiny_checkpoint("qwen2_moe", path, mlp_only_layers=[1])
 
 

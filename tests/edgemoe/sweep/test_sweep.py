@@ -147,7 +147,7 @@ def test_equal_decisions_are_judged_once(swept: tuple[Path, list[str]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "place",
+    "executor",
     [Processes(2), pytest.param(RayCluster(address="local", count=2), marks=needs_ray)],
     ids=lambda executor: type(executor).__name__,
 )
