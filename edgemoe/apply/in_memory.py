@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edgemoe.apply.checks import check_neurons, check_ranks, refuse_k_policy
+from edgemoe.apply.checks import check_ranks, check_width_pruning, refuse_k_policy
 from edgemoe.apply.expert_tensors import (
     applied_layer,
     apply_layer,
@@ -59,7 +59,7 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
     check_ranks(plan, model.layers)
     sha256 = model.sha256
     plan.validate(model.shape, sha256)
-    check_neurons(plan, model)
+    check_width_pruning(plan, model)
     refuse_k_policy(plan, model)
     if plan.factors is not None:
         _PutFactors(InMemoryLayers(model), plan, planned_tensors).run("factor experts")
@@ -88,7 +88,7 @@ def applied(model: MoeModel, plan: Plan) -> Iterator[None]:
         PlanError: The plan does not fit the model; then nothing has changed.
     """
     plan.validate(model.shape)
-    check_neurons(plan, model)
+    check_width_pruning(plan, model)
     with contextlib.ExitStack() as stack:
         for layer, layer_plan in zip(model.layers, plan.layers, strict=True):
             stack.enter_context(applied_layer(layer, layer_plan))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.core_model_loading import dot_natural_key
 
-from edgemoe.apply.checks import check_neurons, check_ranks, refuse_k_policy
+from edgemoe.apply.checks import check_ranks, check_width_pruning, refuse_k_policy
 from edgemoe.apply.expert_tensors import apply_layer, keeps_all
 from edgemoe.apply.factor_streamed import factor_streamed, read_factors
 from edgemoe.apply.provenance import describe_plan
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemoe.decompose.registry import Method
+    from edgemoe.decompose.registry import DecompositionMethod
     from edgemoe.models.conversion import TensorGroup
     from edgemoe.models.fingerprint import FileHashes
     from edgemoe.models.layer import MoeLayer
@@ -111,7 +111,7 @@ def apply_streamed(
     streamed = open_streamed(checkpoint)
     plan.validate(streamed.moe.shape)
     check_ranks(plan, streamed.moe.layers)
-    check_neurons(plan, streamed.moe)
+    check_width_pruning(plan, streamed.moe)
     refuse_k_policy(plan, streamed.moe)
     widths = plan.widths(streamed.moe.shape)
     key = resume_key("apply", checkpoint, plan=plan, options=[max_shard_bytes])
@@ -181,7 +181,10 @@ def _stored_ranks(plan: Plan) -> dict[str, Any]:
 
 
 def _change_shapes(
-    streamed: StreamedModel, layer: MoeLayer, plan: LayerPlan, method: Method | None
+    streamed: StreamedModel,
+    layer: MoeLayer,
+    plan: LayerPlan,
+    method: DecompositionMethod | None,
 ) -> _Change:
     """Carry out a plan on shapes alone."""
     skeleton, index = streamed.skeleton, layer.index
@@ -263,7 +266,7 @@ def _write_shards(
     shards: Sequence[Shard],
     changes: Sequence[_Change],
     work: WorkDirectory,
-    method: Method | None,
+    method: DecompositionMethod | None,
 ) -> None:
     by_layer: dict[int | None, _Change] = {change.layer.index: change for change in changes}
     directory = work.path / _CHECKPOINT
@@ -289,7 +292,7 @@ def _write_layer(
     tensors: Sequence[PlannedTensor],
     change: _Change | None,
     work: WorkDirectory,
-    method: Method | None,
+    method: DecompositionMethod | None,
 ) -> None:
     for tensor in tensors:
         if tensor.source is not None:

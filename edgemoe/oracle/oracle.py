@@ -94,18 +94,18 @@ class LayerOracle:
     Attributes:
         provider: Where its layers are.
         windows: The tokens, one forward pass each.
-        crew: Who answers what `map` asks; None for this process.
+        pool: Who answers what `map` asks; None for this process.
     """
 
     def __init__(
-        self, provider: LayerProvider, windows: Sequence[Window], crew: JobMapper | None = None
+        self, provider: LayerProvider, windows: Sequence[Window], pool: JobMapper | None = None
     ) -> None:
         """Ask about windows.
 
         Args:
             provider: The model; it is as before whenever nothing runs.
             windows: The tokens.
-            crew: Workers with the same model.
+            pool: Workers with the same model.
 
         Raises:
             StatisticsError: There are none.
@@ -118,7 +118,7 @@ class LayerOracle:
         self.provider = provider
         self.windows = tuple(windows)
         self.batches = batches_of(self.windows)
-        self.crew = crew
+        self.pool = pool
         self._answers: dict[Hashable, Any] = {}
         self._forget()
 
@@ -142,7 +142,7 @@ class LayerOracle:
             An oracle over the same model and
             `edgemoe.calibrate.mixture.spread_windows` of the same tokens.
         """
-        return LayerOracle(self.provider, spread_windows(self.windows, tokens), self.crew)
+        return LayerOracle(self.provider, spread_windows(self.windows, tokens), self.pool)
 
     def once(self, question: Hashable, ask: Callable[[], Result]) -> Result:
         """Remember an answer that depends on the model and the tokens alone.
@@ -182,8 +182,8 @@ class LayerOracle:
             SpreadError: Workers die, or cannot do what this process can.
             Exception: What the first job that failed raised.
         """
-        if self.crew is not None:
-            return self.crew.map(function, jobs, self.windows, description)
+        if self.pool is not None:
+            return self.pool.map(function, jobs, self.windows, description)
         self._forget()
         answers = []
         with self.open(), counting(len(jobs), description) as done:

@@ -24,7 +24,7 @@ from edgemoe.recover.result import Recovered, describe
 from edgemoe.recover.samples import split_task
 from edgemoe.recover.state import PROGRESS, TrainingState
 from edgemoe.recover.teacher import check_teacher, load_teacher
-from edgemoe.recover.trainer import CHECKPOINT_SECONDS, Lesson, train
+from edgemoe.recover.trainer import CHECKPOINT_SECONDS, TrainingTask, train
 from edgemoe.resume import publish, resumable, resume_key
 from edgemoe.staging import recover as put_back
 from edgemoe.staging import refuse_existing, refuse_inputs_inside, require_space
@@ -119,7 +119,7 @@ def recover_checkpoint(
             found = measure(student.model, master, samples, settled, show=True)
             state.save({"step": 0, "stale": 0, "before": found.to_dict()})
         training.begin()
-        lesson = Lesson(
+        training_task = TrainingTask(
             method=chosen,
             options=settled,
             student=student,
@@ -129,13 +129,13 @@ def recover_checkpoint(
             before=Quality.from_dict(state.progress["before"]),
         )
         run = chosen.run or train
-        seconds = run(lesson, state, checkpoint_seconds=checkpoint_seconds)
-        written, after, best = _take_best(student, lesson, state, opened[0])
+        seconds = run(training_task, state, checkpoint_seconds=checkpoint_seconds)
+        written, after, best = _take_best(student, training_task, state, opened[0])
         told = Recovered(
             method=method,
             family=written.family,
             experts_per_layer=written.experts_per_layer,
-            before=lesson.before,
+            before=training_task.before,
             after=after,
             best_step=best,
             steps=int(state.progress["step"]),
@@ -181,19 +181,25 @@ def _fingerprint(checkpoints: Sequence[Checkpoint], work: WorkDirectory) -> list
 
 
 def _take_best(
-    student: MoeModel, lesson: Lesson, state: TrainingState, checkpoint: Checkpoint
+    student: MoeModel, training_task: TrainingTask, state: TrainingState, checkpoint: Checkpoint
 ) -> tuple[MoeModel, Quality, int]:
     """Return what is to be written, how good it is, and the step that it is from."""
     best = int(state.progress.get("best_step", 0))
     if best:
-        state.load_best(lesson.training.parameters)
-        lesson.training.finish()
+        state.load_best(training_task.training.parameters)
+        training_task.training.finish()
         round_to_stored(student)
-        after = measure(student.model, lesson.teacher, lesson.tasks, lesson.options, show=True)
-        if after.loss < lesson.before.loss:
+        after = measure(
+            student.model,
+            training_task.teacher,
+            training_task.tasks,
+            training_task.options,
+            show=True,
+        )
+        if after.loss < training_task.before.loss:
             return student, after, best
     # Nothing helped, or not enough to survive the rounding of what is stored.
-    return load_model(checkpoint), lesson.before, 0
+    return load_model(checkpoint), training_task.before, 0
 
 
 @torch.no_grad()

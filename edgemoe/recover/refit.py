@@ -35,14 +35,16 @@ if TYPE_CHECKING:
     from edgemoe.models.layer import MoeLayer
     from edgemoe.recover.samples import TaskSamples
     from edgemoe.recover.state import TrainingState
-    from edgemoe.recover.trainer import Lesson
+    from edgemoe.recover.trainer import TrainingTask
 
 
-def refit(lesson: Lesson, state: TrainingState, *, checkpoint_seconds: float) -> float | None:
+def refit(
+    training_task: TrainingTask, state: TrainingState, *, checkpoint_seconds: float
+) -> float | None:
     """Change every MoE layer, from where the state is.
 
     Args:
-        lesson: What to change, and on what.
+        training_task: What to change, and on what.
         state: Where the work is; at the end its progress says `ended`.
         checkpoint_seconds: Not used: a run that is killed loses the layer that it was at.
 
@@ -57,7 +59,7 @@ def refit(lesson: Lesson, state: TrainingState, *, checkpoint_seconds: float) ->
     if "ended" in state.progress:
         return None
     begun = time.monotonic()
-    visited = _Refit(lesson, state).finish()
+    visited = _Refit(training_task, state).finish()
     return (time.monotonic() - begun) / visited if visited else None
 
 
@@ -101,22 +103,22 @@ _ONE = 1e-3
 class _Refit(LayerTask):
     """Visits the layers of both models: what a layer gives on is the teacher's and ours."""
 
-    def __init__(self, lesson: Lesson, state: TrainingState) -> None:
-        assert lesson.teacher is not None
-        self._lesson, self._state = lesson, state
-        self._rows = _Rows.of(lesson.tasks)
+    def __init__(self, training_task: TrainingTask, state: TrainingState) -> None:
+        assert training_task.teacher is not None
+        self._task, self._state = training_task, state
+        self._rows = _Rows.of(training_task.tasks)
         self._batches = batches_of(self._rows.windows)
-        self._teacher = InMemoryLayers(lesson.teacher)
-        self._student = InMemoryLayers(lesson.student)
-        self._layers = {layer.index: layer for layer in lesson.student.layers}
+        self._teacher = InMemoryLayers(training_task.teacher)
+        self._student = InMemoryLayers(training_task.student)
+        self._layers = {layer.index: layer for layer in training_task.student.layers}
         self._changed: list[int] = []
         self._visited = 0
         ours, theirs = len(self._student.layers), len(self._teacher.layers)
-        sizes = (lesson.teacher.config.get_text_config().hidden_size, theirs)
-        if sizes != (lesson.student.shape.hidden_size, ours):
+        sizes = (training_task.teacher.config.get_text_config().hidden_size, theirs)
+        if sizes != (training_task.student.shape.hidden_size, ours):
             raise RecoveryError(
                 "a teacher of least-squares must have the model's hidden size "
-                f"{lesson.student.shape.hidden_size} and its {ours} decoder layers, got "
+                f"{training_task.student.shape.hidden_size} and its {ours} decoder layers, got "
                 f"{sizes[0]} and {sizes[1]}. Give the checkpoint that the model was compressed "
                 "from."
             )
@@ -137,7 +139,7 @@ class _Refit(LayerTask):
         step = int(self._state.progress["step"]) + len(self._layers)
         progress: dict[str, Any] = {**self._state.progress, "step": step, "ended": "all layers"}
         if self._changed:
-            parameters = self._lesson.training.parameters
+            parameters = self._task.training.parameters
             progress["best_step"] = len(self._changed)
             progress["best_file"] = self._state.save_best(step, parameters)
         self._state.save(progress)
