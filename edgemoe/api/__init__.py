@@ -7,7 +7,7 @@ files or the objects that they hold, and reports progress to `on_progress`, a fu
 product that fits into memory is returned, and written too where `output` names a file; one that
 does not is written, and its report is returned. Commands parse, call these functions and print.
 
-Importing these modules costs neither torch nor numpy: they import what works inside the calls.
+Importing these modules costs no torch: what works is imported inside the calls.
 
 **Why `edgemoe.prune` is the function.** Seven verbs share their name with the package that
 holds their methods. The import system binds a package to its parent's attribute, so that

@@ -106,8 +106,8 @@ def load_dense(path: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from edgemoe.models.checkpoint import check_fit, quiet_transformers
     from edgemoe.models.experts import is_experts_module
+    from edgemoe.models.loading import check_fit, quiet_transformers
     from edgemoe.models.registry import find_family
     from edgemoe.models.safety import check_directory, check_weights
 

@@ -72,8 +72,8 @@ class TorchScorer:
                 index; its weights are in memory then, and may be others until it ends.
 
         Raises:
-            CheckpointError: ``k_cap`` is given for a model without experts.
-            EdgemoeError: ``k_cap`` is out of range.
+            CheckpointError: `k_cap` is given for a model without experts.
+            EdgemoeError: `k_cap` is out of range.
         """
         self._moe: MoeModel | None = None
         if isinstance(model, MoeModel):

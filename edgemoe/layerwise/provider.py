@@ -80,7 +80,7 @@ class InMemoryLayers:
 
         Args:
             model: The model. Where its decoder does not keep its layers in a list, asking for
-                them raises :class:`edgemoe.errors.StreamingError`.
+                them raises `edgemoe.errors.StreamingError`.
         """
         self._moe = model if isinstance(model, MoeModel) else None
         self.model: PreTrainedModel = model.model if isinstance(model, MoeModel) else model
@@ -165,7 +165,7 @@ def open_layers(path: Path, limit_bytes: int | None = None) -> LayerProvider:
 
     Args:
         path: Checkpoint directory.
-        limit_bytes: As in :func:`edgemoe.models.opening.open_larger`.
+        limit_bytes: As in `edgemoe.models.opening.open_larger`.
 
     Returns:
         The model.

@@ -19,7 +19,7 @@ _SHOWN_MOVES = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """How a session runs, and why.
+    """Description of how a session runs, and why.
 
     Attributes:
         bundle: path of the bundle.

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load, save
 
-from edgemoe.layerwise.runner import Batch, LayerTask, run_batches
+from edgemoe.layerwise.batch import Batch
+from edgemoe.layerwise.runner import LayerTask, run_batches
 from edgemoe.models.hooks import observe
 from edgemoe.models.routers import is_near_tie, mass_of, select
 
@@ -34,10 +35,10 @@ class EagerRun:
     """What the eager model says of one batch of rows.
 
     Attributes:
-        ids: Token ids, int64 ``[batch, tokens]``.
-        steps: Lengths of the calls in which the graph gets them; their sum is ``tokens``.
-        logits: float32 ``[batch, tokens, vocabulary]``.
-        decided: bool ``[batch, tokens]``: no router was near a tie up to this token.
+        ids: Token ids, int64 `[batch, tokens]`.
+        steps: Lengths of the calls in which the graph gets them; their sum is `tokens`.
+        logits: float32 `[batch, tokens, vocabulary]`.
+        decided: bool `[batch, tokens]`: no router was near a tie up to this token.
     """
 
     ids: np.ndarray[Any, np.dtype[np.int64]]
@@ -54,7 +55,7 @@ class EagerRows(LayerTask):
         inside: Makes a context that each layer runs in, where they run one by one.
 
     Attributes:
-        rows: Token ids of each batch, int64 ``[batch, tokens]``.
+        rows: Token ids of each batch, int64 `[batch, tokens]`.
         current: The batch that the model runs.
     """
 
@@ -82,7 +83,7 @@ class EagerRows(LayerTask):
     def note_ties(
         self, layer: MoeLayer, hidden: torch.Tensor, routing: Routing, _: object
     ) -> None:
-        """Watch a layer; for :func:`edgemoe.models.hooks.observe`."""
+        """Watch a layer; for `edgemoe.models.hooks.observe`."""
         if layer.rule is None:
             return
         used = (routing.indices < layer.num_experts).sum(dim=-1)
@@ -115,7 +116,7 @@ class EagerRows(LayerTask):
 
         Args:
             number: Which it is.
-            logits: ``[batch, tokens, vocabulary]``.
+            logits: `[batch, tokens, vocabulary]`.
         """
         assert number == len(self._logits)
         self._logits.append(logits.float().numpy())
@@ -158,7 +159,7 @@ def runs_to_bytes(runs: Sequence[EagerRun]) -> bytes:
 
 
 def runs_from_bytes(content: bytes) -> list[EagerRun]:
-    """Read what :func:`runs_to_bytes` stored.
+    """Read what `runs_to_bytes` stored.
 
     Args:
         content: A safetensors file.

@@ -11,7 +11,7 @@ import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 from transformers import GenerationConfig
 
-from edgemoe.apply.checks import check_neurons, refuse_k_policy
+from edgemoe.apply.checks import check_width_pruning, refuse_k_policy
 from edgemoe.apply.expert_tensors import expert_tensors
 from edgemoe.calibrate.streamed import collect_streamed
 from edgemoe.errors import ExportError
@@ -100,7 +100,7 @@ class StreamedSource:
     ) -> Iterator[StreamedTask]:
         """Give the model the experts of one task."""
         plan.validate(self.moe.shape)
-        check_neurons(plan, self.moe)
+        check_width_pruning(plan, self.moe)
         experts = {
             layer.index: order_experts(layer_plan, layouts.get(layer.index), task)
             for layer, layer_plan in zip(self.moe.layers, plan.layers, strict=True)
@@ -147,7 +147,7 @@ class StreamedTask:
         changed = {
             f"{layer.name}.{spec.name}": (layer.index, spec.name)
             for layer, _ in self._changes.values()
-            for spec in layer.facts.tensors
+            for spec in layer.spec.tensors
         }
         shapes = {index: self._planned_shapes(index) for index in self._changes}
         for name, value in graph.graph.initializers.items():
@@ -196,7 +196,7 @@ class StreamedTask:
     def _planned_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         layer, experts = self._changes[index]
         shapes = {
-            spec.name: _planned_shape(layer, spec, len(experts)) for spec in layer.facts.tensors
+            spec.name: _planned_shape(layer, spec, len(experts)) for spec in layer.spec.tensors
         }
         width = stored_width(experts, layer.intermediate_size)
         if width != layer.intermediate_size:
@@ -212,8 +212,8 @@ class StreamedTask:
         layer, experts = self._changes[index]
         matrices = [
             spec.name
-            for spec in layer.facts.tensors
-            if spec.name.startswith(f"{layer.facts.experts}.")
+            for spec in layer.spec.tensors
+            if spec.name.startswith(f"{layer.spec.experts}.")
         ]
         if name not in matrices or all(len(expert.members) == 1 for expert in experts):
             return _to_numpy(self._make(layer, experts, [name])[name])

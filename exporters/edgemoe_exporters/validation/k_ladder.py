@@ -16,7 +16,7 @@ import numpy as np
 from edgemoe.allocate.alloc_l import share_out
 from edgemoe.evaluate.drop import measure_drop, paired_drop
 from edgemoe.evaluate.evaluation import evaluate
-from edgemoe.evaluate.requests import build_questions
+from edgemoe.evaluate.requests import build_examples
 from edgemoe_exporters.validation.margins import WatchingScorer, answers_of_choices, find_margin
 from edgemoe_exporters.validation.quality_gate import ROUNDING
 from edgemoe_runtime.adaptive_k.rung_cost import time_rungs
@@ -70,7 +70,7 @@ class LadderTask:
         score = evaluate(scorer, self.held_out, self.tokenizer, max_tokens=tokens)
         if self.held_out.kind == "choice":
             return score, answers_of_choices(score)
-        asked = build_questions(
+        asked = build_examples(
             self.held_out, self.tokenizer, max_length=self.max_length, max_tokens=tokens
         )
         return score, scorer.answers(asked)
@@ -79,7 +79,7 @@ class LadderTask:
         """Say how many tokens judge a rung, at most."""
         tokens = min(self.max_tokens, _JUDGED_TOKENS)
         while tokens < self.max_tokens and self.held_out.kind != "text":
-            lines = build_questions(
+            lines = build_examples(
                 self.held_out, self.tokenizer, max_length=self.max_length, max_tokens=tokens
             )
             if len(lines) >= min(_LEAST_LINES, len(self.held_out.records)):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemoe.evaluate.evaluation import Evaluation
-    from edgemoe.evaluate.requests import Question
+    from edgemoe.evaluate.requests import EvalExample
     from edgemoe.evaluate.scorer import Request
     from edgemoe_exporters.validation.graph_calls import Runner
 
@@ -60,7 +60,7 @@ class WatchingScorer(GraphScorer):
         second, best = np.partition(logits, -2, axis=-1)[:, -2:].T.astype(np.float64)
         self._seen[request] = (logits.argmax(-1), best - second)
 
-    def answers(self, questions: Sequence[Question]) -> Answers:
+    def answers(self, questions: Sequence[EvalExample]) -> Answers:
         """Return what was likeliest in the lines of a task of texts or completions.
 
         Args:

@@ -1,4 +1,4 @@
-"""How the time of a prompt grows with its length, and which part of a deadline it gets."""
+"""The cost of a prompt by its length, and the part of a deadline that it gets."""
 
 from __future__ import annotations
 

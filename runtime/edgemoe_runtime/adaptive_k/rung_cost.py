@@ -23,7 +23,7 @@ _NEW_TOKENS = 16
 _ROUNDS = 7
 _OFFSET_ROUNDS = 3
 _MOST_OFFSET = 4096.0
-# A rung that saves less than this is not worth its loss, nor told apart from noise.
+# A rung that saves less than this is not worth its loss, and within the noise.
 _LEAST_SAVING = 0.02
 
 

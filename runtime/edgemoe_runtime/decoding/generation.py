@@ -83,7 +83,7 @@ class GenerationProgress:
 
 
 class TextStream(Iterator[str]):
-    """Pieces of a text as they become certain; joined they are the whole text.
+    """An iterator of the pieces of a text as they become final; joined they are the whole.
 
     Pieces end at whole characters. A session has one cache, so a stream ends with an error
     when the session takes another request before the stream is exhausted.
@@ -127,7 +127,7 @@ class TextStream(Iterator[str]):
         """The whole answer, once the stream is exhausted.
 
         Raises:
-            RequestError: when it is not.
+            RequestError: when the stream is not exhausted.
         """
         if self._generation is None:
             raise RequestError("A stream must be exhausted before its generation is known.")

@@ -1,4 +1,4 @@
-"""The controller of a session on a clock of its own: which rung, and why."""
+"""The controller of a session on a simulated clock: which rung, and why."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ class Machine:
             rungs.append(self.controller.rung.name)
         return 1000 * (self.seconds - begin), rungs
 
-    def _spend(self, ms: float, tell: Callable[..., None], *arguments: int) -> None:
+    def _spend(self, ms: float, record: Callable[..., None], *arguments: int) -> None:
         self.seconds += ms / 1000
-        tell(*arguments, ms / 1000)
+        record(*arguments, ms / 1000)
 
 
 def test_a_request_deadline_moves_down_and_is_kept() -> None:
@@ -122,7 +122,7 @@ def test_a_token_deadline_holds_for_new_tokens_only() -> None:
     assert machine.controller.fallbacks == ()
 
 
-def test_short_prompts_tell_what_a_long_one_will_take() -> None:
+def test_short_prompts_predict_the_time_of_a_long_one() -> None:
     # 8 ms and a tenth for each token: 8.5 ms for 5 tokens, 28 ms for 200.
     work = PromptCost(offset=80.0)
     machine = Machine(AdaptationConfig(deadline_ms=40), token_ms=1, prompt_ms=0.1, work=work)
@@ -132,7 +132,7 @@ def test_short_prompts_tell_what_a_long_one_will_take() -> None:
     assert rungs == ["k4"]
     assert machine.controller.fallbacks == ()
     assert machine.controller.full_k_fits(20)
-    # Whoever takes the time of a short prompt for that of its tokens sees 340 ms.
+    # Without the fixed time, short prompts would predict 340 ms.
     misled = Machine(AdaptationConfig(deadline_ms=40), token_ms=1, prompt_ms=1.7)
     for _ in range(4):
         misled.answer(5, 1)
@@ -146,7 +146,7 @@ def test_work_counts_runs_and_chunks() -> None:
     assert work.in_tokens(30, runs=4) == 70
 
 
-def test_what_tokens_take_beside_the_engine_counts() -> None:
+def test_the_host_overhead_of_a_token_counts() -> None:
     machine = Machine(AdaptationConfig(deadline_ms=400), token_ms=10, host_overhead_ms=4)
     # 10 + 29 * 14 ms at the full k: too long, and 29 * 10 alone are not.
     machine.answer(10, 30)
@@ -162,7 +162,7 @@ def test_what_tokens_take_beside_the_engine_counts() -> None:
     assert each.controller.late_tokens == 0
 
 
-def test_whoever_reads_a_stream_slowly_spends_no_time_of_it() -> None:
+def test_a_slow_reader_of_a_stream_spends_no_time_of_the_request() -> None:
     machine = Machine(AdaptationConfig(deadline_ms=400, token_ms=11), token_ms=10)
     machine.answer(10, 3)
     machine.controller.begin()
@@ -259,7 +259,7 @@ def test_a_throttled_machine_takes_rungs_from_prompts_and_tokens() -> None:
     )
 
 
-def test_a_single_rung_never_moves_and_still_tells_the_truth() -> None:
+def test_a_single_rung_never_moves_and_still_reports_its_deadline() -> None:
     caps: list[tuple[int, ...]] = []
     controller = KController(
         LADDER[:1], caps.append, AdaptationConfig(deadline_ms=5), lambda: 0.0
@@ -273,7 +273,7 @@ def test_a_single_rung_never_moves_and_still_tells_the_truth() -> None:
     assert "this session stays on its rung" in controller.fallbacks[0].reason
 
 
-def test_asking_again_needs_the_time_for_it() -> None:
+def test_escalation_needs_the_time_for_it() -> None:
     machine = Machine(AdaptationConfig(deadline_ms=30), token_ms=1)
     machine.answer(10, 1)
     machine.answer(10, 1)

@@ -10,10 +10,9 @@ from torch import nn
 
 from edgemoe.errors import EdgemoeError, ExportError
 from edgemoe.models.adapter import adapt_model
-from edgemoe.models.checkpoint import read_config
+from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.discovery import build_skeleton
 from edgemoe.models.k_policy import following
-from edgemoe.models.ragged import read_ragged_note
 from edgemoe.models.registry import FAMILIES
 from edgemoe.models.transformers_internals import (
     attention_implementation,
@@ -142,7 +141,7 @@ class TraceModule(nn.Module):
             Logits (which nobody reads), weights and ids.
         """
         assert self._k_cap is not None
-        rule, roles = layer.rule, layer.facts.routing.tensors
+        rule, roles = layer.rule, layer.spec.routing.tensors
         assert rule is not None
         assert roles is not None
         weights, indices = ops.route(
@@ -221,11 +220,11 @@ def _rehearse_usual(stack: contextlib.ExitStack, module: TraceModule) -> bool:
     return False
 
 
-def check_exportable(path: Path, precision: str) -> None:
+def check_exportable(path: Path | Checkpoint, precision: str) -> None:
     """Refuse a checkpoint that no graph can hold; its weights are not read.
 
     Args:
-        path: Checkpoint directory.
+        path: The checkpoint.
         precision: Of the graph.
 
     Raises:
@@ -233,11 +232,11 @@ def check_exportable(path: Path, precision: str) -> None:
             op of that precision.
         CheckpointError: The checkpoint's configuration is malformed.
     """
-    family, config = read_config(path)
-    model = adapt_model(build_skeleton(family, config))
+    checkpoint = Checkpoint.open(path)
+    model = adapt_model(build_skeleton(checkpoint.family, checkpoint.config))
     with prepared(model):
         pass
-    note = read_ragged_note(path)
+    note = checkpoint.note
     if precision in {"int8", "int4"} and note is not None and note.ranks_per_layer is not None:
         raise ExportError(
             f"experts must be whole to be exported in {precision}, got factored ones, for "
