@@ -1,4 +1,4 @@
-"""Ask the eager model what a graph must agree with."""
+"""Run the eager model: the logits that a graph must agree with."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _SCHEDULES = ((1, (16, 1, 1, 1, 1)), (1, (5, 4, 3)), (2, (7, 1, 1)))
 
 @dataclass(frozen=True)
 class EagerRun:
-    """What the eager model says of one batch of rows.
+    """Logits of the eager model for one batch of rows.
 
     Attributes:
-        ids: Token ids, int64 ``[batch, tokens]``.
-        steps: Lengths of the calls in which the graph gets them; their sum is ``tokens``.
-        logits: float32 ``[batch, tokens, vocabulary]``.
-        decided: bool ``[batch, tokens]``: no router was near a tie up to this token.
+        ids: Token ids, int64 `[batch, tokens]`.
+        steps: Lengths of the calls in which the graph gets them; their sum is `tokens`.
+        logits: float32 `[batch, tokens, vocabulary]`.
+        decided: bool `[batch, tokens]`: no router was near a tie up to this token.
     """
 
     ids: np.ndarray[Any, np.dtype[np.int64]]
@@ -43,13 +43,13 @@ class EagerRun:
 
 
 class EagerRows:
-    """Rows of real tokens for the eager model, and what it says of them.
+    """Rows of real tokens for the eager model, and its logits.
 
     Args:
         ids: Tokens of some text; repeated where they are few.
 
     Attributes:
-        rows: Token ids of each batch, int64 ``[batch, tokens]``.
+        rows: Token ids of each batch, int64 `[batch, tokens]`.
         current: The batch that the model runs.
     """
 
@@ -68,7 +68,7 @@ class EagerRows:
     def note_ties(
         self, layer: MoeLayer, hidden: torch.Tensor, routing: Routing, _: object
     ) -> None:
-        """Watch a layer; for :func:`edgemoe.models.hooks.observe`."""
+        """Record the near ties of a layer; for `edgemoe.models.hooks.observe`."""
         if layer.rule is None:
             return
         used = (routing.indices < layer.num_experts).sum(dim=-1)
@@ -82,27 +82,27 @@ class EagerRows:
         self._tied[self.current] |= tied
 
     def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Return the ties so far; see :class:`edgemoe.layerwise.runner.PassState`."""
+        """Return the ties so far; see `edgemoe.layerwise.runner.PassState`."""
         return {str(number): tied.numpy() for number, tied in enumerate(self._tied)}
 
     def restore(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Take the ties that an earlier process noted."""
+        """Restore the ties that an earlier process recorded."""
         self._tied = [
             torch.from_numpy(arrays[str(number)].copy()) for number in range(len(self.rows))
         ]
 
     def take(self, number: int, logits: torch.Tensor) -> None:
-        """Take the logits of the next batch.
+        """Add the logits of the next batch.
 
         Args:
-            number: Which it is.
-            logits: ``[batch, tokens, vocabulary]``.
+            number: Its index.
+            logits: `[batch, tokens, vocabulary]`.
         """
         assert number == len(self._logits)
         self._logits.append(logits.float().numpy())
 
     def runs(self) -> list[EagerRun]:
-        """Return what the model said of each batch."""
+        """Return the logits of each batch."""
         return [
             EagerRun(
                 rows,
@@ -117,7 +117,7 @@ class EagerRows:
 
 
 def runs_to_bytes(runs: Sequence[EagerRun]) -> bytes:
-    """Store runs.
+    """Serialise runs.
 
     Args:
         runs: The runs.
@@ -139,7 +139,7 @@ def runs_to_bytes(runs: Sequence[EagerRun]) -> bytes:
 
 
 def runs_from_bytes(content: bytes) -> list[EagerRun]:
-    """Read what :func:`runs_to_bytes` stored.
+    """Read runs that `runs_to_bytes` serialised.
 
     Args:
         content: A safetensors file.
@@ -160,7 +160,7 @@ def runs_from_bytes(content: bytes) -> list[EagerRun]:
 
 
 def run_eager(model: MoeModel, ids: Sequence[int]) -> list[EagerRun]:
-    """Ask the eager model about rows of real tokens.
+    """Run the eager model on rows of real tokens.
 
     Args:
         model: The model, in float32.

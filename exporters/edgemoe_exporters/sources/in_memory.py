@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class SourceInMemory:
-    """A model that was loaded; see :class:`edgemoe_exporters.sources.protocol.ModelSource`."""
+    """A model that was loaded; see `sources.protocol.ModelSource`."""
 
     is_streamed = False
 
@@ -43,18 +43,18 @@ class SourceInMemory:
         return MemoryHome(self.moe)
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
-        """Measure a task."""
+        """Collect statistics of a task."""
         return collect(self.moe, [task], tokenizer, max_tokens=max_tokens)
 
     def scorer(self) -> TorchScorer:
-        """Return what scores with the model."""
+        """Return a scorer of the model."""
         return TorchScorer(self.moe)
 
     @contextlib.contextmanager
     def of_task(
         self, plan: Plan, layouts: Mapping[int, StackLayout], task: str
     ) -> Iterator[TaskInMemory]:
-        """Give the model the experts of one task, until the block ends."""
+        """Yield the model with the experts of one task, until the block ends."""
         with compressed(self.moe, plan, layouts, task) as small:
             yield TaskInMemory(small)
 
@@ -71,9 +71,9 @@ class TaskInMemory:
         self._small = small
 
     def bind(self, traced: ir.Model) -> ir.Model:
-        """Give a graph this task's weights."""
+        """Bind this task's weights to a graph."""
         return bind_experts(traced, self._small)
 
     def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:
-        """Ask the eager model."""
+        """Run the eager model."""
         return run_eager(self._small, ids)

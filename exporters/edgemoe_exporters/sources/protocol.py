@@ -1,6 +1,6 @@
-"""Where an export takes its model from: memory, or a checkpoint that is larger than it.
+"""Sources of the model of an export: memory, or a checkpoint that is larger than it.
 
-What fits into the limit is loaded whole, which is fastest where several passes read it; the
+A model within the limit is loaded whole, which is fastest where several passes read it; the
 weights of a larger one are read when they are written, and passes run one decoder layer at a
 time. Both give the same bytes.
 """
@@ -30,10 +30,10 @@ class TaskSource(Protocol):
     """The model with the experts of one task."""
 
     def bind(self, traced: ir.Model) -> ir.Model:
-        """Give a graph of the whole model this task's weights; it is not changed.
+        """Bind this task's weights to a graph of the whole model, which is not changed.
 
         Args:
-            traced: What :func:`edgemoe_exporters.tracing.trace.trace` made of the model.
+            traced: The model's graph, as `tracing.trace.trace` returned it.
 
         Returns:
             A new graph.
@@ -41,7 +41,7 @@ class TaskSource(Protocol):
         ...
 
     def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:
-        """Ask the eager model, as :func:`edgemoe_exporters.sources.eager_run.run_eager`."""
+        """Run the eager model, as `sources.eager_run.run_eager`."""
         ...
 
 
@@ -63,17 +63,17 @@ class ModelSource(Protocol):
         ...
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
-        """Measure a task, as :func:`edgemoe.calibrate.collect.collect`."""
+        """Collect statistics of a task, as `edgemoe.calibrate.collect.collect`."""
         ...
 
     def scorer(self) -> Scorer:
-        """Return what scores with the whole model."""
+        """Return a scorer of the whole model."""
         ...
 
     def of_task(
         self, plan: Plan, layouts: Mapping[int, StackLayout], task: str
     ) -> AbstractContextManager[TaskSource]:
-        """Give the model the experts of one task.
+        """Yield the model with the experts of one task.
 
         Args:
             plan: The task's plan.
@@ -81,6 +81,6 @@ class ModelSource(Protocol):
             task: The task.
 
         Returns:
-            A context; the task's model serves inside it.
+            A context manager; the task's model is valid inside it.
         """
         ...

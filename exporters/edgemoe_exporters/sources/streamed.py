@@ -24,7 +24,7 @@ from edgemoe.models.width_axis import widened_shapes
 from edgemoe.plans.layer_plan import stored_width
 from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.bundle.task_experts import order_experts
-from edgemoe_exporters.graph.lazy_weights import Deferred, Latest
+from edgemoe_exporters.graph.lazy_weights import LatestResult, LazyWeight
 from edgemoe_exporters.lowering.k_policy import bind_policy
 from edgemoe_exporters.sources.eager_run import EagerRows
 
@@ -77,7 +77,7 @@ class StreamedSource:
         return StreamedHome(self._streamed)
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
-        """Measure a task."""
+        """Collect statistics of a task."""
         # What an interrupted export left there is of the task that comes next.
         folder = self._work.path / f"calibration-{task.name}"
         folder.mkdir(exist_ok=True)
@@ -93,14 +93,14 @@ class StreamedSource:
         return statistics
 
     def scorer(self) -> StreamedScorer:
-        """Return what scores with the model."""
+        """Return a scorer of the model."""
         return StreamedScorer(self._streamed, self._work)
 
     @contextlib.contextmanager
     def of_task(
         self, plan: Plan, layouts: Mapping[int, StackLayout], task: str
     ) -> Iterator[StreamedTask]:
-        """Give the model the experts of one task."""
+        """Yield the model with the experts of one task."""
         plan.validate(self.moe.shape)
         check_neurons(plan, self.moe)
         experts = {
@@ -138,10 +138,10 @@ class StreamedTask:
             for layer in streamed.moe.layers
             if not _is_unchanged(layer, experts[layer.index])
         }
-        self._latest = Latest()
+        self._latest = LatestResult()
 
     def bind(self, traced: ir.Model) -> ir.Model:
-        """Give a graph this task's weights; they are read when they are written."""
+        """Bind this task's weights to a graph; they are read when they are written."""
         graph = traced.clone()
         model = self._streamed.moe.model
         present = dict(model.named_parameters(remove_duplicate=False))
@@ -162,14 +162,14 @@ class StreamedTask:
                 index, spec_name = changed[name]
                 shape = shapes[index][spec_name]
                 read = partial(self._read_planned, index, spec_name)
-            tensor = Deferred(shape, from_torch_dtype(stored.dtype), read).tensor(name)
+            tensor = LazyWeight(shape, from_torch_dtype(stored.dtype), read).tensor(name)
             value.const_value = tensor
             value.shape = ir.Shape(shape)
         bind_policy(graph, self._streamed.moe.k_policy)
         return graph
 
     def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:
-        """Ask the eager model, one decoder layer at a time."""
+        """Run the eager model, one decoder layer at a time."""
         asked = EagerRows(ids)
         batches = [Batch(torch.from_numpy(rows)) for rows in asked.rows]
 
@@ -192,7 +192,7 @@ class StreamedTask:
 
     @contextlib.contextmanager
     def _changed(self, index: int) -> Iterator[None]:
-        """Give a layer that is in memory this task's experts."""
+        """Replace the experts of a layer that is in memory by this task's."""
         if index not in self._changes:
             yield
             return
