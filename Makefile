@@ -11,19 +11,22 @@ RTX := $(if $(filter x86_64,$(shell uname -m)),$(shell echo ,)tensorrt-rtx)
 # There are wheels of ray for these two and Python 3.10 to 3.13; without it its tests are skipped.
 RAY := $(if $(filter x86_64 aarch64,$(shell uname -m)),$(shell echo ,)ray)
 
-# Files of tests that run at once, each in a process of its own with one thread.
+# Processes that run tests at once, each with one thread. Each begins with a share of the tests in
+# their order, so that what a folder shares is made once, and takes from the others when idle.
 JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist worksteal
 
 # Nothing here may reach for a model hub.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint bench families wheel clean venv
+.PHONY: help demo test test-fast lint bench families wheel clean venv
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      carve, prune, export and run a Mixture-of-Experts model; results in demo/"
-	@echo "make test      run the tests"
+	@echo "make test      run all tests"
+	@echo "make test-fast run those that take no more than ten seconds, in three minutes"
 	@echo "make lint      ruff, mypy, pyright, import-linter"
 	@echo "make bench     speed of the demo's bundle beside transformers"
 	@echo "make families  try all model families, and write docs/families.md"
@@ -46,10 +49,13 @@ $(VENV)/.dev: $(DECLARED) | venv
 	@touch $@
 
 demo: $(VENV)/.demo
-	@$(BIN)/python examples/demo/run.py
+	@$(BIN)/python -m examples.demo.run
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --durations 15
+	$(PYTEST) --durations 15
+
+test-fast: $(VENV)/.dev
+	HYPOTHESIS_PROFILE=fast $(PYTEST) -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -59,8 +65,8 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.demo
-	@$(BIN)/python examples/demo/run.py --prepare
-	@$(BIN)/python examples/demo/speed.py
+	@$(BIN)/python -m examples.demo.run --prepare
+	@$(BIN)/python -m examples.demo.speed
 
 families: $(VENV)/.dev
 	@$(BIN)/edgemoe families --check --markdown docs/families.md

@@ -1,7 +1,7 @@
 """How long does TensorRT-RTX take per GPU, and how large are the engines?
 
     edgemoe export demo/moe -o rtx --target tensorrt-rtx --precision fp16
-    python benchmarks/compile_matrix.py rtx
+    python -m benchmarks.compile_matrix rtx
 
 Builds every engine of a bundle again, for each GPU of the target, then once more to time the
 cache. No GPU is needed, and none is used: how fast the engines run is another question.
@@ -14,6 +14,7 @@ import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,8 +22,12 @@ from edgemoe.errors import EdgemoeError
 from edgemoe.progress import track
 from edgemoe_exporters.compiler.compile import compile_bundle
 from edgemoe_exporters.compiler.targets import TARGETS
-from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle.manifest_file import load_manifest
+from edgemoe_runtime.bundle.names import SHARED_WEIGHTS_FILE, weights_file
 from edgemoe_runtime.errors import EdgemoeRuntimeError
+
+if TYPE_CHECKING:
+    from edgemoe_runtime.bundle.manifest import Manifest
 
 _TARGET = "tensorrt-rtx"
 _MB = 1e6
@@ -99,7 +104,7 @@ def render(rows: list[Row], manifest: Manifest) -> str:
 def main(bundle: Path, capabilities: tuple[int, ...]) -> None:
     """Build all engines of BUNDLE and print a table."""
     try:
-        manifest = Manifest.load(bundle)
+        manifest = load_manifest(bundle)
         jobs = [
             (task, capability)
             for task in sorted(manifest.tasks)
@@ -107,7 +112,7 @@ def main(bundle: Path, capabilities: tuple[int, ...]) -> None:
         ]
         rows = []
         for task, capability in track(jobs, "Building engines"):
-            names = {"shared.onnx.data", f"{task}.onnx.data"} & set(manifest.files)
+            names = {SHARED_WEIGHTS_FILE, weights_file(task)} & set(manifest.files)
             weights = sum(manifest.files[name].size for name in names)
             rows.append(measure(bundle, task, capability, max(1, weights)))
     except (EdgemoeError, EdgemoeRuntimeError) as error:

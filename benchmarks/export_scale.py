@@ -5,7 +5,7 @@ Random checkpoints with a small hidden size, so that figures are about graphs, n
 what grows faster than the model. Each is exported for both flavours, each in a process of its
 own. For weights of a real size see ``streaming.py``. Run it from the repository's root::
 
-    python benchmarks/export_scale.py WORK_DIRECTORY
+    python -m benchmarks.export_scale WORK_DIRECTORY
 """
 
 from __future__ import annotations
@@ -69,9 +69,8 @@ def write_checkpoint(path: Path, experts: int, layers: int) -> None:
     """
     import torch
     import transformers
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
+
+    from benchmarks.random_checkpoint import write_word_tokenizer
 
     torch.manual_seed(0)
     config = transformers.Qwen2MoeConfig(
@@ -88,10 +87,7 @@ def write_checkpoint(path: Path, experts: int, layers: int) -> None:
         num_experts_per_tok=4,
     )
     transformers.Qwen2MoeForCausalLM(config).save_pretrained(path)
-    words = {f"w{index}": index for index in range(_VOCABULARY)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token=next(iter(words))))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.save(str(path / "tokenizer.json"))
+    write_word_tokenizer(path, _VOCABULARY)
 
 
 def export_timed(model: Path, output: Path, target: str, precision: str) -> dict[str, Any]:
@@ -193,7 +189,7 @@ def main(work: Path, json_path: Path | None, one: tuple[str, str, str] | None) -
                     click.echo(f"{shape}, {target}, {precision}", err=True)
                     arguments = [str(model), "--one", target, precision, str(bundle)]
                     answer = subprocess.run(
-                        [sys.executable, __file__, *arguments],
+                        [sys.executable, "-m", "benchmarks.export_scale", *arguments],
                         check=True,
                         stdout=subprocess.PIPE,
                     ).stdout

@@ -1,6 +1,6 @@
 """Decode and prefill of exported graphs against transformers eager, in one run.
 
-    python benchmarks/graph_speed.py MODEL [--precision fp32 --precision int4] [--json FILE]
+    python -m benchmarks.graph_speed MODEL [--precision fp32 --precision int4] [--json FILE]
 
 Every contestant does one prefill and one decode step in turn, again and again, so that what
 else the machine does falls on all of them alike; the table shows medians. Decoding starts

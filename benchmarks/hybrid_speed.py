@@ -1,6 +1,6 @@
 """Layers with a state: decode and prefill of bundles beside transformers eager, in one run.
 
-    python benchmarks/hybrid_speed.py [--family qwen3_next] [--prompt-tokens 256] [--json FILE]
+    python -m benchmarks.hybrid_speed [--family qwen3_next] [--prompt-tokens 256] [--json FILE]
 
 Random checkpoints of middle size (8 layers, every second one with attention, hidden size 512,
 16 experts of which 2 run), exported for the CPU and opened by the runtime as a user would.

@@ -1,6 +1,6 @@
 """Does optimum open a bundle? Greedy tokens of three readers of the same single-task bundle.
 
-    python benchmarks/optimum_compat.py BUNDLE --model CHECKPOINT [--task NAME] [--venv DIR]
+    python -m benchmarks.optimum_compat BUNDLE --model CHECKPOINT [--task NAME] [--venv DIR]
 
 optimum-onnx 0.1.0 pins transformers < 4.58, so it gets an environment of its own (about 1 GB,
 made once in --venv). There `ORTModelForCausalLM` generates from the bundle; here the runtime's
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 PROMPT = "The spindle of station 4 vibrates above its limit, so"
 NEW_TOKENS = 8
@@ -48,9 +49,9 @@ def main() -> int:
 def compare(bundle: Path, checkpoint: Path, task: str | None, environment: Path) -> int:
     """Generate with all three and compare the tokens."""
     from edgemoe.models.checkpoint import load_tokenizer
-    from edgemoe_runtime.bundle.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest_file import load_manifest
 
-    manifest = Manifest.load(bundle)
+    manifest = load_manifest(bundle)
     name, entry = manifest.task(task)
     ids = load_tokenizer(checkpoint).encode(PROMPT).ids
     python = make_environment(environment)
@@ -95,19 +96,10 @@ def make_environment(directory: Path) -> Path:
 
 def generate_with_optimum(bundle: Path, graph: str, ids: list[int]) -> list[int]:
     """Generate in the environment that has optimum."""
-    import torch
     from optimum.onnxruntime import ORTModelForCausalLM
 
     model = ORTModelForCausalLM.from_pretrained(bundle, file_name=graph, use_io_binding=False)
-    row = torch.tensor([ids])
-    generated = model.generate(
-        input_ids=row,
-        attention_mask=torch.ones_like(row),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-    )
-    tokens: list[int] = generated[0, len(ids) :].tolist()
-    return tokens
+    return _generate_greedily(model, ids)
 
 
 def generate_with_session(bundle: Path, task: str) -> list[int]:
@@ -121,12 +113,17 @@ def generate_with_session(bundle: Path, task: str) -> list[int]:
 
 def generate_with_transformers(checkpoint: Path, ids: list[int]) -> list[int]:
     """Generate with the eager model."""
-    import torch
-
     from edgemoe.models.checkpoint import load_model
 
+    return _generate_greedily(load_model(checkpoint).model, ids)
+
+
+def _generate_greedily(model: Any, ids: list[int]) -> list[int]:
+    """Return the tokens that a model of transformers' interface adds to ``ids``."""
+    import torch
+
     row = torch.tensor([ids])
-    generated = load_model(checkpoint).model.generate(
+    generated = model.generate(
         input_ids=row,
         attention_mask=torch.ones_like(row),
         max_new_tokens=NEW_TOKENS,

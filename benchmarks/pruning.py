@@ -6,8 +6,8 @@ them by several seeds instead, the same draw for all tasks. Intervals are 95%, b
 over lines (1000 resamples, seed 0); ratios are paired: numerator and denominator score the
 same lines.
 
-    python benchmarks/pruning.py demo/moe --tasks demo/tasks
-    python benchmarks/pruning.py demo/moe --tasks demo/tasks --only bible --only code \
+    python -m benchmarks.pruning demo/moe --tasks demo/tasks
+    python -m benchmarks.pruning demo/moe --tasks demo/tasks --only bible --only code \
         --keep-experts 12 --method reap --max-test-tokens 1000 --csv pruning.csv
 
 The folder of --tasks holds NAME.train.jsonl and NAME.test.jsonl for each task. With the
@@ -92,7 +92,7 @@ Cells = dict[tuple[Choice, str], Evaluation]
     "--method",
     "methods",
     multiple=True,
-    type=click.Choice([name for name, method in METHODS.items() if not method.picks_neurons]),
+    type=click.Choice([name for name, method in METHODS.items() if not method.prunes_width]),
     default=("reap", "frequency", "uncurl", DRAWN),
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, help="Random draws.")

@@ -6,7 +6,7 @@ in the hub's layout, one tensor per expert's matrix, and runs ``edgemoe calibrat
 ``apply`` and ``export`` on it, each in a process whose memory is limited. ``cp`` of the same
 bytes stands beside them. Run it from the repository's root::
 
-    python benchmarks/streaming.py WORK_DIRECTORY --layers 24 --memory-gib 6
+    python -m benchmarks.streaming WORK_DIRECTORY --layers 24 --memory-gib 6
 
 The directory must have room for the checkpoint, one shard more and the pruned checkpoint; all
 are removed when they are no longer needed, unless --keep-files is given. The limit is a memory
@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from streaming_checkpoint import write_checkpoint, write_task
+
+from benchmarks.random_checkpoint import write_checkpoint, write_task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

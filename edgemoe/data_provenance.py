@@ -36,7 +36,7 @@ def write_digests(digests: Collection[int]) -> str:
     """Write digests as text.
 
     Args:
-        digests: As :func:`digest_line` returns.
+        digests: As `digest_line` returns.
 
     Returns:
         Base64 of the sorted digests; equal sets give equal text.
@@ -46,7 +46,7 @@ def write_digests(digests: Collection[int]) -> str:
 
 
 def read_digests(text: str) -> frozenset[int]:
-    """Read what :func:`write_digests` wrote.
+    """Read what `write_digests` wrote.
 
     Args:
         text: Base64.

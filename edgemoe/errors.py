@@ -3,6 +3,7 @@
 Every message says the rule, the value it got and the remedy. The tree::
 
     EdgemoeError
+    ├── ArgumentError (ValueError)       arguments that do not go together
     ├── CheckpointError (ValueError)     a checkpoint is missing, unsafe or malformed
     │   └── FamilyError                  the model family is not supported
     ├── StreamingError (RuntimeError)    a model cannot be run one decoder layer at a time
@@ -27,6 +28,10 @@ from __future__ import annotations
 
 class EdgemoeError(Exception):
     """Base of everything the kit raises on purpose."""
+
+
+class ArgumentError(EdgemoeError, ValueError):
+    """Arguments do not go together, or one of them is missing; commands exit with 2."""
 
 
 class CheckpointError(EdgemoeError, ValueError):

@@ -32,7 +32,7 @@ _MOMENT = 0.02  # seconds
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM end a block as Ctrl-C does, and remember both.
+    """End a block on SIGTERM as on Ctrl-C, and remember both.
 
     Only in the main thread; and Ctrl-C only where it is not ignored, as it is by what a shell
     starts in the background.

@@ -29,7 +29,7 @@ class KPolicy:
     """A rule for every MoE layer, and where the rules come from.
 
     Attributes:
-        name: Name of the policy: ``fixed``, ``alloc-l``, ``top-p``, ``ada-k`` or ``fisher``.
+        name: Name of the policy: `fixed`, `alloc-l`, `top-p`, `ada-k` or `fisher`.
         layers: Indices of the decoder layers with experts, ascending.
         rules: One for each of them.
         provenance: Task, options, seed and hashes; JSON values.
@@ -58,7 +58,7 @@ class KPolicy:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Say what the policy is, without its tensors.
+        """Return the policy as JSON values, without its tensors.
 
         Returns:
             JSON values: its name, the most experts of a token in each MoE layer, the shares of
@@ -79,7 +79,7 @@ class KPolicy:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], source: str) -> KPolicy:
-        """Read what :meth:`to_json` returned.
+        """Read what `to_json` returned.
 
         Args:
             content: The JSON object.

@@ -21,18 +21,18 @@ _EPSILON = float(np.finfo(np.float32).eps)
 class KRule:
     """A rule that looks at one token and at nothing that the token comes with.
 
-    Without ``top_p`` and ``allocator`` every token uses ``slots`` experts. With both, the
+    Without `top_p` and `allocator` every token uses `slots` experts. With both, the
     smaller number counts.
 
     Attributes:
         slots: Most experts that a token may use, in [1, inf); it may be above the router's own
             top_k.
         top_p: Share of the router's mass that a token's experts must reach, in (0, 1]; see
-            :func:`edgemoe.models.routers.select`.
+            `edgemoe.models.routers.select`.
         allocator: A linear head over the router's input, float32 [slots, hidden + 1], the last
             column its bias: the largest score says how many experts the token uses, that of
             the first row one (Ada-K, https://arxiv.org/abs/2410.10456, equation 3).
-        needs: Perplexity with 1, 2, ... experts in this layer, where ``alloc-l`` has measured
+        needs: Perplexity with 1, 2, ... experts in this layer, where `alloc-l` has measured
             it: from it an export makes the tables of its k ladder. Tokens do not depend on it.
     """
 
@@ -47,13 +47,13 @@ class KRule:
         return self.top_p is None and self.allocator is None
 
     def limit(self, hidden: torch.Tensor) -> torch.Tensor | int:
-        """Say how many experts tokens may use, before ``top_p`` is looked at.
+        """Return the most experts that each token may use, before `top_p` is applied.
 
         Args:
             hidden: What the router's rows see [tokens, hidden].
 
         Returns:
-            ``slots``; int64 [tokens, 1], each in [1, slots], where there is an allocator.
+            `slots`; int64 [tokens, 1], each in [1, slots], where there is an allocator.
         """
         if self.allocator is None:
             return self.slots
@@ -87,7 +87,7 @@ def score_numbers(
 
     Args:
         hidden: What the router's rows see [tokens, hidden].
-        allocator: As in :class:`KRule`.
+        allocator: As in `KRule`.
 
     Returns:
         float32 [tokens, slots].

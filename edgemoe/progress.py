@@ -1,6 +1,6 @@
-"""Progress on stderr for whatever takes longer than two seconds: one bar at a time.
+"""Progress of whatever takes longer than two seconds: a bar on stderr, or calls to a listener.
 
-Work that shows a bar may be a part of other work that does: only the outermost is drawn.
+Work that shows its progress may be a part of other work that does: only the outermost is shown.
 """
 
 from __future__ import annotations
@@ -8,36 +8,95 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Sized
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from rich.progress import Progress
 
+    Advance: TypeAlias = Callable[[str | None], None]
+
 Item = TypeVar("Item")
 
 _drawn: list[Progress] = []
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProgressEvent:
+    """How far a piece of work is along.
+
+    Attributes:
+        description: What is done, such as `calibrate`.
+        done: Steps that are finished, from 0 on.
+        total: Steps in all; None where that is not known.
+        note: A word on the last step, such as its loss; None where there is none.
+    """
+
+    description: str
+    done: int
+    total: int | None
+    note: str | None = None
+
+
+OnProgress: TypeAlias = "Callable[[ProgressEvent], None]"
+
+
+@dataclass
+class _Listener:
+    """Who is called instead of a bar being drawn, and whether it follows some work already."""
+
+    call: OnProgress
+    is_busy: bool = False
+
+
+_listener: ContextVar[_Listener | None] = ContextVar("edgemoe_progress", default=None)
+
+
+@contextlib.contextmanager
+def reporting_to(on_progress: OnProgress | None) -> Iterator[None]:
+    """Send the progress of a block to a function instead of drawing bars.
+
+    Args:
+        on_progress: Called with a :class:`ProgressEvent` when work begins and after each of its
+            steps; what it raises ends the work. None changes nothing.
+
+    Yields:
+        Nothing.
+    """
+    if on_progress is None:
+        yield
+        return
+    before = _listener.get()
+    _listener.set(_Listener(on_progress))
+    try:
+        yield
+    finally:
+        _listener.set(before)
+
+
 def track(
     items: Iterable[Item], description: str, *, total: int | None = None
 ) -> Iterator[Item]:
-    """Yield ``items`` while a bar on stderr shows how far along they are.
+    """Yield `items` while their progress is shown.
 
     Args:
         items: What to iterate over.
         description: What the bar says.
-        total: Number of items, where ``items`` has no length.
+        total: Number of items, where `items` has no length.
 
     Yields:
         The items, unchanged. Nothing is drawn when stderr is not a terminal.
     """
-    if not _is_watched():
-        yield from items
-        return
-    with _bar() as progress:
-        yield from progress.track(items, description=description, total=total)
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with _shown(total, description) as advance:
+        for item in items:
+            yield item
+            advance(None)
 
 
 @contextlib.contextmanager
@@ -51,12 +110,8 @@ def counting(total: int, description: str) -> Iterator[Callable[[], None]]:
     Yields:
         A function to call after each step. Nothing is drawn when stderr is not a terminal.
     """
-    if not _is_watched():
-        yield lambda: None
-        return
-    with _bar() as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda: progress.advance(task)
+    with _shown(total, description) as advance:
+        yield lambda: advance(None)
 
 
 @contextlib.contextmanager
@@ -71,14 +126,47 @@ def telling(total: int, description: str) -> Iterator[Callable[[str], None]]:
         A function to call with that word after each step. Nothing is drawn when stderr is not
         a terminal.
     """
-    if not _is_watched():
+    with _shown(total, description) as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def _shown(total: int | None, description: str) -> Iterator[Advance]:
+    """Yield a function to call after each step, with a word on it or None."""
+    listener = _listener.get()
+    if listener is not None and not listener.is_busy:
+        with _heard(listener, total, description) as advance:
+            yield advance
+    elif listener is None and _is_watched():
+        with _bar() as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda note: bar.update(
+                task,
+                advance=1,
+                description=description if note is None else f"{description}, {note}",
+            )
+    else:
         yield lambda _: None
-        return
-    with _bar() as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda word: progress.update(
-            task, advance=1, description=f"{description}, {word}"
-        )
+
+
+@contextlib.contextmanager
+def _heard(listener: _Listener, total: int | None, description: str) -> Iterator[Advance]:
+    done = 0
+
+    def tell(note: str | None = None) -> None:
+        listener.call(ProgressEvent(description=description, done=done, total=total, note=note))
+
+    def advance(note: str | None) -> None:
+        nonlocal done
+        done += 1
+        tell(note)
+
+    listener.is_busy = True
+    try:
+        tell()
+        yield advance
+    finally:
+        listener.is_busy = False
 
 
 def _is_watched() -> bool:

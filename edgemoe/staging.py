@@ -36,7 +36,7 @@ def refuse_existing(target: Path, *, force: bool, directory: bool) -> None:
         directory: Whether a directory is to be written, or a file.
 
     Raises:
-        OutputError: ``target`` exists and ``force`` is false or it is of the other kind, or
+        OutputError: `target` exists and `force` is false or it is of the other kind, or
             its parent is a file.
     """
     if (target.exists() or target.is_symlink()) and not force:
@@ -66,7 +66,7 @@ def refuse_inputs_inside(target: Path, *inputs: Path) -> None:
         inputs: Files and directories that are read.
 
     Raises:
-        OutputError: One of them is ``target`` or lies in it.
+        OutputError: One of them is `target` or lies in it.
     """
     resolved = target.resolve()
     for path in inputs:
@@ -100,17 +100,17 @@ def require_space(directory: Path, needed_bytes: int) -> None:
 
 @contextlib.contextmanager
 def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield an empty directory that becomes ``target`` when the block ends well.
+    """Yield an empty directory that becomes `target` when the block ends well.
 
     Args:
         target: Directory to write.
-        force: Whether an existing ``target`` may be replaced.
+        force: Whether an existing `target` may be replaced.
 
     Yields:
-        A new empty directory beside ``target``.
+        A new empty directory beside `target`.
 
     Raises:
-        OutputError: ``target`` exists and ``force`` is false, or is a file, or the disk
+        OutputError: `target` exists and `force` is false, or is a file, or the disk
             refuses (full, read-only).
     """
     recover(target)
@@ -127,17 +127,17 @@ def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a path whose file becomes ``target`` when the block ends well.
+    """Yield a path whose file becomes `target` when the block ends well.
 
     Args:
         target: File to write.
-        force: Whether an existing ``target`` may be replaced.
+        force: Whether an existing `target` may be replaced.
 
     Yields:
-        A path beside ``target`` that does not exist yet.
+        A path beside `target` that does not exist yet.
 
     Raises:
-        OutputError: ``target`` exists and ``force`` is false, or is a directory, or the disk
+        OutputError: `target` exists and `force` is false, or is a directory, or the disk
             refuses (full, read-only).
     """
     refuse_existing(target, force=force, directory=False)
@@ -218,7 +218,7 @@ def replace(staged: Path, target: Path) -> None:
     """Rename a finished file or directory to its target, replacing what is there.
 
     Args:
-        staged: A staged copy beside ``target``.
+        staged: A staged copy beside `target`.
         target: What it becomes.
 
     Raises:

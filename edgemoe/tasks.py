@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from edgemoe.errors import TaskFileError
+from edgemoe_runtime.bundle.names import TASK_NAME_RULE, is_task_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 Kind: TypeAlias = Literal["text", "completion", "choice"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _KINDS_REMEDY = (
     'Use exactly the keys of one kind: {"text"}, {"prompt", "completion"} or '
     '{"prompt", "choices", "answer"}.'
@@ -42,7 +41,7 @@ class TextRecord:
 
     @property
     def calibration_text(self) -> str:
-        """What calibration reads: the text."""
+        """Text that calibration reads."""
         return self.text
 
 
@@ -56,13 +55,13 @@ class CompletionRecord:
 
     @property
     def calibration_text(self) -> str:
-        """What calibration reads: the prompt and its completion."""
+        """Prompt and completion, which calibration reads."""
         return self.prompt + self.completion
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceRecord:
-    """One question; ``answer`` in [0, len(choices)) is the right choice."""
+    """One question; `answer` in [0, len(choices)) is the right choice."""
 
     line: int
     prompt: str
@@ -71,7 +70,7 @@ class ChoiceRecord:
 
     @property
     def calibration_text(self) -> str:
-        """What calibration reads: the prompt and the right choice."""
+        """Prompt and right choice, which calibration reads."""
         return self.prompt + self.choices[self.answer]
 
 
@@ -101,7 +100,7 @@ class TaskFile:
         """Read and check a task file.
 
         Args:
-            name: Letters, digits, ``_``, ``.`` and ``-``; it becomes part of file names.
+            name: Letters, digits, `_`, `.` and `-`; it becomes part of file names.
             path: The JSON Lines file.
 
         Returns:
@@ -141,25 +140,25 @@ class TaskFile:
 
     @classmethod
     def parse(cls, argument: str) -> TaskFile:
-        """Load the task that a ``NAME=FILE`` argument names.
+        """Load the task that a `NAME=FILE` argument names.
 
         Args:
-            argument: The command line's ``NAME=FILE``.
+            argument: The command line's `NAME=FILE`.
 
         Returns:
             The task.
 
         Raises:
-            TaskFileError: The argument is not ``NAME=FILE``, or :meth:`load` refuses it.
+            TaskFileError: The argument is not `NAME=FILE`, or `load` refuses it.
         """
         return cls.load(*split_task_argument(argument))
 
 
 def split_task_argument(argument: str) -> tuple[str, Path]:
-    """Split ``NAME=FILE`` at the first equals sign.
+    """Split `NAME=FILE` at the first equals sign.
 
     Args:
-        argument: The command line's ``NAME=FILE``.
+        argument: The command line's `NAME=FILE`.
 
     Returns:
         Name and path.
@@ -183,33 +182,44 @@ def check_task_name(name: str) -> None:
     Raises:
         TaskFileError: The name breaks the rule.
     """
-    if not _NAME.fullmatch(name):
+    if not is_task_name(name):
         raise TaskFileError(
-            "a task's name must be 1 to 64 letters, digits, '_', '.' or '-' and start with a "
-            f"letter or digit, got {name!r}. Rename the task."
+            f"a task's name must be {TASK_NAME_RULE} and start with a letter or digit, "
+            f"got {name!r}. Rename the task."
         )
 
 
-def load_tasks(arguments: tuple[str, ...] | list[str]) -> list[TaskFile]:
-    """Load several ``NAME=FILE`` arguments.
+def split_task_arguments(arguments: Sequence[str]) -> dict[str, Path]:
+    """Split several `NAME=FILE` arguments.
 
     Args:
         arguments: The command line's arguments, in order.
 
     Returns:
-        The tasks in the same order.
+        Paths by name, in the same order.
 
     Raises:
-        TaskFileError: A name comes twice, or a task is refused.
+        TaskFileError: An argument is not `NAME=FILE`, or a name comes twice.
     """
     pairs = [split_task_argument(argument) for argument in arguments]
-    names = [name for name, _ in pairs]
+    check_names_differ([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def check_names_differ(names: Sequence[str]) -> None:
+    """Refuse two tasks of one name.
+
+    Args:
+        names: The tasks' names.
+
+    Raises:
+        TaskFileError: A name comes twice.
+    """
     for name in names:
         if names.count(name) > 1:
             raise TaskFileError(
                 f"task names must differ, got {name!r} twice. Rename one of them."
             )
-    return [TaskFile.load(name, path) for name, path in pairs]
 
 
 def _read(path: Path) -> bytes:

@@ -1,20 +1,19 @@
-"""Versions that results may depend on."""
+"""The version of edgemoe, and of the libraries that results may depend on."""
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
-from edgemoe import __version__
-
-_LIBRARIES = ("torch", "transformers")
+__version__ = "0.1.0"
 
 
 def library_versions() -> dict[str, str]:
-    """Give the versions of edgemoe and of what computes and loads for it.
+    """Return the versions of edgemoe and of the libraries that compute and load for it.
 
     Returns:
         Versions by distribution name.
     """
+    # Imported here, because `import edgemoe` reads this file and is to cost nothing.
+    from importlib.metadata import version
+
     return {
         "edgemoe": __version__,
         **{name: version(name) for name in ("torch", "transformers")},

@@ -10,7 +10,16 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("edgemoe", "exporters/edgemoe_exporters", "runtime/edgemoe_runtime")
 SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 LONGEST_FILE = 400  # lines
-HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "safetensors", "scipy", "onnxruntime")
+HEAVY = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "safetensors",
+    "scipy",
+    "onnxruntime",
+    "optimum",
+)
 
 
 def test_imports_go_down_the_layers_only() -> None:

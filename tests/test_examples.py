@@ -2,27 +2,24 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from edgemoe.cli import main
 from edgemoe.tasks import TaskFile
+from examples.demo.tasks import make_tasks
 
 ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "examples/demo"
 SPLITS = [(task, split) for task in ("code", "manual", "bible") for split in ("train", "test")]
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
-    demo: dict[str, Any] = runpy.run_path(str(DEMO / "tasks.py"))
-    demo["make_tasks"](folder)
+    make_tasks(folder)
     return folder
 
 
@@ -48,7 +45,11 @@ def test_nothing_that_is_tested_was_trained_on(tasks: Path, task: str) -> None:
 
 def test_the_demo_says_what_it_does() -> None:
     help_text = subprocess.run(
-        [sys.executable, DEMO / "run.py", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "examples.demo.run", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
 
     assert "--prepare" in help_text

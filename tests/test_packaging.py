@@ -57,15 +57,20 @@ def test_the_sdist_can_do_what_its_readme_says(built: Path) -> None:
     }
 
 
-def test_the_wheel_holds_three_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_holds_three_packages_and_optimums_file(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
 
     assert tops == {
         "edgemoe",
         "edgemoe_exporters",
         "edgemoe_runtime",
+        "optimum",
         f"edgemoe-{edgemoe.__version__}.dist-info",
     }
+    # One file in optimum's namespace: an __init__.py beside it would hide optimum.
+    assert [name for name in wheel.namelist() if name.startswith("optimum/")] == [
+        "optimum/commands/register/register_edgemoe.py"
+    ]
     assert all(
         not name.endswith((".pyc", ".pt", ".bin")) and "test" not in name
         for name in wheel.namelist()

@@ -5,8 +5,8 @@ import pytest
 
 import edgemoe_runtime
 from edgemoe.cli import main
-from edgemoe.cli.options import PRECISIONS, TARGETS
 from edgemoe_exporters import targets
+from edgemoe_runtime.bundle.names import PRECISIONS, TARGETS
 
 # The arguments and options of each command, as others call them.
 COMMANDS = {
@@ -60,7 +60,7 @@ def test_a_command_takes_what_is_promised(name: str) -> None:
 
 def test_targets_and_precisions_are_those_of_the_exporters() -> None:
     assert tuple(targets.TARGETS) == TARGETS
-    assert targets.PRECISIONS == PRECISIONS
+    assert {name for t in targets.TARGETS.values() for name in t.precisions} == {*PRECISIONS}
 
 
 def test_the_runtime_exports_what_applications_import() -> None:

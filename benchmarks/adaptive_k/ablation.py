@@ -8,7 +8,7 @@ numbers, and with drawn ones, both at what the tokens really used.
 Run it from the repository's root, with the demo's model and a folder that
 benchmarks/reference_moe/corpus.py wrote::
 
-    python benchmarks/adaptive_k/ablation.py demo/moe --tasks demo/domains --work policies
+    python -m benchmarks.adaptive_k.ablation demo/moe --tasks demo/domains --work policies
 
 Markdown goes to stdout, progress to stderr; --work keeps what is finished, and may be that of
 policies.py.
@@ -17,22 +17,21 @@ policies.py.
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import torch
-from trial import Trial
 
+from benchmarks.adaptive_k.trial import Trial
+from benchmarks.tables import show_drop, show_score, write_table
+from benchmarks.task_options import on_one_task
 from edgemoe.allocate.heads import Heads
 from edgemoe.allocate.rollout import draw, reward_of
-from edgemoe.calibrate.windows import cut_tasks
 from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.k_policy import following
-from edgemoe.tasks import TaskFile
 
-sys.path.append(str(Path(__file__).parents[1] / "compression"))
-from commands import show_drop, show_score, write_table
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _VARIANTS = (
     "steps=0",
@@ -49,15 +48,11 @@ _VARIANTS = (
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--task", default="code", show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), required=True)
+@on_one_task
 @click.option("--mean-k", default=3.9, show_default=True)
 @click.option("--variant", "variants", multiple=True, default=_VARIANTS)
 @click.option("--tokens", default=16384, show_default=True)
 @click.option("--held-out-tokens", default=4096, show_default=True)
-@click.option("--threads", default=1, show_default=True)
 def main(
     model: Path,
     tasks: Path,
@@ -75,9 +70,8 @@ def main(
     opened, tokenizer = load_model(model), load_tokenizer(model)
     trial = Trial(opened, tokenizer, task, tasks, work)
     before = trial.judge("", None, "", tokens, held_out_tokens)
-    held_out = TaskFile.load(task, tasks / f"{task}.test.jsonl")
-    cut = cut_tasks(opened, [held_out], tokenizer, max_tokens=held_out_tokens)
-    windows = [window for window in cut.by_task[task] if len(window.ids) > 1]
+    # A window of one token has no next one to foresee.
+    windows = [window for window in trial.held_out(held_out_tokens) if len(window.ids) > 1]
     rows = [["router's top-k", f"{before['used']:.2f}", show_score(before["score"]), "", ""]]
     for variant in variants:
         found = trial.judge("ada-k", mean_k, variant, tokens, held_out_tokens)

@@ -6,7 +6,7 @@ and are told for the thirds of a task's tokens whose next token was foreseen bes
 it from the repository's root, with the demo's model and a folder that
 benchmarks/reference_moe/corpus.py wrote::
 
-    python benchmarks/adaptive_k/harder_tasks.py demo/moe --tasks demo/domains --work policies
+    python -m benchmarks.adaptive_k.harder_tasks demo/moe --tasks demo/domains --work policies
 
 Markdown goes to stdout, progress to stderr; --work keeps what is finished, and may be that of
 policies.py.
@@ -15,42 +15,35 @@ policies.py.
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import numpy as np
 import torch
-from trial import Trial, ask_about
 
+from benchmarks.adaptive_k.trial import Trial, ask_about
+from benchmarks.tables import show_drop, show_score, write_table
+from benchmarks.task_options import on_several_tasks
 from edgemoe.allocate.registry import allocate, read_options
 from edgemoe.allocate.rollout import reward_of
 from edgemoe.allocate.usage import count_experts
-from edgemoe.calibrate.windows import cut_tasks
 from edgemoe.k_policy import KPolicy
 from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.k_policy import following
 from edgemoe.staging import staged_file
 from edgemoe.tasks import TaskFile
 
-sys.path.append(str(Path(__file__).parents[1] / "compression"))
-from commands import show_drop, show_score, write_table
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--task", "names", multiple=True, default=("bible", "code", "logs"))
-@click.option("--work", type=click.Path(path_type=Path), required=True)
+@on_several_tasks
 @click.option("--policy", default="fisher", show_default=True)
 @click.option("--mean-k", default=3.9, show_default=True)
 @click.option("--tokens", default=16384, show_default=True, help="Of all tasks together.")
 @click.option("--held-out-tokens", default=4096, show_default=True)
-@click.option("--threads", default=1, show_default=True)
 def main(
     model: Path,
     tasks: Path,
@@ -81,12 +74,10 @@ def main(
     decided = KPolicy.from_json(json.loads(file.read_text(encoding="utf-8")), str(file))
     rows = []
     for task in names:
-        held_out = TaskFile.load(task, tasks / f"{task}.test.jsonl")
         trial = Trial(opened, tokenizer, task, tasks, work)
         before = trial.judge("", None, "", tokens, held_out_tokens)
         found = trial.follow(key, decided, held_out_tokens)
-        cut = cut_tasks(opened, [held_out], tokenizer, max_tokens=held_out_tokens)
-        windows = [window for window in cut.by_task[task] if len(window.ids) > 1]
+        windows = [window for window in trial.held_out(held_out_tokens) if len(window.ids) > 1]
         foreseen = reward_of(opened, windows).numpy()
         with following(opened, found["policy"]):
             used = count_experts(opened, windows).mean(axis=1)

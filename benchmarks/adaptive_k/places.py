@@ -1,13 +1,13 @@
 r"""How much of a prompt's work in graphs for TensorRT follows k.
 
 In a prompt every expert of such a graph multiplies as many rows as the busiest one has tokens
-(see exporters/edgemoe_exporters/lower_tensorrt_dispatch.py). For each cap of experts per token
-this counts those rows, over the rows of a graph of --static-shapes, in pieces of a task's text
-as long as an engine takes at once; and times prompts in onnxruntime on the CPU, which tells
-what work there is, not how fast TensorRT is. Run it from the repository's root, with the demo's
-model and a folder that benchmarks/reference_moe/corpus.py wrote::
+(see exporters/edgemoe_exporters/lowering/primitive/dispatch.py). For each cap of experts per
+token this counts those rows, over the rows of a graph of --static-shapes, in pieces of a task's
+text as long as an engine takes at once; and times prompts in onnxruntime on the CPU, which
+tells what work there is, not how fast TensorRT is. Run it from the repository's root, with the
+demo's model and a folder that benchmarks/reference_moe/corpus.py wrote::
 
-    python benchmarks/adaptive_k/places.py demo/moe --tasks demo/domains --work places
+    python -m benchmarks.adaptive_k.places demo/moe --tasks demo/domains --work places
 
 Markdown goes to stdout, progress to stderr; --work keeps the bundles.
 """
@@ -15,24 +15,24 @@ Markdown goes to stdout, progress to stderr; --work keeps the bundles.
 from __future__ import annotations
 
 import statistics
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import numpy as np
 import torch
 
+from benchmarks.commands import Commands
+from benchmarks.tables import write_table
+from benchmarks.task_options import on_several_tasks
 from edgemoe.calibrate.windows import cut_tasks
 from edgemoe.models import limit_k, load_model, load_tokenizer
 from edgemoe.models.hooks import observe
 from edgemoe.tasks import TaskFile
 from edgemoe_runtime import Session
 
-sys.path.append(str(Path(__file__).parents[1] / "compression"))
-from commands import Commands, write_table
-
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.routers import Routing
@@ -62,12 +62,8 @@ def time_prompt(session: Session, text: str, cap: int) -> float:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--task", "names", multiple=True, default=("bible", "code", "logs"))
-@click.option("--work", type=click.Path(path_type=Path), required=True)
+@on_several_tasks
 @click.option("--pieces", "count", default=4, show_default=True, help="Of each task.")
-@click.option("--threads", default=1, show_default=True)
 def main(
     model: Path, tasks: Path, names: tuple[str, ...], work: Path, count: int, threads: int
 ) -> None:

@@ -6,7 +6,7 @@ used, and its rise over the router's own top-k with a 95% interval over paired l
 from the repository's root, with the demo's model and a folder that
 benchmarks/reference_moe/corpus.py wrote::
 
-    python benchmarks/adaptive_k/policies.py demo/moe --tasks demo/domains --work policies \
+    python -m benchmarks.adaptive_k.policies demo/moe --tasks demo/domains --work policies \
         --plot docs/images/policies.png
 
 Markdown goes to stdout, progress to stderr; --work keeps what is finished. The training of
@@ -16,20 +16,18 @@ first.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import matplotlib as mpl
 import torch
-from trial import Trial
 
+from benchmarks.adaptive_k.trial import Trial
+from benchmarks.tables import show_drop, show_score, write_table
+from benchmarks.task_options import on_several_tasks
 from edgemoe.evaluate.drop import paired_drop
 from edgemoe.models import load_model, load_tokenizer
-
-sys.path.append(str(Path(__file__).parents[1] / "compression"))
-from commands import show_drop, show_score, write_table
 
 mpl.use("agg")
 import matplotlib.pyplot as plt
@@ -39,10 +37,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--task", "names", multiple=True, default=("bible", "code", "logs"))
-@click.option("--work", type=click.Path(path_type=Path), required=True)
+@on_several_tasks
 @click.option("--mean-k", "means", type=float, multiple=True, default=(5.0, 3.9, 3.0))
 @click.option(
     "--policy",
@@ -64,7 +59,6 @@ if TYPE_CHECKING:
 @click.option("--tokens", default=16384, show_default=True)
 @click.option("--held-out-tokens", default=4096, show_default=True)
 @click.option("--plot", type=click.Path(path_type=Path), help="PNG of all curves.")
-@click.option("--threads", default=1, show_default=True)
 def main(
     model: Path,
     tasks: Path,

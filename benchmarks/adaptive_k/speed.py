@@ -7,8 +7,8 @@ one of the whole top-k does so under lower caps too. A policy and a cap should t
 fixed k of the same mean would, between the two fixed k beside it. Run it from the repository's
 root on a machine that is otherwise idle::
 
-    python benchmarks/adaptive_k/speed.py --work speed
-    python benchmarks/adaptive_k/speed.py --work speed --target tensorrt-rtx --precision fp32
+    python -m benchmarks.adaptive_k.speed --work speed
+    python -m benchmarks.adaptive_k.speed --work speed --target tensorrt-rtx --precision fp32
 
 The second takes graphs for TensorRT and, where no GPU is, runs them in onnxruntime on the CPU:
 that tells what work they do, not how fast TensorRT is. Beside them stand graphs of
@@ -21,17 +21,15 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import click
 import numpy as np
 
+from benchmarks.commands import Commands
+from benchmarks.tables import write_table
+from benchmarks.wide_model import write_wide_model
 from edgemoe_runtime import Generation, Session
-
-sys.path.append(str(Path(__file__).parents[1] / "compression"))
-from commands import Commands, write_table
-from wide_model import write_wide_model
 
 _TOP_K = 4
 _NEW_TOKENS = 48

@@ -14,7 +14,7 @@ from edgemoe.calibrate.windows import cut_tasks
 from edgemoe.evaluate.evaluation import Evaluation, evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.k_policy import KPolicy
-from edgemoe.layerwise.provider import MemoryHome
+from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe.models.k_policy import following
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.staging import staged_file
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
+    from edgemoe.calibrate.sample import Window
     from edgemoe.models.contract import MoeModel
 
 
@@ -33,7 +34,7 @@ def ask_about(
 ) -> LayerOracle:
     """Return the oracle of a model in memory on the first tokens of a task's lines."""
     cut = cut_tasks(model, [lines], tokenizer, max_tokens=tokens)
-    return LayerOracle(MemoryHome(model), cut.by_task[lines.name])
+    return LayerOracle(InMemoryLayers(model), cut.by_task[lines.name])
 
 
 class Trial:
@@ -46,6 +47,11 @@ class Trial:
         self._lines = TaskFile.load(task, tasks / f"{task}.train.jsonl")
         self._held_out = TaskFile.load(task, tasks / f"{task}.test.jsonl")
         self._oracle: LayerOracle | None = None
+
+    def held_out(self, tokens: int) -> list[Window]:
+        """Cut the first tokens of the lines that judge into windows."""
+        cut = cut_tasks(self._model, [self._held_out], self._tokenizer, max_tokens=tokens)
+        return cut.by_task[self._task]
 
     def judge(
         self, name: str, mean_k: float | None, options: str, tokens: int, held_out: int

@@ -7,7 +7,7 @@ lowest rung, in turn, several times. A token counts as possible where the lowest
 been fast enough, by the ladder's costs. Run it from the repository's root on a machine that is
 otherwise idle::
 
-    python benchmarks/adaptive_k/under_load.py --work load
+    python -m benchmarks.adaptive_k.under_load --work load
 
 ``--record FILE`` keeps every token's time of the first session. The model is random, its
 experts dominate (hidden size 1024, 8 layers of 16 experts, top-4).
@@ -29,16 +29,15 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from benchmarks.commands import Commands
+from benchmarks.tables import write_table
+from benchmarks.wide_model import write_wide_model
 from edgemoe_runtime import Session
-
-sys.path.append(str(Path(__file__).parents[1] / "compression"))
-from commands import Commands, write_table
-from wide_model import write_wide_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from edgemoe_runtime.adaptive_k.k_controller import Pace
+    from edgemoe_runtime.adaptive_k.k_controller import KController
 
 _PROMPT = "w5 w9 w17 w33 w65 w7 w14 w28"
 _TOKENS_OF_A_REQUEST = 64
@@ -75,16 +74,16 @@ def busy(processes: int) -> Iterator[None]:
 def watch(session: Session) -> Seen:
     """Note every new token of a session from now on."""
     seen = Seen()
-    pace: Pace = session._service.pace
-    take = pace.after_step
+    controller: KController = session._service.state.controller
+    take = controller.after_step
 
     def note(seconds: float) -> None:
-        seen.milliseconds.append(1000 * seconds + pace.beside_ms)
+        seen.milliseconds.append(1000 * seconds + controller.host_overhead_ms)
         seen.at.append(time.monotonic())
-        seen.rungs.append(pace.ladder.index(pace.rung))
+        seen.rungs.append(controller.ladder.index(controller.rung))
         take(seconds)
 
-    pace.after_step = note  # type: ignore[method-assign]
+    controller.after_step = note  # type: ignore[method-assign]
     return seen
 
 

@@ -5,7 +5,7 @@ token is: a word's beginning or its middle, a number, punctuation, white space. 
 repository's root, with the demo's model and a folder that benchmarks/reference_moe/corpus.py
 wrote::
 
-    python benchmarks/adaptive_k/who_gets_more.py demo/moe --tasks demo/domains \
+    python -m benchmarks.adaptive_k.who_gets_more demo/moe --tasks demo/domains \
         --work policies --plot docs/images/who-gets-more.png
 
 Markdown goes to stdout, progress to stderr; --work keeps what is finished, and may be that of
@@ -14,23 +14,19 @@ policies.py.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 import matplotlib as mpl
 import numpy as np
 import torch
-from trial import Trial
 
+from benchmarks.adaptive_k.trial import Trial
+from benchmarks.tables import write_table
+from benchmarks.task_options import on_several_tasks
 from edgemoe.allocate.usage import count_experts
-from edgemoe.calibrate.windows import cut_tasks
 from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.k_policy import following
-from edgemoe.tasks import TaskFile
-
-sys.path.append(str(Path(__file__).parents[1] / "compression"))
-from commands import write_table
 
 mpl.use("agg")
 import matplotlib.pyplot as plt
@@ -59,16 +55,12 @@ def kind_of(text: str) -> str:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--task", "names", multiple=True, default=("bible", "code", "logs"))
-@click.option("--work", type=click.Path(path_type=Path), required=True)
+@on_several_tasks
 @click.option("--plot", type=click.Path(path_type=Path), required=True)
 @click.option("--policy", "policies", multiple=True, default=("fisher", "ada-k"))
 @click.option("--mean-k", default=3.9, show_default=True)
 @click.option("--tokens", default=16384, show_default=True)
 @click.option("--held-out-tokens", default=4096, show_default=True)
-@click.option("--threads", default=1, show_default=True)
 def main(
     model: Path,
     tasks: Path,
@@ -94,9 +86,7 @@ def main(
         for task in names:
             trial = Trial(opened, tokenizer, task, tasks, work)
             policy = trial.judge(name, mean_k, options, tokens, held_out_tokens)["policy"]
-            held_out = TaskFile.load(task, tasks / f"{task}.test.jsonl")
-            cut = cut_tasks(opened, [held_out], tokenizer, max_tokens=held_out_tokens)
-            windows = cut.by_task[task]
+            windows = trial.held_out(held_out_tokens)
             with following(opened, policy):
                 used = count_experts(opened, windows)
             ids = [token for window in windows for token in window.ids]

@@ -1,7 +1,7 @@
 """Reports of sweeps as tables that fit on a page: a line per method, a column per cut.
 
     edgemoe sweep demo/moe --task code=... --method reap,heapr --recover least-squares -o report
-    python benchmarks/compression/condense.py report/sweep.csv
+    python -m benchmarks.compression.condense report/sweep.csv
 
 Several sweeps of one model, on the same lines, make one table: methods that take long may be
 swept apart. For each task the rise of its perplexity (or the fall of its accuracy, in points)
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from commands import write_table
+
+from benchmarks.tables import write_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

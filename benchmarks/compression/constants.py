@@ -10,7 +10,7 @@ and MoNE's, each with the experts left out (the router chooses among the others,
 else in edgemoe) and with constants in their place. Run it from the repository's root, with the
 demo's model and a folder that benchmarks/reference_moe/corpus.py wrote::
 
-    python benchmarks/compression/constants.py demo/moe --tasks demo/domains --work constants
+    python -m benchmarks.compression.constants demo/moe --tasks demo/domains --work constants
 
 Markdown goes to stdout, progress to stderr.
 """
@@ -18,13 +18,14 @@ Markdown goes to stdout, progress to stderr.
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import torch
-from commands import Commands, show_drop, show_score, write_table
 
+from benchmarks.commands import Commands
+from benchmarks.tables import show_drop, show_score, write_table
+from benchmarks.task_options import on_one_task
 from edgemoe.apply.in_memory import applied
 from edgemoe.calibrate.mixture import mix
 from edgemoe.calibrate.statistics import Statistics
@@ -41,6 +42,7 @@ from edgemoe.tasks import TaskFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -138,14 +140,10 @@ def replaced(model: MoeModel, plan: Plan, moments: dict[int, Moments]) -> Iterat
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--task", default="code", show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), required=True)
+@on_one_task
 @click.option("--keep", "keeps", type=float, multiple=True, default=(0.75, 0.5))
 @click.option("--calibration-tokens", default=8192, show_default=True)
 @click.option("--held-out-tokens", default=3072, show_default=True)
-@click.option("--threads", default=1, show_default=True)
 def main(
     model: Path,
     tasks: Path,
@@ -158,10 +156,8 @@ def main(
 ) -> None:
     """Ask whether constants pay for MODEL."""
     commands = Commands(work, threads)
-    lines = f"{task}={tasks / f'{task}.train.jsonl'}"
-    limit = ("--max-tokens", calibration_tokens)
-    commands.make("stats.safetensors", "calibrate", model, "--task", lines, *limit)
-    statistics = Statistics.load(work / "stats.safetensors")
+    lines = tasks / f"{task}.train.jsonl"
+    statistics = Statistics.load(commands.calibrate(model, task, lines, calibration_tokens))
     opened, tokenizer = load_model(model), load_tokenizer(model)
     click.echo("measure what experts give", err=True)
     moments = measure(opened, mix(statistics, {task: 1.0}).windows)

@@ -4,19 +4,24 @@ Each command runs alone, in a process of its own, with one thread; time is that 
 processor, so other work on the machine matters little. Run it from the repository's root, with
 the demo's model and a folder that benchmarks/reference_moe/corpus.py wrote::
 
-    python benchmarks/compression/costs.py demo/moe --tasks demo/domains --work costs
+    python -m benchmarks.compression.costs demo/moe --tasks demo/domains --work costs
 
 Markdown goes to stdout, progress to stderr. What is finished stays in --work.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from commands import Commands, write_table
 
+from benchmarks.commands import Commands
+from benchmarks.tables import write_table
+from benchmarks.task_options import on_one_task
 from edgemoe.prune.registry import METHODS
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # Of the recoveries that train: more steps take longer in proportion, and no more memory.
 _STEPS = 2
@@ -24,10 +29,7 @@ _BATCH_TOKENS = 1024
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--task", default="code", show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), required=True)
+@on_one_task
 @click.option("--keep", default=0.5, show_default=True)
 @click.option("--calibration-tokens", default=8192, show_default=True)
 @click.option("--recovery-tokens", default=4096, show_default=True)
@@ -61,8 +63,8 @@ def main(
     for method in ("svd", "svd-whitened", "shared-basis"):
         todo[f"{method}.json"] = (*rank, "--method", method)
         todo[method] = ("apply", model, "--plan", work / f"{method}.json")
-    recover = ("recover", work / "pruned", "--teacher", model, "--task", lines)
-    recover = (*recover, "--max-tokens", recovery_tokens)
+    of_teacher = ("--teacher", model, "--task", lines, "--max-tokens", recovery_tokens)
+    recover = ("recover", work / "pruned", *of_teacher)
     todo["least-squares"] = (*recover, "--method", "least-squares")
     steps = ("--steps", _STEPS, "--batch-tokens", _BATCH_TOKENS)
     for method in ("router-kd", "lora", "lora+router-kd", "uncurl"):
@@ -71,8 +73,8 @@ def main(
     rows = []
     for name, arguments in todo.items():
         done = commands.make(name, *arguments)
-        given = (model, "--teacher", lines, *of_task)
-        shown = " ".join(str(word) for word in arguments if word not in given)
+        hidden = (model, "--teacher", lines, *of_task)
+        shown = " ".join(str(word) for word in arguments if word not in hidden)
         rows.append(
             [
                 f"`{shown.replace(f'{work}/', '')}`",

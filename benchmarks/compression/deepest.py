@@ -8,7 +8,7 @@ whether anything was cut or not, and a cut that is called free because of that i
 Run it from the repository's root, with the demo's model and a folder that
 benchmarks/reference_moe/corpus.py wrote::
 
-    python benchmarks/compression/deepest.py demo/moe --tasks demo/domains --work deepest
+    python -m benchmarks.compression.deepest demo/moe --tasks demo/domains --work deepest
 
 Markdown goes to stdout, progress to stderr; --work keeps what is finished. Training takes most
 of the time.
@@ -16,27 +16,27 @@ of the time.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from commands import Commands, megabytes, show_drop, show_score, write_table
+
+from benchmarks.commands import Commands
+from benchmarks.tables import megabytes, show_drop, show_score, write_table
+from benchmarks.task_options import on_one_task
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from edgemoe.evaluate.evaluation import Evaluation
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--task", default="code", show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), required=True)
+@on_one_task
 @click.option("--method", default="heapr", show_default=True)
 @click.option("--keep", "keeps", type=float, multiple=True, default=(0.75, 0.5))
 @click.option("--calibration-tokens", default=32768, show_default=True)
 @click.option("--held-out-tokens", default=12288, show_default=True)
 @click.option("--steps", default=48, show_default=True, help="Of LoRA, 1024 tokens each.")
-@click.option("--threads", default=1, show_default=True)
 def main(
     model: Path,
     tasks: Path,
@@ -51,10 +51,9 @@ def main(
 ) -> None:
     """Cut MODEL, and win back what can be won."""
     commands = Commands(work, threads)
-    lines = f"{task}={tasks / f'{task}.train.jsonl'}"
-    limit = ("--max-tokens", calibration_tokens)
-    commands.make("stats.safetensors", "calibrate", model, "--task", lines, *limit)
-    squares = ("--method", "least-squares", *limit)
+    lines = tasks / f"{task}.train.jsonl"
+    stats = commands.calibrate(model, task, lines, calibration_tokens)
+    squares = ("--method", "least-squares", "--max-tokens", calibration_tokens)
     trained = ("--method", "lora", "--steps", steps, "--batch-tokens", 1024)
     held_out = tasks / f"{task}.test.jsonl"
     before = commands.judge("unpruned", model, held_out, held_out_tokens)
@@ -68,12 +67,12 @@ def main(
         beside = [show_drop(other, score) for other in drops]
         rows.append([keep, recovery, size, show_score(score), *beside])
 
-    teacher = ("--teacher", model, "--task", lines)
-    commands.make("unpruned-lora", "recover", model, "--task", lines, *trained)
+    teacher = ("--teacher", model, "--task", f"{task}={lines}")
+    commands.make("unpruned-lora", "recover", model, "--task", f"{task}={lines}", *trained)
     judge("unpruned-lora", "all", f"LoRA without a teacher, {steps} steps")
     for keep in keeps:
         name, shown = f"{method}-{keep:g}", f"{method}, {keep:g}"
-        asked = ("--stats", work / "stats.safetensors", "--task", task, "--method", method)
+        asked = ("--stats", stats, "--task", task, "--method", method)
         commands.make(f"{name}.json", "prune", model, *asked, "--keep", keep)
         commands.make(name, "apply", model, "--plan", work / f"{name}.json")
         judge(name, shown, "none")

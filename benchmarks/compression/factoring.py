@@ -7,7 +7,7 @@ dominate (hidden size 1024, 4 layers of 16 experts of 1024 neurons, top-4), wher
 have something to win. Run it from the repository's root, with the demo's model and a folder
 that benchmarks/reference_moe/corpus.py wrote::
 
-    python benchmarks/compression/factoring.py demo/moe --tasks demo/domains --work factoring
+    python -m benchmarks.compression.factoring demo/moe --tasks demo/domains --work factoring
 
 Markdown goes to stdout, progress to stderr; --work keeps what is finished.
 """
@@ -15,15 +15,18 @@ Markdown goes to stdout, progress to stderr; --work keeps what is finished.
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from commands import Commands, megabytes, show_drop, show_score, write_table
-from wide_model import write_wide_model
+
+from benchmarks.commands import Commands
+from benchmarks.tables import megabytes, show_drop, show_score, write_table
+from benchmarks.task_options import on_one_task
+from benchmarks.wide_model import write_wide_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 _METHODS = ("svd", "svd-whitened", "shared-basis")
 # One of the two that are stored in the same way.
@@ -31,15 +34,11 @@ _FACTORED, _BASED = "svd-whitened", "shared-basis"
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--task", default="code", show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), required=True)
+@on_one_task
 @click.option("--ratio", "ratios", type=float, multiple=True, default=(0.75, 0.5))
 @click.option("--calibration-tokens", default=8192, show_default=True)
 @click.option("--held-out-tokens", default=3072, show_default=True)
 @click.option("--rounds", default=9, show_default=True)
-@click.option("--threads", default=1, show_default=True)
 def main(
     model: Path,
     tasks: Path,
@@ -53,9 +52,7 @@ def main(
 ) -> None:
     """Factor the experts of MODEL in three ways."""
     commands = Commands(work, threads)
-    lines = tasks / f"{task}.train.jsonl"
-    limit = ("--max-tokens", calibration_tokens)
-    commands.make("stats.safetensors", "calibrate", model, "--task", f"{task}={lines}", *limit)
+    commands.calibrate(model, task, tasks / f"{task}.train.jsonl", calibration_tokens)
     held_out = tasks / f"{task}.test.jsonl"
     before = commands.judge("unpruned", model, held_out, held_out_tokens)
     rows = [["whole", "", megabytes(model), show_score(before), ""]]

@@ -6,7 +6,7 @@ where there are too many to try), scores and chance choose are divided by the sm
 error is || F(X) - F_S(X) ||_F on the layer's output. Run it from the repository's root, with
 the demo's model and statistics of ``edgemoe calibrate``::
 
-    python benchmarks/compression/layer_error.py demo/moe --stats stats.safetensors --task code
+    python -m benchmarks.compression.layer_error demo/moe --stats stats.safetensors --task code
 
 Markdown goes to stdout.
 """
@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 import click
 import numpy as np
 import torch
-from commands import write_table
 
+from benchmarks.tables import write_table
 from edgemoe.calibrate.mixture import mix
 from edgemoe.calibrate.statistics import Statistics
-from edgemoe.layerwise.provider import open_home
+from edgemoe.layerwise.provider import open_layers
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.reconstruction import Reconstruction
 from edgemoe.prune.moe_i2 import GeneticSearch
@@ -35,7 +35,7 @@ from edgemoe.prune.naee import best_set
 from edgemoe.prune.registry import make_plan
 
 if TYPE_CHECKING:
-    from edgemoe.models.contract import LayerShape
+    from edgemoe.models.shapes import LayerShape
 
 _SEEDS = 5
 _DRAWN = 100
@@ -120,7 +120,7 @@ def main(
     statistics = Statistics.load(stats)
     counts = [keep_experts] * len(statistics.shape.layers)
     plans = {name: make_plan(statistics, task, name, counts) for name in _SCORES}
-    oracle = LayerOracle(open_home(model), mix(statistics, {task: 1.0}).windows)
+    oracle = LayerOracle(open_layers(model), mix(statistics, {task: 1.0}).windows)
     found: dict[str, Runs] = defaultdict(Runs)
     views = oracle.fewer(tokens).walk("search")
     for number, (layer, view) in enumerate(zip(statistics.shape.layers, views, strict=True)):

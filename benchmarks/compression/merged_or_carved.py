@@ -7,7 +7,7 @@ the merged ones, and 16 experts of which REAP keeps 8 stand beside. A token uses
 all of them. Run it from the repository's root, with the demo's dense model and a folder that
 benchmarks/reference_moe/corpus.py wrote::
 
-    python benchmarks/compression/merged_or_carved.py demo/dense --tasks demo/domains \
+    python -m benchmarks.compression.merged_or_carved demo/dense --tasks demo/domains \
         --work merged
 
 Markdown goes to stdout, progress to stderr; --work keeps what is finished. Training takes most
@@ -16,23 +16,25 @@ of the time.
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from commands import Commands, megabytes, show_drop, show_score, write_table
+
+from benchmarks.commands import Commands
+from benchmarks.tables import megabytes, show_drop, show_score, write_table
+from benchmarks.task_options import on_one_task
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @click.command()
-@click.argument("dense", type=click.Path(path_type=Path, exists=True))
-@click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--task", default="code", show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), required=True)
+@on_one_task
 @click.option("--calibration-tokens", default=8192, show_default=True)
 @click.option("--held-out-tokens", default=3072, show_default=True)
 @click.option("--steps", default=16, show_default=True, help="1024 tokens each.")
-@click.option("--threads", default=1, show_default=True)
 def main(
-    dense: Path,
+    model: Path,
     tasks: Path,
     task: str,
     work: Path,
@@ -41,12 +43,12 @@ def main(
     steps: int,
     threads: int,
 ) -> None:
-    """Merge experts of DENSE, and carve fewer."""
+    """Merge experts that were carved out of the dense MODEL, and carve fewer."""
     commands = Commands(work, threads)
     lines = f"{task}={tasks / f'{task}.train.jsonl'}"
     for experts in (16, 8):
         name = f"carved{experts}"
-        commands.make(name, "carve", dense, "--experts", experts, "--top-k", 6)
+        commands.make(name, "carve", model, "--experts", experts, "--top-k", 6)
         limit = ("--max-tokens", calibration_tokens)
         commands.make(f"{name}-stats", "calibrate", work / name, "--task", lines, *limit)
     plans = {
@@ -54,10 +56,10 @@ def main(
         "kept": ("carved16", "reap"),
         "narrowed": ("carved8", "camera"),
     }
-    for name, (whole, method) in plans.items():
-        asked = ("--stats", work / f"{whole}-stats", "--task", task, "--keep", 0.5)
-        commands.make(f"{name}.json", "prune", work / whole, *asked, "--method", method)
-        commands.make(name, "apply", work / whole, "--plan", work / f"{name}.json")
+    for name, (carved, method) in plans.items():
+        asked = ("--stats", work / f"{carved}-stats", "--task", task, "--keep", 0.5)
+        commands.make(f"{name}.json", "prune", work / carved, *asked, "--method", method)
+        commands.make(name, "apply", work / carved, "--plan", work / f"{name}.json")
     shown = {
         "merged": ("8 narrow, merged by UNCURL from 16", ("uncurl", "lora+router-kd")),
         "kept": ("8 narrow, kept by REAP of 16", ("lora+router-kd",)),
@@ -68,10 +70,10 @@ def main(
         "carved8": ("8 wide, carved as 8", ("lora+router-kd",)),
         "carved16": ("16 narrow, carved as 16", ()),
     }
-    trained = ("--teacher", dense, "--task", lines, "--steps", steps, "--batch-tokens", 1024)
+    trained = ("--teacher", model, "--task", lines, "--steps", steps, "--batch-tokens", 1024)
     held_out = tasks / f"{task}.test.jsonl"
-    whole = commands.judge("dense", dense, held_out, held_out_tokens)
-    rows = [["dense", "", megabytes(dense), show_score(whole), ""]]
+    whole = commands.judge("dense", model, held_out, held_out_tokens)
+    rows = [["dense", "", megabytes(model), show_score(whole), ""]]
     for name, (text, methods) in shown.items():
         before = commands.judge(name, work / name, held_out, held_out_tokens)
         size = megabytes(work / name)

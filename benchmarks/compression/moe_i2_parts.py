@@ -7,7 +7,7 @@ experts that are left; then training. Beside them REAP, and least squares in pla
 it from the repository's root, with the demo's model and a folder that
 benchmarks/reference_moe/corpus.py wrote::
 
-    python benchmarks/compression/moe_i2_parts.py demo/moe --tasks demo/domains --work parts
+    python -m benchmarks.compression.moe_i2_parts demo/moe --tasks demo/domains --work parts
 
 Markdown goes to stdout, progress to stderr; --work keeps what is finished. About an hour of one
 x86-64 core for the reference model, a third of it LoRA.
@@ -16,15 +16,17 @@ x86-64 core for the reference model, a third of it LoRA.
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
-from commands import Commands, megabytes, show_drop, show_score, write_table
 
+from benchmarks.commands import Commands
+from benchmarks.tables import megabytes, show_drop, show_score, write_table
+from benchmarks.task_options import on_one_task
 from edgemoe.calibrate.mixture import mix
 from edgemoe.calibrate.statistics import Statistics
-from edgemoe.layerwise.provider import open_home
+from edgemoe.layerwise.provider import open_layers
 from edgemoe.oracle.ablation import loss_increases
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.plan import Plan
@@ -32,19 +34,18 @@ from edgemoe.prune.keep import count_kept
 from edgemoe.prune.moe_i2 import share_out
 from edgemoe.prune.selection import keep_highest
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--tasks", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--task", default="code", show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), required=True)
+@on_one_task
 @click.option("--keep", default=0.5, show_default=True)
 @click.option("--param-ratio", default=0.75, show_default=True, help="Of the ranks.")
 @click.option("--calibration-tokens", default=8192, show_default=True)
 @click.option("--importance-tokens", default=512, show_default=True)
 @click.option("--held-out-tokens", default=3072, show_default=True)
 @click.option("--steps", default=24, show_default=True, help="Of LoRA, 1024 tokens each.")
-@click.option("--threads", default=1, show_default=True)
 def main(
     model: Path,
     tasks: Path,
@@ -60,10 +61,9 @@ def main(
 ) -> None:
     """Add the parts of MoE-I² to MODEL one by one."""
     commands = Commands(work, threads)
-    lines = f"{task}={tasks / f'{task}.train.jsonl'}"
-    stats = work / "stats.safetensors"
-    limit = ("--max-tokens", calibration_tokens)
-    commands.make(stats.name, "calibrate", model, "--task", lines, *limit)
+    train = tasks / f"{task}.train.jsonl"
+    lines = f"{task}={train}"
+    stats = commands.calibrate(model, task, train, calibration_tokens)
     importance = _measure(model, stats, task, work / "measured.json", importance_tokens)
     shares = _plan_by_importance(stats, task, importance, keep, work)
 
@@ -75,17 +75,8 @@ def main(
     commands.make("blocks-equal.json", *search, "--keep", keep)
     commands.make("search.json", *search, "--set", "candidates=1", *counts)
     commands.make("blocks.json", *search, *counts)
-    rank = (
-        "decompose",
-        model,
-        "--stats",
-        stats,
-        "--task",
-        task,
-        "--plan",
-        work / "blocks.json",
-    )
-    rank = (*rank, "--param-ratio", param_ratio)
+    of_task = ("--stats", stats, "--task", task, "--plan", work / "blocks.json")
+    rank = ("decompose", model, *of_task, "--param-ratio", param_ratio)
     commands.make("ranks.json", *rank, "--method", "svd", "--set", "importance=loss")
     commands.make("ranks-whitened.json", *rank, "--method", "svd-whitened")
 
@@ -128,7 +119,7 @@ def _measure(model: Path, stats: Path, task: str, file: Path, tokens: int) -> li
     """Measure the importance of every expert, which takes most of the time."""
     if not file.exists():
         windows = mix(Statistics.load(stats), {task: 1.0}).windows
-        oracle = LayerOracle(open_home(model), windows).fewer(tokens)
+        oracle = LayerOracle(open_layers(model), windows).fewer(tokens)
         found = [layer.tolist() for layer in loss_increases(oracle)]
         file.write_text(json.dumps(found), encoding="utf-8")
     measured: list[list[float]] = json.loads(file.read_text(encoding="utf-8"))

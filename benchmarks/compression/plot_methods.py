@@ -3,7 +3,7 @@ r"""All methods of one or more sweeps in one picture: the rise at each cut, task
 The plot that a sweep writes has a band for each of its series, which a dozen methods would
 bury; here are the means alone, before a recovery above and after it below::
 
-    python benchmarks/compression/plot_methods.py \
+    python -m benchmarks.compression.plot_methods \
         benchmarks/compression/results/2026-11-23-methods.csv --plot docs/images/methods.png
 """
 
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import click
 import matplotlib as mpl
-from condense import Row, read
+
+from benchmarks.compression.condense import Row, read
 
 mpl.use("agg")
 import matplotlib.pyplot as plt

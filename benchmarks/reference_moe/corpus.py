@@ -13,8 +13,8 @@ of either domain is seen while carving or distilling.
 Run as a script, it writes domains as task files, of many short lines so that intervals over
 lines mean something::
 
-    python benchmarks/reference_moe/corpus.py demo/domains bible code man-fr wordnet
-    python benchmarks/pruning.py demo/moe --tasks demo/domains
+    python -m benchmarks.reference_moe.corpus demo/domains bible code man-fr wordnet
+    python -m benchmarks.pruning demo/moe --tasks demo/domains
 """
 
 from __future__ import annotations

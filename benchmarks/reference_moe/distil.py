@@ -3,7 +3,7 @@
 This made ``examples/reference_moe/smollm2-135m.safetensors``: the neuron assignment, the
 routers and low-rank deltas of every projection. ``make demo`` only applies the result.
 
-    python benchmarks/reference_moe/distil.py demo/dense learned.safetensors --steps 1000
+    python -m benchmarks.reference_moe.distil demo/dense learned.safetensors --steps 1000
 
 Student: the dense model whose feed-forward layers are masked to the shared neurons and the
 top-k experts. Loss: KL(teacher || student) over the whole vocabulary, plus the relative
@@ -23,13 +23,14 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as functional
-from corpus import DOMAINS, HELD_OUT, documents
 from safetensors.torch import load_file, save_file
 
+from benchmarks.reference_moe.corpus import DOMAINS, HELD_OUT, documents
 from edgemoe.carve.build import GATE_SLOPE
 from edgemoe.carve.carve import CarveOptions, carve_layers
 from edgemoe.carve.dense import DenseModel, load_dense
@@ -40,6 +41,9 @@ from edgemoe.carve.learned import (
     pack_delta,
     weights_sha256,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger("distil")
 
@@ -63,11 +67,14 @@ class LowRank(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The base layer plus the delta."""
         low = functional.linear(functional.linear(x, self.a), self.b)
-        return self.base(x) + DELTA_SCALE * low
+        return cast("torch.Tensor", self.base(x)) + DELTA_SCALE * low
 
 
 class MaskedExperts(torch.nn.Module):
     """A dense feed-forward layer, neurons reordered, masked to shared and chosen experts."""
+
+    gate_proj: LowRank
+    up_proj: LowRank
 
     def __init__(
         self,
@@ -78,11 +85,12 @@ class MaskedExperts(torch.nn.Module):
     ) -> None:
         super().__init__()
         for name in ("gate_proj", "up_proj"):
-            linear = getattr(mlp, name)
+            linear: torch.nn.Linear = getattr(mlp, name)
             linear.weight.data = linear.weight.data[order].contiguous()
             setattr(self, name, LowRank(linear, RANK))
-        mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, order].contiguous()
-        self.down_proj = LowRank(mlp.down_proj, RANK)
+        last = cast("torch.nn.Linear", mlp.get_submodule("down_proj"))
+        last.weight.data = last.weight.data[:, order].contiguous()
+        self.down_proj = LowRank(last, RANK)
         self.router_weight = torch.nn.Parameter(weight)
         self.router_bias = torch.nn.Parameter(bias)
         self.top_k = TOP_K
@@ -99,7 +107,8 @@ class MaskedExperts(torch.nn.Module):
         gates = mask * 2 * torch.sigmoid(GATE_SLOPE * logits)
         size = (hidden.shape[-1] - SHARED) // EXPERTS
         routed = hidden[..., SHARED:].unflatten(-1, (EXPERTS, size)) * gates.unsqueeze(-1)
-        return self.down_proj(torch.cat([hidden[..., :SHARED], routed.flatten(-2)], dim=-1))
+        every = torch.cat([hidden[..., :SHARED], routed.flatten(-2)], dim=-1)
+        return cast("torch.Tensor", self.down_proj(every))
 
 
 def carve(dense: DenseModel, windows: list[list[int]], seed: int) -> dict[str, torch.Tensor]:
@@ -115,7 +124,7 @@ def carve(dense: DenseModel, windows: list[list[int]], seed: int) -> dict[str, t
     return carved
 
 
-def make_student(dense: torch.nn.Module, carved: dict[str, torch.Tensor]) -> torch.nn.Module:
+def make_student(dense: PreTrainedModel, carved: dict[str, torch.Tensor]) -> PreTrainedModel:
     """Copy the dense model, mask its feed-forward layers, and free what is to be trained."""
     student = copy.deepcopy(dense)
     for parameter in student.parameters():
@@ -137,7 +146,7 @@ def make_student(dense: torch.nn.Module, carved: dict[str, torch.Tensor]) -> tor
     return student
 
 
-def resume(student: torch.nn.Module, learned: LearnedCarve) -> None:
+def resume(student: PreTrainedModel, learned: LearnedCarve) -> None:
     """Start from what an earlier run learned; its deltas come back as rounded to int8."""
     tensors = {name: torch.from_numpy(np.array(v)) for name, v in learned.tensors.items()}
     with torch.no_grad():
@@ -158,7 +167,7 @@ def resume(student: torch.nn.Module, learned: LearnedCarve) -> None:
         student.model.norm.weight.copy_(tensors["norm"])
 
 
-def learned_tensors(student: torch.nn.Module) -> dict[str, np.ndarray]:
+def learned_tensors(student: PreTrainedModel) -> dict[str, np.ndarray]:
     """What `LearnedCarve` keeps, but for the order of the neurons."""
     out: dict[str, np.ndarray] = {}
     for index, layer in enumerate(student.model.layers):
@@ -166,8 +175,8 @@ def learned_tensors(student: torch.nn.Module) -> dict[str, np.ndarray]:
             for name in names:
                 low = getattr(group, name)
                 a, b = low.a.detach().numpy(), low.b.detach().numpy() * DELTA_SCALE
-                for part, value in zip(("a", "b", "scale"), pack_delta(a, b), strict=True):
-                    out[f"{index}.{name}.{part}"] = value
+                key = f"{index}.{name}"
+                out[f"{key}.a"], out[f"{key}.b"], out[f"{key}.scale"] = pack_delta(a, b)
         for name, parameter in (
             ("router.weight", layer.mlp.router_weight),
             ("router.bias", layer.mlp.router_bias),
@@ -179,7 +188,7 @@ def learned_tensors(student: torch.nn.Module) -> dict[str, np.ndarray]:
     return out
 
 
-def perplexity(model: torch.nn.Module, ids: torch.Tensor) -> float:
+def perplexity(model: PreTrainedModel, ids: torch.Tensor) -> float:
     """Perplexity of ids [windows, tokens], the first token of each window not scored."""
     model.eval()
     with torch.no_grad():
@@ -208,7 +217,7 @@ def main() -> None:
 
     dense = load_dense(arguments.dense)
     teacher = dense.model
-    tokens = {
+    tokens: dict[str, list[list[int]]] = {
         domain: [
             ids
             for ids in dense.tokenizer(documents(domain, "train"), add_special_tokens=False)[
@@ -326,7 +335,7 @@ def main() -> None:
             [((s - t)[:, 1:].pow(2).sum(-1) / t[:, 1:].pow(2).sum(-1)).mean() for s, t in pairs]
         ).mean()
         optimizer.zero_grad(set_to_none=True)
-        (divergence + drift).backward()
+        torch.autograd.backward(divergence + drift)
         torch.nn.utils.clip_grad_norm_(others, 1.0)
         torch.nn.utils.clip_grad_norm_(routers, 1.0)
         optimizer.step()

@@ -7,15 +7,15 @@ sees::
 
 The model and its routers stay as they are. Heads are warmed up to what `top-p` would do
 ("P-Warm": cross-entropy to the smallest n that reaches a share p of the router's mass, p such
-that tokens use as many as asked), and then trained by PPO (:mod:`edgemoe.allocate.ppo`):
+that tokens use as many as asked), and then trained by PPO (`edgemoe.allocate.ppo`):
 numbers are drawn for every token and layer, and what the drawn numbers do to the probability of
 the next token, against the router's own top-k, rewards all layers of the token.
 
-With ``warm=fisher`` the heads begin with what numbers of experts cost instead, which one
-backward pass tells (:mod:`edgemoe.allocate.costs`): the paper's warm-up knows routers only.
+With `warm=fisher` the heads begin with what numbers of experts cost instead, which one
+backward pass tells (`edgemoe.allocate.costs`): the paper's warm-up knows routers only.
 
 What the paper leaves open is decided so (benchmarks/adaptive_k/ablation.py compares): gamma is
-1, the clip 0.2, and in use the most likely number counts. With ``mean_k`` the weight of the
+1, the clip 0.2, and in use the most likely number counts. With `mean_k` the weight of the
 term that makes experts dear follows the mean of the drawn numbers, so that the mean stays
 where it was asked, and at the end one bias for all layers brings the most likely numbers
 there; without, it is the paper's constant.
@@ -69,7 +69,7 @@ def ada_k(
     Args:
         oracle: The model, in memory whole, and the task's tokens.
         mean_k: Experts per token and layer to hold, in [1, k_max]; None begins with the
-            router's top_k, as the paper does, and goes where ``regulariser`` leads.
+            router's top_k, as the paper does, and goes where `regulariser` leads.
         seed: Of what is drawn.
         work: Where the training is kept; None keeps it nowhere.
         k_max: Most experts of a token; 0 for twice the router's top_k, where there are as many.
@@ -80,11 +80,11 @@ def ada_k(
         clip: How far a pass may change how likely a number is, relative.
         gamma: What later layers' shares of a reward grow by, per layer, in (0, 1].
         regulariser: lambda: nats per token that an expert must be worth.
-        warm: Where heads begin: ``top-p`` with the numbers that a share of mass gives, as in
-            the paper, ``fisher`` with what numbers cost, as the policy of that name does.
-        warm_epochs: Passes of the warm-up over its tokens, with ``top-p``.
+        warm: Where heads begin: `top-p` with the numbers that a share of mass gives, as in
+            the paper, `fisher` with what numbers cost, as the policy of that name does.
+        warm_epochs: Passes of the warm-up over its tokens, with `top-p`.
         warm_tokens: Tokens of the warm-up.
-        warm_rate: Learning rate of AdamW in the warm-up, with ``top-p``.
+        warm_rate: Learning rate of AdamW in the warm-up, with `top-p`.
 
     Returns:
         A rule for each MoE layer.

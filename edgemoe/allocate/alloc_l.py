@@ -51,7 +51,7 @@ def alloc_l(
             None.
         seed: Not used.
         tokens: How many tokens measure the need.
-        deeper: What deeper layers use meanwhile: ``one`` expert, as in the paper, or ``all`` of
+        deeper: What deeper layers use meanwhile: `one` expert, as in the paper, or `all` of
             theirs.
 
     Returns:

@@ -10,7 +10,7 @@ y_i(n) is what the token's n best experts give with the gates that the family gi
 the gradient of the loss (cross-entropy of the next token) at the layer's output. First-order
 terms are left out: the gradient of a trained model has a mean of 0, and its square has not. It
 is the estimate of Optimal Brain Damage and of HEAPr (https://arxiv.org/abs/2509.22299), for
-experts of one token where those have weights or neurons of a layer.
+experts of one token where those have weights or channels of a layer.
 
 One backward pass gives c_i(n) for all layers. A token that is to be decided has no gradient, so
 ridge regression learns it from what the router sees, x_i ::
@@ -34,8 +34,8 @@ from edgemoe.errors import AllocationError
 from edgemoe.k_policy import KPolicy
 from edgemoe.k_rule import KRule
 from edgemoe.layerwise.provider import whole_model
-from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.k_policy import following
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.routers import select
 from edgemoe.oracle.gradients import take_gradients
 from edgemoe.progress import track
@@ -96,12 +96,12 @@ def fit_heads(
 
 @dataclass
 class Sums:
-    """What ridge regression of one layer needs of some tokens.
+    """Sums over tokens that the ridge regression of one layer needs.
 
     Attributes:
-        inputs: Sum of [x, 1]^T [x, 1], float64 ``[hidden + 1, hidden + 1]``.
-        products: Sum of [x, 1]^T c, float64 ``[hidden + 1, slots]``.
-        squares: Sum of c^2, float64 ``[slots]``.
+        inputs: Sum of [x, 1]^T [x, 1], float64 `[hidden + 1, hidden + 1]`.
+        products: Sum of [x, 1]^T c, float64 `[hidden + 1, slots]`.
+        squares: Sum of c^2, float64 `[slots]`.
     """
 
     inputs: NDArray[np.float64]
@@ -116,7 +116,7 @@ class Sums:
         )
 
     def add(self, states: NDArray[np.float32], costs: NDArray[np.float64]) -> None:
-        """Add tokens: states ``[tokens, hidden]``, costs ``[tokens, slots]``."""
+        """Add tokens: states `[tokens, hidden]`, costs `[tokens, slots]`."""
         rows = np.pad(states.astype(np.float64), ((0, 0), (0, 1)), constant_values=1)
         self.inputs += rows.T @ rows
         self.products += rows.T @ costs
@@ -130,7 +130,7 @@ class Sums:
         )
 
     def error(self, weights: NDArray[np.float64]) -> float:
-        """Return the squared error of weights ``[hidden + 1, slots]`` on these tokens."""
+        """Return the squared error of weights `[hidden + 1, slots]` on these tokens."""
         found = np.einsum("hs,hj,js->", weights, self.inputs, weights, optimize=True)
         return float(self.squares.sum() - 2 * (weights * self.products).sum() + found)
 
@@ -186,7 +186,7 @@ def check_model(oracle: LayerOracle, policy: str) -> None:
                 f"{policy} must have routers that follow a known rule, got one without in "
                 f"layer {layer.index}. Use --policy alloc-l."
             )
-    whole_model(oracle.home, f"{policy}, which takes gradients through it,")
+    whole_model(oracle.provider, f"{policy}, which takes gradients through it,")
 
 
 def run_with(layers: Sequence[MoeLayer], numbers: Sequence[int]) -> KPolicy:
@@ -209,11 +209,11 @@ def costs_of(call: LayerGradient, most: int) -> NDArray[np.float64]:
     """Compute what fewer experts would cost each token of a layer.
 
     Args:
-        call: The layer in one pass, in which tokens used ``most`` experts.
+        call: The layer in one pass, in which tokens used `most` experts.
         most: k.
 
     Returns:
-        c(n) for n from 1 to k, in nats, float64 ``[tokens, k]``; the last column is 0.
+        c(n) for n from 1 to k, in nats, float64 `[tokens, k]`; the last column is 0.
     """
     layer, logits = call.layer, call.routing.logits
     given: dict[str, Any] = {"expert_scale": layer.expert_scale}
@@ -258,7 +258,7 @@ class Ridge:
             ridge: r, over the mean square of what the router sees, in (0, inf).
 
         Returns:
-            W and b, float64 ``[hidden + 1, slots]``.
+            W and b, float64 `[hidden + 1, slots]`.
         """
         held = np.maximum(self._values, 0) + ridge * self._unit
         weights = self._axes @ (self._moved / held[:, None])

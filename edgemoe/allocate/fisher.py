@@ -1,6 +1,6 @@
 """fisher: a linear head per layer that knows what leaving experts out would cost a token.
 
-Heads foresee what n experts would cost the token (:mod:`edgemoe.allocate.costs`), and one price
+Heads foresee what n experts would cost the token (`edgemoe.allocate.costs`), and one price
 per expert, the same for all layers and tokens, brings the mean to what was asked ::
 
     n_i = argmin_n (W x_i + b)_n + price n
@@ -76,7 +76,7 @@ def fisher(
 
 
 def _choose_most(oracle: LayerOracle) -> list[int]:
-    """Tell how many experts tokens may use: more than the router's top_k where that helps."""
+    """Choose the most experts that a token may use: more than `top_k` where that helps."""
     layers = oracle.moe.layers
     own = [layer.top_k for layer in layers]
     twice = [min(2 * layer.top_k, most_slots(layer)) for layer in layers]

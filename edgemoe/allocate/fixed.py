@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 def fixed(
     oracle: LayerOracle, mean_k: float | None, seed: int, *, k: str = ""
 ) -> tuple[KRule, ...]:
-    """Give every token as many experts.
+    """Use the same number of experts for every token.
 
     Args:
         oracle: The model; it is not run.
         mean_k: Experts per token and layer, in [1, inf); layers from the first on get one more
             where it is no integer. None for two thirds of each layer's own number.
         seed: Not used.
-        k: A number for all layers, or one for each, with commas; instead of ``mean_k``.
+        k: A number for all layers, or one for each, with commas; instead of `mean_k`.
 
     Returns:
         A rule for each MoE layer.

@@ -46,7 +46,7 @@ class Heads:
         return cls(nn.Parameter(torch.zeros(len(slots), max(slots), hidden + 1)), tuple(slots))
 
     def log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
-        """Say how likely each number of experts is.
+        """Compute the log-probability of each number of experts.
 
         Args:
             states: What the routers see, float32 [layers, tokens, hidden].
@@ -73,7 +73,7 @@ class Heads:
 
         Returns:
             What was added per expert; the mean of the most likely numbers is then at most
-            ``mean_k``, and as near as ties allow.
+            `mean_k`, and as near as ties allow.
         """
         likely = self.log_probabilities(states)
         numbers = torch.arange(1, likely.shape[-1] + 1, device=likely.device)

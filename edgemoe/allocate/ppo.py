@@ -47,7 +47,7 @@ _FOLLOW = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class PpoOptions:
-    """How heads are trained.
+    """Hyperparameters of PPO.
 
     Attributes:
         steps: Draws.

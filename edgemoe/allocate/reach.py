@@ -42,7 +42,7 @@ def find_share(reach: Sequence[NDArray[np.float32]], mean_k: float) -> float:
     """Find the smallest share with which tokens use as many experts as asked.
 
     Args:
-        reach: What :func:`reach_of` returns.
+        reach: What `reach_of` returns.
         mean_k: Experts per token and layer.
 
     Returns:
@@ -62,7 +62,7 @@ def mean_of(reach: Sequence[NDArray[np.float32]], share: float) -> float:
     """Count the experts that a share takes.
 
     Args:
-        reach: What :func:`reach_of` returns.
+        reach: What `reach_of` returns.
         share: p, in (0, 1].
 
     Returns:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgemoe import __version__
 from edgemoe.allocate.ada_k import ada_k
 from edgemoe.allocate.alloc_l import alloc_l
 from edgemoe.allocate.fisher import fisher
@@ -16,6 +15,7 @@ from edgemoe.errors import AllocationError, CheckpointError
 from edgemoe.k_policy import KPolicy
 from edgemoe.models.k_policy import check_k_policy
 from edgemoe.plans.options import options_of, parse_options
+from edgemoe.versions import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +79,7 @@ def read_options(name: str, texts: Sequence[str]) -> dict[str, Any]:
 
     Args:
         name: The policy's name.
-        texts: ``NAME=VALUE`` each.
+        texts: `NAME=VALUE` each.
 
     Returns:
         The options by name, in the types of their defaults.
@@ -106,7 +106,7 @@ def allocate(
     Args:
         oracle: The model that will follow the policy, without one of its own, and the task's
             tokens.
-        name: One of :data:`POLICIES`.
+        name: One of `POLICIES`.
         task: Name of the task.
         mean_k: Experts per token and layer to aim at; None for the policy's own.
         seed: Seed of policies that draw, in [0, 2**32).

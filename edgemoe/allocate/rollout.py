@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edgemoe.evaluate.torch_scorer import BATCH_TOKENS, pad
+from edgemoe.evaluate.batches import BATCH_TOKENS, pad
 from edgemoe.k_policy import KPolicy
 from edgemoe.k_rule import KRule, score_numbers
 from edgemoe.models.k_policy import following
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What tokens did, and how likely the next tokens were then.
+    """Numbers of experts drawn for tokens, and how likely the next tokens were with them.
 
     Tokens are those of all windows but the last of each, whose next token nobody knows.
 
@@ -94,7 +94,7 @@ def reward_of(model: MoeModel, windows: Sequence[Window]) -> torch.Tensor:
         windows: Tokens, two or more in each.
 
     Returns:
-        float32 [tokens], in the order of :class:`Rollout`.
+        float32 [tokens], in the order of `Rollout`.
     """
     return _run(model, windows, None)[0]
 

@@ -35,14 +35,14 @@ def top_p(
     k_max: int = 0,
     tokens: int = 4096,
 ) -> tuple[KRule, ...]:
-    """Give every token the experts that hold a share of its mass.
+    """Use, for every token, the fewest experts that hold a share of its router probability.
 
     Args:
         oracle: The model and the task's tokens.
         mean_k: Experts per token and layer that p is chosen for, in [1, k_max]; two thirds of
             top_k where it is None.
         seed: Not used.
-        p: The share, in (0, 1]; 0 chooses it by ``mean_k``.
+        p: The share, in (0, 1]; 0 chooses it by `mean_k`.
         k_max: Most experts of a token; 0 for the router's own top_k.
         tokens: How many tokens choose p.
 

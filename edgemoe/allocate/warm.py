@@ -5,7 +5,7 @@
       n_i(p) = min { n : the n best experts have at least p of the router's mass }
 
   with p such that the mean of n_i is what is asked; heads are trained by cross-entropy.
-- by costs: heads foresee what numbers of experts cost a token (:mod:`edgemoe.allocate.costs`).
+- by costs: heads foresee what numbers of experts cost a token (`edgemoe.allocate.costs`).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def warm_up(
 def warm_up_by_costs(
     oracle: LayerOracle, heads: Heads, mean_k: float, *, tokens: int, fitted_tokens: int
 ) -> None:
-    """Let heads begin with what numbers of experts cost.
+    """Start heads from what numbers of experts cost.
 
     Args:
         oracle: The model, in memory whole and following no policy, and the tokens.

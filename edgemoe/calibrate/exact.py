@@ -1,7 +1,7 @@
 """Sums that are exact, so that the order of addition cannot matter.
 
 A float64 addition rounds, and what it rounds depends on what was added before. Here each
-summand is rounded once, to a multiple of :data:`UNIT`, which depends on nothing but itself;
+summand is rounded once, to a multiple of `UNIT`, which depends on nothing but itself;
 from there on the sum is an integer number of units and addition is integer arithmetic. A sum is
 kept as two arrays: its float64 value, which is what everybody reads, and the remainder, the
 units between that value and the exact sum, which only addition reads. Both are a function of
@@ -32,7 +32,7 @@ _HALF = 1 << (FRACTION_BITS - 1)
 
 
 def round_to_grid(values: Float64, name: str) -> Float64:
-    """Round summands to multiples of :data:`UNIT`.
+    """Round summands to multiples of `UNIT`.
 
     Args:
         values: float64 [...].
@@ -42,7 +42,7 @@ def round_to_grid(values: Float64, name: str) -> Float64:
         float64 [...]; those of 1/8 and more are as they were.
 
     Raises:
-        StatisticsError: One is not finite, or :data:`LIMIT` or more.
+        StatisticsError: One is not finite, or `LIMIT` or more.
     """
     _refuse_large(values, name)
     # Powers of two scale exactly. Adding zero turns -0.0 into 0.0: equal sums, equal bytes.
@@ -63,7 +63,7 @@ def add_exactly(
         Their sum as value and remainder.
 
     Raises:
-        StatisticsError: The sum is :data:`LIMIT` or more.
+        StatisticsError: The sum is `LIMIT` or more.
     """
     wholes, units = (
         first + second for first, second in zip(_split(*one), _split(*two), strict=True)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What methods read.
+    """Statistics of one or several tasks, as methods read them.
 
     Attributes:
         measured: Sums over the mixture.

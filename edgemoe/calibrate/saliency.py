@@ -16,7 +16,7 @@ def mean_gated_norm(sums: LayerSums) -> NDArray[np.float64]:
     """Compute S_j of every expert (https://arxiv.org/abs/2510.13999).
 
     Args:
-        sums: The layer's sums, whose ``gate_norm`` has the gates renormalised.
+        sums: The layer's sums, whose `gate_norm` has the gates renormalised.
 
     Returns:
         Mean over the expert's tokens of gate times output norm, float64 [experts]; 0 for an

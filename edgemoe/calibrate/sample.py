@@ -30,7 +30,7 @@ class Window:
         line: Number of the line that they are from, from 1 on.
         start: Place of the first of them in the line's tokens.
         ids: Token ids.
-        digest: :func:`edgemoe.data_provenance.digest_line` of the line.
+        digest: `edgemoe.data_provenance.digest_line` of the line.
     """
 
     line: int
@@ -110,7 +110,7 @@ class TokenSample:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[np.generic]]) -> TokenSample:
-        """Put a sample together from what :meth:`to_arrays` returned.
+        """Put a sample together from what `to_arrays` returned.
 
         Args:
             arrays: Arrays by name.

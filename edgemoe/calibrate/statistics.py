@@ -1,10 +1,10 @@
 """The statistics file: additive sums per task and MoE layer, in safetensors.
 
-One float64 tensor per sum, named ``{task}/{layer}/{sum}`` (:mod:`edgemoe.calibrate.sums`
+One float64 tensor per sum, named `{task}/{layer}/{sum}` (`edgemoe.calibrate.sums`
 defines the sums), beside it for the sums that are no counts an int64 tensor
-``{task}/{layer}/{sum}_remainder`` (what makes addition exact: nobody else needs it), for each
-pass over a task file ``{task}/source-{n}/ids`` and ``/windows``, the tokens that it read
-(:mod:`edgemoe.calibrate.sample`), and one JSON header under the metadata key ``edgemoe``::
+`{task}/{layer}/{sum}_remainder` (what makes addition exact: nobody else needs it), for each
+pass over a task file `{task}/source-{n}/ids` and `/windows`, the tokens that it read
+(`edgemoe.calibrate.sample`), and one JSON header under the metadata key `edgemoe`::
 
     {"format": "edgemoe.statistics", "version": 3, "created_by": "edgemoe 0.1.0",
      "checkpoint_sha256": "...",
@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgemoe import __version__
 from edgemoe.calibrate.sample import TokenSample
 from edgemoe.calibrate.sums import LayerSums, array_types
 from edgemoe.errors import StatisticsError
-from edgemoe.models.contract import LayerShape, ModelShape
+from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.staging import staged_file
+from edgemoe.versions import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,7 +57,7 @@ class Source:
         sha256: Hash of the task file.
         lines: Lines that were read at least in part.
         tokens: Tokens that were read.
-        shard: ``(index, of)``: the pass read every ``of``-th line from ``index`` on.
+        shard: `(index, of)`: the pass read every `of`-th line from `index` on.
         sequence_length: Longest window of tokens that the model saw at once.
         max_tokens: How many tokens of the file the pass and its fellow shards were to read;
             None where all.
@@ -147,7 +147,7 @@ class Statistics:
 
     @property
     def sha256(self) -> str:
-        """Hash of the file that :meth:`save` writes."""
+        """Hash of the file that `save` writes."""
         return hashlib.sha256(self._to_bytes()).hexdigest()
 
     def save(self, path: Path | str, *, force: bool = False) -> None:
@@ -158,7 +158,7 @@ class Statistics:
             force: Whether an existing file may be replaced.
 
         Raises:
-            OutputError: The file exists and ``force`` is false, or it cannot be written.
+            OutputError: The file exists and `force` is false, or it cannot be written.
         """
         with staged_file(Path(path), force=force) as staged:
             staged.write_bytes(self._to_bytes())

@@ -15,7 +15,7 @@ renormalised over the top-k, so that a routed scaling factor cancels. Then ::
     coactivation [E, E] sum_t 1[i in A_t] 1[j in A_t]
 
 Every entry is a sum over tokens, so the statistics of two disjoint sets of tokens add up to
-those of their union, and addition is exact (:mod:`edgemoe.calibrate.exact`): however the
+those of their union, and addition is exact (`edgemoe.calibrate.exact`): however the
 windows are shared out, in whatever order the parts are added, the bits are the same.
 """
 
@@ -70,8 +70,8 @@ class LayerSums:
         norm_squared: float64 [experts].
         logit_gram: float64 [experts, experts].
         coactivation: float64 [experts, experts].
-        remainders: For each of :data:`REMAINDER_NAMES` what the exact sum has beyond its
-            float64, int64 of the same shape, in units of ``exact.UNIT``; zero where it is not
+        remainders: For each of `REMAINDER_NAMES` what the exact sum has beyond its
+            float64, int64 of the same shape, in units of `exact.UNIT`; zero where it is not
             named.
     """
 
@@ -111,12 +111,12 @@ class LayerSums:
         Args:
             logits: Router logits, float64 [tokens, experts].
             weights: Weights as the block applies them, float64 [tokens, top_k].
-            indices: Experts, int64 [tokens, top_k] in [0, experts]; the id ``experts`` marks
+            indices: Experts, int64 [tokens, top_k] in [0, experts]; the id `experts` marks
                 an unused slot.
             norms: Norms of the experts' outputs, float64 [tokens, top_k].
 
         Returns:
-            The eight sums, each rounded to a multiple of ``exact.UNIT``.
+            The eight sums, each rounded to a multiple of `exact.UNIT`.
 
         Raises:
             StatisticsError: A sum is not finite, or too large for exact addition.
@@ -178,10 +178,10 @@ class LayerSums:
         """Return what an exact sum has beyond its float64.
 
         Args:
-            name: One of :data:`REMAINDER_NAMES`.
+            name: One of `REMAINDER_NAMES`.
 
         Returns:
-            int64 of the sum's shape, in units of ``exact.UNIT``.
+            int64 of the sum's shape, in units of `exact.UNIT`.
         """
         found = self.remainders.get(name)
         return np.zeros(getattr(self, name).shape, np.int64) if found is None else found
@@ -194,7 +194,7 @@ class LayerSums:
         """Return all that the sums are, to be stored.
 
         Returns:
-            The sums by name, float64; their remainders under ``<name>_remainder``, int64.
+            The sums by name, float64; their remainders under `<name>_remainder`, int64.
         """
         arrays: dict[str, NDArray[Any]] = {}
         for name, value in self.as_dict().items():
@@ -206,7 +206,7 @@ class LayerSums:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> LayerSums:
-        """Put sums together from what :meth:`to_arrays` returned.
+        """Put sums together from what `to_arrays` returned.
 
         Args:
             arrays: Arrays by name.
@@ -221,7 +221,7 @@ class LayerSums:
 
 
 def array_types(experts: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return what :meth:`LayerSums.to_arrays` holds.
+    """Return what `LayerSums.to_arrays` holds.
 
     Args:
         experts: Number of experts in the layer.
@@ -239,10 +239,10 @@ def sum_shape(name: str, experts: int) -> tuple[int, ...]:
     """Return the shape of a sum.
 
     Args:
-        name: One of :data:`SUM_NAMES`.
+        name: One of `SUM_NAMES`.
         experts: Number of experts in the layer.
 
     Returns:
-        ``()``, ``(experts,)`` or ``(experts, experts)``.
+        `()`, `(experts,)` or `(experts, experts)`.
     """
     return (experts,) * _RANKS[name]

@@ -27,12 +27,12 @@ SEQUENCE_LENGTH = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """What one calibration reads.
+    """Token windows that one calibration reads, by task.
 
     Attributes:
         by_task: Windows of each task, in order.
         sequence_length: Longest window, in tokens.
-        shard: ``(index, of)``.
+        shard: `(index, of)`.
         max_tokens: Tokens to read of each task, over all shards; None reads all.
     """
 
@@ -80,8 +80,8 @@ def cut_tasks(
         max_tokens: Read exactly so many tokens of each task, from its first line on, or all
             where it has fewer; None reads all.
         sequence_length: Longest window that the model sees at once, in tokens.
-        shard: ``(index, of)``: read every ``of``-th line from ``index`` on, of those that
-            ``max_tokens`` leaves.
+        shard: `(index, of)`: read every `of`-th line from `index` on, of those that
+            `max_tokens` leaves.
 
     Returns:
         The windows.

@@ -23,7 +23,7 @@ def feed_forward_inputs(
         windows: Token ids, one sequence per window.
 
     Returns:
-        Per layer, float32 ``[tokens, hidden_size]``. The first token of each window is left
+        Per layer, float32 `[tokens, hidden_size]`. The first token of each window is left
         out: it is an attention sink, whose huge activations would drown all others.
     """
     import torch
@@ -54,11 +54,11 @@ def neuron_activations(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Intermediate activations of a gated feed-forward layer.
 
     Args:
-        mlp: Module with ``gate_proj``, ``up_proj`` and ``act_fn``.
-        hidden: float32 ``[tokens, hidden_size]``.
+        mlp: Module with `gate_proj`, `up_proj` and `act_fn`.
+        hidden: float32 `[tokens, hidden_size]`.
 
     Returns:
-        float32 ``[tokens, intermediate_size]``: ``act(gate(x)) * up(x)``.
+        float32 `[tokens, intermediate_size]`: `act(gate(x)) * up(x)`.
     """
     import torch
 

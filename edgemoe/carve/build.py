@@ -1,16 +1,16 @@
 """Hold carved layers in a Mixture-of-Experts checkpoint that stock transformers loads.
 
-The family is ``glm4_moe``: sigmoid scores, no renormalisation, and a correction bias that
+The family is `glm4_moe`: sigmoid scores, no renormalisation, and a correction bias that
 takes part in the choice only. An expert's gate then depends on the token and on that expert
 alone, so gates survive the removal of other experts and any change of k; a softmax over all
 experts would rescale the rest.
 
-The dense layer is the sum of all its neurons with weight one, so gates must be near one:
-``gate = 2 * sigmoid(slope * r(x))`` for router scores ``r`` of unit deviation. Float32 cannot
-give both extremes: gates within ``d`` of one leave scores apart by less than about
-``6e-8 / d`` tied, and engines break ties differently. Where experts are chosen the slope is
-``GATE_SLOPE`` (gates within about one percent of one, near ties as rare as rounding); where
-every expert is used nothing is chosen, and ``EXACT_GATE_SLOPE`` makes the carved model the
+The dense layer is the sum of all its channels with weight one, so gates must be near one:
+`gate = 2 * sigmoid(slope * r(x))` for router scores `r` of unit deviation. Float32 cannot
+give both extremes: gates within `d` of one leave scores apart by less than about
+`6e-8 / d` tied, and engines break ties differently. Where experts are chosen the slope is
+`GATE_SLOPE` (gates within about one percent of one, near ties as rare as rounding); where
+every expert is used nothing is chosen, and `EXACT_GATE_SLOPE` makes the carved model the
 dense one.
 """
 
@@ -38,7 +38,7 @@ class CarvedLayer:
     """One carved feed-forward layer.
 
     Attributes:
-        assignment: Where each neuron goes.
+        assignment: Where each channel goes.
         router: Which experts a token gets.
     """
 
@@ -52,16 +52,16 @@ def build_moe(
     """Assemble the MoE model from a dense one and its carved layers.
 
     Args:
-        dense: Dense decoder of a family in ``DENSE_FAMILIES``; it is not changed.
+        dense: Dense decoder of a family in `DENSE_FAMILIES`; it is not changed.
         layers: One per decoder layer, all of one shape.
-        top_k: Experts per token, in ``[1, experts]``.
+        top_k: Experts per token, in `[1, experts]`.
 
     Returns:
-        A ``Glm4MoeForCausalLM`` in float32, in eval mode.
+        A `Glm4MoeForCausalLM` in float32, in eval mode.
 
     Raises:
-        CarveError: ``top_k`` is out of range, the shared neurons are not a multiple of the
-            expert size, or :func:`check_dense` refuses the model.
+        CarveError: `top_k` is out of range, the shared channels are not a multiple of the
+            expert size, or `check_dense` refuses the model.
     """
     import torch
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
@@ -105,7 +105,7 @@ def check_dense(config: Any) -> None:
     """Refuse dense models that the carved family cannot hold without a change.
 
     Args:
-        config: Configuration of a family in ``DENSE_FAMILIES``.
+        config: Configuration of a family in `DENSE_FAMILIES`.
 
     Raises:
         CarveError: Attention looks through a sliding window, the activation is not silu, or
@@ -135,12 +135,12 @@ def check_shape(*, experts: int, expert_size: int, shared_size: int, top_k: int)
 
     Args:
         experts: Experts per layer.
-        expert_size: Neurons per expert.
-        shared_size: Shared neurons.
+        expert_size: Intermediate channels per expert.
+        shared_size: Shared channels.
         top_k: Experts per token.
 
     Raises:
-        CarveError: ``top_k`` is out of range, or the shared neurons are not a positive
+        CarveError: `top_k` is out of range, or the shared channels are not a positive
             multiple of the expert size.
     """
     if not 1 <= top_k <= experts:
@@ -195,18 +195,18 @@ def _settings(config: Any, experts: int, size: int, shared: int, top_k: int) -> 
 def neuron_shares(
     intermediate_size: int, *, experts: int, shared_fraction: float
 ) -> tuple[int, int]:
-    """Divide a feed-forward layer into shared neurons and experts of one size.
+    """Divide a feed-forward layer into shared channels and experts of one size.
 
     Args:
-        intermediate_size: Neurons of the dense layer.
+        intermediate_size: Intermediate channels of the dense layer.
         experts: Experts to carve.
-        shared_fraction: Wanted share of the neurons that every token uses, in ``(0, 1)``.
+        shared_fraction: Wanted share of the channels that every token uses, in `(0, 1)`.
 
     Returns:
-        ``(shared_size, expert_size)``: exact divisions, the shared size nearest to the wish.
+        `(shared_size, expert_size)`: exact divisions, the shared size nearest to the wish.
 
     Raises:
-        CarveError: No division exists: shared neurons must be a multiple of the expert size.
+        CarveError: No division exists: shared channels must be a multiple of the expert size.
     """
     if not 0.0 < shared_fraction < 1.0:
         raise CarveError(

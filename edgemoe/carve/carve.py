@@ -1,4 +1,4 @@
-"""The whole of ``edgemoe carve``: dense checkpoint in, MoE checkpoint out."""
+"""The whole of `edgemoe carve`: dense checkpoint in, MoE checkpoint out."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ WINDOW = 256
 
 @dataclass(frozen=True, kw_only=True)
 class CarveOptions:
-    """How to carve.
+    """Options of carving.
 
     Attributes:
         experts: Routed experts per layer, at least 2.
-        shared_fraction: Wanted share of neurons that every token uses, in ``(0, 1)``; the
+        shared_fraction: Wanted share of channels that every token uses, in `(0, 1)`; the
             nearest share that divides evenly is taken.
-        top_k: Routed experts per token, in ``[1, experts]``.
+        top_k: Routed experts per token, in `[1, experts]`.
         max_tokens: Calibration tokens to read at most, at least 512.
         seed: Decides the calibration windows and the first cluster centres.
     """
@@ -60,15 +60,15 @@ class CarveOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CarveReport:
-    """What was carved.
+    """Report of a carving.
 
     Attributes:
         layers: Decoder layers.
         experts: Routed experts per layer.
-        expert_size: Neurons per routed expert.
-        shared_size: Neurons that every token uses.
+        expert_size: Intermediate channels per routed expert.
+        shared_size: Intermediate channels that every token uses.
         top_k: Routed experts per token.
-        active_fraction: Share of the feed-forward neurons that a token uses.
+        active_fraction: Share of the FFN channels that a token uses.
         calibration_tokens: Tokens that were read.
         parameters: Parameters of the carved model.
         router_recall: Share of the experts with the most energy that the router also chooses,
@@ -101,7 +101,7 @@ def carve_checkpoint(
     """Carve a dense checkpoint into a Mixture-of-Experts checkpoint.
 
     CMoE (https://arxiv.org/abs/2502.04416), with gates that are one whatever the number of
-    experts: see :mod:`edgemoe.carve.build`. Nothing is trained, and the same arguments give
+    experts: see `edgemoe.carve.build`. Nothing is trained, and the same arguments give
     the same bytes.
 
     Args:
@@ -109,7 +109,7 @@ def carve_checkpoint(
         output: Directory to write.
         texts: Calibration texts.
         options: Shape, tokens and seed.
-        force: Whether ``output`` may be replaced.
+        force: Whether `output` may be replaced.
 
     Returns:
         What was carved.
@@ -152,8 +152,8 @@ def rebuild_checkpoint(
     Args:
         source: Hugging Face directory or GGUF file of the dense model.
         output: Directory to write.
-        learned: File of a :class:`~edgemoe.carve.learned.LearnedCarve`.
-        force: Whether ``output`` may be replaced.
+        learned: File of a `edgemoe.carve.learned.LearnedCarve`.
+        force: Whether `output` may be replaced.
 
     Returns:
         What was rebuilt; nothing was calibrated, so there are no calibration tokens and no
@@ -161,7 +161,7 @@ def rebuild_checkpoint(
 
     Raises:
         CheckpointError: The source cannot be read.
-        CarveError: ``learned`` cannot be read, or belongs to another checkpoint.
+        CarveError: `learned` cannot be read, or belongs to another checkpoint.
         OutputError: The output exists or cannot be written.
     """
     refuse_existing(output, force=force, directory=True)
@@ -178,13 +178,13 @@ def rebuild_checkpoint(
 def carve_layers(
     dense: DenseModel, windows: Sequence[Sequence[int]], options: CarveOptions, shared_size: int
 ) -> tuple[list[CarvedLayer], float]:
-    """Assign neurons and fit routers, layer by layer.
+    """Assign channels and fit routers, layer by layer.
 
     Args:
         dense: The dense model.
         windows: Calibration token ids.
         options: Shape and seed.
-        shared_size: Neurons that every token uses.
+        shared_size: Intermediate channels that every token uses.
 
     Returns:
         The layers, and the mean recall of their routers.
@@ -220,7 +220,7 @@ def calibration_windows(
         seed: Decides which windows are drawn.
 
     Returns:
-        Windows of at most ``WINDOW`` token ids. What is left of texts, or short texts, are
+        Windows of at most `WINDOW` token ids. What is left of texts, or short texts, are
         put together in windows; the last of these may be short.
 
     Raises:

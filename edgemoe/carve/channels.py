@@ -1,7 +1,7 @@
-"""Which neuron goes where: shared neurons, and balanced clusters of the others.
+"""Which channel goes where: shared channels, and balanced clusters of the others.
 
-CMoE (https://arxiv.org/abs/2502.04416): a neuron is active for a token when its output is
-among the largest of the layer; neurons that are active for many tokens are shared by all,
+CMoE (https://arxiv.org/abs/2502.04416): a channel is active for a token when its output is
+among the largest of the layer; channels that are active for many tokens are shared by all,
 the rest are clustered by which tokens activate them together, into experts of equal size.
 """
 
@@ -25,11 +25,11 @@ _ROUNDS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class NeuronAssignment:
-    """Where each neuron of one layer goes.
+    """Where each channel of one layer goes.
 
     Attributes:
-        shared: int64 ``[shared_size]``, ascending: neurons that every token uses.
-        experts: int64 ``[experts, expert_size]``, each row ascending.
+        shared: int64 `[shared_size]`, ascending: channels that every token uses.
+        experts: int64 `[experts, expert_size]`, each row ascending.
     """
 
     shared: NDArray[np.int64]
@@ -45,22 +45,22 @@ class NeuronAssignment:
 
     @property
     def order(self) -> NDArray[np.int64]:
-        """int64 ``[intermediate_size]``: shared neurons first, then expert by expert."""
+        """int64 `[intermediate_size]`: shared channels first, then expert by expert."""
         return np.concatenate([self.shared, self.experts.reshape(-1)])
 
 
 def active_neurons(
     activations: NDArray[np.float32], down_norms: NDArray[np.float32]
 ) -> NDArray[np.bool_]:
-    """Mark the neurons that matter for each token.
+    """Mark the channels that matter for each token.
 
     Args:
-        activations: float32 ``[tokens, neurons]``.
-        down_norms: float32 ``[neurons]``: norm of each neuron's column of ``down_proj``.
+        activations: float32 `[tokens, neurons]`.
+        down_norms: float32 `[neurons]`: norm of each channel's column of `down_proj`.
 
     Returns:
-        bool ``[tokens, neurons]``: true for the ``ACTIVE_FRACTION`` of neurons whose
-        output norm ``|h| * ||w_down||`` is largest for the token.
+        bool `[tokens, neurons]`: true for the `ACTIVE_FRACTION` of channels whose
+        output norm `|h| * ||w_down||` is largest for the token.
     """
     scores = np.abs(activations) * down_norms
     keep = max(1, round(scores.shape[1] * ACTIVE_FRACTION))
@@ -71,19 +71,19 @@ def active_neurons(
 def assign_neurons(
     active: NDArray[np.bool_], *, experts: int, shared_size: int, seed: int
 ) -> NeuronAssignment:
-    """Share the most frequent neurons and cluster the others into balanced experts.
+    """Share the most frequent channels and cluster the others into balanced experts.
 
     Args:
-        active: bool ``[tokens, neurons]``.
+        active: bool `[tokens, neurons]`.
         experts: Number of experts, at least 2.
-        shared_size: Number of shared neurons.
+        shared_size: Number of shared channels.
         seed: Decides the first cluster centres.
 
     Returns:
         The assignment; the same for the same arguments.
 
     Raises:
-        CarveError: The neurons that are left do not divide into the experts.
+        CarveError: The channels that are left do not divide into the experts.
     """
     neurons = active.shape[1]
     if experts < 2 or not 0 <= shared_size < neurons or (neurons - shared_size) % experts:
@@ -105,7 +105,7 @@ def assign_neurons(
 def _balanced_k_means(
     features: NDArray[np.float32], clusters: int, size: int, seed: int
 ) -> NDArray[np.int64]:
-    """k-means whose clusters all hold ``size`` rows, by optimal assignment in each round."""
+    """k-means whose clusters all hold `size` rows, by optimal assignment in each round."""
     from scipy.optimize import linear_sum_assignment
 
     norms = np.linalg.norm(features, axis=1, keepdims=True)

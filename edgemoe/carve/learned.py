@@ -1,12 +1,12 @@
 """What a distillation learned on top of a carve: small enough to ship, exact to repeat.
 
-A learned carve is the neuron assignment and the router of every layer, low-rank deltas of the
+A learned carve is the channel assignment and the router of every layer, low-rank deltas of the
 projections, and the norms. With the dense checkpoint it was learned on, it gives the
-distilled MoE back in a minute. ``benchmarks/reference_moe/distil.py`` makes one.
+distilled MoE back in a minute. `benchmarks/reference_moe/distil.py` makes one.
 
-The file is safetensors. A delta is ``b @ diag(scale) @ a`` with ``a`` int8 ``[rank, in]``,
-``b`` int8 ``[out, rank]`` and ``scale`` float32 ``[rank]``; deltas of feed-forward
-projections refer to neurons in the order of the assignment.
+The file is safetensors. A delta is `b @ diag(scale) @ a` with `a` int8 `[rank, in]`,
+`b` int8 `[out, rank]` and `scale` float32 `[rank]`; deltas of feed-forward
+projections refer to channels in the order of the assignment.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class LearnedCarve:
 
     Attributes:
         experts: Routed experts per layer.
-        shared_size: Neurons that every token uses.
+        shared_size: Intermediate channels that every token uses.
         top_k: Routed experts per token.
-        dense_sha256: ``weights_sha256`` of the dense model it was learned on.
-        tensors: Per layer ``{i}.order`` int16 ``[neurons]``, ``{i}.router.weight`` float16
-            ``[experts, hidden]``, ``{i}.router.bias`` float16 ``[experts]``, the norms
-            float16 ``[hidden]``, and ``{i}.{projection}.a|b|scale``; ``norm`` float16.
+        dense_sha256: `weights_sha256` of the dense model it was learned on.
+        tensors: Per layer `{i}.order` int16 `[neurons]`, `{i}.router.weight` float16
+            `[experts, hidden]`, `{i}.router.bias` float16 `[experts]`, the norms
+            float16 `[hidden]`, and `{i}.{projection}.a|b|scale`; `norm` float16.
         provenance: How it was made; free-form.
     """
 
@@ -130,7 +130,7 @@ class LearnedCarve:
             The MoE model in float32, in eval mode.
 
         Raises:
-            CarveError: ``dense`` is another model, or tensors are missing.
+            CarveError: `dense` is another model, or tensors are missing.
         """
         found = weights_sha256(dense)
         if found != self.dense_sha256:
@@ -200,11 +200,11 @@ def pack_delta(
     """Round a low-rank delta to int8, one scale per rank.
 
     Args:
-        a: float32 ``[rank, in]``.
-        b: float32 ``[out, rank]``.
+        a: float32 `[rank, in]`.
+        b: float32 `[out, rank]`.
 
     Returns:
-        ``a`` int8, ``b`` int8 and ``scale`` float32 ``[rank]``, so that ``b @ diag(scale) @ a``
+        `a` int8, `b` int8 and `scale` float32 `[rank]`, so that `b @ diag(scale) @ a`
         is near the product of the arguments.
     """
     a_scale = np.maximum(np.abs(a).max(axis=1), 1e-12) / 127

@@ -19,11 +19,11 @@ RIDGE = 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class LinearRouter:
-    """Scores ``r(x) = W x + b``, one per expert; the largest are chosen.
+    """Scores `r(x) = W x + b`, one per expert; the largest are chosen.
 
     Attributes:
-        weight: float32 ``[experts, hidden_size]``.
-        bias: float32 ``[experts]``.
+        weight: float32 `[experts, hidden_size]`.
+        bias: float32 `[experts]`.
     """
 
     weight: NDArray[np.float32]
@@ -38,12 +38,12 @@ def expert_energy(
     """Log of the squared norm of each expert's output.
 
     Args:
-        activations: float32 ``[tokens, neurons]``.
-        down: float32 ``[hidden_size, neurons]``: the dense ``down_proj``.
-        experts: int64 ``[experts, expert_size]``: neurons of each expert.
+        activations: float32 `[tokens, neurons]`.
+        down: float32 `[hidden_size, neurons]`: the dense `down_proj`.
+        experts: int64 `[experts, expert_size]`: channels of each expert.
 
     Returns:
-        float64 ``[tokens, experts]``.
+        float64 `[tokens, experts]`.
     """
     columns = []
     for neurons in experts:
@@ -59,8 +59,8 @@ def fit_router(hidden: NDArray[np.float32], energy: NDArray[np.float64]) -> Line
     experts is taken out of the target. Scores are scaled to unit standard deviation.
 
     Args:
-        hidden: float32 ``[tokens, hidden_size]``: what the router will see.
-        energy: float64 ``[tokens, experts]``.
+        hidden: float32 `[tokens, hidden_size]`: what the router will see.
+        energy: float64 `[tokens, experts]`.
 
     Returns:
         The router.

@@ -1,14 +1,13 @@
-"""The ``edgemoe`` command: one file per subcommand, each parses, calls and prints.
+"""The `edgemoe` command: one file per subcommand, each parses, calls and prints.
 
-Command modules import click only at their top, and their packages inside their bodies, so that
-``edgemoe --help`` and the commands of the runtime work where torch is not installed.
+What they call is :mod:`edgemoe.api`, whose functions import their packages when they are
+called: `edgemoe --help` and the commands of the runtime work where torch is not installed.
 """
 
 from __future__ import annotations
 
 import click
 
-from edgemoe import __version__
 from edgemoe.cli.allocate import allocate
 from edgemoe.cli.apply import apply
 from edgemoe.cli.bench import bench
@@ -29,6 +28,7 @@ from edgemoe.cli.recover import recover
 from edgemoe.cli.run import run
 from edgemoe.cli.sweep import sweep
 from edgemoe.cli.verify import verify
+from edgemoe.versions import __version__
 
 
 @click.group(
@@ -40,7 +40,7 @@ def main() -> None:
     """Fit Mixture-of-Experts language models to one task and one edge device."""
 
 
-# In the order of the road, which is the order that --help shows.
+# In the order of the pipeline, which is the order that --help shows.
 for command in (
     carve,
     calibrate,

@@ -1,4 +1,4 @@
-"""``python -m edgemoe.cli``: the command where its script is not on PATH."""
+"""`python -m edgemoe.cli`: the command where its script is not on PATH."""
 
 from edgemoe.cli import main
 

@@ -1,4 +1,4 @@
-"""``edgemoe bench``: how fast a bundle loads, reads a prompt and writes."""
+"""`edgemoe bench`: how fast a bundle loads, reads a prompt and writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgemoe.cli.options import PATH, human_bytes, report, reporting
+from edgemoe.cli.options import PATH, command, human_bytes, report, reporting
 
 if TYPE_CHECKING:
     from edgemoe_runtime import Session
@@ -21,14 +21,32 @@ _PROSE = (
 )
 
 
-@click.command()
+@command("edgemoe bench demo/bundle --task code --prompt-tokens 256 --new-tokens 64")
 @click.argument("bundle", type=PATH)
 @click.option("--task", metavar="NAME", help="The task, where the bundle has several.")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
-@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True)
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Tokens of the prompt (prefill).",
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(2),
+    default=64,
+    show_default=True,
+    help="Tokens to generate (decode).",
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Measured repetitions.",
+)
 @click.option("--k-cap", type=click.IntRange(1), help="At most so many experts per token.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of the engine.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of the engine.")
 @click.option("--backend", metavar="NAME", help="Only this engine: onnxruntime, tensorrt ...")
 @reporting
 def bench(
@@ -42,7 +60,10 @@ def bench(
     backend: str | None,
     as_json: bool,
 ) -> None:
-    """Measure BUNDLE: medians of the repetitions, after one that is not counted."""
+    """Measure load time, memory, prefill and decode speed of BUNDLE.
+
+    Medians of the repetitions, after a warm-up that is not counted.
+    """
     from edgemoe_runtime import Session
 
     with Session.open(

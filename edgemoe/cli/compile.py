@@ -1,4 +1,4 @@
-"""``edgemoe compile``: a bundle's graphs to TensorRT engines."""
+"""`edgemoe compile`: a bundle's graphs to TensorRT engines."""
 
 from __future__ import annotations
 
@@ -7,16 +7,26 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgemoe.cli.options import PATH, TARGETS, human_bytes, report, reporting
+from edgemoe.cli.options import PATH, command, human_bytes, report, reporting
+from edgemoe_runtime.bundle.names import TARGETS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-@click.command(name="compile")
+@command(
+    "edgemoe compile bundle --target tensorrt-rtx",
+    "edgemoe compile bundle --target jetson-orin --task code",
+    name="compile",
+)
 @click.argument("bundle", type=PATH)
-@click.option("--target", type=click.Choice(TARGETS), required=True)
-@click.option("--task", metavar="NAME", help="Compile this task only.")
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    required=True,
+    help="Engine, or board, to build for.",
+)
+@click.option("--task", metavar="NAME", help="Build the engine of this task only; all without.")
 @click.option(
     "--compute-capability",
     "capabilities",
@@ -25,10 +35,16 @@ if TYPE_CHECKING:
     metavar="NN",
     help="Build for this GPU only, such as 86 for SM 8.6. Repeatable.",
 )
-@click.option("--max-batch", type=click.IntRange(1), help="Largest batch.")
-@click.option("--max-sequence", type=click.IntRange(1), help="Most new tokens in one call.")
-@click.option("--max-length", type=click.IntRange(1), help="Most tokens of a sequence.")
-@click.option("--force", is_flag=True, help="Build even what is cached.")
+@click.option(
+    "--max-batch", type=click.IntRange(1), help="Largest batch of the optimization profile."
+)
+@click.option(
+    "--max-sequence", type=click.IntRange(1), help="Most new tokens in one call (prefill)."
+)
+@click.option(
+    "--max-length", type=click.IntRange(1), help="Longest sequence in tokens, cache and all."
+)
+@click.option("--force", is_flag=True, help="Build engines again that are cached.")
 @reporting
 def compile_(
     bundle: Path,

@@ -1,4 +1,4 @@
-"""``edgemoe decompose``: ranks for the experts that a task keeps."""
+"""`edgemoe decompose`: ranks for the experts that a task keeps."""
 
 from __future__ import annotations
 
@@ -6,35 +6,51 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgemoe.cli.extras import needs
-from edgemoe.cli.options import PATH, force_option, output_option, report, reporting
+from edgemoe.api.decompose import decompose as decide
+from edgemoe.cli.options import (
+    PATH,
+    command,
+    force_option,
+    options_of,
+    output_option,
+    report,
+    reporting,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
+
+option = options_of(decide)
 
 
-@click.command()
+@command(
+    "edgemoe decompose demo/moe --stats code.stats --task code --method svd-whitened"
+    " --param-ratio 0.7 -o code.plan.json",
+)
 @click.argument("model", type=PATH)
-@click.option("--stats", type=PATH, required=True, metavar="STATS")
-@click.option("--task", required=True, metavar="NAME", help="A task of the statistics.")
-@click.option("--method", required=True, metavar="M", help="shared-basis, svd or svd-whitened.")
-@click.option(
+@option(
+    "--stats",
+    "statistics",
+    type=PATH,
+    metavar="STATS",
+    help="Statistics of MODEL, as `edgemoe calibrate` writes them.",
+)
+@option("--task", metavar="NAME", help="A task of the statistics.")
+@option("--method", metavar="M", help="shared-basis, svd or svd-whitened.")
+@option(
     "--param-ratio",
     type=float,
-    required=True,
     metavar="R",
     help="Fraction of the parameters of the routed experts that may be stored, (0, 1]; of "
     "those that --plan keeps.",
 )
-@click.option(
+@option(
     "--plan",
-    "plan_path",
     type=PATH,
     metavar="PLAN",
     help="Plan of `edgemoe prune`: what it keeps and merges is factored; all experts without.",
 )
-@click.option(
+@option(
     "--set",
     "options",
     multiple=True,
@@ -47,74 +63,25 @@ if TYPE_CHECKING:
 @output_option("Plan")
 @force_option
 @reporting
-def decompose(
-    model: Path,
-    stats: Path,
-    task: str,
-    method: str,
-    param_ratio: float,
-    plan_path: Path | None,
-    options: tuple[str, ...],
-    output: Path,
-    force: bool,
-    as_json: bool,
-) -> None:
-    """Decide the ranks of MODEL's experts. No weight is moved: `edgemoe apply` factors them.
+def decompose(as_json: bool, **given: Any) -> None:
+    """Decide the ranks of a low-rank factorisation of MODEL's experts.
 
-    The plan of svd-whitened holds tokens of the statistics, which `edgemoe apply` runs MODEL's
-    layers on: whoever has the plan can read them.
+    No weight is moved: `edgemoe apply` factors the experts. The plan of svd-whitened holds
+    tokens of the statistics, which `edgemoe apply` runs MODEL's layers on: whoever has the plan
+    can read them.
     """
-    needs("export")
-    from edgemoe.apply.checks import refuse_changes
-    from edgemoe.apply.expert_tensors import planned_tensors
-    from edgemoe.calibrate.statistics import Statistics
-    from edgemoe.decompose.decision import add_ranks, read_options
-    from edgemoe.errors import StatisticsError
-    from edgemoe.layerwise.provider import open_home
-    from edgemoe.models.checkpoint import read_structure
-    from edgemoe.models.fingerprint import fingerprint_checkpoint
-    from edgemoe.plans.keep_all import keep_all
-    from edgemoe.plans.plan import Plan
-    from edgemoe.staging import refuse_existing, refuse_inputs_inside
-
-    refuse_existing(output, force=force, directory=False)
-    refuse_inputs_inside(output, model, stats)
-    chosen = read_options(method, options)
-    structure = read_structure(model)
-    refuse_changes(structure)
-    plan = keep_all(structure.shape) if plan_path is None else Plan.load(plan_path)
-    sha256 = fingerprint_checkpoint(model)
-    plan.validate(structure.shape, sha256)
-    statistics = Statistics.load(stats)
-    if statistics.checkpoint_sha256 != sha256:
-        raise StatisticsError(
-            f"statistics must be of the checkpoint that is factored, got {stats} of checkpoint "
-            f"{statistics.checkpoint_sha256[:12]} for {model}. Calibrate {model}."
-        )
-    found = add_ranks(
-        plan,
-        structure.layers,
-        statistics,
-        task,
-        method,
-        param_ratio,
-        open_home=lambda: open_home(model),
-        prepare=planned_tensors,
-        options=chosen,
-    )
-    found.plan.save(output, force=force)
-    ranks = [pair and list(pair) for pair in found.plan.ranks_per_layer]
+    found = decide(**given)
     result: dict[str, Any] = {
-        "output": output,
+        "output": given["output"],
         "sha256": found.plan.sha256,
-        "method": method,
-        "task": task,
-        "param_ratio": param_ratio,
+        "method": given["method"],
+        "task": given["task"],
+        "param_ratio": given["param_ratio"],
         "param_ratio_reached": found.ratio,
         "expert_parameters_before": found.parameters_before,
         "expert_parameters_after": found.parameters_after,
         "experts_per_layer": list(found.plan.experts_per_layer),
-        "ranks_per_layer": ranks,
+        "ranks_per_layer": [pair and list(pair) for pair in found.plan.ranks_per_layer],
     }
     report(result, _text(result), as_json=as_json)
 

@@ -6,11 +6,11 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from edgemoe.api.extras import needs
 from edgemoe.cli.describe_report import REPORT_FILE, REPORT_FORMAT, describe_report
-from edgemoe.cli.extras import needs
 from edgemoe.cli.options import human_bytes
 from edgemoe.errors import CheckpointError, EdgemoeError
-from edgemoe_runtime.bundle.manifest import MANIFEST_FILE
+from edgemoe_runtime.bundle.names import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +31,7 @@ def describe(path: Path) -> dict[str, Any]:
         path: A checkpoint, bundle or report directory, or a statistics, plan or engine file.
 
     Returns:
-        JSON values; ``kind`` comes first.
+        JSON values; `kind` comes first.
 
     Raises:
         EdgemoeError: It is none of these, or it is malformed.
@@ -64,10 +64,10 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
-    from edgemoe_runtime.bundle.engine_cache import ENGINES_FOLDER
-    from edgemoe_runtime.bundle.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest_file import load_manifest
+    from edgemoe_runtime.bundle.names import ENGINES_FOLDER
 
-    manifest = Manifest.load(path)
+    manifest = load_manifest(path)
     document: dict[str, Any] = manifest.to_json()
     engines = {key.name: _describe_engine(key) for key in path.glob(f"{ENGINES_FOLDER}/*.json")}
     return {
@@ -242,7 +242,7 @@ def _describe_neurons(plan: Plan) -> dict[str, Any]:
     """Count the neurons that each layer's experts keep; None stands for all."""
     from edgemoe.plans.channels import count_mask
 
-    if not plan.is_narrowing:
+    if not plan.prunes_width:
         return {}
     counts = [
         {None if e.neurons is None else count_mask(e.neurons) for e in layer.experts}

@@ -20,13 +20,13 @@ def describe_report(folder: Path) -> dict[str, Any]:
     """Tell what a report holds.
 
     Args:
-        folder: The directory that ``edgemoe sweep`` wrote.
+        folder: The directory that `edgemoe sweep` wrote.
 
     Returns:
-        JSON values; ``kind`` comes first.
+        JSON values; `kind` comes first.
 
     Raises:
-        SweepError: ``report.json`` is not as a sweep writes it.
+        SweepError: `report.json` is not as a sweep writes it.
     """
     file = folder / REPORT_FILE
     try:

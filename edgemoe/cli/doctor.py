@@ -1,16 +1,17 @@
-"""``edgemoe doctor``: what this machine has, what is missing, and how to get it."""
+"""`edgemoe doctor`: what this machine has, what is missing, and how to get it."""
 
 from __future__ import annotations
 
-import click
-
-from edgemoe.cli.options import human_bytes, report, reporting
+from edgemoe.cli.options import command, human_bytes, report, reporting
 
 
-@click.command()
+@command("edgemoe doctor")
 @reporting
 def doctor(as_json: bool) -> None:
-    """Show this machine: device, JetPack, engines, memory, heat, and what is missing."""
+    """Show this machine: device, JetPack, engines, memory, heat, and what is missing.
+
+    Each missing package comes with the command that installs it.
+    """
     from edgemoe.cli.machine import examine
 
     facts = examine()

@@ -1,84 +1,54 @@
-"""``edgemoe evaluate``: quality of a checkpoint or a bundle on a task."""
+"""`edgemoe evaluate`: quality of a checkpoint or a bundle on a task."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import click
 
-from edgemoe.cli.extras import needs
-from edgemoe.cli.options import PATH, report, reporting
+from edgemoe.api.evaluate import evaluate as score
+from edgemoe.cli.options import PATH, command, options_of, report, reporting
+from edgemoe.tasks import TaskFile
 
-if TYPE_CHECKING:
-    from pathlib import Path
+option = options_of(score)
 
 
-@click.command()
-@click.argument("model", type=PATH, metavar="MODEL|BUNDLE")
-@click.option("--task", required=True, metavar="NAME=FILE", help="Held-out data.")
-@click.option("--k-cap", type=click.IntRange(1), help="At most so many experts per token.")
-@click.option("--max-tokens", type=click.IntRange(1), help="Read the first lines only.")
-@click.option(
-    "--window", type=click.IntRange(2), help="Tokens of a window of text.  [default: 512]"
+@command(
+    "edgemoe evaluate demo/moe --task code=demo/tasks/code.test.jsonl",
+    "edgemoe evaluate demo/bundle --task code=demo/tasks/code.test.jsonl --json",
 )
-@click.option(
+@click.argument("model", type=PATH, metavar="MODEL|BUNDLE")
+@option("--task", metavar="NAME=FILE", help="Held-out examples, JSON Lines.")
+@option("--k-cap", type=click.IntRange(1), help="At most so many experts per token.")
+@option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    help="Tokens to read, from the first example on; all without.",
+)
+@option("--window", type=click.IntRange(2), help="Tokens of a window of text.  [default: 512]")
+@option(
     "--rolling",
     is_flag=True,
     help="Score texts as a whole too: --json adds lm-eval's byte and word perplexity.",
 )
-@click.option("--generate", is_flag=True, help="Judge completions by exact match.")
-@click.option(
+@option("--generate", is_flag=True, help="Judge completions by exact match.")
+@option(
     "--calibration-lines",
     type=click.Choice(["refuse", "skip", "warn"]),
-    default="refuse",
-    show_default=True,
-    help="What to do with lines that MODEL was pruned or trained on: their score says little "
-    "of other lines.",
+    help="What to do with examples that MODEL was pruned or trained on (contamination): their "
+    "score says little of other examples.",
 )
 @reporting
-def evaluate(
-    model: Path,
-    task: str,
-    k_cap: int | None,
-    max_tokens: int | None,
-    window: int | None,
-    rolling: bool,
-    generate: bool,
-    calibration_lines: str,
-    as_json: bool,
-) -> None:
-    """Judge a model, dense or MoE, or a bundle on a task.
+def evaluate(as_json: bool, task: str, **given: Any) -> None:
+    """Evaluate a model, dense or MoE, or a bundle on held-out examples of a task.
 
-    Text and completions are judged by perplexity, choices by accuracy, and with --generate
-    completions by whether greedy generation gives them back; with a 95% interval.
+    Text and completions are scored by perplexity, choices by accuracy, and with --generate
+    completions by exact match of greedy generation; each with a 95% confidence interval.
     """
-    from edgemoe.evaluate.contamination import keep_held_out, lines_behind
-    from edgemoe.evaluate.evaluation import evaluate as judge
-    from edgemoe.evaluate.rolling import find_prefix_token
-    from edgemoe.evaluate.subject import open_subject
-    from edgemoe.tasks import TaskFile
-    from edgemoe_runtime.bundle.manifest import MANIFEST_FILE
-
-    task_file = TaskFile.parse(task)
-    if not (model / MANIFEST_FILE).is_file():
-        needs("export")
-    lines = lines_behind(model, task_file.name)
-    task_file, remark = keep_held_out(task_file, lines, calibration_lines, str(model))
-    if remark is not None:
-        click.echo(f"Warning: {remark}", err=True)
-    with open_subject(model, task=task_file.name, k_cap=k_cap) as subject:
-        evaluation = judge(
-            subject.scorer,
-            task_file,
-            subject.tokenizer,
-            max_tokens=max_tokens,
-            generate=subject.generate if generate else None,
-            window=window,
-            prefix_token=find_prefix_token(model, subject.tokenizer) if rolling else None,
-        )
+    evaluation = score(task=TaskFile.parse(task), **given)
     low, high = evaluation.ci95
     metric = evaluation.metric.replace("_", " ")
-    used = subject.experts_per_token()
+    used = evaluation.experts_per_token
     text = (
         f"{evaluation.task}: {metric} {evaluation.value:.4g} (95% interval "
         f"{low:.4g} to {high:.4g}; {evaluation.n} lines, {evaluation.tokens} tokens)"

@@ -1,4 +1,4 @@
-"""``edgemoe export``: the whole road from a checkpoint to a bundle."""
+"""`edgemoe export`: the whole pipeline from a checkpoint to a bundle."""
 
 from __future__ import annotations
 
@@ -7,35 +7,56 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgemoe.cli.extras import needs
+from edgemoe.api.extras import needs
 from edgemoe.cli.options import (
     PATH,
-    PRECISIONS,
-    TARGETS,
+    command,
     force_option,
     human_bytes,
     output_option,
     report,
     reporting,
 )
+from edgemoe_runtime.bundle.names import PRECISIONS, TARGETS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe_exporters.request import ExportReport
-    from edgemoe_runtime.bundle.manifest_ladder import KRung
+    from edgemoe_runtime.bundle.k_ladder import KRung
 
 
-@click.command()
+@command(
+    "edgemoe export demo/moe --target cpu --task code=demo/tasks/code.train.jsonl --keep 0.5"
+    " -o bundle",
+    "edgemoe export moe-code --target jetson-orin -o bundle",
+)
 @click.argument("model", type=PATH)
 @output_option("Bundle directory")
-@click.option("--target", type=click.Choice(TARGETS), required=True)
-@click.option("--precision", type=click.Choice(PRECISIONS), help="The target's own without.")
 @click.option(
-    "--task", "tasks", multiple=True, metavar="NAME=FILE", help="Data of a task. Repeatable."
+    "--target",
+    type=click.Choice(TARGETS),
+    required=True,
+    help="Device, or engine, that the bundle is for.",
 )
 @click.option(
-    "--plan", "plans", multiple=True, metavar="NAME=PLAN", help="Plan of a task. Repeatable."
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Of the weights; that of the target without.",
+)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Data of a task, JSON Lines. Repeatable: the bundle has one graph for each.",
+)
+@click.option(
+    "--plan",
+    "plans",
+    multiple=True,
+    metavar="NAME=PLAN",
+    help="Plan of a task, instead of one that --method makes. Repeatable.",
 )
 @click.option(
     "--keep", type=float, metavar="F", help="Fraction of each layer's experts to keep, (0, 1]."
@@ -46,21 +67,45 @@ if TYPE_CHECKING:
     metavar="D",
     help="Fail where a score gets worse by more: 0.05 is 5% of perplexity or 5 points.",
 )
-@click.option("--method", default="reap", show_default=True, help="Method for tasks of --task.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--calibration-tokens", type=click.IntRange(1), default=16_384, show_default=True)
-@click.option("--held-out-tokens", type=click.IntRange(1), default=8_192, show_default=True)
+@click.option(
+    "--method",
+    default="reap",
+    show_default=True,
+    help="Pruning method for tasks of --task, as of `edgemoe prune`.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Seed of methods that draw at random.",
+)
+@click.option(
+    "--calibration-tokens",
+    type=click.IntRange(1),
+    default=16_384,
+    show_default=True,
+    help="Tokens of each task to calibrate on.",
+)
+@click.option(
+    "--held-out-tokens",
+    type=click.IntRange(1),
+    default=8_192,
+    show_default=True,
+    help="Tokens of each task to score before and after.",
+)
 @click.option(
     "--ladder/--no-ladder",
     default=True,
     show_default=True,
-    help="Measure which caps of experts per token are worth having, for tasks with lines.",
+    help="Measure a k ladder for tasks with data: the caps of experts per token that trade "
+    "quality for time.",
 )
 @click.option(
     "--static-shapes",
     is_flag=True,
-    help="TensorRT: no shape follows how many experts tokens use; a smaller k saves no time "
-    "then. For a TensorRT that refuses or slows down the other graph.",
+    help="TensorRT: no data-dependent shapes; a smaller k saves no time then. For a TensorRT "
+    "that refuses or slows down the other graph.",
 )
 @click.option(
     "--memory-limit",
@@ -92,10 +137,10 @@ def export(
 ) -> None:
     """Write MODEL as a bundle that runs on a device.
 
-    With --task alone this is the whole road: three quarters of the lines choose the experts,
-    one quarter judges the result. Without --task the model is exported as it is. A checkpoint
-    larger than memory is read layer by layer; when that is interrupted, the same command goes
-    on from what is finished.
+    With --task it is calibrated, pruned, exported and evaluated in one go: three quarters of
+    the examples are calibrated on, one quarter is held out and scores the result. Without
+    --task the model is exported as it is. A checkpoint larger than memory is read layer by
+    layer; when that is interrupted, the same command goes on from what is finished.
     """
     needs("export", "ort")
     from edgemoe_exporters.export import export_bundle
@@ -142,7 +187,7 @@ def _show_stage(stage: str) -> None:
 
 
 def _text(exported: ExportReport) -> str:
-    from edgemoe_runtime.bundle.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest_file import load_manifest
 
     size = exported.size
     lines = [
@@ -150,7 +195,7 @@ def _text(exported: ExportReport) -> str:
         f"{human_bytes(size.total_bytes)}, of which {human_bytes(size.shared_bytes)} shared "
         f"(the checkpoint in fp32: {human_bytes(exported.checkpoint_bytes)})"
     ]
-    kept = Manifest.load(exported.output).tasks
+    kept = load_manifest(exported.output).tasks
     for name, task in exported.tasks.items():
         line = (
             f"  {name}: {sum(kept[name].experts_per_layer)} of {sum(exported.experts_before)} "

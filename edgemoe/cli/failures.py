@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import warnings
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -13,11 +15,14 @@ from edgemoe.errors import EdgemoeError
 from edgemoe.interruption import interruptible
 from edgemoe_runtime.errors import EdgemoeRuntimeError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 class FailureReportingGroup(click.Group):
     """A group whose commands exit 0 done, 1 refused or failed, 2 wrongly called.
 
-    Without ``--debug`` a failure is one message; with it, the traceback.
+    Without `--debug` a failure is one message; with it, the traceback.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -29,7 +34,7 @@ class FailureReportingGroup(click.Group):
         """Run the command and report its failure."""
         _silence_libraries()
         try:
-            with interruptible():
+            with interruptible(), _remarks_on_stderr():
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException):
             raise
@@ -64,6 +69,27 @@ def _fail(ctx: click.Context, message: str, error: BaseException) -> NoReturn:
 def _describe_os_error(error: OSError) -> str:
     reason = error.strerror or str(error)
     return f"{error.filename}: {reason}." if error.filename else f"{reason}."
+
+
+class _Remarks(logging.Handler):
+    """Print what the API remarks as it stands; warnings say that they are some."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "Warning: " if record.levelno >= logging.WARNING else ""
+        click.echo(f"{prefix}{record.getMessage()}", err=True)
+
+
+@contextlib.contextmanager
+def _remarks_on_stderr() -> Iterator[None]:
+    logger, handler = logging.getLogger("edgemoe.api"), _Remarks()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
 
 
 def _silence_libraries() -> None:

@@ -1,4 +1,4 @@
-"""``edgemoe families``: which model families work, tried on this installation."""
+"""`edgemoe families`: which model families work, tried on this installation."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgemoe.cli.extras import needs
-from edgemoe.cli.options import PATH, report, reporting
+from edgemoe.api.extras import needs
+from edgemoe.cli.options import PATH, command, report, reporting
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-@click.command(name="families")
+@command("edgemoe families", "edgemoe families qwen2_moe --check --no-engine")
 @click.argument("names", nargs=-1, metavar="[FAMILY]...")
 @click.option("--check", is_flag=True, help="Try each on a tiny random checkpoint.")
-@click.option("--no-graphs", is_flag=True, help="Do not export.")
-@click.option("--no-engine", is_flag=True, help="Do not build a TensorRT engine.")
-@click.option("--markdown", type=PATH, metavar="FILE", help="Write the table to FILE.")
+@click.option("--no-graphs", is_flag=True, help="With --check: do not export.")
+@click.option("--no-engine", is_flag=True, help="With --check: do not build a TensorRT engine.")
+@click.option(
+    "--markdown", type=PATH, metavar="FILE", help="With --check: write the table to FILE."
+)
 @reporting
 def families(
     names: tuple[str, ...],
@@ -31,9 +33,9 @@ def families(
 ) -> None:
     """List the model families that edgemoe is tested with, or try FAMILYs.
 
-    A family is named as in config.json. With --check, each is built with random weights,
-    pruned, saved, opened again, exported and compiled; families that are not listed can be
-    tried as well.
+    A family is named by its model_type in config.json. With --check, each is built with random
+    weights, pruned, saved, opened again, exported and compiled; families that are not listed
+    can be tried as well.
     """
     needs("export")
     from edgemoe.models.registry import FAMILIES, find_family

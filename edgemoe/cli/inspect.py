@@ -1,4 +1,4 @@
-"""``edgemoe inspect``: what any file of the road is."""
+"""`edgemoe inspect`: what any file or directory of edgemoe is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgemoe.cli.options import PATH, report, reporting
+from edgemoe.cli.options import PATH, command, report, reporting
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 _ONLY_JSON = ("inputs", "outputs", "files", "experts")
 
 
-@click.command()
+@command("edgemoe inspect demo/bundle", "edgemoe inspect code.plan.json")
 @click.argument("path", type=PATH)
 @reporting
 def inspect(path: Path, as_json: bool) -> None:
-    """Describe PATH: a checkpoint, statistics, a plan, a report, a bundle or an engine."""
+    """Describe PATH: a checkpoint, statistics, a plan, a report, a bundle or an engine.
+
+    Says what it is, its size and shapes, the experts of each layer, and where it comes from.
+    """
     from edgemoe.cli.describe import describe
 
     facts = describe(path)

@@ -1,4 +1,4 @@
-"""What ``edgemoe doctor`` tells: the runtime's view of this machine, and what the kit lacks."""
+"""What `edgemoe doctor` tells: the runtime's view of this machine, and what the kit lacks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def examine(root: Path = Path("/")) -> dict[str, Any]:
         root: Where the file system starts; another one only in tests.
 
     Returns:
-        JSON values: facts, then ``missing``, a list of what could be added and how.
+        JSON values: facts, then `missing`, a list of what could be added and how.
     """
     device = inspect_device(root)
     findings = list(device.findings)

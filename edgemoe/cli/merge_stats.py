@@ -1,4 +1,4 @@
-"""``edgemoe merge-stats``: statistics of several shards to one."""
+"""`edgemoe merge-stats`: statistics of several shards to one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgemoe.cli.extras import needs
-from edgemoe.cli.options import PATH, force_option, output_option, report, reporting
+from edgemoe.api.merge_statistics import merge_statistics
+from edgemoe.cli.options import (
+    PATH,
+    command,
+    force_option,
+    output_option,
+    report,
+    reporting,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-@click.command(name="merge-stats")
+@command(
+    "edgemoe merge-stats first.stats second.stats -o both.stats",
+    name="merge-stats",
+)
 @click.argument("first", type=PATH, metavar="STATS")
 @click.argument("others", type=PATH, nargs=-1, required=True, metavar="STATS...")
 @output_option("Statistics file")
@@ -22,14 +32,12 @@ if TYPE_CHECKING:
 def merge_stats(
     first: Path, others: tuple[Path, ...], output: Path, force: bool, as_json: bool
 ) -> None:
-    """Add statistics of one checkpoint up: tasks unite, sums of one task add."""
-    needs("export")
-    from edgemoe.calibrate.statistics import Statistics, merge
-    from edgemoe.staging import refuse_existing
+    """Add statistics of one checkpoint up: tasks unite, sums of one task add.
 
-    refuse_existing(output, force=force, directory=False)
-    merged = merge(Statistics.load(first), *(Statistics.load(path) for path in others))
-    merged.save(output, force=force)
+    The shards of one calibration add up to the file that it would have written unsharded, bit
+    for bit.
+    """
+    merged = merge_statistics([first, *others], output, force=force)
     tokens = {name: task.tokens for name, task in merged.tasks.items()}
     counted = ", ".join(f"{name} {count} tokens" for name, count in tokens.items())
     partial = {

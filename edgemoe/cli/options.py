@@ -1,13 +1,19 @@
-"""Options that several commands share, and how their results are printed."""
+"""What commands share: options, examples in their help, and how their results are printed."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+import re
+import textwrap
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from edgemoe.errors import ArgumentError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +23,79 @@ Decorated = TypeVar("Decorated", bound="Callable[..., Any]")
 # click's own existence check would exit 2; a missing file is a refusal, not a wrong call.
 PATH = click.Path(path_type=Path)
 
-# The same as edgemoe_exporters.targets has, which `edgemoe --help` must not import.
-TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "jetson-orin", "jetson-thor")
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+# Of a line that a shell continues; with the indent and the backslash it fits 80 columns.
+_EXAMPLE_WIDTH = 76
 
 _DEBUG = "edgemoe.debug"
+
+
+class Command(click.Command):
+    """A command whose help ends with examples.
+
+    Attributes:
+        examples: Command lines that can be typed as they are.
+    """
+
+    def __init__(self, *given: Any, examples: Sequence[str], **settings: Any) -> None:
+        super().__init__(*given, **settings)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples below the options."""
+        del ctx
+        with formatter.section("Examples"):
+            indent = " " * formatter.current_indent
+            for example in self.examples:
+                # An option and its value stay together.
+                joined = re.sub(r"( -\S+) (?=[^-])", "\\1\N{NO-BREAK SPACE}", example)
+                lines = textwrap.wrap(
+                    joined, _EXAMPLE_WIDTH, subsequent_indent="    ", break_on_hyphens=False
+                )
+                text = indent + f" \\\n{indent}".join(lines) + "\n"
+                formatter.write(text.replace("\N{NO-BREAK SPACE}", " "))
+
+
+def command(
+    *examples: str, name: str | None = None
+) -> Callable[[Callable[..., Any]], click.Command]:
+    """Return the decorator that makes a function a command.
+
+    Args:
+        examples: Command lines that its help ends with.
+        name: What it is called, where that is not the function's name.
+
+    Returns:
+        The decorator.
+    """
+    return click.command(name, cls=Command, examples=examples)
+
+
+def options_of(verb: Callable[..., Any]) -> Callable[..., Callable[[Decorated], Decorated]]:
+    """Return `click.option` for the parameters of a function of the API.
+
+    An option is required where its parameter has no default, and has its default otherwise, so
+    that neither is said twice.
+
+    Args:
+        verb: The function.
+
+    Returns:
+        A decorator as :func:`click.option` is, which refuses names that are no parameters.
+    """
+    parameters = inspect.signature(verb).parameters
+
+    def option(*names: str, **settings: Any) -> Callable[[Decorated], Decorated]:
+        made = click.Option(names)
+        default = parameters[made.name or ""].default
+        if default is inspect.Parameter.empty:
+            settings.setdefault("required", True)
+        elif default not in (None, ()) and "default" not in settings:
+            listed = isinstance(default, tuple)
+            settings["default"] = ",".join(map(str, default)) if listed else default
+            settings.setdefault("show_default", not isinstance(default, bool))
+        return click.option(*names, **settings)
+
+    return option
 
 
 def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -31,13 +105,14 @@ def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None
 
 
 def debugging(ctx: click.Context) -> bool:
-    """Return whether ``--debug`` was given to the group or to the command."""
+    """Return whether `--debug` was given to the group or to the command."""
     return bool(ctx.meta.get(_DEBUG, False))
 
 
 debug_option = click.option(
     "--debug",
     is_flag=True,
+    is_eager=True,
     expose_value=False,
     callback=_remember_debug,
     help="Show the traceback of a failure.",
@@ -49,17 +124,36 @@ json_option = click.option(
 
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 
+THREADS = {
+    "type": click.IntRange(1),
+    "metavar": "N",
+    "help": "CPU threads of each process; the last bits of the result depend on it.",
+}
+RAY = {
+    "metavar": "ADDRESS",
+    "help": "Put the workers on a Ray cluster: host:port, auto for the one this machine is in, "
+    "local to start one here. One worker per machine unless --workers says otherwise.",
+}
+
 
 def output_option(what: str) -> Callable[[Decorated], Decorated]:
-    """Return the ``-o`` option of a command that writes ``what``."""
+    """Return the `-o` option of a command that writes `what`."""
     return click.option(
         "-o", "--output", type=PATH, required=True, metavar="PATH", help=f"{what} to write."
     )
 
 
-def reporting(command: Decorated) -> Decorated:
-    """Add the two options that every command has: ``--json`` and ``--debug``."""
-    return json_option(debug_option(command))
+def reporting(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every command has, `--json` and `--debug`, and its usage errors."""
+
+    @functools.wraps(function)
+    def run(**given: Any) -> None:
+        try:
+            function(**given)
+        except ArgumentError as error:
+            raise click.UsageError(str(error)) from error
+
+    return json_option(debug_option(run))
 
 
 def report(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
@@ -68,7 +162,7 @@ def report(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
 
 
 def human_bytes(count: int) -> str:
-    """Return a size in powers of ten, such as ``93.1 MB``."""
+    """Return a size in powers of ten, such as `93.1 MB`."""
     size = float(count)
     for unit in ("B", "kB", "MB"):
         if size < 1000:
@@ -78,6 +172,6 @@ def human_bytes(count: int) -> str:
 
 
 def span(numbers: Sequence[int]) -> str:
-    """Return one number, or the least and the largest, such as ``32 to 40``."""
+    """Return one number, or the least and the largest, such as `32 to 40`."""
     least, largest = min(numbers), max(numbers)
     return str(least) if least == largest else f"{least} to {largest}"

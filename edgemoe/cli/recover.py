@@ -1,176 +1,126 @@
-"""``edgemoe recover``: training that wins back what compression cost."""
+"""`edgemoe recover`: training that wins back what compression cost."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgemoe.cli.extras import needs
-from edgemoe.cli.options import PATH, force_option, output_option, report, reporting
+from edgemoe.api.recover import recover as train
+from edgemoe.cli.options import (
+    PATH,
+    THREADS,
+    command,
+    force_option,
+    options_of,
+    output_option,
+    report,
+    reporting,
+)
+from edgemoe.tasks import split_task_arguments
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.recover.result import Recovered
 
+option = options_of(train)
 
-@click.command()
-@click.argument("model", type=PATH)
-@click.option(
-    "--task", "tasks", multiple=True, required=True, metavar="NAME=FILE", help="Repeatable."
+
+@command(
+    "edgemoe recover moe-code --teacher demo/moe --task code=demo/tasks/code.train.jsonl"
+    " --method router-kd -o moe-code-kd",
 )
-@click.option(
+@click.argument("model", type=PATH)
+@option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Training data of a task, JSON Lines. Repeatable.",
+)
+@option(
     "--method",
-    required=True,
     metavar="M",
     help="least-squares, router-kd, lora, lora+router-kd or uncurl.",
 )
-@click.option(
+@option(
     "--teacher",
     type=PATH,
     metavar="MODEL",
     help="The checkpoint before compression; lora and uncurl can do without.",
 )
 @output_option("Checkpoint directory")
-@click.option("--steps", type=int, default=200, show_default=True, metavar="N")
-@click.option(
+@option("--steps", type=int, metavar="N", help="Optimizer steps at most.")
+@option(
     "--learning-rate",
     type=float,
     metavar="F",
-    help="Highest rate.  [default: 5e-5 for router-kd, 2e-4 with lora, 1e-4 for uncurl]",
+    help="Highest learning rate.  [default: 5e-5 for router-kd, 2e-4 with lora, 1e-4 for "
+    "uncurl]",
 )
-@click.option(
+@option(
     "--batch-tokens",
     type=int,
-    default=2048,
-    show_default=True,
     metavar="N",
     help="Tokens of a step, of all tasks together.",
 )
-@click.option(
+@option(
     "--sequence-length",
     type=int,
-    default=512,
-    show_default=True,
     metavar="N",
     help="Longest sequence in tokens; texts are cut at 512 at most.",
 )
-@click.option(
-    "--max-tokens", type=int, metavar="N", help="Train on at most so many tokens per task."
-)
-@click.option(
+@option("--max-tokens", type=int, metavar="N", help="Train on at most so many tokens per task.")
+@option(
     "--held-out",
     type=float,
-    default=0.25,
-    show_default=True,
     metavar="F",
-    help="Share of each task's lines that judge the training, (0, 0.5].",
+    help="Fraction of each task's examples that validate the training, (0, 0.5].",
 )
-@click.option(
+@option(
     "--kd-weight",
     type=float,
     metavar="F",
-    help="Share of the teacher's divergence in the loss, [0, 1]; the rest is the task's "
-    "cross-entropy.  [default: 1 for lora+router-kd, else 0.5 with a teacher]",
+    help="Weight of the distillation loss (divergence from the teacher), [0, 1]; the rest is "
+    "the task's cross-entropy.  [default: 1 for lora+router-kd, else 0.5 with a teacher]",
 )
-@click.option("--temperature", type=float, metavar="T", help="Of the divergence.  [default: 1]")
-@click.option("--rank", type=int, metavar="R", help="Of adapters.  [default: 16]")
-@click.option("--alpha", type=float, metavar="A", help="Their scale.  [default: 2 * rank]")
-@click.option(
+@option(
+    "--temperature",
+    type=float,
+    metavar="T",
+    help="Temperature of the distillation.  [default: 1]",
+)
+@option("--rank", type=int, metavar="R", help="Rank of LoRA adapters.  [default: 16]")
+@option("--alpha", type=float, metavar="A", help="Scale of LoRA adapters.  [default: 2 * rank]")
+@option(
     "--router-steps",
     type=int,
     metavar="N",
     help="Steps of uncurl in which routers train alone.  [default: a quarter]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N")
-@click.option(
-    "--threads",
-    type=click.IntRange(1),
-    metavar="N",
-    help="CPU threads; the last bits of the result depend on it.",
-)
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    metavar="cpu|cuda|cuda:N|auto",
-    help="Where both models compute.",
-)
+@option("--seed", type=int, metavar="N", help="Of the order of examples and what is drawn.")
+@option("--threads", **THREADS)
+@option("--device", metavar="cpu|cuda|cuda:N|auto", help="Where both models compute.")
 @force_option
 @reporting
-def recover(
-    model: Path,
-    tasks: tuple[str, ...],
-    method: str,
-    teacher: Path | None,
-    output: Path,
-    steps: int,
-    learning_rate: float | None,
-    batch_tokens: int,
-    sequence_length: int,
-    max_tokens: int | None,
-    held_out: float,
-    kd_weight: float | None,
-    temperature: float | None,
-    rank: int | None,
-    alpha: float | None,
-    router_steps: int | None,
-    seed: int,
-    threads: int | None,
-    device: str,
-    force: bool,
-    as_json: bool,
-) -> None:
+def recover(as_json: bool, tasks: tuple[str, ...], **given: Any) -> None:
     """Win back on tasks what pruning, merging or factoring cost MODEL.
 
-    Some lines of each task are held out: they tell the loss before and after, and what of the
-    training is kept. Where nothing is better than MODEL itself, it is written as it is. MODEL
-    and the teacher are in memory at once, as float32. When it is interrupted, the same command
-    goes on.
+    Distils from the checkpoint before compression, or trains on the tasks. Some examples of
+    each task are held out: they measure the loss before and after, and which step is kept.
+    Where nothing is better than MODEL itself, it is written as it is. MODEL and the teacher are
+    in memory at once, as float32. When it is interrupted, the same command goes on.
     """
-    needs("export")
-    import torch
-
-    from edgemoe.models.device import device_here
-    from edgemoe.recover.options import RecoverOptions
-    from edgemoe.recover.recovery import recover_checkpoint
-    from edgemoe.tasks import load_tasks
-
-    options = RecoverOptions(
-        steps=steps,
-        learning_rate=learning_rate,
-        batch_tokens=batch_tokens,
-        sequence_length=sequence_length,
-        max_tokens=max_tokens,
-        held_out_fraction=held_out,
-        seed=seed,
-        kd_weight=kd_weight,
-        temperature=temperature,
-        rank=rank,
-        alpha=alpha,
-        router_steps=router_steps,
-    )
-    if threads is not None:
-        torch.set_num_threads(threads)
-    recovered = recover_checkpoint(
-        model,
-        load_tasks(tasks),
-        output,
-        method=method,
-        teacher=teacher,
-        options=options,
-        device=device_here(device),
-        force=force,
-    )
+    recovered = train(tasks=split_task_arguments(tasks), **given)
     report(
-        {"output": output, **recovered.to_dict()},
-        f"{output}: {_tell(recovered, model)}",
+        {"output": given["output"], **recovered.to_dict()},
+        f"{given['output']}: {_describe(recovered, given['model'])}",
         as_json=as_json,
     )
 
 
-def _tell(recovered: Recovered, model: Path) -> str:
+def _describe(recovered: Recovered, model: Path) -> str:
     tasks = recovered.to_dict()["tasks"]
     noun = recovered.unit
     if not recovered.best_step:

@@ -1,4 +1,4 @@
-"""``edgemoe run``: a bundle continues a prompt."""
+"""`edgemoe run`: a bundle continues a prompt."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgemoe.cli.options import PATH, report, reporting
+from edgemoe.cli.options import PATH, command, report, reporting
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,32 +14,49 @@ if TYPE_CHECKING:
     from edgemoe_runtime.decoding.answers import Generation
 
 
-@click.command()
+@command('edgemoe run demo/bundle --task code --prompt "import os" --max-new-tokens 32')
 @click.argument("bundle", type=PATH)
 @click.option("--prompt", required=True, help="Text to continue.")
 @click.option("--task", metavar="NAME", help="The task, where the bundle has several.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Tokens to generate at most.",
+)
 @click.option("--k-cap", type=click.IntRange(1), help="At most so many experts per token.")
 @click.option(
     "--deadline-ms",
     type=click.FloatRange(0, min_open=True),
-    help="Time for the whole answer: the k ladder is used to keep it.",
+    help="Time for the whole answer in ms: the k ladder is used to keep it.",
 )
 @click.option(
-    "--token-ms", type=click.FloatRange(0, min_open=True), help="The same for a new token."
+    "--token-ms",
+    type=click.FloatRange(0, min_open=True),
+    help="Time for each new token in ms, kept likewise.",
 )
 @click.option(
     "--adapt/--no-adapt",
     default=None,
-    help="Move along the k ladder; without, where a time is given.",
+    help="Adapt the experts per token along the k ladder.  [default: where a time is given]",
 )
-@click.option("--temperature", type=float, default=0.0, help="0, the default, is greedy.")
-@click.option("--top-p", type=float, default=1.0, help="With a temperature: (0, 1].")
-@click.option("--seed", type=int, help="With a temperature: repeat the same choices.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of the engine.")
+@click.option(
+    "--temperature", type=float, default=0.0, help="Of sampling; 0, the default, is greedy."
+)
+@click.option(
+    "--top-p", type=float, default=1.0, help="Nucleus sampling with a temperature, (0, 1]."
+)
+@click.option("--seed", type=int, help="Seed of sampling.")
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="Stop sequence: end before this text. Repeatable.",
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of the engine.")
 @click.option("--backend", metavar="NAME", help="Only this engine: onnxruntime, tensorrt ...")
-@click.option("--stream", is_flag=True, help="Print the text as it comes.")
+@click.option("--stream", is_flag=True, help="Print tokens as they are generated.")
 @reporting
 def run(
     bundle: Path,
@@ -59,7 +76,7 @@ def run(
     stream: bool,
     as_json: bool,
 ) -> None:
-    """Continue a prompt with BUNDLE. Needs no torch."""
+    """Generate text with BUNDLE, behind a prompt. Needs no torch."""
     from edgemoe_runtime import Session, TextStream
 
     with Session.open(

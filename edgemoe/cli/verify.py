@@ -1,4 +1,4 @@
-"""``edgemoe verify``: is a bundle whole, unaltered and safe to open."""
+"""`edgemoe verify`: is a bundle whole, unaltered and safe to open."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgemoe.cli.options import PATH, human_bytes, report, reporting
+from edgemoe.cli.options import PATH, command, human_bytes, report, reporting
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-@click.command()
+@command("edgemoe verify demo/bundle")
 @click.argument("bundle", type=PATH)
 @reporting
 def verify(bundle: Path, as_json: bool) -> None:
-    """Check BUNDLE's digests, graph inputs and outputs, and where external data lies."""
-    from edgemoe_runtime.bundle.engine_cache import ENGINES_FOLDER
+    """Check that BUNDLE is whole, unaltered and safe to open.
+
+    Compares SHA-256 digests, and graph inputs and outputs with the manifest; external data must
+    lie inside the bundle. Engines are not hashed.
+    """
     from edgemoe_runtime.bundle.integrity import verify_bundle
+    from edgemoe_runtime.bundle.names import ENGINES_FOLDER
 
     verified = verify_bundle(bundle)
     engines = sorted(path.name for path in bundle.glob(f"{ENGINES_FOLDER}/*.engine"))

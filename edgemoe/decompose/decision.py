@@ -1,11 +1,10 @@
-"""Put ranks into a plan: the one call that ``edgemoe decompose`` makes."""
+"""Put ranks into a plan: the one call that `edgemoe decompose` makes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edgemoe import __version__
 from edgemoe.calibrate.mixture import spread_windows
 from edgemoe.data_provenance import read_digests, write_digests
 from edgemoe.decompose.importance import expert_importance
@@ -14,18 +13,19 @@ from edgemoe.decompose.registry import find_method
 from edgemoe.decompose.shared_basis import RANK_MULTIPLE, largest_rank, stored_parameters
 from edgemoe.decompose.theoretical_loss import kept_fractions, measure_losses
 from edgemoe.errors import PlanError, StatisticsError
-from edgemoe.models.factored_experts import product_shapes
+from edgemoe.models.factored_layer import product_shapes
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.factors import EmbeddedSample, Factors
 from edgemoe.plans.layer_plan import BASIS_MULTIPLE
 from edgemoe.plans.options import parse_options
+from edgemoe.versions import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.decompose.walk import Prepare
-    from edgemoe.layerwise.provider import Home
+    from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.models.layer import MoeLayer
     from edgemoe.plans.plan import Plan
 
@@ -78,7 +78,7 @@ def read_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
 
     Args:
         method: Its name.
-        texts: ``NAME=VALUE`` each.
+        texts: `NAME=VALUE` each.
 
     Returns:
         The options by name.
@@ -97,7 +97,7 @@ def add_ranks(
     method: str,
     ratio: float,
     *,
-    open_home: Callable[[], Home],
+    open_layers: Callable[[], LayerProvider],
     prepare: Prepare,
     options: Mapping[str, Any] | None = None,
 ) -> RankedPlan:
@@ -108,12 +108,12 @@ def add_ranks(
         layers: The checkpoint's MoE layers, possibly on the meta device.
         statistics: Sums of the checkpoint, and the tokens that they are of.
         task: Task to decide for.
-        method: One of :data:`edgemoe.decompose.registry.METHODS`.
+        method: One of `edgemoe.decompose.registry.METHODS`.
         ratio: Fraction of the parameters of the kept routed experts that may be stored, in
             (0, 1].
-        open_home: Opens the model, for options that run its layers.
+        open_layers: Opens the model, for options that run its layers.
         prepare: Makes what a plan keeps and merges of a layer.
-        options: Of :func:`method_options`.
+        options: Of `method_options`.
 
     Returns:
         The plan with ranks.
@@ -149,7 +149,9 @@ def add_ranks(
         chosen["importance"],
         plan,
         measured,
-        lambda: LayerOracle(open_home(), spread_windows(measured.windows, _IMPORTANCE_TOKENS)),
+        lambda: LayerOracle(
+            open_layers(), spread_windows(measured.windows, _IMPORTANCE_TOKENS)
+        ),
     )
     budget = _Budget(
         plan,
@@ -164,7 +166,7 @@ def add_ranks(
         raise PlanError(f"layers must be equal or loss, got {chosen['layers']!r}.")
     found = budget.spend([(1.0, 1.0)] * len(layers))
     if chosen["layers"] == "loss":
-        losses = measure_losses(open_home(), found.plan, prepare)
+        losses = measure_losses(open_layers(), found.plan, prepare)
         fractions = [kept_fractions(group, ratio) for group in zip(*losses, strict=True)]
         found = budget.spend(list(zip(*fractions, strict=True)))
     return found
@@ -177,7 +179,7 @@ def _share_bases(
     factors: Factors,
     ratio: float,
 ) -> RankedPlan:
-    """Give every layer the largest bases that the ratio allows."""
+    """Choose for every layer the largest bases that the ratio allows."""
     multiple = int(factors.options["multiple"])
     if multiple < 1 or multiple % BASIS_MULTIPLE:
         raise PlanError(
@@ -209,7 +211,7 @@ def _refuse_factored(plan: Plan, layers: Sequence[MoeLayer]) -> None:
             f"experts must be whole to be factored, got layers {factored}, which are factored "
             "already or share bases. Start from the checkpoint that they were made from."
         )
-    if plan.is_narrowing:
+    if plan.prunes_width:
         raise PlanError(
             "a plan must keep all neurons of its experts to be given ranks, got one of "
             f"{plan.method} that chooses them. Apply it first, then calibrate and decompose "
@@ -256,7 +258,7 @@ class _Budget:
     multiple: int
 
     def spend(self, weights: Sequence[tuple[float, ...]]) -> RankedPlan:
-        """Give every expert its ranks, weights telling how much each product may keep."""
+        """Choose every expert's ranks in proportion to the weights of its products."""
         products: list[Product] = []
         fixed = 0
         for layer, plan, scores, pair in zip(

@@ -35,18 +35,18 @@ def expert_importance(
     """Judge the experts of every layer.
 
     Args:
-        choice: ``uniform``: all alike; ``frequency``: tokens that are routed to the expert;
-            ``reap``: mean gated norm of its output; ``loss``: rise of the loss without it.
+        choice: `uniform`: all alike; `frequency`: tokens that are routed to the expert;
+            `reap`: mean gated norm of its output; `loss`: rise of the loss without it.
         plan: What is kept and merged.
         statistics: Sums of the task.
-        open_oracle: Opens the model, for ``loss``.
+        open_oracle: Opens the model, for `loss`.
 
     Returns:
         Of each MoE layer one number per kept expert, in [0, inf).
 
     Raises:
         PlanError: There is no such choice.
-        StreamingError: ``loss`` is asked for, and the model is larger than memory.
+        StreamingError: `loss` is asked for, and the model is larger than memory.
     """
     if choice not in CHOICES:
         raise PlanError(f"importance must be one of {', '.join(CHOICES)}, got {choice!r}.")

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """What a method makes of a layer.
+    """Factors that a method computed for a layer.
 
     Attributes:
-        tensors: What :func:`edgemoe.models.factored_experts.factor_layer` takes.
+        tensors: What `edgemoe.models.factored_layer.factor_layer` takes.
         lost: What the first and the second products of all experts lose together: squared
             Frobenius norms, of what they give on the method's tokens or, without tokens, of
             themselves.

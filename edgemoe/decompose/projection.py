@@ -76,7 +76,7 @@ def input_projection(
             no token showed is not free to be lost. With 0, S must be positive definite.
 
     Returns:
-        P to ``reduce`` and B to ``expand``; ``lost`` is of S as it was given.
+        P to `reduce` and B to `expand`; `lost` is of S as it was given.
 
     Raises:
         PlanError: The rank, the shares or the moment do not fit.
@@ -117,7 +117,7 @@ def output_projection(second_moment: torch.Tensor, rank: int) -> Projection:
         rank: R, in [1, hidden].
 
     Returns:
-        Q^T to ``reduce`` and Q to ``expand``.
+        Q^T to `reduce` and Q to `expand`.
 
     Raises:
         PlanError: The rank does not fit.

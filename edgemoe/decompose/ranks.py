@@ -7,7 +7,7 @@ the budget is charged with. Shares:
 - Every product keeps the same fraction of its own parameters, the rule of SVD-LLM
   (https://arxiv.org/abs/2503.12340, k = m n fraction / (m + n)), so first and second products
   get the same share, not the same rank; unless shares are weighed, see
-  :mod:`edgemoe.decompose.theoretical_loss`.
+  `edgemoe.decompose.theoretical_loss`.
 - Within a layer i with M'_i experts, MoE-I² (https://arxiv.org/abs/2411.01016) gives
   expert j ::
 
@@ -89,12 +89,12 @@ def share_out(
     Args:
         products: All products of all layers.
         ratio: Fraction of all parameters, fixed ones included, that may be stored, in (0, 1].
-        multiple: Ranks are multiples of it where that leaves at most a hundredth of ``ratio``
+        multiple: Ranks are multiples of it where that leaves at most a hundredth of `ratio`
             unused; of half of it otherwise, of a quarter, and so on.
         fixed: Parameters that stay, such as biases.
 
     Returns:
-        One rank per product; together at most ``ratio``, and no single one can be raised by
+        One rank per product; together at most `ratio`, and no single one can be raised by
         a step.
 
     Raises:
@@ -151,7 +151,7 @@ def _size(products: Sequence[Product], ranks: Sequence[int]) -> int:
 
 
 def spread(stored: int, importance: Sequence[float]) -> tuple[int, ...]:
-    """Give the experts of a layer ranks by their importance.
+    """Distribute ranks over the experts of a layer by their importance.
 
     Args:
         stored: The largest rank, in [1, inf).
@@ -167,7 +167,7 @@ def spread(stored: int, importance: Sequence[float]) -> tuple[int, ...]:
 
 
 def skew(importance: Sequence[float]) -> float:
-    """Tell how much larger a layer's largest rank is than its mean rank.
+    """Compute how much larger a layer's largest rank is than its mean rank.
 
     Args:
         importance: I_ij of each expert, in [0, inf).

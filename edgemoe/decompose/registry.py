@@ -9,8 +9,8 @@ from edgemoe.decompose.shared_basis import shared_basis
 from edgemoe.decompose.svd import svd
 from edgemoe.decompose.svd_whitened import svd_whitened
 from edgemoe.errors import PlanError
-from edgemoe.models.factored_experts import factor_layer, factored
-from edgemoe.models.shared_basis_experts import base_layer, based
+from edgemoe.models.factored_layer import factor_layer, factored
+from edgemoe.models.shared_basis_layer import based, to_shared_basis
 from edgemoe.plans.factors import SHARED_BASIS
 from edgemoe.plans.options import options_of
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Method:
+class DecompositionMethod:
     """A decomposition.
 
     Attributes:
@@ -41,7 +41,7 @@ class Method:
             Options are keyword arguments.
         reads_tokens: Whether it looks at tokens.
         shares_bases: Whether the experts of a layer share bases
-            (:mod:`edgemoe.models.shared_basis_experts`) instead of having factors each.
+            (`edgemoe.models.shared_basis_experts`) instead of having factors each.
     """
 
     factor: Callable[..., LayerFactors]
@@ -50,13 +50,13 @@ class Method:
 
     @property
     def inside(self) -> Inside:
-        """Puts what :attr:`factor` gives into a layer for a while."""
+        """Puts what `factor` gives into a layer for a while."""
         return based if self.shares_bases else factored
 
     @property
     def put(self) -> Callable[[MoeLayer, Mapping[str, torch.Tensor]], None]:
-        """Puts what :attr:`factor` gives into a layer."""
-        return base_layer if self.shares_bases else factor_layer
+        """Puts what `factor` gives into a layer."""
+        return to_shared_basis if self.shares_bases else factor_layer
 
     @property
     def options(self) -> dict[str, Any]:
@@ -64,14 +64,14 @@ class Method:
         return options_of(self.factor)
 
 
-METHODS: dict[str, Method] = {
-    SHARED_BASIS: Method(shared_basis, reads_tokens=True, shares_bases=True),
-    "svd": Method(svd),
-    "svd-whitened": Method(svd_whitened, reads_tokens=True),
+METHODS: dict[str, DecompositionMethod] = {
+    SHARED_BASIS: DecompositionMethod(shared_basis, reads_tokens=True, shares_bases=True),
+    "svd": DecompositionMethod(svd),
+    "svd-whitened": DecompositionMethod(svd_whitened, reads_tokens=True),
 }
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str) -> DecompositionMethod:
     """Find a decomposition by name.
 
     Args:
@@ -98,7 +98,7 @@ class Decomposition:
         windows: The tokens that it looks at; none where it looks at none.
     """
 
-    method: Method
+    method: DecompositionMethod
     options: dict[str, Any]
     windows: tuple[Window, ...]
 

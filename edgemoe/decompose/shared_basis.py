@@ -1,13 +1,13 @@
 """shared-basis: one input basis and one output basis for all experts of a layer.
 
 Expert j computes f_j(x) = D_j act(W_j x + a_j) + b_j. With P [R, H] and B [H, R] for inputs and
-Q [H, R] for outputs, of rank R < H (see :mod:`edgemoe.decompose.projection`), it becomes
+Q [H, R] for outputs, of rank R < H (see `edgemoe.decompose.projection`), it becomes
 
     f'_j(x) = Q (D'_j act(W'_j P x + a_j) + b'_j)
     W'_j = W_j B [2I, R],    D'_j = Q^T D_j [R, I],    b'_j = Q^T b_j [R]
 
 so that a layer stores two bases and experts of hidden size R: what
-:mod:`edgemoe.models.shared_basis_experts` holds, and what any fused kernel runs unchanged. A
+`edgemoe.models.shared_basis_experts` holds, and what any fused kernel runs unchanged. A
 bias of the second product is a column of D_j whose activation is always 1: Q is chosen for it
 too, and it loses what it has outside of Q.
 
@@ -47,7 +47,7 @@ class SharedBasis:
     """Bases of one layer, and the experts between them.
 
     Attributes:
-        tensors: What :func:`edgemoe.models.shared_basis_experts.base_layer` takes.
+        tensors: What `edgemoe.models.shared_basis_layer.to_shared_basis` takes.
         input_lost: Share of sum_j f_j || W_j X ||_F^2 that is gone, in [0, 1].
         output_lost: Share of || Y ||_F^2 that is gone, in [0, 1].
     """
@@ -73,7 +73,7 @@ def shared_basis(
             sample reaches is not free to be lost.
 
     Returns:
-        What :func:`edgemoe.models.shared_basis_experts.base_layer` takes, and what the bases
+        What `edgemoe.models.shared_basis_layer.to_shared_basis` takes, and what the bases
         lose of inputs and of outputs.
 
     Raises:
@@ -127,9 +127,9 @@ def share_basis(
             mean; None for the variant without data.
         outputs: Y Y^T, float64 [hidden, hidden], likewise of what the routed experts return;
             None for sum_j f_j (D_j D_j^T + b_j b_j^T).
-        shares: f_j, one for each expert, in [0, inf); all alike by default. Without ``outputs``
+        shares: f_j, one for each expert, in [0, inf); all alike by default. Without `outputs`
             leave it so: how often an expert is used says nothing of how large it answers.
-        ridge: See :func:`input_projection`.
+        ridge: See `input_projection`.
 
     Returns:
         The bases and the experts, in the type of the layer's weights.
@@ -201,7 +201,7 @@ def largest_rank(
     multiple: int = RANK_MULTIPLE,
     experts: int | None = None,
 ) -> int:
-    """Invert :func:`stored_parameters`: what rank leaves a fraction of the parameters.
+    """Invert `stored_parameters`: what rank leaves a fraction of the parameters.
 
     Args:
         layer: A layer of whole experts, possibly on the meta device.
@@ -210,11 +210,11 @@ def largest_rank(
         experts: Experts that are left; those that the layer has by default.
 
     Returns:
-        The largest such rank R <= hidden_size with ``stored_parameters(layer, R) <=
-        ratio * stored_parameters(layer)``.
+        The largest such rank R <= hidden_size with `stored_parameters(layer, R) <=
+        ratio * stored_parameters(layer)`.
 
     Raises:
-        PlanError: The ratio is not in (0, 1], or leaves less than ``multiple``.
+        PlanError: The ratio is not in (0, 1], or leaves less than `multiple`.
     """
     if not 0 < ratio <= 1:
         raise PlanError(

@@ -5,7 +5,7 @@ https://arxiv.org/abs/2411.01016. Expert j of layer i with the ranks R_ij become
     W_j = U T V^T  ->  (U_k sqrt(T_k)) (sqrt(T_k) V_k^T),    k = R_ij
 
 for its first product and for its second. No token is read: all inputs count alike, which is
-what ``svd-whitened`` must beat. Gate and up rows are one matrix here: both read the same input,
+what `svd-whitened` must beat. Gate and up rows are one matrix here: both read the same input,
 and one inner factor serves both.
 """
 

@@ -1,7 +1,7 @@
 """svd-whitened: SVD-LLM v2 (Wang et al., 2025) for experts.
 
 https://arxiv.org/abs/2503.12340. The factors of a matrix W minimise ||W X - W' X||_F over the
-inputs X that it meets (:mod:`edgemoe.decompose.truncation` has the formula), instead of
+inputs X that it meets (`edgemoe.decompose.truncation` has the formula), instead of
 ||W - W'||_F. The paper is about dense models; for an expert j this file decides:
 
 - X of the first product is what reaches the tokens that are routed to j, each counted once,
@@ -9,7 +9,7 @@ inputs X that it meets (:mod:`edgemoe.decompose.truncation` has the formula), in
 - X of the second product is what j computes from the same tokens with its first product already
   factored, again what it will meet.
 - Few tokens may reach an expert. The second moment that is used is that of the routed tokens
-  plus ``prior_tokens`` times the mean over all tokens of the sample, as if so many more had
+  plus `prior_tokens` times the mean over all tokens of the sample, as if so many more had
   come, drawn from what the layer sees::
 
       S_j = sum_{t routed to j} x_t x_t^T + prior_tokens / T * sum_t x_t x_t^T

@@ -2,7 +2,7 @@
 
 Experts are chosen, and weights trained, for the lines that calibration read, so a score of
 those lines says how well they were learnt by heart. Plans, checkpoints and bundles carry the
-digests of these lines (:mod:`edgemoe.data_provenance`).
+digests of these lines (`edgemoe.data_provenance`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.data_provenance import digest_line, read_digests
 from edgemoe.errors import TaskFileError
+from edgemoe_runtime.bundle.names import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -34,7 +35,7 @@ def lines_behind(path: Path, task: str) -> frozenset[int]:
     Returns:
         Their digests; none where edgemoe did not make it, or not from lines.
     """
-    manifest = _read(path / "manifest.json")
+    manifest = _read(path / MANIFEST_FILE)
     if manifest:
         tasks = manifest.get("tasks")
         entries = tasks if isinstance(tasks, dict) else {}
@@ -52,7 +53,7 @@ def keep_held_out(
     Args:
         task: What to judge on.
         lines: Digests of the lines that the subject was made from.
-        policy: ``refuse`` them, ``skip`` them, or keep them and ``warn``.
+        policy: `refuse` them, `skip` them, or keep them and `warn`.
         subject: What messages call what is judged.
 
     Returns:

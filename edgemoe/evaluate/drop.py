@@ -1,6 +1,6 @@
 """How much worse one score is than another, of the same lines.
 
-A drop is what ``--max-drop`` limits: the relative rise of a perplexity, the fall of an
+A drop is what `--max-drop` limits: the relative rise of a perplexity, the fall of an
 accuracy in points of 1. Both models read the same lines, and most of what makes a line hard is
 the same for both, so the interval is of pairs: lines are resampled, and each resample scores
 both models. It is much narrower than the intervals of the two scores.
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Drop:
-    """How much worse a score is.
+    """Difference of two scores, and its confidence interval.
 
     Attributes:
-        value: As :func:`measure_drop` counts it.
+        value: As `measure_drop` counts it.
         ci95: Its 95% interval.
     """
 
@@ -59,7 +59,7 @@ def paired_drop(before: Evaluation, after: Evaluation) -> Drop:
     """Return how much worse a score is, and within which limits.
 
     A bootstrap over lines, wider where they are few
-    (:func:`edgemoe.evaluate.intervals.expanded_percentiles`). Of an accuracy of which few lines
+    (`edgemoe.evaluate.intervals.expanded_percentiles`). Of an accuracy of which few lines
     changed it is still too sure (a resample of lines that all stayed right has none that went
     wrong), so there each end is at least as far from the value as Wilson's interval of the
     share of lines that changed its way: of lines that went wrong for the upper end, of lines

@@ -10,7 +10,7 @@ import numpy as np
 from edgemoe.errors import CheckpointError
 from edgemoe.evaluate.exact_match import check_generates, count_exact_matches
 from edgemoe.evaluate.intervals import RESAMPLES, bootstrap_perplexity, wilson_interval
-from edgemoe.evaluate.requests import Question, build_questions, resolve_window
+from edgemoe.evaluate.requests import EvalExample, build_examples, resolve_window
 from edgemoe.evaluate.rolling import exp_or_none, summarise_rolling
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How a model does on a task.
+    """Score of a model on a task, with its confidence interval.
 
     Attributes:
         task: The task's name.
-        metric: ``perplexity`` for text and completions, ``accuracy`` for choices,
-            ``exact_match`` for completions that were generated.
+        metric: `perplexity` for text and completions, `accuracy` for choices,
+            `exact_match` for completions that were generated.
         value: The metric.
         ci95: Its 95% interval: for perplexity a bootstrap over lines, for the others Wilson's.
         n: Lines that were scored.
@@ -37,6 +37,8 @@ class Evaluation:
             choices those of the right choice.
         tokens: Tokens that the perplexity covers.
         details: What else was measured.
+        experts_per_token: Experts that scored tokens used per MoE layer, averaged over both;
+            None where that is not known.
         line_losses: Negative log-likelihood per line in nats, for paired comparisons.
         line_tokens: Scored tokens per line.
         line_hits: Per line of choices 1 where the right one is likeliest in total, else 0.
@@ -51,16 +53,17 @@ class Evaluation:
     perplexity: float
     tokens: int
     details: dict[str, Any] = field(default_factory=dict)
+    experts_per_token: float | None = None
     line_losses: tuple[float, ...] = field(default=(), repr=False)
     line_tokens: tuple[int, ...] = field(default=(), repr=False)
     line_hits: tuple[int, ...] = field(default=(), repr=False)
     line_values: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
 
     def to_dict(self, *, details: bool = False) -> dict[str, Any]:
-        """Return what ``edgemoe evaluate --json`` answers.
+        """Return what `edgemoe evaluate --json` answers.
 
         Args:
-            details: Whether to add the key ``details``.
+            details: Whether to add the key `details`.
 
         Returns:
             A dictionary that JSON can hold.
@@ -78,7 +81,7 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Evaluation:
-        """Read what :func:`dataclasses.asdict` and JSON made of an evaluation.
+        """Read what `dataclasses.asdict` and JSON made of an evaluation.
 
         Args:
             document: The JSON object.
@@ -127,13 +130,13 @@ def evaluate(
 
     Raises:
         TaskFileError: No token can be scored, a completion is longer than the model's
-            longest sequence, ``generate`` is given for a task without completions, or
-            ``max_tokens`` or ``window`` is out of range.
+            longest sequence, `generate` is given for a task without completions, or
+            `max_tokens` or `window` is out of range.
         CheckpointError: The model answers NaN or infinity.
     """
     if generate is not None:
         check_generates(task)
-    asked = build_questions(
+    asked = build_examples(
         task,
         tokenizer,
         max_length=scorer.max_length,
@@ -230,7 +233,7 @@ def evaluate(
     )
 
 
-def _score(scorer: Scorer, questions: list[Question]) -> dict[Request, list[Logprobs]]:
+def _score(scorer: Scorer, questions: list[EvalExample]) -> dict[Request, list[Logprobs]]:
     """Score what is asked for, twice or more often too, once."""
     requests = list(
         dict.fromkeys(
@@ -245,13 +248,13 @@ def _score(scorer: Scorer, questions: list[Question]) -> dict[Request, list[Logp
     return dict(zip(requests, scorer.score(requests), strict=True))
 
 
-def _judged(question: Question) -> list[int]:
+def _judged(question: EvalExample) -> list[int]:
     """Return which continuations the perplexity covers: the right one, or all of a text."""
     return [question.answer] if question.choices else list(range(len(question.requests)))
 
 
-def _find_hits(questions: list[Question], rows: list[list[Logprobs]]) -> NDArray[np.int64]:
-    """Tell where the right choice is likeliest in total, per character and per byte."""
+def _find_hits(questions: list[EvalExample], rows: list[list[Logprobs]]) -> NDArray[np.int64]:
+    """Find where the right choice is likeliest in total, per character and per byte."""
     hits = np.zeros((len(questions), 3), np.int64)
     for line, (question, row) in enumerate(zip(questions, rows, strict=True)):
         scores = np.array([logprobs.sum() for logprobs in row])
@@ -262,14 +265,14 @@ def _find_hits(questions: list[Question], rows: list[list[Logprobs]]) -> NDArray
     return hits
 
 
-def _majority(questions: list[Question]) -> float:
+def _majority(questions: list[EvalExample]) -> float:
     """Return the accuracy of always giving the most frequent right answer's text."""
     texts = [question.choices[question.answer] for question in questions]
     return max(texts.count(text) for text in set(texts)) / len(texts)
 
 
 def _summarise_texts(
-    questions: list[Question],
+    questions: list[EvalExample],
     scores: dict[Request, list[Logprobs]],
     window: int,
     prefix_token: int | None,

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
+import torch
 
 from edgemoe.models.hooks import check_k_cap, observe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-
-    import torch
 
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
@@ -23,7 +21,7 @@ class ExpertCount:
     """Counts the experts that tokens use, where they choose their number.
 
     Attributes:
-        real: Which tokens of the batch that runs are no padding, bool ``[rows, width]``.
+        real: Which tokens of the batch that runs are no padding, bool `[rows, width]`.
     """
 
     real: torch.Tensor
@@ -36,7 +34,7 @@ class ExpertCount:
             k_cap: Most experts per token, one for all MoE layers or one for each.
 
         Raises:
-            EdgemoeError: ``k_cap`` is out of range.
+            EdgemoeError: `k_cap` is out of range.
         """
         self._model = model
         most = [layer.top_k for layer in model.layers]
@@ -67,10 +65,10 @@ class ExpertCount:
         with observe(self._model, count):
             yield
 
-    def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+    def to_tensors(self) -> dict[str, torch.Tensor]:
         """Return what was counted, for a pass that may be interrupted."""
-        return {"experts_used": np.array([self._used, self._passed], np.int64)}
+        return {"experts_used": torch.tensor([self._used, self._passed])}
 
-    def restore(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Take what :meth:`to_arrays` returned in an earlier process."""
-        self._used, self._passed = map(int, arrays["experts_used"])
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take what `to_tensors` returned in an earlier process."""
+        self._used, self._passed = tensors["experts_used"].tolist()

@@ -1,7 +1,7 @@
 """The likelihood of whole texts, and what it is per byte and per word.
 
-The windows are those of ``loglikelihood_rolling`` in lm-eval
-(https://github.com/EleutherAI/lm-evaluation-harness, ``get_rolling_token_windows``), with one
+The windows are those of `loglikelihood_rolling` in lm-eval
+(https://github.com/EleutherAI/lm-evaluation-harness, `get_rolling_token_windows`), with one
 token of context: every token of a text is scored once, the first of all after a prefix token.
 """
 

@@ -62,7 +62,7 @@ class Scorer(Protocol):
 
 
 def token_logprobs(scorer: Scorer, ids: Sequence[int], start: int) -> Logprobs:
-    """Score the tokens of one sequence from ``start`` on.
+    """Score the tokens of one sequence from `start` on.
 
     Args:
         scorer: The model.
@@ -73,7 +73,7 @@ def token_logprobs(scorer: Scorer, ids: Sequence[int], start: int) -> Logprobs:
         log p(ids[t] | ids[:t]) for t in [start, len(ids)), float64 [len(ids) - start].
 
     Raises:
-        ValueError: ``start`` is out of range: the first token has no context.
+        ValueError: `start` is out of range: the first token has no context.
     """
     if not 1 <= start < len(ids):
         raise ValueError(f"start must be in [1, {len(ids)}), got {start}")

@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 
 class SupportsTokenLogprobs(Protocol):
-    """What of ``edgemoe_runtime.Session`` scoring needs."""
+    """Methods of `edgemoe_runtime.Session` that scoring needs."""
 
     def token_logprobs(self, ids: Sequence[int], start: int) -> Logprobs:
         """Return log p(ids[t] | ids[:t]) for t in [start, len(ids))."""
         ...
 
     def explain(self) -> SupportsExpertsPerToken:
-        """Tell what the latest tokens used."""
+        """Return what the latest tokens used."""
         ...
 
 
 class SupportsExpertsPerToken(Protocol):
-    """What of ``edgemoe_runtime.Explanation`` scoring needs."""
+    """Fields of `edgemoe_runtime.Explanation` that scoring needs."""
 
     @property
     def experts_per_token(self) -> float:

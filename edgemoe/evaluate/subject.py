@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgemoe.errors import CheckpointError
+from edgemoe_runtime.bundle.names import MANIFEST_FILE, TOKENIZER_FILE
 from edgemoe_runtime.decoding.tokenizer import encode_once
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from edgemoe.evaluate.exact_match import Generate
     from edgemoe.evaluate.scorer import Scorer
-    from edgemoe.models.opening import StreamedModel
 
 _LOADING_FAILURES = (RuntimeError, ValueError, TypeError, KeyError, OSError)
 
@@ -63,50 +63,30 @@ def open_subject(
         edgemoe_runtime.errors.BundleError: The bundle cannot be used, or has no such task.
     """
     path = Path(path)
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST_FILE).is_file():
         with _open_bundle(path, task, k_cap) as opened:
             yield opened
         return
     from edgemoe.evaluate.torch_scorer import TorchScorer
-    from edgemoe.models.checkpoint import has_experts, load_model, load_tokenizer
-    from edgemoe.models.opening import open_larger
+    from edgemoe.layerwise.provider import open_layers
+    from edgemoe.models.checkpoint import has_experts, load_tokenizer
     from edgemoe.models.safety import check_directory
+    from edgemoe.resume import WorkDirectory
 
     check_directory(path)
     tokenizer = load_tokenizer(path)
-    larger = open_larger(path) if has_experts(path) else None
-    if larger is not None:
-        with _open_larger(larger, tokenizer, k_cap) as opened:
-            yield opened
-        return
-    model = load_model(path) if has_experts(path) else load_dense(path)
-    scorer = TorchScorer(model, k_cap=k_cap)
+    layers = open_layers(path) if has_experts(path) else None
+    with contextlib.ExitStack() as stack:
+        work = None
+        if layers is not None and not layers.is_whole:
+            folder = tempfile.TemporaryDirectory(prefix="edgemoe-evaluate-")
+            work = WorkDirectory(Path(stack.enter_context(folder)))
+        scorer = TorchScorer(layers or load_dense(path), k_cap=k_cap, work=work)
 
-    def generate(prompt: str, max_new_tokens: int) -> str:
-        made = scorer.generate(encode_once(tokenizer, prompt).ids, max_new_tokens)
-        return str(tokenizer.decode(made))
+        def generate(prompt: str, max_new_tokens: int) -> str:
+            made = scorer.generate(encode_once(tokenizer, prompt).ids, max_new_tokens)
+            return str(tokenizer.decode(made))
 
-    yield Subject(scorer, tokenizer, generate, lambda: scorer.experts_per_token)
-
-
-@contextlib.contextmanager
-def _open_larger(
-    streamed: StreamedModel, tokenizer: Tokenizer, k_cap: int | Sequence[int] | None
-) -> Iterator[Subject]:
-    """Let a checkpoint that is larger than memory be judged one decoder layer at a time."""
-    from edgemoe.evaluate.streamed_scorer import StreamedScorer
-    from edgemoe.resume import WorkDirectory
-
-    def generate(prompt: str, max_new_tokens: int) -> str:
-        del prompt, max_new_tokens
-        raise CheckpointError(
-            "a checkpoint must fit into memory to generate, got one that is larger: each token "
-            "would read all of it. Judge completions by perplexity, or export it and judge the "
-            "bundle."
-        )
-
-    with tempfile.TemporaryDirectory(prefix="edgemoe-evaluate-") as folder:
-        scorer = StreamedScorer(streamed, WorkDirectory(Path(folder)), k_cap=k_cap)
         yield Subject(scorer, tokenizer, generate, lambda: scorer.experts_per_token)
 
 
@@ -126,8 +106,8 @@ def load_dense(path: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from edgemoe.models.checkpoint import check_fit, quiet_transformers
     from edgemoe.models.experts import is_experts_module
+    from edgemoe.models.loading import check_fit, quiet_transformers
     from edgemoe.models.registry import find_family
     from edgemoe.models.safety import check_directory, check_weights
 
@@ -175,15 +155,15 @@ def _open_bundle(
     from edgemoe.evaluate.requests import PROMPT_TOKENS
     from edgemoe.evaluate.session_scorer import SessionScorer
     from edgemoe_runtime import Session
-    from edgemoe_runtime.bundle.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest_file import load_manifest
 
-    manifest = Manifest.load(path)
+    manifest = load_manifest(path)
     # A single graph answers for any task; of several, the task's own must exist.
     name, _ = manifest.task(None if len(manifest.tasks) == 1 else task)
     max_length = min(manifest.model.max_position_embeddings, PROMPT_TOKENS)
     with Session.open(path, task=name, k_cap=k_cap, max_length=max_length) as session:
         # Opening the session has checked that the file is there and is whole.
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(path / TOKENIZER_FILE))
         tokenizer.no_truncation()
         tokenizer.no_padding()
 

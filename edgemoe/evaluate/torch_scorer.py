@@ -10,62 +10,89 @@ import torch
 from transformers import GenerationConfig
 
 from edgemoe.errors import CheckpointError
+from edgemoe.evaluate.batches import (
+    BATCH_TOKENS,
+    PAD,
+    ScoreBatch,
+    gather,
+    make_batches,
+    pad,
+    real_tokens,
+)
 from edgemoe.evaluate.experts_used import ExpertCount
+from edgemoe.layerwise.provider import InMemoryLayers
+from edgemoe.layerwise.runner import LayerTask, run_batches
 from edgemoe.models.contract import MoeModel
 from edgemoe.models.hooks import limit_k
 from edgemoe.progress import track
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from transformers import PreTrainedModel
 
     from edgemoe.evaluate.scorer import Logprobs, Request
+    from edgemoe.layerwise.provider import LayerProvider
+    from edgemoe.resume import WorkDirectory
 
-BATCH_TOKENS = 512
 _CACHE_TOKENS = 4096
-_ROWS_AT_ONCE = 64
-_PAD = 0
 
 
 class TorchScorer:
-    """Scores with a model in memory.
+    """Scores with a model that is in memory, or with a checkpoint that is larger.
 
     Sequences of one continuation are sorted by length and padded on the right into batches of
     at most 512 tokens. A causal model's tokens never see what is on their right, so padding
     changes a result by the rounding of float32 at most. Several continuations of one context
-    are run together after it, from its KV cache, and with nothing else.
+    are run together after it, from its KV cache, and with nothing else. Of a checkpoint that is
+    read layer by layer they run each with its context, since a layer that runs alone has no
+    cache, and differ by the rounding of float32; all else gives the same bits.
     """
 
     def __init__(
         self,
-        model: MoeModel | PreTrainedModel,
+        model: MoeModel | PreTrainedModel | LayerProvider,
         *,
         k_cap: int | Sequence[int] | None = None,
         batch_tokens: int = BATCH_TOKENS,
+        work: WorkDirectory | None = None,
+        inside: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         """Wrap a model.
 
         Args:
-            model: A Mixture-of-Experts model, or a transformers model that has no experts.
+            model: A Mixture-of-Experts model, a transformers model that has no experts, or
+                what holds the layers of a Mixture-of-Experts checkpoint.
             k_cap: Most experts per token, one for all MoE layers or one for each.
             batch_tokens: Tokens of a batch, padding included; one longer sequence is a
                 batch of its own.
+            work: For what the layers of a larger checkpoint returned; nothing is left there.
+            inside: Makes a context that each layer of a larger checkpoint runs in, from its
+                index; its weights are in memory then, and may be others until it ends.
 
         Raises:
-            CheckpointError: ``k_cap`` is given for a model without experts.
-            EdgemoeError: ``k_cap`` is out of range.
+            CheckpointError: `k_cap` is given for a model without experts.
+            EdgemoeError: `k_cap` is out of range.
         """
-        self._moe = model if isinstance(model, MoeModel) else None
-        self._model: Any = model.model if isinstance(model, MoeModel) else model
+        self._moe: MoeModel | None = None
+        if isinstance(model, MoeModel):
+            self._moe, self._layers = model, InMemoryLayers(model)
+        elif isinstance(model, torch.nn.Module):
+            self._layers = InMemoryLayers(model)
+        else:
+            self._moe, self._layers = model.moe, model
+        self._model: Any = self._layers.model
         self._k_cap = k_cap
         self._batch_tokens = batch_tokens
+        self._work = work
         if k_cap is not None and self._moe is None:
             raise CheckpointError(
                 f"k_cap needs a Mixture-of-Experts model, got {k_cap} for a dense one. "
                 "Leave --k-cap out."
             )
         self._count = None if self._moe is None else ExpertCount(self._moe, k_cap)
+        self._inside = inside
 
     @property
     def max_length(self) -> int:
@@ -76,7 +103,8 @@ class TorchScorer:
     def experts_per_token(self) -> float | None:
         """Experts that the tokens scored so far used per MoE layer, averaged over both.
 
-        None for a dense model, and before anything was scored where k depends on the token.
+        None for a dense model, and before anything was scored where k depends on the token. A
+        context that runs with each of its continuations counts with each.
         """
         return None if self._count is None else self._count.mean
 
@@ -91,14 +119,41 @@ class TorchScorer:
             request and each of its continuations.
         """
         results: list[list[Logprobs]] = [[] for _ in requests]
-        with torch.inference_mode(), self._capped(), self._counting():
-            for batch in track(make_batches(requests, self._batch_tokens), "evaluate"):
-                if len(requests[batch[0]].continuations) > 1:
-                    results[batch[0]] = self._score_choices(requests[batch[0]])
-                    continue
-                chosen = [requests[index] for index in batch]
-                for index, logprobs in zip(batch, self._score_batch(chosen), strict=True):
-                    results[index] = [logprobs]
+        batches: list[ScoreBatch] = []
+        cached: list[int] = []
+        for members in make_batches(requests, self._batch_tokens):
+            choices = len(requests[members[0]].continuations)
+            if choices == 1:
+                batches.append(ScoreBatch(requests, [(member, 0) for member in members]))
+            elif self._layers.is_whole:
+                cached += members
+            else:
+                at_once = max(1, self._batch_tokens // requests[members[0]].longest)
+                batches += [
+                    ScoreBatch(
+                        requests,
+                        [(members[0], n) for n in range(start, min(start + at_once, choices))],
+                    )
+                    for start in range(0, choices, at_once)
+                ]
+
+        def take(number: int, logits: torch.Tensor) -> None:
+            for one, logprobs in batches[number].gather(logits):
+                results[one].append(logprobs)
+
+        with self._capped(), self._counting():
+            with torch.inference_mode():
+                for one in track(cached, "evaluate"):
+                    results[one] = self._score_choices(requests[one])
+            run_batches(
+                self._layers,
+                [batch.batch for batch in batches],
+                _Watch(self._count, [batch.real for batch in batches], self._inside),
+                description="evaluate",
+                take=take,
+                work=self._work,
+                name="score",
+            )
         return results
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
@@ -110,11 +165,20 @@ class TorchScorer:
 
         Returns:
             The token ids that follow, without the end token.
+
+        Raises:
+            CheckpointError: The checkpoint is larger than memory.
         """
+        if not self._layers.is_whole:
+            raise CheckpointError(
+                "a checkpoint must fit into memory to generate, got one that is larger: each "
+                "token would read all of it. Judge completions by perplexity, or export it and "
+                "judge the bundle."
+            )
         own = self._model.generation_config
         ends = own.eos_token_id
         settings = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=_PAD
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=PAD
         )
         prompt = self._pad([ids])
         # transformers fills the gaps of what it is given from the model's own settings, which
@@ -131,29 +195,13 @@ class TorchScorer:
         new: list[int] = made[0, len(ids) :].tolist()
         return new[:-1] if new and new[-1] in stops else new
 
-    def _capped(self) -> contextlib.AbstractContextManager[None]:
+    def _capped(self) -> AbstractContextManager[None]:
         if self._moe is None or self._k_cap is None:
             return contextlib.nullcontext()
         return limit_k(self._moe, self._k_cap)
 
-    def _counting(self) -> contextlib.AbstractContextManager[None]:
+    def _counting(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if self._count is None else self._count.counting()
-
-    def _score_batch(self, requests: list[Request]) -> list[Logprobs]:
-        """Score requests of one continuation each, padded on the right."""
-        rows = [request.context + request.continuations[0] for request in requests]
-        # Position t predicts token t + 1, so the last token of a row is never an input.
-        ids = self._pad([row[:-1] for row in rows])
-        first = min(len(request.context) for request in requests) - 1
-        logits = self._model(
-            input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first
-        ).logits
-        scored = []
-        for row, request, row_logits in zip(rows, requests, logits, strict=True):
-            start = len(request.context) - 1 - first
-            targets = row[len(request.context) :]
-            scored.append(gather(row_logits[start : start + len(targets)], targets))
-        return scored
 
     def _score_choices(self, request: Request) -> list[Logprobs]:
         """Run the context once, then its continuations from the context's cache."""
@@ -186,60 +234,29 @@ class TorchScorer:
         return pad(rows).to(self._model.device)
 
 
-def pad(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Make a batch of rows of token ids, padded on the right, int64 [rows, longest]."""
-    width = max(map(len, rows))
-    padded = [[*row, *[_PAD] * (width - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=torch.int64)
+class _Watch(LayerTask):
+    """Counts the experts that real tokens use."""
 
+    def __init__(
+        self,
+        count: ExpertCount | None,
+        real: Sequence[torch.Tensor],
+        inside: Callable[[int], AbstractContextManager[Any]],
+    ) -> None:
+        self._count, self._real, self._inside = count, real, inside
 
-def real_tokens(rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return which tokens of a padded batch are no padding, bool [rows, longest]."""
-    lengths = torch.tensor([len(row) for row in rows])
-    return torch.arange(int(lengths.max())) < lengths[:, None]
+    def inside(self, index: int) -> AbstractContextManager[Any]:
+        return self._inside(index)
 
+    def before_batch(self, number: int) -> None:
+        if self._count is not None:
+            self._count.real = self._real[number]
 
-def make_batches(requests: Sequence[Request], batch_tokens: int) -> list[list[int]]:
-    """Group requests by length; those with several continuations stay alone.
+    def state(self, index: int) -> dict[str, torch.Tensor]:
+        del index
+        return {} if self._count is None else self._count.to_tensors()
 
-    Args:
-        requests: What is to be scored.
-        batch_tokens: Tokens of a batch, padding included.
-
-    Returns:
-        Positions of the requests of each batch.
-    """
-    alone: list[list[int]] = []
-    batches: list[list[int]] = []
-    open_width = 0
-    for index in sorted(range(len(requests)), key=lambda index: -requests[index].longest):
-        request = requests[index]
-        if len(request.continuations) > 1:
-            alone.append([index])
-        # The first of a batch is its longest, so it sets the width of all.
-        elif open_width and (len(batches[-1]) + 1) * open_width <= batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-            open_width = request.longest
-    return alone + batches
-
-
-def gather(logits: torch.Tensor, targets: Sequence[int]) -> Logprobs:
-    """Pick the log-probability of one token per row.
-
-    Args:
-        logits: Logits [tokens, vocabulary].
-        targets: The tokens.
-
-    Returns:
-        log softmax(logits)[t, targets[t]], float64 [tokens].
-    """
-    ids = torch.tensor(targets, dtype=torch.int64, device=logits.device)
-    parts = []
-    for start in range(0, len(targets), _ROWS_AT_ONCE):
-        rows = logits[start : start + _ROWS_AT_ONCE].double()
-        chosen = rows.gather(1, ids[start : start + _ROWS_AT_ONCE, None])[:, 0]
-        parts.append(chosen - rows.logsumexp(dim=-1))
-    scored: Logprobs = torch.cat(parts).cpu().numpy()
-    return scored
+    def restore(self, index: int, read: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        del index
+        if self._count is not None:
+            self._count.restore(read())

@@ -1,7 +1,7 @@
 """What a decoder layer returned for every batch: in files, and in memory up to a limit.
 
 The files are what an interrupted run goes on from, so all outputs are written; those that fit
-the limit are read from memory.
+the limit are read from memory. Without a directory all outputs stay in memory.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _METADATA_KEY = "structures"
 class LayerOutputs:
     """Outputs of one decoder layer, in the order of the batches."""
 
-    def __init__(self, directory: Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+    def __init__(self, directory: Path | None, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         """Start without outputs.
 
         Args:
-            directory: An existing empty directory for the files.
-            limit_bytes: How much may stay in memory.
+            directory: An existing empty directory for the files; None for no files.
+            limit_bytes: How much may stay in memory, where there are files.
         """
         self._directory = directory
         self._limit_bytes = limit_bytes
@@ -70,6 +70,9 @@ class LayerOutputs:
         Args:
             outputs: What the layer returned; its tensors must not change any more.
         """
+        if self._directory is None:
+            self._kept.append(outputs)
+            return
         sizes: list[int] = []
         map_tensors(outputs, lambda tensor: sizes.append(tensor.nbytes))
         size = sum(sizes)
@@ -85,6 +88,8 @@ class LayerOutputs:
 
     def finish(self) -> None:
         """Write what is left, and let it reach the disk."""
+        if self._directory is None:
+            return
         if self._waiting:
             self._flush()
         descriptor = os.open(self._directory, os.O_RDONLY)
@@ -113,6 +118,7 @@ class LayerOutputs:
             return name
 
         structures = [map_tensors(outputs, name_of) for outputs in self._waiting]
+        assert self._directory is not None
         file = self._directory / f"{len(self._files):06}.safetensors"
         save_file(tensors, str(file), {_METADATA_KEY: json.dumps(structures)})
         with file.open("rb") as stream:

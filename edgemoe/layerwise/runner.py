@@ -1,185 +1,342 @@
-"""Run batches through a whole checkpoint with one decoder layer in memory at a time."""
+"""The one pass over a model's decoder layers, which goes on where it was interrupted.
+
+Each layer gets every batch before the next layer is held. What it returned goes to the next,
+and with a work directory to the disk, beside what the task wants kept of the layer; the same
+pass begins after the last finished layer then.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from safetensors.numpy import load, save
+import torch
 
+from edgemoe.layerwise.batch import digest_batches
+from edgemoe.layerwise.finished_layers import FinishedLayers, outputs_name
 from edgemoe.layerwise.outputs import DEFAULT_LIMIT_BYTES, LayerOutputs
-from edgemoe.layerwise.replay import only_head, only_layer
-from edgemoe.models.checkpoint import quiet_transformers
-from edgemoe.progress import counting
+from edgemoe.layerwise.replay import map_tensors, only_head, only_layer
+from edgemoe.models.loading import quiet_transformers
+from edgemoe.progress import counting, track
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
-    import numpy as np
-    import torch
-
-    from edgemoe.models.opening import StreamedModel
+    from edgemoe.layerwise.batch import Batch
+    from edgemoe.layerwise.provider import LayerProvider
+    from edgemoe.layerwise.replay import Outputs
     from edgemoe.resume import WorkDirectory
 
-_PREFIX = "pass-"
-_PROGRESS = f"{_PREFIX}progress.json"
 
-Layer: TypeAlias = "Callable[[int], AbstractContextManager[Any]]"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One forward pass.
+@dataclass
+class Visit:
+    """One decoder layer, its weights in memory, and the batches that have come to it.
 
     Attributes:
-        ids: Token ids, int64 ``[rows, tokens]``.
-        logits_to_keep: Last positions that logits are wanted of; 0 for all.
+        index: Which decoder layer.
+        before: What the layer before it returned for each batch, to be read as often as
+            needed; None each for the first layer.
+        returned: What it gives to the next layer for each batch, once `send_on` was
+            called.
     """
 
-    ids: torch.Tensor
-    logits_to_keep: int = 0
+    provider: LayerProvider
+    batches: Sequence[Batch]
+    index: int
+    before: Iterable[Outputs]
+    returned: LayerOutputs = field(default_factory=lambda: LayerOutputs(None))
 
-    @property
-    def inputs(self) -> Mapping[str, Any]:
-        """Arguments of the decoder."""
-        return {"input_ids": self.ids, "use_cache": False}
+    def run(self, on_batch: Callable[[int], None] = lambda _: None) -> Iterator[Outputs]:
+        """Run the layer as it is now on every batch.
+
+        Args:
+            on_batch: Called with a batch's number before it runs.
+
+        Yields:
+            What the layer returns for each batch, on its device.
+
+        Raises:
+            StreamingError: The family cannot be run layer by layer.
+        """
+        return run_layer(self.provider, self.index, self.batches, self.before, on_batch)
+
+    def send_on(
+        self,
+        outputs: Iterable[Outputs],
+        on_batch: Callable[[], None] = lambda: None,
+        *,
+        stored: bool = True,
+    ) -> int:
+        """Decide what the next layer is given.
+
+        Args:
+            outputs: For each batch.
+            on_batch: Called after each of them.
+            stored: Whether there is a next layer.
+
+        Returns:
+            How many there were.
+        """
+        count = 0
+        with contextlib.ExitStack() as stack:
+            if isinstance(outputs, Generator):
+                # It holds the layer's own forward, which must be back whatever happens here.
+                stack.callback(outputs.close)
+            for one in outputs:
+                if stored:
+                    self.returned.append(map_tensors(one, lambda tensor: tensor.cpu()))
+                on_batch()
+                count += 1
+        self.returned.finish()
+        return count
 
 
-class PassState(Protocol):
-    """What a pass gathers while its layers run, to be kept with each finished one."""
-
-    def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Return what was gathered."""
-        ...
-
-    def restore(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Take what :meth:`to_arrays` returned in an earlier process."""
-        ...
-
-
-def run_batches(
-    streamed: StreamedModel,
+def run_layer(
+    provider: LayerProvider,
+    index: int,
     batches: Sequence[Batch],
-    take: Callable[[int, torch.Tensor], None],
-    work: WorkDirectory,
-    *,
-    name: str,
-    description: str,
-    inside: Layer = contextlib.nullcontext,
+    before: Iterable[Outputs],
     on_batch: Callable[[int], None] = lambda _: None,
-    state: PassState | None = None,
-    limit_bytes: int = DEFAULT_LIMIT_BYTES,
-) -> None:
-    """Give every batch's logits, as the model gives them when it is in memory whole.
-
-    A pass that was interrupted goes on after its last finished layer, in the same work
-    directory and with the same batches.
+) -> Iterator[Outputs]:
+    """Run one decoder layer, whose weights are in memory, on batches.
 
     Args:
-        streamed: The checkpoint.
-        batches: What to run.
-        take: Called with each batch's number and logits ``[rows, positions, vocabulary]``.
-        work: For what layers returned; nothing is left there when the pass has ended.
-        name: What tells the pass from others in the same directory.
-        description: What the progress bar says.
-        inside: Makes a context that each decoder layer runs in, from its index; the layer's
-            weights are in memory then.
-        on_batch: Called with a batch's number before a layer runs it.
-        state: What is gathered besides.
-        limit_bytes: Memory for what layers returned; the rest is read from files.
+        provider: The model.
+        index: Which layer.
+        batches: The batches.
+        before: What the layer before it returned for each; None each for the first.
+        on_batch: Called with a batch's number before it runs.
+
+    Yields:
+        What it returns for each batch, on its device.
 
     Raises:
         StreamingError: The family cannot be run layer by layer.
     """
-    skeleton = streamed.skeleton
-    count = len(skeleton.layers)
-    kept = _Kept(work, _digest(name, batches), state)
-    first, before = kept.recall()
-    with (
-        quiet_transformers(),
-        skeleton.outer(),
-        counting((count + 1 - first) * len(batches), description) as advance,
-    ):
-        for index in range(first, count):
-            # Those of the layer before are in memory too.
-            outputs = LayerOutputs(kept.directory(index), limit_bytes // 2)
-            with (
-                skeleton.layer(index),
-                inside(index),
-                only_layer(skeleton.decoder, skeleton.layers, index) as run,
-            ):
-                earlier = itertools.repeat(None) if before is None else iter(before)
-                for number, (batch, given) in enumerate(zip(batches, earlier, strict=False)):
-                    on_batch(number)
-                    outputs.append(run(batch.inputs, given))
-                    advance()
-            outputs.finish()
-            kept.keep(index)
-            before = outputs
-        assert before is not None
-        with skeleton.head(), only_head(skeleton.model, skeleton.layers) as finish:
-            for number, (batch, given) in enumerate(zip(batches, before, strict=True)):
-                arguments = {**batch.inputs, "logits_to_keep": batch.logits_to_keep}
-                take(number, finish(arguments, given).logits)
+    device = provider.device
+    with only_layer(provider.decoder, provider.layers, index) as run:
+        for number, (batch, given) in enumerate(zip(batches, before, strict=True)):
+            on_batch(number)
+            there = map_tensors(given, lambda tensor: tensor.to(device))
+            yield run(batch.inputs(device), there)
+
+
+class LayerTask:
+    """What a pass does to each decoder layer. A subclass overrides what it needs.
+
+    As it is, it runs every batch through every layer and keeps nothing.
+    """
+
+    def inside(self, index: int) -> AbstractContextManager[Any]:
+        """Make the context that a layer is visited in; its weights are in memory then.
+
+        Args:
+            index: Of the decoder layer.
+        """
+        del index
+        return contextlib.nullcontext()
+
+    def before_batch(self, number: int) -> None:
+        """Be told which batch runs next.
+
+        Args:
+            number: Of the batch.
+        """
+
+    def visit(self, visit: Visit) -> Iterable[Outputs]:
+        """Do to a layer what the pass is for.
+
+        Args:
+            visit: The layer.
+
+        Returns:
+            What the next layer is given for each batch; nothing where none follows.
+        """
+        return visit.run(self.before_batch)
+
+    def state(self, index: int) -> dict[str, torch.Tensor]:
+        """Return what must not be lost of a layer that is finished, by name.
+
+        Args:
+            index: Of the decoder layer.
+        """
+        del index
+        return {}
+
+    def restore(self, index: int, read: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """Take what an earlier process kept of a finished layer; called in their order.
+
+        Args:
+            index: Of the decoder layer.
+            read: Reads what `state` returned.
+        """
+
+
+class LayerPass:
+    """Batches on their way through the decoder layers of a model.
+
+    Attributes:
+        reached: Decoder layers that are finished: the index after that of the last one.
+        before: What the last finished layer returned for each batch; None each at first.
+    """
+
+    def __init__(
+        self,
+        provider: LayerProvider,
+        batches: Sequence[Batch],
+        limit_bytes: int = DEFAULT_LIMIT_BYTES,
+    ) -> None:
+        """Begin before the first layer.
+
+        Args:
+            provider: The model.
+            batches: What runs.
+            limit_bytes: Memory for what layers returned, where the rest can go into files.
+        """
+        self.provider = provider
+        self.batches = batches
+        self.reached = 0
+        self.before: Iterable[Outputs] = [None] * len(batches)
+        # What the layer before returned is in memory too.
+        self._limit_bytes = limit_bytes // 2
+
+    @contextlib.contextmanager
+    def layer(self, index: int, work: WorkDirectory | None = None) -> Iterator[Visit]:
+        """Hold the next layer.
+
+        Args:
+            index: Which.
+            work: Where its outputs go that exceed the limit; None keeps all in memory.
+
+        Yields:
+            The layer; with the end of the block it is finished.
+        """
+        directory = None if work is None else work.empty_directory(outputs_name(index))
+        returned = LayerOutputs(directory, self._limit_bytes)
+        with self.provider.layer(index):
+            yield Visit(self.provider, self.batches, index, self.before, returned)
+        self.reached, self.before = index + 1, returned
+
+
+def run_layers(
+    provider: LayerProvider,
+    batches: Sequence[Batch],
+    task: LayerTask,
+    *,
+    description: str,
+    layers: Sequence[int] | None = None,
+    work: WorkDirectory | None = None,
+    name: str = "",
+    take: Callable[[int, torch.Tensor], None] | None = None,
+    limit_bytes: int = DEFAULT_LIMIT_BYTES,
+) -> None:
+    """Visit decoder layers in order.
+
+    Args:
+        provider: The model.
+        batches: What runs; none where the task looks at weights only.
+        task: What to do to each layer.
+        description: What the progress bar says.
+        layers: Which layers, ascending; all of them, or with batches all up to the last.
+        work: For what layers returned, and for their states; a pass that was interrupted goes
+            on there. None keeps all in memory.
+        name: What tells the pass from others that use the directory one after the other.
+        take: Called with each batch's number and logits `[rows, positions, vocabulary]`.
+            Nothing is left in the work directory then; states are, without it.
+        limit_bytes: Memory for what layers returned, in a work directory.
+
+    Raises:
+        StreamingError: The family cannot be run layer by layer.
+    """
+    chosen = range(len(provider.layers)) if layers is None else layers
+    running = LayerPass(provider, batches, limit_bytes)
+    finished = None if work is None else FinishedLayers(work, digest_batches(name, batches))
+    done = 0 if finished is None else finished.recall(task, chosen)
+    left = chosen[done:]
+    if finished is not None and done:
+        running.reached, running.before = chosen[done - 1] + 1, finished.outputs()
+    if not left and take is None:
+        return
+    each = max(len(batches), 1)
+    total = each * (len(left) + (take is not None))
+    outer = provider.outer() if batches else contextlib.nullcontext()
+    with quiet_transformers(), outer, counting(total, description) as advance:
+        for index in left:
+            is_last = take is None and index == chosen[-1]
+            with running.layer(index, work) as visit, task.inside(index):
+                seen = visit.send_on(task.visit(visit), advance, stored=not is_last)
+            for _ in range(each - seen):
                 advance()
-    kept.remove()
+            if finished is not None:
+                finished.keep(index, task.state(index))
+        if take is not None:
+            with provider.head(), only_head(provider.model, provider.layers) as finish:
+                for number, (batch, given) in enumerate(
+                    zip(batches, running.before, strict=True)
+                ):
+                    there = map_tensors(given, lambda tensor: tensor.to(provider.device))
+                    arguments = batch.inputs(provider.device)
+                    arguments["logits_to_keep"] = batch.logits_to_keep
+                    take(number, finish(arguments, there).logits)
+                    advance()
+    if finished is not None and take is not None:
+        finished.remove()
 
 
-class _Kept:
-    """The finished layers of a pass, in files."""
+def run_batches(
+    provider: LayerProvider,
+    batches: Sequence[Batch],
+    task: LayerTask,
+    *,
+    description: str,
+    take: Callable[[int, torch.Tensor], None] | None = None,
+    layers: Sequence[int] | None = None,
+    work: WorkDirectory | None = None,
+    name: str = "",
+    limit_bytes: int = DEFAULT_LIMIT_BYTES,
+) -> None:
+    """Run a task that changes nothing of what layers return: it watches, or wants logits.
 
-    def __init__(self, work: WorkDirectory, digest: str, state: PassState | None) -> None:
-        self._work = work
-        self._digest = digest
-        self._state = state
+    A model that is in memory runs each batch as a whole, which is faster, and possible where
+    its layers cannot be run one by one; the bits are the same.
 
-    def recall(self) -> tuple[int, LayerOutputs | None]:
-        """Return how many layers are finished, and what the last of them returned."""
-        done = self._work.read(_PROGRESS)
-        if done is None or done["digest"] != self._digest:
-            self.remove()
-            return 0, None
-        count = int(done["layers_done"])
-        if self._state is not None:
-            self._state.restore(load((self._work.path / _state_name(count)).read_bytes()))
-        return count, LayerOutputs.reopen(self._work.path / _outputs_name(count - 1))
+    Args:
+        provider: The model.
+        batches: What runs.
+        task: Watches; its `visit`, `inside` and states are not used on a whole model.
+        description: What the progress bar says.
+        take: As in `run_layers`.
+        layers: As there.
+        work: As there.
+        name: As there.
+        limit_bytes: As there.
 
-    def directory(self, index: int) -> Path:
-        """Make the directory for what a layer returns."""
-        return self._work.empty_directory(_outputs_name(index))
-
-    def keep(self, index: int) -> None:
-        """Note that a layer is finished."""
-        count = index + 1
-        if self._state is not None:
-            self._work.write_bytes(_state_name(count), save(self._state.to_arrays()))
-        self._work.write(_PROGRESS, {"digest": self._digest, "layers_done": count})
-        self._work.remove(_outputs_name(index - 1))
-        self._work.remove(_state_name(count - 1))
-
-    def remove(self) -> None:
-        """Forget the pass."""
-        self._work.remove(_PROGRESS)
-        for path in self._work.path.glob(f"{_PREFIX}*"):
-            self._work.remove(path.name)
-
-
-def _digest(name: str, batches: Sequence[Batch]) -> str:
-    digest = hashlib.sha256(f"{name}\n".encode())
-    for batch in batches:
-        digest.update(f"{tuple(batch.ids.shape)} {batch.logits_to_keep}\n".encode())
-        digest.update(batch.ids.contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _outputs_name(index: int) -> str:
-    return f"{_PREFIX}outputs-{index:05}"
-
-
-def _state_name(count: int) -> str:
-    return f"{_PREFIX}state-{count:05}.safetensors"
+    Raises:
+        StreamingError: The model is read layer by layer, and its family cannot be run so.
+    """
+    if not provider.is_whole:
+        run_layers(
+            provider,
+            batches,
+            task,
+            description=description,
+            layers=layers,
+            work=work,
+            name=name,
+            take=take,
+            limit_bytes=limit_bytes,
+        )
+        return
+    model: Any = provider.model
+    with torch.inference_mode():
+        for number, batch in enumerate(track(batches, description)):
+            task.before_batch(number)
+            inputs = batch.inputs(provider.device)
+            if take is None:
+                # The layers below the head are all that is wanted.
+                model.base_model(**inputs)
+            else:
+                take(number, model(**inputs, logits_to_keep=batch.logits_to_keep).logits)

@@ -2,7 +2,7 @@
 
 Families write this step in many ways: an activation named in config.json, constants in
 attributes, a method of their own. All of them are functions of one hidden unit, so a few
-questions to ``experts._apply_gate`` (or ``experts.act_fn``, where there is no gate) tell which
+questions to the module's gate (or `experts.act_fn`, where there is no gate) tell which
 one it is, and an answer counts only when it then explains every probe.
 """
 
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.nn import functional
+
+from edgemoe.models.transformers_internals import apply_gate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,13 +33,13 @@ _TOLERANCE = 2e-6
 class Activation:
     """A function of an expert's hidden units.
 
-    With a gate it is ``act(min(gate, limit)) * (clamp(up, -limit, limit) + beta)``, without
-    one ``act(up)``; ``swish`` is ``x * sigmoid(alpha * x)``.
+    With a gate it is `act(min(gate, limit)) * (clamp(up, -limit, limit) + beta)`, without
+    one `act(up)`; `swish` is `x * sigmoid(alpha * x)`.
 
     Attributes:
-        kind: ``swish``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu2`` (its square).
+        kind: `swish`, `gelu`, `gelu_tanh`, `relu` or `relu2` (its square).
         gated: Whether there is a gate.
-        alpha: Slope inside ``swish``.
+        alpha: Slope inside `swish`.
         beta: What is added to the up half.
         limit: Where both halves are cut off; infinity for nowhere.
     """
@@ -50,7 +52,7 @@ class Activation:
 
     @property
     def is_swiglu(self) -> bool:
-        """Whether it is a gated ``swish``, with whatever constants."""
+        """Whether it is a gated `swish`, with whatever constants."""
         return self.gated and self.kind == "swish"
 
     def __call__(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
@@ -114,7 +116,7 @@ def find_activation(experts: nn.Module) -> Activation | None:
             if concatenated
             else torch.stack((gate, up), dim=-1).flatten(-2)
         )
-        return cast("Unary", experts._apply_gate)(both)
+        return apply_gate(experts, both)
 
     gate, up = torch.meshgrid(_probes(), _probes(), indexing="ij")
     answers = ask(gate, up)

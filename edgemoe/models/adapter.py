@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from edgemoe.errors import CheckpointError
 from edgemoe.models.contract import MoeModel
 from edgemoe.models.discovery import discover
-from edgemoe.models.factored_experts import factored_facts
+from edgemoe.models.factored_layer import factored_facts
 from edgemoe.models.layer import MoeLayer
 from edgemoe.models.registry import find_family
 

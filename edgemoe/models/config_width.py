@@ -28,11 +28,11 @@ _known: dict[tuple[str, str], tuple[str, ...]] = {}
 
 
 def width_entries(model: MoeModel, widths: Sequence[int]) -> tuple[dict[str, int], bool]:
-    """Say what config.json must say for routed experts of some widths.
+    """Return the entries of config.json that give routed experts some widths.
 
     Args:
         model: The model, possibly on the meta device.
-        widths: Intermediate neurons of the experts of each MoE layer.
+        widths: Intermediate channels of the experts of each MoE layer.
 
     Returns:
         Entries to set: the largest width, so that stock transformers refuses narrower layers

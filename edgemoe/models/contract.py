@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.models.fingerprint import fingerprint_checkpoint, fingerprint_tensors
+from edgemoe.models.fingerprint import FileHashes, fingerprint_tensors
+from edgemoe.models.shapes import ModelShape
 
 if TYPE_CHECKING:
     import contextlib
@@ -19,76 +20,6 @@ if TYPE_CHECKING:
 
     from edgemoe.k_policy import KPolicy
     from edgemoe.models.layer import MoeLayer
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerShape:
-    """What a plan must know of one MoE layer.
-
-    Attributes:
-        layer: Index of the decoder layer.
-        num_experts: Routed experts.
-        top_k: Experts per token.
-        n_group: Groups that the router's experts are divided in.
-        min_group_size: Fewest experts per group.
-        intermediate_size: Width of its experts; None where it is that of the model.
-    """
-
-    layer: int
-    num_experts: int
-    top_k: int
-    n_group: int = 1
-    min_group_size: int = 1
-    intermediate_size: int | None = None
-
-    @property
-    def min_experts(self) -> int:
-        """Fewest experts that the layer's router can choose from."""
-        return max(self.top_k, self.n_group * self.min_group_size)
-
-    @property
-    def least_kept(self) -> int:
-        """Fewest experts that a plan may keep: :attr:`min_experts` in whole groups."""
-        return -(-self.min_experts // self.n_group) * self.n_group
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """The MoE layers of a model, in order.
-
-    Attributes:
-        family: Transformers model type.
-        layers: One entry per MoE layer; dense decoder layers have none.
-        hidden_size: Width of the residual stream.
-        intermediate_size: Width of one routed expert, in the layer where they are widest.
-    """
-
-    family: str
-    layers: tuple[LayerShape, ...]
-    hidden_size: int
-    intermediate_size: int
-
-    @property
-    def experts_per_layer(self) -> tuple[int, ...]:
-        """Routed experts of each MoE layer."""
-        return tuple(layer.num_experts for layer in self.layers)
-
-    @property
-    def widths_per_layer(self) -> tuple[int, ...]:
-        """Width of one routed expert of each MoE layer."""
-        return tuple(layer.intermediate_size or self.intermediate_size for layer in self.layers)
-
-    def width_of(self, index: int) -> int:
-        """Tell how wide the routed experts of a layer are.
-
-        Args:
-            index: Of the decoder layer; of one without experts the model's width.
-
-        Returns:
-            Their intermediate neurons.
-        """
-        found = (layer.intermediate_size for layer in self.layers if layer.layer == index)
-        return next(found, None) or self.intermediate_size
 
 
 @dataclass(eq=False)
@@ -106,6 +37,7 @@ class MoeModel:
         count_entries: Entries of the configuration that say how many experts there are.
         k_policy: How many experts each token uses; None where it is always top_k.
         follows: Undoes what makes the modules follow the policy.
+        hashes: Of the files of `path`, as far as they are known; None where nobody has any.
     """
 
     model: PreTrainedModel
@@ -118,10 +50,11 @@ class MoeModel:
     count_entries: tuple[str, ...] = ()
     k_policy: KPolicy | None = None
     follows: contextlib.ExitStack | None = field(default=None, repr=False)
+    hashes: FileHashes | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> ModelShape:
-        """What a plan must know of this model."""
+        """The model's MoE layers and sizes, as plans see them."""
         widths = [layer.intermediate_size for layer in self.layers]
         widest = max(widths)
         return ModelShape(
@@ -145,5 +78,5 @@ class MoeModel:
     def sha256(self) -> str:
         """Fingerprint of the checkpoint; of the tensors in memory where there is none."""
         if self.path is not None:
-            return fingerprint_checkpoint(self.path)
+            return (self.hashes or FileHashes(self.path)).fingerprint()
         return fingerprint_tensors(self.model.state_dict())

@@ -1,9 +1,9 @@
 """Which stored tensors make which tensors of a model: asked of transformers' own rules.
 
-A checkpoint on the hub keeps experts one by one (``mlp.experts.3.gate_proj.weight``), and
+A checkpoint on the hub keeps experts one by one (`mlp.experts.3.gate_proj.weight`), and
 transformers stacks them. Its rules are regular expressions and operations over the tensors that
 they match. Here they run on any part of a checkpoint, on contents or on shapes alone, and back
-again; :func:`transformers.core_model_loading.convert_and_load_state_dict_in_model` is the same
+again; `transformers.core_model_loading.convert_and_load_state_dict_in_model` is the same
 loop over a whole checkpoint.
 """
 
@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from edgemoe.models.stored_tensors import read_together
+from edgemoe.models.transformers_internals import set_saving_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -69,7 +70,7 @@ class Conversion:
 
         Args:
             model: The model, on the meta device; it is told which rules it was loaded by, so
-                that :meth:`revert` writes the same layout.
+                that `revert` writes the same layout.
             stored: The checkpoint's tensors.
 
         Raises:
@@ -82,7 +83,7 @@ class Conversion:
         self._match(rules, stored)
         # What save_pretrained would read: the rules that matched, in their order.
         self.used_rules = [rule for rule in rules if rule.was_used()]
-        cast("Any", model)._weight_conversions = self.used_rules
+        set_saving_rules(model, self.used_rules)
         for group in self.groups:
             shapes = [source.on_meta() for source, _ in group.sources]
             group.targets = dict(self._convert(group, shapes))
@@ -115,7 +116,7 @@ class Conversion:
         """Read a group's tensors and convert them, in the types that they are stored in.
 
         Args:
-            group: One of :attr:`groups`.
+            group: One of `groups`.
 
         Yields:
             Names of the model's tensors, and their contents.
@@ -129,7 +130,7 @@ class Conversion:
             tensors: All the tensors of one or more groups, possibly on the meta device.
 
         Returns:
-            Tensors by the names that ``save_pretrained`` would give them.
+            Tensors by the names that `save_pretrained` would give them.
         """
         cast("Any", self._model)._weight_conversions = self.used_rules
         reverted: dict[str, torch.Tensor] = revert_weight_conversion(self._model, dict(tensors))

@@ -11,16 +11,16 @@ def choose_device(wanted: str, available: int, worker: int = 0) -> str:
     """Choose a device for one of several processes, so that they share the GPUs out.
 
     Args:
-        wanted: ``cpu``; ``cuda``, a GPU; ``cuda:N``, that GPU; ``auto``, a GPU where there is
+        wanted: `cpu`; `cuda`, a GPU; `cuda:N`, that GPU; `auto`, a GPU where there is
             one.
         available: GPUs that this process sees.
         worker: Number of the process, in [0, inf).
 
     Returns:
-        ``cpu`` or ``cuda:N``.
+        `cpu` or `cuda:N`.
 
     Raises:
-        EdgemoeError: ``wanted`` is none of these, or a GPU that is not there.
+        EdgemoeError: `wanted` is none of these, or a GPU that is not there.
     """
     if wanted == "cpu" or (wanted == "auto" and available == 0):
         return "cpu"
@@ -40,11 +40,11 @@ def device_here(wanted: str, worker: int = 0) -> str:
     """Choose a device among those that torch sees.
 
     Args:
-        wanted: As in :func:`choose_device`.
+        wanted: As in `choose_device`.
         worker: As there.
 
     Returns:
-        ``cpu`` or ``cuda:N``.
+        `cpu` or `cuda:N`.
 
     Raises:
         EdgemoeError: As there.

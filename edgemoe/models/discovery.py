@@ -3,7 +3,7 @@
 Two skeletons without memory are built, the second with more experts. What differs between them
 is what counts experts: entries of config.json, an axis of a tensor, a number on a module. The
 router's rule, its tensors' roles and the activation are then found by asking the modules
-(:mod:`edgemoe.models.router_identification`, :mod:`edgemoe.models.activation`).
+(`edgemoe.models.router_identification`, `edgemoe.models.activation`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFacts:
-    """How one MoE layer is built.
+    """Structure of one MoE layer.
 
     Attributes:
         index: Index of the decoder layer.
@@ -45,7 +45,7 @@ class LayerFacts:
         tensors: Everything with one entry per expert, in the experts module and outside.
         counts: Numbers that must follow the number of experts.
         routing: What the router does.
-        width: Intermediate neurons that the configuration gives each expert.
+        width: Intermediate channels that the configuration gives each expert.
     """
 
     index: int
@@ -62,7 +62,7 @@ class LayerFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """How a model's MoE layers are built.
+    """Structure of a model's MoE layers.
 
     Attributes:
         count_entries: Entries of config.json that say how many experts a layer has.
@@ -190,7 +190,7 @@ def _count(experts: Any) -> int:
 
 
 def width_of(experts: Any) -> int:
-    """Tell how many intermediate neurons each expert of a module has.
+    """Return the intermediate channels of each expert of a module.
 
     Args:
         experts: A module that keeps the experts contract and is not factored.
@@ -305,7 +305,7 @@ def _router_of(tensors: tuple[ExpertTensor, ...], experts: str, name: str) -> st
 
 
 def _signature(router: nn.Module, tensors: tuple[ExpertTensor, ...]) -> str:
-    """Tell routers apart that may do different things; alike ones are asked once."""
+    """Return a key that is equal for routers that do the same, which are probed once."""
     scalars = [
         (path, sorted((k, v) for k, v in vars(module).items() if type(v) in _SCALARS))
         for path, module in router.named_modules()

@@ -10,7 +10,7 @@ class ExpertTensor:
     """A tensor with one entry per expert.
 
     Attributes:
-        name: From the MoE block on, such as ``experts.down_proj``.
+        name: From the MoE block on, such as `experts.down_proj`.
         axis: Which axis counts experts.
         tail: Entries after those of the experts, which stay.
         holds_ids: Whether it holds ids of experts instead, on no axis.

@@ -1,10 +1,10 @@
 """The experts contract of transformers: how a module of it lays its weights out.
 
-A module decorated with ``use_experts_implementation`` is called as ``experts(hidden [T, H],
-top_k_index [T, k], top_k_weights [T, k])`` and says of itself whether its experts are gated,
+A module decorated with `use_experts_implementation` is called as `experts(hidden [T, H],
+top_k_index [T, k], top_k_weights [T, k])` and says of itself whether its experts are gated,
 biased, transposed and concatenated. The rest of the kit sees one layout, the canonical one:
-``gate_up`` [E, 2I, H] with the gate rows before the up rows ([E, I, H] without a gate),
-``down`` [E, H, I], biases [E, 2I] and [E, H].
+`gate_up` [E, 2I, H] with the gate rows before the up rows ([E, I, H] without a gate),
+`down` [E, H, I], biases [E, 2I] and [E, H].
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from edgemoe.models.transformers_internals import keeps_experts_contract
+
 if TYPE_CHECKING:
     from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsLayout:
-    """How one experts module stores its weights.
+    """Layout of the weights of one experts module.
 
     Attributes:
         has_gate: Whether the first product has a gate half.
@@ -57,10 +59,10 @@ class ExpertsLayout:
         return (*weights, *(f"{name}_bias" for name in weights)) if self.has_bias else weights
 
     def width_axis(self, name: str) -> int | None:
-        """Tell which axis of a tensor of all experts has their intermediate neurons.
+        """Return which axis of a tensor of all experts holds their intermediate channels.
 
         Args:
-            name: One of :attr:`names`.
+            name: One of `names`.
 
         Returns:
             The axis; None for the bias of the second product, which has none.
@@ -69,21 +71,21 @@ class ExpertsLayout:
             return None if name.startswith("down") else 1
         return 1 if name.startswith("down") == self.is_transposed else 2
 
-    def pick_neurons(
+    def keep_channels(
         self, name: str, tensor: torch.Tensor, neurons: torch.Tensor, width: int
     ) -> torch.Tensor:
-        """Keep some of an expert's intermediate neurons, and pad it with zeros.
+        """Keep some of an expert's intermediate channels, and pad it with zeros.
 
-        A neuron of zeros adds nothing to the output, whatever the activation makes of it.
+        A channel of zeros adds nothing to the output, whatever the activation makes of it.
 
         Args:
-            name: One of :attr:`names`.
+            name: One of `names`.
             tensor: One expert's, as the module has it.
             neurons: Which to keep, int64 [kept].
-            width: Neurons of the result, at least as many.
+            width: Intermediate channels of the result, at least as many.
 
         Returns:
-            As the module has it, with ``width`` neurons.
+            As the module has it, with `width` channels.
         """
         if self.width_axis(name) is None:
             return tensor
@@ -103,10 +105,10 @@ class ExpertsLayout:
         return not self.is_transposed and (self.is_concatenated or not self.has_gate)
 
     def to_canonical(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Give one of the module's tensors the canonical layout.
+        """Convert one of the module's tensors to the canonical layout.
 
         Args:
-            name: One of :attr:`names`.
+            name: One of `names`.
             tensor: As the module has it, of all experts or of one.
 
         Returns:
@@ -120,10 +122,10 @@ class ExpertsLayout:
         return tensor
 
     def to_native(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Undo :meth:`to_canonical`.
+        """Undo `to_canonical`.
 
         Args:
-            name: One of :attr:`names`.
+            name: One of `names`.
             tensor: In canonical layout, of all experts or of one.
 
         Returns:
@@ -138,13 +140,13 @@ class ExpertsLayout:
 
 
 def _swap(tensor: torch.Tensor, axis: int, sizes: tuple[int, int]) -> torch.Tensor:
-    """Read an axis as a table of ``sizes``, and write it column by column."""
+    """Read an axis as a table of `sizes`, and write it column by column."""
     table: torch.Tensor = torch.unflatten(tensor, axis, sizes).transpose(axis - 1, axis)
     return table.flatten(axis - 1, axis)
 
 
 def is_experts_module(module: nn.Module) -> bool:
-    """Ask whether a module was decorated with ``use_experts_implementation``.
+    """Return whether a module was decorated with `use_experts_implementation`.
 
     Args:
         module: Any module.
@@ -157,7 +159,7 @@ def is_experts_module(module: nn.Module) -> bool:
 
 
 def is_experts_class(candidate: object) -> bool:
-    """Ask whether a class was decorated with ``use_experts_implementation``.
+    """Return whether a class was decorated with `use_experts_implementation`.
 
     Args:
         candidate: Anything.
@@ -165,7 +167,7 @@ def is_experts_class(candidate: object) -> bool:
     Returns:
         Whether its instances keep the experts contract.
     """
-    return isinstance(candidate, type) and hasattr(candidate, "_apply_gate")
+    return isinstance(candidate, type) and keeps_experts_contract(candidate)
 
 
 def reassign_ids(

@@ -71,7 +71,7 @@ def _logits_module(layer: MoeLayer) -> nn.Module:
 
 @contextlib.contextmanager
 def limit_k(model: MoeModel, k_cap: int | Sequence[int]) -> Iterator[None]:
-    """Let each token use at most ``k_cap`` experts.
+    """Limit each token to `k_cap` experts.
 
     Args:
         model: The model to limit.
@@ -116,7 +116,7 @@ def check_k_cap(k_cap: int | Sequence[int], moe_layers: int) -> list[int]:
 
 
 def follow(layer: MoeLayer, stack: contextlib.ExitStack, cap: int | None = None) -> None:
-    """Let a layer's tokens use as many experts as its rule says, and no more than a cap.
+    """Make a layer's tokens use as many experts as its rule says, and no more than a cap.
 
     Args:
         layer: The layer.

@@ -1,6 +1,6 @@
 """Let models follow k policies, and keep these in checkpoints.
 
-A checkpoint that has a policy carries ``k_policy.json`` beside its weights. transformers does
+A checkpoint that has a policy carries `k_policy.json` beside its weights. transformers does
 not look at that file and runs the model with its own top_k; whatever opens the checkpoint
 through edgemoe follows the policy.
 """
@@ -44,11 +44,12 @@ def save_k_policy(policy: KPolicy | None, path: Path) -> None:
         (path / FILE_NAME).write_text(text, encoding="utf-8")
 
 
-def read_k_policy(path: Path) -> KPolicy | None:
+def read_k_policy(path: Path, content: bytes | None = None) -> KPolicy | None:
     """Read the policy of a checkpoint.
 
     Args:
         path: Checkpoint directory.
+        content: What the file holds, where that was read already.
 
     Returns:
         The policy; None where there is none.
@@ -57,20 +58,20 @@ def read_k_policy(path: Path) -> KPolicy | None:
         CheckpointError: The file breaks the format.
     """
     file = path / FILE_NAME
-    if not file.exists():
+    if content is None and not file.exists():
         return None
-    content = read_json_object(file)
-    form, version = content.pop("format", None), content.pop("version", None)
+    found = read_json_object(file, content)
+    form, version = found.pop("format", None), found.pop("version", None)
     if (form, version) != (_FORMAT, _VERSION):
         raise CheckpointError(
             f"{file} must be {_FORMAT} version {_VERSION}, got {form!r} version {version!r}. "
             "Open it with the edgemoe that wrote it."
         )
-    return KPolicy.from_json(content, str(file))
+    return KPolicy.from_json(found, str(file))
 
 
 def put_k_policy(model: MoeModel, policy: KPolicy | None) -> None:
-    """Let a model follow a policy until :func:`drop_k_policy`.
+    """Make a model follow a policy until `drop_k_policy`.
 
     Args:
         model: A model without a policy; it is changed.
@@ -85,7 +86,7 @@ def put_k_policy(model: MoeModel, policy: KPolicy | None) -> None:
 
 
 def drop_k_policy(model: MoeModel) -> None:
-    """Let a model's tokens use as many experts as its routers say.
+    """Make a model's tokens use as many experts as its routers say.
 
     Args:
         model: A model, with a policy or without; it is changed.
@@ -97,7 +98,7 @@ def drop_k_policy(model: MoeModel) -> None:
 
 @contextlib.contextmanager
 def following(model: MoeModel, policy: KPolicy | None) -> Iterator[None]:
-    """Let a model follow a policy for a while, and not its own.
+    """Make a model follow a policy for a while, and not its own.
 
     Args:
         model: The model.

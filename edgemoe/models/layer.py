@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from edgemoe.errors import CheckpointError
-from edgemoe.models.contract import LayerShape
 from edgemoe.models.discovery import config_copy
 from edgemoe.models.experts import reassign_ids
 from edgemoe.models.factored_experts import is_factored, run_factored
+from edgemoe.models.shapes import LayerShape
 from edgemoe.models.shared_basis_experts import INPUT_BASIS, OUTPUT_BASIS, is_based
-from edgemoe.models.width_axis import follow_width, width_axis, width_in
+from edgemoe.models.transformers_internals import apply_gate
+from edgemoe.models.width_axis import follow_width, width_axis
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ class MoeLayer:
         facts: How the family builds the layer.
         block: The MoE block.
         count_entries: Entries of the configuration that say how many experts there are.
-        k_rule: How many experts each token uses; None where it is always ``top_k``.
+        k_rule: How many experts each token uses; None where it is always `top_k`.
     """
 
     facts: LayerFacts
@@ -51,7 +52,7 @@ class MoeLayer:
 
     @property
     def name(self) -> str:
-        """Name of the block in the model, such as ``model.layers.3.mlp``."""
+        """Name of the block in the model, such as `model.layers.3.mlp`."""
         return self.facts.block
 
     @property
@@ -109,7 +110,7 @@ class MoeLayer:
         """Gate rows, then up rows, of every expert [num_experts, 2 * intermediate, hidden].
 
         Without a gate, up rows only [num_experts, intermediate, hidden]. Between shared bases
-        ``basis_rank`` stands for hidden, here and in :attr:`down`.
+        `basis_rank` stands for hidden, here and in `down`.
         """
         return self._canonical(self.layout.gate_up_name)
 
@@ -160,19 +161,8 @@ class MoeLayer:
         return int(self.down.shape[2])
 
     @property
-    def shared_parameters(self) -> int:
-        """Parameters of the block that every token uses, without the router."""
-        router = {id(parameter) for parameter in self.router.parameters()}
-        routed = {id(self.tensor(spec.name)) for spec in self.facts.tensors}
-        return sum(
-            parameter.numel()
-            for parameter in self.block.parameters()
-            if id(parameter) not in router | routed
-        )
-
-    @property
     def shape(self) -> LayerShape:
-        """What a plan must know of this layer."""
+        """The layer's sizes, as plans see them."""
         return LayerShape(
             layer=self.index,
             num_experts=self.num_experts,
@@ -185,7 +175,7 @@ class MoeLayer:
         """Return one of the tensors with an entry per expert.
 
         Args:
-            name: From the block on, see ``facts.tensors``.
+            name: From the block on, see `facts.tensors`.
 
         Returns:
             The parameter or buffer itself.
@@ -196,6 +186,17 @@ class MoeLayer:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return everything with an entry per expert, by its name from the block on."""
         return {spec.name: self.tensor(spec.name) for spec in self.facts.tensors}
+
+    def width_axis(self, name: str) -> int | None:
+        """Return which axis of a tensor holds intermediate channels, where they may change.
+
+        Args:
+            name: From the block on, see `facts.tensors`.
+
+        Returns:
+            The axis; None for a tensor without them, and where the layer is factored.
+        """
+        return None if self.is_factored else width_axis(self.facts, name)
 
     def expert_output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run one expert, without its gate.
@@ -241,11 +242,9 @@ class MoeLayer:
         Returns:
             What the second product is given [tokens, intermediate].
         """
-        experts = self.experts
-        act = cast(
-            "Callable[[torch.Tensor], torch.Tensor]",
-            experts._apply_gate if self.layout.has_gate else experts.act_fn,
-        )
+        if self.layout.has_gate:
+            return apply_gate(self.experts, units)
+        act = cast("Callable[[torch.Tensor], torch.Tensor]", self.experts.act_fn)
         return act(units)
 
     def keep(self, ids: Sequence[int]) -> None:
@@ -266,7 +265,7 @@ class MoeLayer:
             ids: Which, in [0, num_experts).
 
         Returns:
-            What :meth:`replace` takes.
+            What `replace` takes.
         """
         chosen = torch.tensor(list(ids), dtype=torch.int64)
         groups = tuple((int(expert),) for expert in ids)
@@ -306,20 +305,20 @@ class MoeLayer:
         Experts that are not factored may be wider or narrower than those before.
 
         Args:
-            tensors: All of ``facts.tensors``, by name, in the layout of the module.
+            tensors: All of `facts.tensors`, by name, in the layout of the module.
 
         Raises:
             CheckpointError: The tensors do not fit together, or the experts are fewer than
                 the router can choose from.
         """
         experts = int(tensors[self.counting].shape[0])
-        width_before, width = self.intermediate_size, width_in(self, tensors)
+        width_before, width = self.intermediate_size, self._width_in(tensors)
         for spec in self.facts.tensors:
             value, before = tensors.get(spec.name), self.tensor(spec.name)
             expected = list(before.shape)
             if not spec.holds_ids:
                 expected[spec.axis] = experts + spec.tail
-            axis = width_axis(self, spec.name)
+            axis = self.width_axis(spec.name)
             if axis is not None:
                 expected[axis] = expected[axis] // width_before * width
             if value is None or list(value.shape) != expected:
@@ -350,7 +349,7 @@ class MoeLayer:
         """Put other experts in place for a while.
 
         Args:
-            tensors: What :meth:`replace` takes.
+            tensors: What `replace` takes.
 
         Yields:
             Nothing. When the block ends the layer is as it was.
@@ -367,6 +366,13 @@ class MoeLayer:
         """A tensor that has one entry per expert, and nothing else, on its first axis."""
         part = "down_out" if self.is_factored else "down_proj"
         return f"{self.facts.experts}.{part}"
+
+    def _width_in(self, tensors: Mapping[str, torch.Tensor]) -> int:
+        """Width of the experts that the layer is about to get; its own where nothing says."""
+        axis, given = self.width_axis(self.counting), tensors[self.counting]
+        if axis is None or given.ndim <= axis:
+            return self.intermediate_size
+        return int(given.shape[axis])
 
     def _product_of(self, expert: int, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One expert's matrix [outputs, inputs], in the family's order of outputs, and bias."""

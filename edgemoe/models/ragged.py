@@ -1,7 +1,7 @@
 """Checkpoints whose layers have different numbers of experts, or smaller ones.
 
 Transformers builds every layer with the same number of whole experts, so such a checkpoint
-carries ``edgemoe.json``, which says how many each layer really has, how wide they are where
+carries `edgemoe.json`, which says how many each layer really has, how wide they are where
 config.json cannot say it, of which ranks where they are factored, and of which rank the bases
 are that they share.
 """
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import CheckpointError
 from edgemoe.models.adapter import view_layers
-from edgemoe.models.factored_experts import Ranks, empty_factors, factor_layer
+from edgemoe.models.factored_experts import Ranks
+from edgemoe.models.factored_layer import empty_factors, factor_layer
+from edgemoe.models.layer_width import empty_tensors
 from edgemoe.models.safety import read_json_object
-from edgemoe.models.shared_basis_experts import base_layer, empty_bases
-from edgemoe.models.width_axis import empty_tensors
+from edgemoe.models.shared_basis_layer import empty_bases, to_shared_basis
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,7 +35,7 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class RaggedNote:
-    """What ``edgemoe.json`` says.
+    """Content of `edgemoe.json`.
 
     Attributes:
         moe_layers: Indices of the decoder layers with experts.
@@ -43,7 +44,7 @@ class RaggedNote:
         ranks_per_layer: Ranks of each of them; None for a layer that is not factored.
         basis_per_layer: Rank of the bases that the experts of each share; None for a layer
             without.
-        widths_per_layer: Intermediate neurons of the experts of each; None where they have
+        widths_per_layer: Intermediate channels of the experts of each; None where they have
             those that config.json says.
     """
 
@@ -81,11 +82,12 @@ class RaggedNote:
         (path / FILE_NAME).write_text(text, encoding="utf-8")
 
 
-def read_ragged_note(path: Path) -> RaggedNote | None:
-    """Read ``edgemoe.json``, where a checkpoint has one.
+def read_ragged_note(path: Path, content: bytes | None = None) -> RaggedNote | None:
+    """Read `edgemoe.json`, where a checkpoint has one.
 
     Args:
         path: Checkpoint directory.
+        content: What the file holds, where that was read already.
 
     Returns:
         What it says; None for a plain checkpoint.
@@ -94,9 +96,20 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
         CheckpointError: The file breaks the format.
     """
     file = path / FILE_NAME
-    if not file.exists():
+    if content is None and not file.exists():
         return None
-    content = read_json_object(file)
+    note = _parse(file, read_json_object(file, content))
+    pairs = zip(note.ranks_per_layer or (), note.basis_per_layer or (), strict=False)
+    both = [index for index, pair in enumerate(pairs) if None not in pair]
+    if both:
+        raise CheckpointError(
+            f"{file}: a layer must be factored or share bases, got both for MoE layer "
+            f"{both[0]}. Apply the plan again."
+        )
+    return note
+
+
+def _parse(file: Path, content: dict[str, Any]) -> RaggedNote:
     if content.get("format") != _FORMAT or content.get("version") != _VERSION:
         raise CheckpointError(
             f"{file} must be {_FORMAT} version {_VERSION}, got {content.get('format')!r} "
@@ -111,7 +124,7 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
             f"{file} must have no other keys, got {sorted(unknown)}. Remove them."
         )
     provenance = content.get("provenance")
-    note = RaggedNote(
+    return RaggedNote(
         moe_layers=_counts(file, content, "moe_layers", least=0),
         experts_per_layer=_counts(file, content, "experts_per_layer", least=1),
         provenance=provenance if isinstance(provenance, dict) else {},
@@ -119,14 +132,6 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
         basis_per_layer=_bases(file, content),
         widths_per_layer=_widths(file, content),
     )
-    pairs = zip(note.ranks_per_layer or (), note.basis_per_layer or (), strict=False)
-    both = [index for index, pair in enumerate(pairs) if None not in pair]
-    if both:
-        raise CheckpointError(
-            f"{file}: a layer must be factored or share bases, got both for MoE layer "
-            f"{both[0]}. Apply the plan again."
-        )
-    return note
 
 
 def _ranks(file: Path, content: dict[str, Any]) -> tuple[Ranks | None, ...] | None:
@@ -204,7 +209,7 @@ def make_ragged_class(family: Family, note: RaggedNote, facts: ModelFacts) -> ty
 
     Args:
         family: The family.
-        note: What ``edgemoe.json`` says.
+        note: What `edgemoe.json` says.
         facts: How its layers are built.
 
     Returns:
@@ -222,12 +227,12 @@ def make_ragged_class(family: Family, note: RaggedNote, facts: ModelFacts) -> ty
 
 
 def resize_layers(model: PreTrainedModel, facts: ModelFacts, note: RaggedNote) -> None:
-    """Give each MoE layer room for its experts; contents are undefined.
+    """Allocate each MoE layer's experts; their contents are undefined.
 
     Args:
         model: A model that is being built.
         facts: How its layers are built.
-        note: What ``edgemoe.json`` says.
+        note: What `edgemoe.json` says.
 
     Raises:
         CheckpointError: The model has other MoE layers.
@@ -250,4 +255,4 @@ def resize_layers(model: PreTrainedModel, facts: ModelFacts, note: RaggedNote) -
             factor_layer(layer, empty_factors(layer, ranks))
     for layer, rank in zip(layers, note.basis_per_layer or (), strict=False):
         if rank is not None:
-            base_layer(layer, empty_bases(layer, rank))
+            to_shared_basis(layer, empty_bases(layer, rank))

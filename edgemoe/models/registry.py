@@ -1,7 +1,7 @@
 """Families of language models with experts: found in transformers, not listed by hand.
 
-Every family whose experts keep the contract (:mod:`edgemoe.models.experts`) is opened the same
-way; :mod:`edgemoe.models.discovery` finds out how each of its layers is built. The families
+Every family whose experts keep the contract (`edgemoe.models.experts`) is opened the same
+way; `edgemoe.models.discovery` finds out how each of its layers is built. The families
 below are those that the support table (docs/families.md) was made for.
 """
 
@@ -55,7 +55,7 @@ def find_family(model_type: object) -> Family:
     """Find a family by its name in config.json.
 
     Args:
-        model_type: The value of ``model_type``.
+        model_type: The value of `model_type`.
 
     Returns:
         Its classes.

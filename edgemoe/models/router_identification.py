@@ -32,14 +32,14 @@ _FILLS = (float("-inf"), 0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class RouterFacts:
-    """What a router does.
+    """Behaviour of a router, as found by probing.
 
     Attributes:
         top_k: Experts per token.
         rule: How it chooses; None where it follows none of the rules that edgemoe knows.
         tensors: What it computes with; None without a rule.
         multiple: The number of experts must be a multiple of this.
-        least: Fewest experts, in multiples of ``multiple``, with which the router runs.
+        least: Fewest experts, in multiples of `multiple`, with which the router runs.
     """
 
     top_k: int
@@ -83,11 +83,7 @@ def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterFa
                 continue
             if multiple > 1 and not rule.limits_groups:
                 rule = replace(rule, n_group=multiple, topk_group=multiple)
-            rule = replace(
-                rule,
-                has_logit_bias=tensors.logit_bias is not None,
-                min_group_size=least,
-            )
+            rule = replace(rule, min_group_size=least)
             roles = replace(tensors, correction_bias=correction, expert_scale=scale)
             return replace(facts, rule=rule, tensors=roles)
     return facts
@@ -172,11 +168,7 @@ def _explain(
                 rule = replace(rule, scaling_factor=float(f"{factor:.5g}"))
                 best = error, rule
         if best is not None:
-            return replace(
-                best[1],
-                has_correction_bias=bias is not None,
-                has_expert_scale=scales is not None,
-            )
+            return best[1]
     return None
 
 

@@ -23,7 +23,7 @@ _TOKENS = 211
 
 @dataclass(frozen=True)
 class Answer:
-    """What a router said of the probes.
+    """Output of a router for the probes.
 
     Attributes:
         logits: What it returns first, float32 [tokens, ...]; logits in most families.
@@ -141,7 +141,7 @@ class RouterProbe:
         )
 
     def runs_with(self, experts: int) -> bool:
-        """Ask whether the router runs with fewer experts, the first of those that it has."""
+        """Return whether the router runs with fewer experts, the first of those that it has."""
         reduced = copy.copy(self)
         reduced._router = copy.deepcopy(self._router)
         reduced._beside = dict(self._beside)

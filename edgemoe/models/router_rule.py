@@ -15,15 +15,12 @@ class RouterRule:
     """How a router turns logits into experts and gates.
 
     Attributes:
-        scoring: Function from logits to scores. ``sqrtsoftplus`` is ``sqrt(log(1 + exp(x)))``;
-            ``sparsemixer`` is that of PhiMoE, see :func:`edgemoe.models.routers.sparsemixer`.
+        scoring: Function from logits to scores. `sqrtsoftplus` is `sqrt(log(1 + exp(x)))`;
+            `sparsemixer` is that of PhiMoE, see `edgemoe.models.routers.sparsemixer`.
         renormalise: Whether the gates of the experts used are divided by their sum.
         scaling_factor: What every gate is multiplied by, last.
-        has_correction_bias: Whether a bias per expert is added for the choice only; gates
-            never contain it.
-        bias_on: What the correction bias is added to.
-        has_logit_bias: Whether a bias per expert is part of the logits.
-        has_expert_scale: Whether each expert's gate is multiplied by a number of its own.
+        bias_on: What a correction bias is added to: a bias per expert for the choice only;
+            gates never contain it.
         n_group: Number of equal, contiguous groups of experts.
         topk_group: Number of groups a token may use.
         group_score: What ranks a group: the sum of its two best choice scores, or the best.
@@ -31,16 +28,13 @@ class RouterRule:
         min_group_size: Fewest experts per group with which the family's own router runs.
         softmax_over: Whether the softmax runs over all experts or over those chosen.
         sum_epsilon: What is added to the sum that gates are divided by.
-        jitter: Width of the band around the best logit that ``sparsemixer`` looks at.
+        jitter: Width of the band around the best logit that `sparsemixer` looks at.
     """
 
     scoring: Scoring
     renormalise: bool
     scaling_factor: float = 1.0
-    has_correction_bias: bool = False
     bias_on: Literal["scores", "logits"] = "scores"
-    has_logit_bias: bool = False
-    has_expert_scale: bool = False
     n_group: int = 1
     topk_group: int = 1
     group_score: Literal["top2", "max"] = "top2"
@@ -77,7 +71,7 @@ class RouterTensors:
         logit_bias: Part of the logits [experts].
         correction_bias: For the choice only [experts].
         expert_scale: Multiplies gates [experts].
-        projection: Submodule that applies ``weight``, where the router transforms its input
+        projection: Submodule that applies `weight`, where the router transforms its input
             before; empty where logits are products of the router's input.
     """
 

@@ -1,6 +1,6 @@
 """How routers choose experts, whatever their family.
 
-:func:`route` equals the transformers routers, in float32 throughout: two experts may differ
+`route` equals the transformers routers, in float32 throughout: two experts may differ
 by less than float16 resolves, and then a rounded score picks the wrong one.
 """
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Routing(NamedTuple):
-    """What a router decided.
+    """Experts and gates that a router chose.
 
     Attributes:
         logits: float32 [tokens, experts].
@@ -53,7 +53,7 @@ def route(
             [tokens, 1] limits each token on its own.
         logit_bias: [experts], where the rule has one.
         expert_scale: [experts], where the rule has one.
-        top_p: As of :func:`select`.
+        top_p: As of `select`.
 
     Returns:
         Logits, gates and experts, float32; experts by falling choice score.
@@ -78,8 +78,8 @@ def select(
     """Choose experts for each token, from logits.
 
     The first min(top_k, k_cap) experts by choice score are used; where the rule
-    renormalises, it does so over those. With ``top_p``, an expert is used as long as those
-    before it have less than that share of the token's mass (:func:`mass_of`) together: the
+    renormalises, it does so over those. With `top_p`, an expert is used as long as those
+    before it have less than that share of the token's mass (`mass_of`) together: the
     smallest set that reaches it, as in Huang et al., 2024 (https://arxiv.org/abs/2403.07652,
     equation 4).
 
@@ -121,7 +121,7 @@ def select(
 
 
 def mass_of(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor:
-    """Share a token's attention to experts out: what ``top_p`` is a share of.
+    """Share a token's attention to experts out: what `top_p` is a share of.
 
     Args:
         logits: [tokens, experts].
@@ -160,7 +160,7 @@ def _reach(
     top_p: float | None,
     used: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Tell which slots are used, of those that already are."""
+    """Return which slots stay used once a share of the router probability is reached."""
     if top_p is None:
         return used
     # The first slot has nothing before it, so a token always has an expert.
@@ -174,7 +174,7 @@ def sparsemixer(
     """Choose experts one after the other, as PhiMoE does when it is not trained.
 
     The gate of each is its softmax among the experts left whose logit is within a band
-    ``2 * jitter * max(|logit|, best)`` below the best one left (SparseMixer-v2,
+    `2 * jitter * max(|logit|, best)` below the best one left (SparseMixer-v2,
     https://arxiv.org/abs/2409.12136).
 
     Args:

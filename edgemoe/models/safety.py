@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from edgemoe.errors import CheckpointError
+from edgemoe_runtime.bundle.names import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,11 +18,12 @@ _SINGLE = "model.safetensors"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, content: bytes | None = None) -> dict[str, Any]:
     """Read a JSON file that must hold one object.
 
     Args:
         path: The file.
+        content: What it holds, where that was read already.
 
     Returns:
         The object.
@@ -30,7 +32,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, not UTF-8 JSON, or not an object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text("utf-8") if content is None else content.decode("utf-8")
+        found = json.loads(text)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"a checkpoint must have {path.name}, got none in {path.parent}. Give the "
@@ -68,7 +71,7 @@ def check_directory(path: Path) -> None:
         elif path.suffix == ".gguf":
             remedy = "Turn GGUF into a checkpoint with `edgemoe carve`."
         raise CheckpointError(f"checkpoint must be a directory, got the file {path}. {remedy}")
-    if (path / "manifest.json").exists() and not (path / _SINGLE).exists():
+    if (path / MANIFEST_FILE).exists() and not (path / _SINGLE).exists():
         raise CheckpointError(
             f"checkpoint must be a Hugging Face directory, got the bundle {path}. Give the "
             "checkpoint that it was exported from."

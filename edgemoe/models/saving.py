@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from edgemoe.errors import OutputError
-from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.config_width import width_entries
-from edgemoe.models.factored_experts import ranks_of
+from edgemoe.models.factored_layer import ranks_of
 from edgemoe.models.k_policy import save_k_policy
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.ragged import RaggedNote
 
 if TYPE_CHECKING:
@@ -54,13 +54,13 @@ def save_model(
 
     Equal numbers of whole experts in all layers give a plain Hugging Face checkpoint; different
     ones, widths that config.json cannot say, factored experts and such that share bases add
-    ``edgemoe.json``, and then only edgemoe opens it.
+    `edgemoe.json`, and then only edgemoe opens it.
 
     Args:
         model: What to write.
         directory: An existing empty directory, best a staged one.
-        source: Checkpoint to copy tokenizer and licence files from; ``model.path`` by default.
-        provenance: How the model was made; ``model.provenance`` by default.
+        source: Checkpoint to copy tokenizer and licence files from; `model.path` by default.
+        provenance: How the model was made; `model.provenance` by default.
 
     Raises:
         OutputError: The disk refuses (full, read-only).
@@ -90,7 +90,7 @@ def save_settings(
     bases: Sequence[int | None] | None = None,
     widths: Sequence[int] | None = None,
 ) -> None:
-    """Write what :func:`save_model` writes, but for the weights.
+    """Write what `save_model` writes, but for the weights.
 
     Args:
         model: The model, possibly on the meta device; its configuration is changed.
@@ -102,8 +102,8 @@ def save_settings(
             its layers have by default.
         bases: Rank of the bases that each MoE layer's experts share in the weights, None for a
             layer without; those that its layers have by default.
-        widths: Intermediate neurons of the experts of each MoE layer in the weights; those that
-            its layers have by default.
+        widths: Intermediate channels of the experts of each MoE layer in the weights; those
+            that its layers have by default.
     """
     set_expert_counts(model, counts)
     config: Any = model.config

@@ -169,7 +169,7 @@ def read_stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """List the tensors of safetensors files from their headers.
 
     Args:
-        files: Whole files, as :func:`edgemoe.models.safety.check_weights` returns them; of a
+        files: Whole files, as `edgemoe.models.safety.check_weights` returns them; of a
             name that two of them have, the last counts, as in transformers.
 
     Returns:

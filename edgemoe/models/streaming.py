@@ -21,6 +21,13 @@ from edgemoe.errors import CheckpointError, StreamingError
 from edgemoe.models.conversion import Conversion
 from edgemoe.models.decoder import find_layers
 from edgemoe.models.stored_tensors import read_stored_tensors
+from edgemoe.models.transformers_internals import (
+    compute_unstored,
+    dtype_plan,
+    mark_initialised,
+    move_from_meta,
+    optional_patterns,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -41,6 +48,7 @@ class Skeleton:
         model: The model, in eval mode, without gradients.
         decoder: Its part that turns token ids into hidden states.
         layers: Its decoder layers.
+        device: Where tensors are held.
         conversion: How the checkpoint's tensors become the model's.
         groups: Groups of tensors by decoder layer; under None those of no decoder layer.
     """
@@ -70,7 +78,7 @@ class Skeleton:
         self.model: PreTrainedModel = _build(model_class, config, dtype)
         self.decoder, self.layers, self._prefix = find_layers(self.model)
         self._types = _wanted_types(self.model, dtype)
-        self._device = device
+        self.device = device
         self._refuse_shared_layers()
         stored = read_stored_tensors(files)
         try:
@@ -99,7 +107,7 @@ class Skeleton:
         return max(sizes, key=sizes.__getitem__)
 
     def extent_of(self, index: int | None) -> dict[Path, int]:
-        """Tell how far into which files a decoder layer reaches.
+        """Return the end of a decoder layer's bytes in each file that it reaches into.
 
         Args:
             index: The layer; None stands for what belongs to no layer.
@@ -126,7 +134,7 @@ class Skeleton:
         for group in self.groups[None]:
             if wanted.intersection(group.targets):
                 for target, tensor in self.conversion.read(group):
-                    placed = tensor.to(self._device, self._types[target])
+                    placed = tensor.to(self.device, self._types[target])
                     self._place(target, placed, [])
         if any(wanted.intersection(pair) for pair in ties.items()):
             self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
@@ -144,7 +152,7 @@ class Skeleton:
 
     @contextlib.contextmanager
     def head(self) -> Iterator[None]:
-        """Hold in memory what follows the decoder, in a block of :meth:`outer`.
+        """Hold in memory what follows the decoder, in a block of `outer`.
 
         Yields:
             Nothing. When the block ends it is on the meta device again.
@@ -154,7 +162,7 @@ class Skeleton:
                 present = self.model.state_dict(keep_vars=True)
                 if any(present[target].is_meta for target in group.targets):
                     for target, tensor in self.conversion.read(group):
-                        self._place(target, tensor.to(self._types[target]), [])
+                        self._place(target, tensor.to(self.device, self._types[target]), [])
             yield
 
     @contextlib.contextmanager
@@ -225,18 +233,18 @@ class Skeleton:
                 if only is None or group.first_target in only:
                     for target, tensor in self.conversion.read(group):
                         dtype = self._dtype(target, tensor, as_stored, in_float32)
-                        self._place(target, tensor.to(self._device, dtype), places)
+                        self._place(target, tensor.to(self.device, dtype), places)
             yield self.layers[index]
 
     @contextlib.contextmanager
     def layer_on_meta(
         self, index: int, *, in_float32: Collection[str] = ()
     ) -> Iterator[nn.Module]:
-        """Let one decoder layer be changed in shape, and put it back after the block.
+        """Put a decoder layer on the meta device to be reshaped; restore it after the block.
 
         Args:
             index: Which.
-            in_float32: As in :meth:`layer`.
+            in_float32: As in `layer`.
 
         Yields:
             The layer, its tensors in the types that they are stored in, without contents.
@@ -289,7 +297,7 @@ class Skeleton:
         is_parameter = table is module._parameters
         new = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
         # Whoever initialises what was not loaded must pass this one by.
-        cast("Any", new)._is_hf_initialized = True
+        mark_initialised(new)
         table[name] = new
 
     def _layer_of(self, group: TensorGroup) -> int | None:
@@ -315,7 +323,7 @@ class Skeleton:
             )
 
     def _check_fit(self, path: Path) -> set[str]:
-        """Refuse what ``load_model`` would; return what a checkpoint may lack and this does."""
+        """Refuse what `load_model` would; return what a checkpoint may lack and this does."""
         expected = self.model.state_dict()
         found = {k: v for group in self.conversion.groups for k, v in group.targets.items()}
         misshapen = {
@@ -323,7 +331,7 @@ class Skeleton:
         }
         missing = set(self._absent)
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
-        rules = self.model._keys_to_ignore_on_load_missing or ()
+        rules = optional_patterns(self.model)
         optional = {k for k in missing if any(re.search(rule, k) for rule in rules)}
         unfit = sorted((missing - optional) | misshapen)
         if unfit:
@@ -336,12 +344,10 @@ class Skeleton:
     def _make_unstored(self, optional: set[str]) -> None:
         """Compute what no checkpoint holds, such as rotary tables, as transformers does."""
         for tensor in self.model.state_dict(keep_vars=True).values():
-            tensor._is_hf_initialized = True
-        self.model._move_missing_keys_from_meta_to_device(
-            cast("Any", optional), {"": self._device}, None, None
-        )
+            mark_initialised(tensor)
+        move_from_meta(self.model, optional, self.device)
         with torch.no_grad():
-            self.model._initialize_missing_keys(False)
+            compute_unstored(self.model)
         self.model.eval()
         self.model.requires_grad_(False)
 
@@ -357,8 +363,8 @@ def _build(model_class: type[Any], config: PreTrainedConfig, dtype: torch.dtype)
 
 
 def _wanted_types(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Give each tensor's type in memory: some families keep some tensors in float32."""
-    plan = model._get_dtype_plan(dtype)
+    """Return each tensor's type in memory: some families keep some tensors in float32."""
+    plan = dtype_plan(model, dtype)
     return {
         name: next(
             (kept for part, kept in plan.items() if re.search(part.replace("*", ".*"), name)),

@@ -1,7 +1,7 @@
 """A tiny random model of any family, to try a family without its gigabytes.
 
 Sizes are set by the entries that a family's configuration has; families that want more than
-one of a kind (layers with state, hashed routers, groups) get it from :data:`_SPECIAL`.
+one of a kind (layers with state, hashed routers, groups) get it from `_SPECIAL`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from edgemoe.models.checkpoint import quiet_transformers
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.registry import find_family
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def tiny_model(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
     """Make a model with random weights, none of which is at a special value such as 0 or 1.
 
     Args:
-        config: From :func:`tiny_config`.
+        config: From `tiny_config`.
         seed: Of the random weights.
 
     Returns:
@@ -251,7 +251,7 @@ def write_tiny_checkpoint(
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> Path:
-    """Write a tiny random checkpoint with a tokenizer that knows ``w0`` to ``w95``.
+    """Write a tiny random checkpoint with a tokenizer that knows `w0` to `w95`.
 
     Args:
         model_type: A family, as in config.json.
@@ -261,7 +261,7 @@ def write_tiny_checkpoint(
         **changes: Configuration entries to set besides.
 
     Returns:
-        ``path``.
+        `path`.
 
     Raises:
         FamilyError: There is no such family with experts.

@@ -61,9 +61,9 @@ def losses_without(oracle: LayerOracle, index: int | None) -> list[float]:
     Raises:
         StreamingError: The model is larger than memory.
     """
-    whole_model(oracle.home, "the loss without an expert")
+    whole_model(oracle.provider, "the loss without an expert")
     if index is None:
-        return [loss_from(oracle, len(oracle.home.layers))]
+        return [loss_from(oracle, len(oracle.provider.layers))]
     (layer,) = (layer for layer in oracle.moe.layers if layer.index == index)
     losses = []
     for expert in range(layer.num_experts):
@@ -101,7 +101,7 @@ def loss_from(oracle: LayerOracle, first: int) -> float:
     """
     total, count = 0.0, 0
     states = oracle.states_before(first)
-    with from_layer(oracle.moe.model, oracle.home.layers, first) as finish:
+    with from_layer(oracle.moe.model, oracle.provider.layers, first) as finish:
         for window, given in zip(oracle.windows, states, strict=True):
             if len(window.ids) > 1:
                 logits = finish(inputs_of(window), given).logits[0, :-1].float()

@@ -93,7 +93,7 @@ def choose_in_block(oracle: LayerOracle, block: Block) -> dict[int, tuple[int, .
     with contextlib.ExitStack() as stack:
         target = states
         for index in range(block.begin, block.end):
-            stack.enter_context(oracle.home.layer(index))
+            stack.enter_context(oracle.provider.layer(index))
             target = oracle.run_layer(index, target)
         search = _Search(oracle, members, block.candidates, block.end, target)
         search.descend(block.begin, states, {})

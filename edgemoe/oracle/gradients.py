@@ -27,10 +27,10 @@ class LayerGradient:
 
     Attributes:
         layer: The layer.
-        hidden: What reaches its experts, ``[tokens, hidden]``.
+        hidden: What reaches its experts, `[tokens, hidden]`.
         routing: What its router decides.
         gradient: Of the loss, summed over tokens, at what its routed experts give together,
-            ``[tokens, hidden]``.
+            `[tokens, hidden]`.
     """
 
     layer: MoeLayer

@@ -6,7 +6,7 @@ weight matrix W over all tokens, an entry matters as ::
     A_rc = |W_rc| * || X_c ||_2
 
 and a layer has outliers in the proportion D_l, the fraction of its entries with
-``A_rc > M * mean(A of the layer)``. The paper takes all matrices of a decoder layer. Here they
+`A_rc > M * mean(A of the layer)`. The paper takes all matrices of a decoder layer. Here they
 are those of its routed experts, which alone are cut, each with the tokens that are routed to
 it; entries of an expert that no token reaches are 0.
 """

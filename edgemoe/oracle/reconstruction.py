@@ -34,7 +34,7 @@ class Reconstruction:
     """One layer's errors, each set of experts judged once.
 
     Attributes:
-        norm: sum_t of the squared norm of what routed experts give, so that ``error / norm``
+        norm: sum_t of the squared norm of what routed experts give, so that `error / norm`
             compares layers.
     """
 
@@ -62,7 +62,7 @@ class Reconstruction:
 
     @property
     def evaluated(self) -> int:
-        """How many sets were judged."""
+        """Number of sets that were evaluated."""
         return len(self._known)
 
     def forget(self) -> None:

@@ -30,11 +30,11 @@ class LocalProcesses(Workers):
             count: How many there may be.
 
         Raises:
-            SpreadError: ``count`` is below 1.
+            SpreadError: `count` is below 1.
         """
         if count < 1:
             raise SpreadError(f"the number of workers must be in [1, inf), got {count}.")
-        self.place = Processes(count)
+        self.executor = Processes(count)
         self.count = count
         # A fork would share locks and threads of torch in whatever state they are.
         self._context = multiprocessing.get_context("spawn")
@@ -94,7 +94,7 @@ class LocalProcesses(Workers):
 
 @contextlib.contextmanager
 def _threads_that_sleep() -> Iterator[None]:
-    """Let OpenMP threads of a new process sleep while they wait.
+    """Make OpenMP threads of a new process sleep while they wait.
 
     By default they spin, and processes that each have a thread for every core then keep the
     cores from one another.

@@ -1,12 +1,12 @@
 """Workers that run a picklable function over jobs, wherever they are.
 
-    with open_workers(Processes(4)) as workers:
+    with edgemoe.parallel.opening.open_workers(Processes(4)) as workers:
         results = workers.map(function, jobs, "what the bar says")
 
 Results come in the order of the jobs. The first failure ends the call and is raised as the
 worker raised it. A worker that dies (killed, out of memory, its machine gone) is no failure of
-the job: another worker gets it, up to :data:`ATTEMPTS` times in all. What a job finished before
-is for the job to find again: :mod:`edgemoe.resume` is made for that.
+the job: another worker gets it, up to `ATTEMPTS` times in all. What a job finished before
+is for the job to find again: `edgemoe.resume` is made for that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from edgemoe.errors import SpreadError
-from edgemoe.parallel.worker_cache import let_go
 from edgemoe.progress import counting
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ _POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Here:
+class InProcess:
     """In this process, one job after another."""
 
 
@@ -54,8 +53,8 @@ class RayCluster:
     """On a Ray cluster.
 
     Attributes:
-        address: ``local`` starts one on this machine, ``auto`` finds the one that this machine
-            belongs to, ``host:port`` and ``ray://host:port`` name one.
+        address: `local` starts one on this machine, `auto` finds the one that this machine
+            belongs to, `host:port` and `ray://host:port` name one.
         count: Jobs at a time; None for one on each machine.
         gpus: Whether each job gets a GPU of its own; None where there are enough.
     """
@@ -65,11 +64,11 @@ class RayCluster:
     gpus: bool | None = False
 
 
-Place: TypeAlias = "Here | Processes | RayCluster"
+ExecutorConfig: TypeAlias = "InProcess | Processes | RayCluster"
 
 
 @dataclass(frozen=True)
-class Steps:
+class JobProgress:
     """Progress within jobs, where they tell of it.
 
     Attributes:
@@ -90,7 +89,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """What a job raised, and where."""
+    """Exception that a job raised, and its traceback."""
 
     error: Exception
     trace: str
@@ -98,7 +97,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Died:
-    """How a worker ended in the middle of a job."""
+    """Reason why a worker ended in the middle of a job."""
 
     reason: str
 
@@ -114,11 +113,11 @@ class Workers(abc.ABC):
     """Where jobs run.
 
     Attributes:
-        place: Where that is.
+        executor: Where that is.
         count: How many jobs run at a time.
     """
 
-    place: Place
+    executor: ExecutorConfig
     count: int
 
     def map(
@@ -127,7 +126,7 @@ class Workers(abc.ABC):
         jobs: Sequence[Job],
         description: str,
         *,
-        steps: Steps | None = None,
+        steps: JobProgress | None = None,
     ) -> list[Result]:
         """Run a function over jobs.
 
@@ -141,7 +140,7 @@ class Workers(abc.ABC):
             The results in the order of the jobs.
 
         Raises:
-            SpreadError: A job's workers died :data:`ATTEMPTS` times, or it cannot be sent.
+            SpreadError: A job's workers died `ATTEMPTS` times, or it cannot be sent.
             Exception: What the first job that failed raised.
         """
         results: dict[int, Result] = {}
@@ -186,7 +185,7 @@ class Workers(abc.ABC):
 
     @abc.abstractmethod
     def _start(self, number: int, function: Callable[[Any], Any], job: Any) -> None:
-        """Let a free worker run a job."""
+        """Start a job on a free worker."""
 
     @abc.abstractmethod
     def _wait(self, seconds: float) -> Iterable[tuple[int, Outcome]]:
@@ -197,64 +196,8 @@ class Workers(abc.ABC):
         """End the jobs that run."""
 
     def close(self) -> None:
-        """Give back what the workers hold."""
+        """Release what the workers hold."""
         self._stop()
-
-
-class _Here(Workers):
-    place = Here()
-    count = 1
-
-    def __init__(self) -> None:
-        self._ended: list[tuple[int, Outcome]] = []
-
-    def _start(self, number: int, function: Callable[[Any], Any], job: Any) -> None:
-        self._ended.append((number, perform(function, job)))
-
-    def _wait(self, seconds: float) -> Iterable[tuple[int, Outcome]]:
-        del seconds
-        ended, self._ended = self._ended, []
-        return ended
-
-    def _stop(self) -> None:
-        self._ended = []
-
-    def close(self) -> None:
-        """Give back what jobs opened: this process goes on without them."""
-        let_go()
-
-
-@contextlib.contextmanager
-def open_workers(place: Place | Workers) -> Iterator[Workers]:
-    """Start workers, or connect to them.
-
-    Args:
-        place: Where; workers that are open serve as they are.
-
-    Yields:
-        The workers. Those that were not open before end with the block; a cluster that was
-        running before does not.
-
-    Raises:
-        SpreadError: The cluster cannot be reached, or has nothing to run jobs on.
-        MissingDependencyError: Ray is not installed.
-    """
-    if isinstance(place, Workers):
-        yield place
-        return
-    workers: Workers
-    if isinstance(place, Here):
-        workers = _Here()
-    elif isinstance(place, Processes):
-        from edgemoe.parallel.processes import LocalProcesses
-
-        workers = LocalProcesses(place.count)
-    else:
-        from edgemoe.parallel.cluster import ClusterWorkers
-
-        workers = ClusterWorkers(place)
-    with contextlib.closing(workers):
-        yield workers
 
 
 def perform(function: Callable[[Any], Any], job: Any) -> Done | Failed:

@@ -1,8 +1,8 @@
-"""Which intermediate neurons an expert keeps, as text.
+"""Which intermediate channels an expert keeps, as text.
 
-A neuron is a gate row, an up row and a down column together. One bit stands for each, neuron 0
-for the highest bit of the first digit; the bits after the last neuron are 0. An expert of 72
-neurons is 18 hexadecimal digits.
+A channel is a gate row, an up row and a down column together. One bit stands for each, channel
+0 for the highest bit of the first digit; the bits after the last channel are 0. An expert of 72
+channels is 18 hexadecimal digits.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _DIGITS = re.compile("[0-9a-f]+")
 
 
 def write_mask(kept: Iterable[int], size: int) -> str:
-    """Write which neurons are kept.
+    """Write which channels are kept.
 
     Args:
         kept: Their numbers, in [0, size).
         size: How many the expert has, in [1, inf).
 
     Returns:
-        Lower-case hexadecimal digits, a bit for each neuron.
+        Lower-case hexadecimal digits, a bit for each channel.
     """
     digits = -(-size // _BITS)
     value = 0
@@ -35,16 +35,16 @@ def write_mask(kept: Iterable[int], size: int) -> str:
 
 
 def is_mask(text: str) -> bool:
-    """Ask whether a text is what :func:`write_mask` writes, for an expert of some size."""
+    """Return whether a text is what `write_mask` writes, for an expert of some size."""
     return _DIGITS.fullmatch(text) is not None
 
 
 def fits_mask(text: str, size: int) -> bool:
-    """Ask whether a mask has a bit for each neuron of an expert, and no other bit set.
+    """Return whether a mask has a bit for each channel of an expert, and no other bit set.
 
     Args:
         text: A mask.
-        size: How many neurons the expert has.
+        size: How many channels the expert has.
 
     Returns:
         Whether it fits.
@@ -53,7 +53,7 @@ def fits_mask(text: str, size: int) -> bool:
 
 
 def read_mask(text: str) -> tuple[int, ...]:
-    """Read which neurons are kept.
+    """Read which channels are kept.
 
     Args:
         text: A mask.
@@ -66,7 +66,7 @@ def read_mask(text: str) -> tuple[int, ...]:
 
 
 def count_mask(text: str) -> int:
-    """Count the neurons that are kept.
+    """Count the channels that are kept.
 
     Args:
         text: A mask.

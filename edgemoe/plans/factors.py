@@ -115,7 +115,7 @@ SHARED_BASIS = "shared-basis"
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """How a plan's experts are factored.
+    """Ranks and method by which a plan's experts are factored.
 
     Attributes:
         method: Name of the decomposition.
@@ -139,7 +139,7 @@ class Factors:
         return self.method == SHARED_BASIS
 
     def describe(self) -> dict[str, Any]:
-        """Say how experts were factored, without the tokens.
+        """Return how experts were factored as JSON values, without the tokens.
 
         Returns:
             JSON values, for the provenance of a checkpoint.
@@ -168,7 +168,7 @@ class Factors:
 
     @classmethod
     def from_json(cls, reader: PlanReader) -> Factors:
-        """Read what :meth:`to_json` returned.
+        """Read what `to_json` returned.
 
         Args:
             reader: The JSON object.

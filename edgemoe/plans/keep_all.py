@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
 
 if TYPE_CHECKING:
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
 
 KEEP_ALL = "none"
 

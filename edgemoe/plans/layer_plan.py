@@ -13,7 +13,7 @@ from edgemoe.plans.channels import count_mask, fits_mask, is_mask
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemoe.models.contract import LayerShape, ModelShape
+    from edgemoe.models.shapes import LayerShape, ModelShape
     from edgemoe.plans.plan_json import PlanReader
 
 # Ranks of an expert's first and second product.
@@ -21,7 +21,7 @@ RankPair: TypeAlias = "tuple[int, int]"
 
 # Rows of 16 bytes in the narrowest type that products are computed in.
 BASIS_MULTIPLE = 8
-# The same for an expert's neurons.
+# The same for an expert's channels.
 WIDTH_MULTIPLE = 8
 _EDIT = "Correct the plan, or make it again with `edgemoe prune`."
 
@@ -35,10 +35,10 @@ class MergedExpert:
             as it is.
         weights: Their shares, one each, in [0, inf) with a positive sum; only ratios count.
             None means equal shares.
-        reference: The member that the others' neurons are aligned to; the one with the
+        reference: The member that the others' channels are aligned to; the one with the
             largest share where it is None.
-        neurons: Which intermediate neurons a single member keeps, as
-            :func:`edgemoe.plans.channels.write_mask` writes them; None keeps all.
+        neurons: Which intermediate channels a single member keeps, as
+            `edgemoe.plans.channels.write_mask` writes them; None keeps all.
     """
 
     members: tuple[int, ...]
@@ -145,7 +145,7 @@ class LayerPlan:
         order = sorted(range(len(self.experts)), key=lambda n: self.experts[n].members)
         if self.ranks is not None:
             self._check_ranks(self.ranks)
-            if self.is_narrowing:
+            if self.prunes_width:
                 raise PlanError(
                     f"layer {self.layer}: experts must either keep some of their neurons or be "
                     "factored, got both neurons and ranks. Apply the plan with neurons first, "
@@ -160,8 +160,8 @@ class LayerPlan:
         return any(len(expert.members) > 1 for expert in self.experts)
 
     @property
-    def is_narrowing(self) -> bool:
-        """Whether any expert keeps only some of its neurons."""
+    def prunes_width(self) -> bool:
+        """Whether any expert keeps only some of its intermediate channels."""
         return any(expert.neurons is not None for expert in self.experts)
 
     @property
@@ -202,14 +202,14 @@ class LayerPlan:
         self._check_groups(shape)
 
     def check_widths(self, model: ModelShape, *, shares_bases: bool = False) -> None:
-        """Check neurons and ranks against the experts' widths.
+        """Check channels and ranks against the experts' widths.
 
         Args:
             model: The model.
             shares_bases: Whether ranks are those of bases that all experts share.
 
         Raises:
-            PlanError: Neurons are not those of an expert of that width, a rank is above what a
+            PlanError: Channels are not those of an expert of that width, a rank is above what a
                 matrix of that size can have, or experts that share bases have several.
         """
         hidden, units = model.hidden_size, model.width_of(self.layer)
@@ -278,15 +278,15 @@ class LayerPlan:
 
 
 def stored_width(experts: Sequence[MergedExpert], size: int) -> int:
-    """Tell how wide a layer's experts are stored; narrower ones are padded with zeros.
+    """Return the width that a layer's experts are stored in; narrower ones are padded.
 
     Args:
         experts: The layer's planned experts.
-        size: Neurons that its experts have now.
+        size: Intermediate channels that its experts have now.
 
     Returns:
-        The largest number of neurons that an expert keeps, up to the next multiple of
-        :data:`WIDTH_MULTIPLE`, and never above ``size``.
+        The largest number of channels that an expert keeps, up to the next multiple of
+        `WIDTH_MULTIPLE`, and never above `size`.
     """
     counts = [size if e.neurons is None else count_mask(e.neurons) for e in experts]
     return min(size, -(-max(counts) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
@@ -321,7 +321,7 @@ def _expert_json(expert: MergedExpert) -> str:
 
 
 def read_layer(reader: PlanReader) -> LayerPlan:
-    """Read what :func:`write_layer` wrote.
+    """Read what `write_layer` wrote.
 
     Args:
         reader: The JSON object.

@@ -33,7 +33,7 @@ def parse_options(
     Args:
         method: The method's name, for messages.
         known: Its options with their defaults, which are integers, floats or strings.
-        texts: ``NAME=VALUE`` each.
+        texts: `NAME=VALUE` each.
 
     Returns:
         The options by name, in the types of their defaults.

@@ -28,7 +28,7 @@ from edgemoe.staging import staged_file
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.plans.layer_plan import RankPair
 
 __all__ = ["LayerPlan", "MergedExpert", "Plan"]
@@ -53,7 +53,7 @@ class Plan:
         options: Options of the method; JSON values.
         edgemoe_version: Version of edgemoe that decided.
         calibration_lines: Digests of the lines that the statistics cover, as
-            :func:`edgemoe.data_provenance.write_digests` writes them: no score may be of these.
+            `edgemoe.data_provenance.write_digests` writes them: no score may be of these.
         factors: How the experts are written as products of thinner matrices, where layers have
             ranks.
         k_policy: How many of the experts that are left each token uses; None where that stays
@@ -83,7 +83,7 @@ class Plan:
         ordered = tuple(sorted(self.layers, key=lambda layer: layer.layer))
         object.__setattr__(self, "layers", ordered)
         ranked = [layer.layer for layer in ordered if layer.ranks is not None]
-        narrowed = [layer.layer for layer in ordered if layer.is_narrowing]
+        narrowed = [layer.layer for layer in ordered if layer.prunes_width]
         if self.factors is not None and narrowed:
             raise PlanError(
                 "a plan must either factor experts or choose their neurons, got ranks of "
@@ -108,18 +108,18 @@ class Plan:
         return tuple(layer.stored_ranks for layer in self.layers)
 
     @property
-    def is_narrowing(self) -> bool:
-        """Whether any expert keeps only some of its neurons."""
-        return any(layer.is_narrowing for layer in self.layers)
+    def prunes_width(self) -> bool:
+        """Whether any expert keeps only some of its intermediate channels."""
+        return any(layer.prunes_width for layer in self.layers)
 
     def widths(self, shape: ModelShape) -> tuple[int, ...]:
-        """Tell how wide the experts of each layer are stored.
+        """Return the width that the experts of each layer are stored in.
 
         Args:
             shape: The model that the plan was validated for.
 
         Returns:
-            Neurons of every expert of the layer, padding included.
+            Intermediate channels of every expert of the layer, padding included.
         """
         return tuple(
             stored_width(layer.experts, shape.width_of(layer.layer)) for layer in self.layers
@@ -139,7 +139,7 @@ class Plan:
 
         Raises:
             PlanError: The plan is about another checkpoint or other layers, keeps fewer
-                experts than top_k, names experts or neurons that do not exist, or has ranks
+                experts than top_k, names experts or channels that do not exist, or has ranks
                 that no matrix of that size can have.
         """
         if None not in (self.checkpoint_sha256, checkpoint_sha256) and (
@@ -282,7 +282,7 @@ class Plan:
             force: Whether an existing file may be replaced.
 
         Raises:
-            OutputError: The file exists and ``force`` is false, or it cannot be written.
+            OutputError: The file exists and `force` is false, or it cannot be written.
         """
         with staged_file(path, force=force) as staged:
             staged.write_text(self.to_json(), encoding="utf-8")

@@ -1,15 +1,15 @@
-"""camera: the neurons of the highest energy (CAMERA-P, 2025).
+"""camera: the channels of the highest energy (CAMERA-P, 2025).
 
-https://arxiv.org/abs/2508.02322. A micro-expert i is one intermediate neuron of an expert: its
+https://arxiv.org/abs/2508.02322. A micro-expert i is one intermediate channel of an expert: its
 gate row, its up row and its down column w_i. Over the tokens that were routed to the expert,
 phi_i is the router's gate times act(gate) * up, and the micro-expert's energy is ::
 
     E_i = ((1 - alpha) ||phi_i||_2^2 + alpha ||phi_i||_inf^2) * ||w_i||_2^2
 
 Layers are pruned from the first to the last, each judged on what the pruned layers before it
-return. The paper ranks all micro-experts of a layer together (``widths=ragged``); since a layer
+return. The paper ranks all micro-experts of a layer together (`widths=ragged`); since a layer
 is stored at the width of its widest expert, the default keeps as many of each expert
-(``widths=equal``). ``alpha`` is 0.9 in the run that the authors publish.
+(`widths=equal`). `alpha` is 0.9 in the run that the authors publish.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from edgemoe.apply.checks import refuse_neurons
+from edgemoe.apply.checks import refuse_width_pruning
 from edgemoe.apply.expert_tensors import plan_tensors
 from edgemoe.errors import PlanError
-from edgemoe.models.width_axis import neuron_outputs
+from edgemoe.models.layer_width import channel_outputs
 from edgemoe.prune.widths import check_choice, keep_equal, keep_ragged
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemoe.calibrate.statistics import TaskStatistics
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.oracle import LayerOracle, LayerView
     from edgemoe.plans.plan import LayerPlan
 
@@ -50,30 +50,30 @@ def camera(
     tokens: int = 8192,
     widths: str = "equal",
 ) -> tuple[LayerPlan, ...]:
-    """Keep the neurons of the highest energy, layer after layer.
+    """Keep the channels of the highest energy, layer after layer.
 
     Args:
         oracle: The model and the task's tokens.
         statistics: Not used: energies are of the pruned model.
         shape: The model.
-        counts: Neurons to keep of each expert, on average, per MoE layer.
+        counts: Intermediate channels to keep of each expert, on average, per MoE layer.
         seed: Not used: the method has no chance in it.
         alpha: Share of the largest square against the sum of squares, in [0, 1].
         tokens: How many tokens to judge on, in [1, inf).
-        widths: ``equal``, as many of each expert, or ``ragged``, the best of the layer.
+        widths: `equal`, as many of each expert, or `ragged`, the best of the layer.
 
     Returns:
         One plan per MoE layer; it keeps all experts.
 
     Raises:
-        PlanError: An option is out of range, or the family's neurons cannot be chosen.
+        PlanError: An option is out of range, or the family's channels cannot be chosen.
     """
     del statistics, seed
     check_choice(widths)
     if not 0 <= alpha <= 1:
         raise PlanError(f"alpha must be in [0, 1], got {alpha}.")
     for layer in oracle.moe.layers:
-        refuse_neurons(layer, shape.family)
+        refuse_width_pruning(layer, shape.family)
     plans = []
     views = oracle.fewer(tokens).walk("prune (camera)")
     for layer_shape, width, view in zip(shape.layers, counts, views, strict=True):
@@ -89,14 +89,14 @@ def camera(
 
 @torch.no_grad()
 def energies(view: LayerView, alpha: float) -> NDArray[np.float64]:
-    """Compute the energy of every neuron of a layer.
+    """Compute the energy of every channel of a layer.
 
     Args:
         view: The layer.
-        alpha: As in :func:`camera`.
+        alpha: As in `camera`.
 
     Returns:
-        float64 [experts, neurons]; 0 for those of an expert that no token reached.
+        float64 [experts, channels]; 0 for those of an expert that no token reached.
     """
     layer, routing = view.layer, view.routing
     found = np.zeros((layer.num_experts, layer.intermediate_size))
@@ -113,6 +113,6 @@ def energies(view: LayerView, alpha: float) -> NDArray[np.float64]:
             squares = (units * routing.weights[chunk, slot, None].double()).square()
             total += squares.sum(dim=0)
             largest = torch.maximum(largest, squares.amax(dim=0))
-        columns = neuron_outputs(layer, expert).double().square().sum(dim=0)
+        columns = channel_outputs(layer, expert).double().square().sum(dim=0)
         found[expert] = (((1 - alpha) * total + alpha * largest) * columns).numpy()
     return found

@@ -98,7 +98,7 @@ def _lloyd(
 
 
 def _fill_empty(labels: NDArray[np.int64], distances: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Give each empty cluster the point that is farthest from its centre and not alone."""
+    """Move into each empty cluster the point that is farthest from its centre and not alone."""
     labels = labels.copy()
     for cluster in range(distances.shape[1]):
         if (labels == cluster).any():

@@ -11,29 +11,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgemoe.prune.selection import keep_by_score
-
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import numpy as np
+    from numpy.typing import NDArray
 
-    from edgemoe.calibrate.statistics import TaskStatistics
-    from edgemoe.models.contract import ModelShape
-    from edgemoe.plans.plan import LayerPlan
+    from edgemoe.calibrate.sums import LayerSums
 
 
-def frequency(
-    statistics: TaskStatistics, shape: ModelShape, counts: Sequence[int], seed: int
-) -> tuple[LayerPlan, ...]:
-    """Keep the most chosen experts of each layer.
+def frequency(sums: LayerSums) -> NDArray[np.float64]:
+    """Score experts by how many tokens are routed to them.
 
     Args:
-        statistics: Sums of the task.
-        shape: The model.
-        counts: Experts to keep per MoE layer.
-        seed: Not used: the method has no chance in it.
+        sums: Sums of the task over one layer of E experts.
 
     Returns:
-        One plan per MoE layer.
+        S_j of each expert, float64 `[E]`.
     """
-    del seed
-    return keep_by_score(statistics, shape, counts, lambda sums: sums.count)
+    return sums.count

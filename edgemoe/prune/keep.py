@@ -12,7 +12,7 @@ from edgemoe.errors import PlanError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
 
 
 def count_kept(
@@ -99,7 +99,7 @@ def check_counts(shape: ModelShape, counts: Sequence[int]) -> tuple[int, ...]:
 
 
 def parse_keep_experts(text: str) -> int | tuple[int, ...]:
-    """Read the value of ``--keep-experts``.
+    """Read the value of `--keep-experts`.
 
     Args:
         text: A number, numbers with commas between them, or the path of a JSON file that holds

@@ -3,7 +3,7 @@
 https://arxiv.org/abs/2411.01016, in three steps:
 
 1. Expert importance I_ij, the rise of the loss without expert j of layer i, and layer
-   importance I_i = sum_j I_ij (:mod:`edgemoe.oracle.ablation`). Important layers lose fewer
+   importance I_i = sum_j I_ij (`edgemoe.oracle.ablation`). Important layers lose fewer
    experts: the number that layer i loses is proportional to 1 / I_i, within what its router
    needs. The paper does not print the map; here whole experts are shared out by highest
    averages (D'Hondt) over 1 / (I_i + mean(I) / 100), while a layer has an expert to spare.
@@ -13,10 +13,10 @@ https://arxiv.org/abs/2411.01016, in three steps:
    exchanged (neither rate is in the paper). 100 individuals, 50 generations.
 3. Block-wise KT-Reception Field: of the K best sets of each of T consecutive layers, the
    combination whose block, run as the model runs it, moves least
-   (:mod:`edgemoe.oracle.blocks`). K = T = 3.
+   (`edgemoe.oracle.blocks`). K = T = 3.
 
-Its second stage, low-rank factors, is ``edgemoe decompose``; its third, LoRA, is
-``edgemoe recover``.
+Its second stage, low-rank factors, is `edgemoe decompose`; its third, LoRA, is
+`edgemoe recover`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemoe.calibrate.statistics import TaskStatistics
-    from edgemoe.models.contract import LayerShape, ModelShape
+    from edgemoe.models.shapes import LayerShape, ModelShape
     from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.plans.plan import LayerPlan
 
@@ -71,9 +71,9 @@ def moe_i2(
         oracle: The model and the task's tokens.
         statistics: Not used.
         shape: The model.
-        counts: Experts to keep per MoE layer; their sum counts unless ``ratios`` is ``given``.
+        counts: Experts to keep per MoE layer; their sum counts unless `ratios` is `given`.
         seed: Seed of the search, in [0, inf).
-        ratios: ``importance``: layers lose experts by their importance; ``given``: each keeps
+        ratios: `importance`: layers lose experts by their importance; `given`: each keeps
             its count.
         tokens: Tokens that sets are judged on, in [1, inf).
         importance_tokens: Tokens that the loss is measured on, in [2, inf).
@@ -86,7 +86,7 @@ def moe_i2(
         One plan per MoE layer.
 
     Raises:
-        PlanError: ``ratios`` is none of the two.
+        PlanError: `ratios` is none of the two.
         StreamingError: The model is larger than memory and importance is asked for.
     """
     if ratios not in ("importance", "given"):
@@ -134,7 +134,7 @@ def _search(oracle: LayerOracle, job: _SearchJob) -> list[_Set]:
 def share_out(
     layers: Sequence[LayerShape], importance: Sequence[float], kept: int
 ) -> tuple[int, ...]:
-    """Let layers lose experts in inverse proportion to their importance.
+    """Distribute lost experts over layers in inverse proportion to their importance.
 
     Args:
         layers: The layers.
@@ -143,7 +143,7 @@ def share_out(
 
     Returns:
         Experts that each layer keeps: a multiple of its router groups, no fewer than its router
-        needs; as near to ``kept`` together as groups allow.
+        needs; as near to `kept` together as groups allow.
     """
     values = np.asarray(importance, np.float64)
     # Only ratios count: scaled first, so that no sum or inverse overflows.

@@ -6,7 +6,7 @@ experts, the one of the smallest reconstruction error ::
     || F(X) - F_S(X) ||_F
 
 with the router restricted to S and its gates renormalised as the family does. All sets are
-tried where they are few (``exhaustive``, 20000 by default: 16 choose 8 are 12870); beyond,
+tried where they are few (`exhaustive`, 20000 by default: 16 choose 8 are 12870); beyond,
 experts are removed one by one, each time the one whose removal costs least, and then exchanged
 for removed ones while that helps. Layers are judged on the unpruned model's inputs, as in the
 paper.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemoe.calibrate.statistics import TaskStatistics
-    from edgemoe.models.contract import LayerShape, ModelShape
+    from edgemoe.models.shapes import LayerShape, ModelShape
     from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.plans.plan import LayerPlan
 

@@ -1,7 +1,7 @@
 """owl: layers with more outliers among their weights keep more experts (Yin et al., 2023).
 
 https://arxiv.org/abs/2310.05175 makes the sparsity of layer l proportional to 1 - D_l, with D_l
-as in :mod:`edgemoe.oracle.outliers`, within [S - lambda, S + lambda] and with S for its mean.
+as in `edgemoe.oracle.outliers`, within [S - lambda, S + lambda] and with S for its mean.
 As in the authors' code D_l is first stretched to a range of 2 * lambda; then it is moved until
 the mean is S, and here cut off at both ends of the interval, which their code leaves out. With
 n_l experts in layer l, u_l of them kept without OWL, and c such that the total stays::
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemoe.models.contract import LayerShape, ModelShape
+    from edgemoe.models.shapes import LayerShape, ModelShape
     from edgemoe.oracle.oracle import LayerOracle
 
 UNIFORM, OWL = "uniform", "owl"
@@ -68,7 +68,7 @@ class Owl:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Owl | None:
-        """Read :data:`LAYER_OPTIONS`.
+        """Read `LAYER_OPTIONS`.
 
         Args:
             options: Those that are given.
@@ -77,7 +77,7 @@ class Owl:
             The settings; None where layers are uniform.
 
         Raises:
-            PlanError: ``layers`` is none of the two, a setting is out of range, or settings
+            PlanError: `layers` is none of the two, a setting is out of range, or settings
                 are given that uniform layers have no use for.
         """
         layers = options.get("layers", UNIFORM)
@@ -100,7 +100,7 @@ class Owl:
 
         Args:
             oracle: The model and the task's tokens, of which
-                :data:`edgemoe.oracle.oracle.DEFAULT_TOKENS` are read.
+                `edgemoe.oracle.oracle.DEFAULT_TOKENS` are read.
             shape: The model.
             counts: Experts that each MoE layer would keep without OWL.
 
@@ -124,7 +124,7 @@ def share_by_outliers(
     ratios: NDArray[np.float64],
     spread: float,
 ) -> tuple[int, ...]:
-    """Let layers keep more experts the more outliers they have.
+    """Distribute kept experts over layers by how many outliers they have.
 
     Args:
         layers: The layers.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemoe.calibrate.statistics import TaskStatistics
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.plans.plan import LayerPlan
 
 

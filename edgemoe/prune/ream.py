@@ -10,8 +10,9 @@ https://arxiv.org/abs/2604.04356. Per layer, from the first to the last:
 3. Members are aligned to their centroid and averaged by S_j, router rows too.
 4. The next layer is judged on what the merged layers before it return.
 
-C is 16 of 128 experts in the paper, so an eighth of the experts here. Neurons are aligned by
-their weights, when the plan is applied; the paper's cost also counts their activations.
+C is 16 of 128 experts in the paper, so an eighth of the experts here. Intermediate channels are
+aligned by their weights, when the plan is applied; the paper's cost also counts their
+activations.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemoe.calibrate.statistics import TaskStatistics
-    from edgemoe.models.contract import LayerShape, ModelShape
+    from edgemoe.models.shapes import LayerShape, ModelShape
     from edgemoe.oracle.oracle import LayerOracle, LayerView
 
 _ABSORBED = 1 / 8

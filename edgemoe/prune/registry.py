@@ -6,7 +6,6 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgemoe import __version__
 from edgemoe.calibrate.mixture import mix
 from edgemoe.data_provenance import write_digests
 from edgemoe.errors import PlanError
@@ -24,15 +23,21 @@ from edgemoe.prune.random import random
 from edgemoe.prune.ream import ream
 from edgemoe.prune.reap import reap
 from edgemoe.prune.seer import seer
+from edgemoe.prune.selection import keep_by_score
 from edgemoe.prune.uncurl import uncurl
 from edgemoe.prune.widths import check_widths, count_widths
+from edgemoe.versions import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from edgemoe.calibrate.sample import Window
-    from edgemoe.calibrate.statistics import Statistics
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.calibrate.statistics import Statistics, TaskStatistics
+    from edgemoe.calibrate.sums import LayerSums
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.oracle import LayerOracle
 
     # Opens the model for methods that run its layers.
@@ -40,28 +45,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Method:
+class PruningMethod:
     """A pruning method.
 
     Attributes:
         decide: From statistics, shape, counts and seed to layers' plans; a method that runs
             layers has the oracle before them. Options are keyword arguments.
-        runs_layers: Whether it needs the model besides the statistics.
-        draws: Whether another seed may give another plan.
-        spreads: Whether it asks its oracle through
-            :meth:`edgemoe.oracle.oracle.LayerOracle.map`, so that workers can answer.
-        shares_out: Whether it decides itself how many experts each layer keeps; only their sum
-            counts then.
-        picks_neurons: Whether it keeps all experts and chooses their neurons; counts are
-            neurons of each expert then.
+        needs_forward: Whether it needs the model besides the statistics.
+        stochastic: Whether another seed may give another plan.
+        parallel: Whether it asks its oracle through
+            `edgemoe.oracle.oracle.LayerOracle.map`, so that workers can answer.
+        allocates_layers: Whether it decides itself how many experts each layer keeps; only
+            their sum counts then.
+        prunes_width: Whether it keeps all experts and chooses their channels; counts are
+            channels of each expert then.
     """
 
     decide: Callable[..., tuple[LayerPlan, ...]]
-    runs_layers: bool = False
-    draws: bool = False
-    spreads: bool = False
-    shares_out: bool = False
-    picks_neurons: bool = False
+    needs_forward: bool = False
+    stochastic: bool = False
+    parallel: bool = False
+    allocates_layers: bool = False
+    prunes_width: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -69,23 +74,45 @@ class Method:
         return options_of(self.decide)
 
 
-METHODS: dict[str, Method] = {
-    "camera": Method(camera, runs_layers=True, picks_neurons=True),
-    "frequency": Method(frequency),
-    "heapr": Method(heapr, runs_layers=True, picks_neurons=True),
-    "man": Method(man),
-    "moe-i2": Method(moe_i2, runs_layers=True, draws=True, spreads=True, shares_out=True),
-    "msan": Method(msan),
-    "naee": Method(naee, runs_layers=True, spreads=True),
-    "random": Method(random, draws=True),
-    "reap": Method(reap),
-    "ream": Method(ream, runs_layers=True),
-    "seer": Method(seer),
-    "uncurl": Method(uncurl, draws=True),
+def scoring(score: Callable[[LayerSums], NDArray[np.float64]]) -> PruningMethod:
+    """Make a method of a score: each layer keeps the experts of the highest.
+
+    Args:
+        score: From the sums of one layer of E experts to a score each, float64 `[E]`.
+
+    Returns:
+        The method. Of equal scores the expert of lower id stays; routers with groups keep as
+        many experts of each.
+    """
+
+    def decide(
+        statistics: TaskStatistics, shape: ModelShape, counts: Sequence[int], seed: int
+    ) -> tuple[LayerPlan, ...]:
+        del seed
+        return keep_by_score(statistics, shape, counts, score)
+
+    return PruningMethod(decide)
+
+
+METHODS: dict[str, PruningMethod] = {
+    "camera": PruningMethod(camera, needs_forward=True, prunes_width=True),
+    "frequency": scoring(frequency),
+    "heapr": PruningMethod(heapr, needs_forward=True, prunes_width=True),
+    "man": scoring(man),
+    "moe-i2": PruningMethod(
+        moe_i2, needs_forward=True, stochastic=True, parallel=True, allocates_layers=True
+    ),
+    "msan": scoring(msan),
+    "naee": PruningMethod(naee, needs_forward=True, parallel=True),
+    "random": PruningMethod(random, stochastic=True),
+    "reap": scoring(reap),
+    "ream": PruningMethod(ream, needs_forward=True),
+    "seer": scoring(seer),
+    "uncurl": PruningMethod(uncurl, stochastic=True),
 }
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str) -> PruningMethod:
     """Find a method by name.
 
     Args:
@@ -107,7 +134,7 @@ def read_options(method: str, texts: Sequence[str]) -> dict[str, Any]:
 
     Args:
         method: The method's name.
-        texts: ``NAME=VALUE`` each.
+        texts: `NAME=VALUE` each.
 
     Returns:
         The options by name, in the types of their defaults.
@@ -125,7 +152,7 @@ def find_owl(method: str, options: Mapping[str, Any]) -> Owl | None:
 
     Args:
         method: The method's name.
-        options: Its options by name, and those of :data:`edgemoe.prune.owl.LAYER_OPTIONS`.
+        options: Its options by name, and those of `edgemoe.prune.owl.LAYER_OPTIONS`.
 
     Returns:
         OWL's settings; None where layers keep what they are told.
@@ -134,12 +161,16 @@ def find_owl(method: str, options: Mapping[str, Any]) -> Owl | None:
         PlanError: A setting is out of range, or the method shares out experts itself.
     """
     owl = Owl.from_options(options)
-    if owl is not None and find_method(method).picks_neurons:
+    if owl is not None and find_method(method).prunes_width:
         raise PlanError(
             f"--layers must be uniform for {method}, which keeps all experts, got owl. "
             "Leave it out."
         )
-    if owl is not None and find_method(method).shares_out and options.get("ratios") != "given":
+    if (
+        owl is not None
+        and find_method(method).allocates_layers
+        and options.get("ratios") != "given"
+    ):
         raise PlanError(
             f"--layers must be uniform for {method}, which decides itself how many experts "
             "each layer keeps, got owl. Leave it out, or add --set ratios=given."
@@ -148,16 +179,16 @@ def find_owl(method: str, options: Mapping[str, Any]) -> Owl | None:
 
 
 def needs_model(method: str, options: Mapping[str, Any]) -> bool:
-    """Ask whether a plan needs the model besides the statistics.
+    """Return whether a plan needs the model besides the statistics.
 
     Args:
         method: The method's name.
-        options: As in :func:`find_owl`.
+        options: As in `find_owl`.
 
     Returns:
         Whether the method runs layers, or OWL does.
     """
-    return find_method(method).runs_layers or find_owl(method, options) is not None
+    return find_method(method).needs_forward or find_owl(method, options) is not None
 
 
 def fill_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +196,7 @@ def fill_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         method: The method's name.
-        given: As in :func:`find_owl`.
+        given: As in `find_owl`.
 
     Returns:
         All options that the decision depends on: those of layers only where OWL decides.
@@ -179,17 +210,17 @@ def count_for(method: str, shape: ModelShape, keep: float) -> tuple[int, ...]:
     """Turn a fraction into what a method keeps per MoE layer.
 
     Args:
-        method: One of :data:`METHODS`.
+        method: One of `METHODS`.
         shape: The model.
-        keep: Fraction of each layer's experts, or of all neurons, in (0, 1].
+        keep: Fraction of each layer's experts, or of all channels, in (0, 1].
 
     Returns:
-        Experts to keep, or neurons of each expert, one number per MoE layer.
+        Experts to keep, or channels of each expert, one number per MoE layer.
 
     Raises:
         PlanError: There is no such method, or the model cannot keep that fraction.
     """
-    if find_method(method).picks_neurons:
+    if find_method(method).prunes_width:
         return count_widths(shape, keep)
     return count_kept(shape, keep=keep)
 
@@ -209,12 +240,12 @@ def make_plan(
     Args:
         statistics: Sums of the checkpoint.
         task: The task to decide for, or several with their weights.
-        method: One of :data:`METHODS`.
-        counts: Experts to keep per MoE layer, as :func:`edgemoe.prune.keep.count_kept` gives,
-            or neurons of each expert, as :func:`edgemoe.prune.widths.count_widths` gives.
+        method: One of `METHODS`.
+        counts: Experts to keep per MoE layer, as `edgemoe.prune.keep.count_kept` gives,
+            or channels of each expert, as `edgemoe.prune.widths.count_widths` gives.
         seed: Seed of the methods that draw, in [0, inf).
         options: The method's options by name, and those of
-            :data:`edgemoe.prune.owl.LAYER_OPTIONS`.
+            `edgemoe.prune.owl.LAYER_OPTIONS`.
         open_oracle: Opens the model that was measured, for methods that run its layers and
             for OWL.
 
@@ -234,7 +265,7 @@ def make_plan(
     if unknown:
         raise PlanError(f"{method} must be given its own options, got {unknown}.")
     owl = find_owl(method, given)
-    check = check_widths if found.picks_neurons else check_counts
+    check = check_widths if found.prunes_width else check_counts
     asked = counts = check(statistics.shape, counts)
     weights = {task: 1.0} if isinstance(task, str) else dict(task)
     mixture = mix(statistics, weights)
@@ -247,10 +278,10 @@ def make_plan(
         oracle = open_oracle(mixture.windows)
         if owl is not None:
             counts = owl.count_kept(oracle, statistics.shape, counts)
-        if found.runs_layers:
+        if found.needs_forward:
             decide = functools.partial(decide, oracle)
     layers = decide(measured, statistics.shape, counts, seed, **own)
-    counted = "keep_neurons" if found.picks_neurons else "keep_experts"
+    counted = "keep_neurons" if found.prunes_width else "keep_experts"
     chosen: dict[str, Any] = {counted: list(asked), **fill_options(method, given)}
     if len(weights) > 1:
         chosen["task_weights"] = weights

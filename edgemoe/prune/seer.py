@@ -5,7 +5,7 @@ gates, the heavy hitters of a layer are the experts of the largest ::
 
     S_j = sum_t 1[j in A_t] g_tj
 
-The hard variant, which counts tokens instead of adding gates, is ``frequency``. Gates are
+The hard variant, which counts tokens instead of adding gates, is `frequency`. Gates are
 those over the top-k divided by their sum, so that a routed scaling factor cancels. The
 paper's second step, fine-tuning for a smaller top-k, is no part of pruning.
 """
@@ -14,29 +14,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgemoe.prune.selection import keep_by_score
-
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import numpy as np
+    from numpy.typing import NDArray
 
-    from edgemoe.calibrate.statistics import TaskStatistics
-    from edgemoe.models.contract import ModelShape
-    from edgemoe.plans.plan import LayerPlan
+    from edgemoe.calibrate.sums import LayerSums
 
 
-def seer(
-    statistics: TaskStatistics, shape: ModelShape, counts: Sequence[int], seed: int
-) -> tuple[LayerPlan, ...]:
-    """Keep the experts of the largest gate mass of each layer.
+def seer(sums: LayerSums) -> NDArray[np.float64]:
+    """Score experts by the sum of their gates.
 
     Args:
-        statistics: Sums of the task.
-        shape: The model.
-        counts: Experts to keep per MoE layer.
-        seed: Not used: the method has no chance in it.
+        sums: Sums of the task over one layer of E experts.
 
     Returns:
-        One plan per MoE layer.
+        S_j of each expert, float64 `[E]`.
     """
-    del seed
-    return keep_by_score(statistics, shape, counts, lambda sums: sums.gate_mass)
+    return sums.gate_mass

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.statistics import TaskStatistics
     from edgemoe.calibrate.sums import LayerSums
-    from edgemoe.models.contract import LayerShape, ModelShape
+    from edgemoe.models.shapes import LayerShape, ModelShape
 
 
 def keep_by_score(

@@ -10,7 +10,7 @@ router logits of expert i over all tokens of the task::
 The paper leaves the Laplacian's normalisation open and cites Ng, Jordan and Weiss (2001), so
 theirs is used: zero diagonal, D^-1/2 S D^-1/2, its largest eigenvectors, rows scaled to
 length 1. In each cluster the expert that the task's tokens select most often is the
-reference; the others' neurons are aligned to it and all are averaged by how often each is
+reference; the others' channels are aligned to it and all are averaged by how often each is
 selected. Both happen when the plan is applied. The paper then draws the router anew and
 trains it on the task; that is another step, and the merged router rows are its start.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.statistics import TaskStatistics
     from edgemoe.calibrate.sums import LayerSums
-    from edgemoe.models.contract import LayerShape, ModelShape
+    from edgemoe.models.shapes import LayerShape, ModelShape
 
 
 def uncurl(

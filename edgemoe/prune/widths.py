@@ -1,6 +1,6 @@
-"""How many neurons the experts of each layer keep, and which.
+"""How many channels the experts of each layer keep, and which.
 
-Kernels like widths that are multiples of 8, so a layer's experts keep a multiple of 8 neurons,
+Kernels like widths that are multiples of 8, so a layer's experts keep a multiple of 8 channels,
 or all. What a fraction leaves beyond multiples of 8 goes, in steps of 8, to the layers where a
 step is nearest to what they should have: highest averages (D'Hondt), no layer more than a step
 below or above its due, and the total never above the fraction.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
 
 WIDTHS = ("equal", "ragged")
 # Products of a fraction and whole numbers are off by less.
@@ -29,18 +29,18 @@ _ROUNDING = 1e-6
 
 
 def count_widths(shape: ModelShape, keep: float) -> tuple[int, ...]:
-    """Turn a fraction of the neurons into a width per MoE layer.
+    """Turn a fraction of the channels into a width per MoE layer.
 
     Args:
         shape: The model.
-        keep: Fraction of all routed experts' neurons, in (0, 1].
+        keep: Fraction of all routed experts' channels, in (0, 1].
 
     Returns:
-        Neurons of each expert, one number per MoE layer: multiples of 8 or all, and together at
-        most the fraction.
+        Intermediate channels of each expert, one number per MoE layer: multiples of 8 or all,
+        and together at most the fraction.
 
     Raises:
-        PlanError: The fraction is out of range, or below 8 neurons in every expert.
+        PlanError: The fraction is out of range, or below 8 channels in every expert.
     """
     if not 0 < keep <= 1:
         raise PlanError(f"--keep must be a fraction of the neurons in (0, 1], got {keep}.")
@@ -61,8 +61,9 @@ def share_widths(
     """Round widths to multiples of 8 so that they take no more than they should together.
 
     Args:
-        wanted: Neurons that an expert of each layer should have, in [0, its size].
-        sizes: Neurons that it has.
+        wanted: Intermediate channels that an expert of each layer should have, in [0, its
+            size].
+        sizes: Intermediate channels that it has.
         experts: Experts of each layer.
 
     Returns:
@@ -101,7 +102,7 @@ def check_widths(shape: ModelShape, widths: Sequence[int]) -> tuple[int, ...]:
 
     Args:
         shape: The model.
-        widths: Neurons of each expert per MoE layer.
+        widths: Intermediate channels of each expert per MoE layer.
 
     Returns:
         The widths.
@@ -125,39 +126,39 @@ def check_widths(shape: ModelShape, widths: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_choice(widths: str) -> None:
-    """Refuse a value of the option ``widths`` that there is not.
+    """Refuse a value of the option `widths` that there is not.
 
     Args:
         widths: The value.
 
     Raises:
-        PlanError: It is none of :data:`WIDTHS`.
+        PlanError: It is none of `WIDTHS`.
     """
     if widths not in WIDTHS:
         raise PlanError(f"widths must be {' or '.join(WIDTHS)}, got {widths!r}.")
 
 
 def keep_equal(layer: int, scores: NDArray[np.float64], width: int) -> LayerPlan:
-    """Keep as many neurons of every expert: those of the highest scores.
+    """Keep as many channels of every expert: those of the highest scores.
 
     Args:
         layer: Index of the decoder layer.
-        scores: Of every expert's neurons, float64 [experts, neurons].
+        scores: Of every expert's channels, float64 [experts, channels].
         width: How many to keep of each expert.
 
     Returns:
-        The layer's plan. Of neurons with equal scores those of lower number stay.
+        The layer's plan. Of channels with equal scores those of lower number stay.
     """
     order = np.argsort(-scores, axis=1, kind="stable")
     return _plan(layer, scores.shape, [row[:width].tolist() for row in order])
 
 
 def keep_ragged(layer: int, scores: NDArray[np.float64], total: int) -> LayerPlan:
-    """Keep the neurons of the highest scores of a layer, and one of every expert.
+    """Keep the channels of the highest scores of a layer, and one of every expert.
 
     Args:
         layer: Index of the decoder layer.
-        scores: Of every expert's neurons, float64 [experts, neurons].
+        scores: Of every expert's channels, float64 [experts, channels].
         total: How many to keep of all experts together, at least one for each.
 
     Returns:

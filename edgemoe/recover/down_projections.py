@@ -29,14 +29,14 @@ _SHARED_NAME = "down_proj"
 
 
 def routed_tensor(layer: MoeLayer) -> torch.Tensor:
-    """Return the last matrices of the routed experts, as the family stores them."""
+    """Return the down projections of the routed experts, as the family stores them."""
     return layer.tensor(
         f"{layer.facts.experts}.{'down_out' if layer.is_factored else 'down_proj'}"
     )
 
 
 def shared_modules(layer: MoeLayer) -> list[nn.Linear]:
-    """List the last matrices of what every token uses in the block, besides routed experts."""
+    """List the down projections in the block that every token uses: shared experts."""
     parts = (layer.experts, layer.router)
     apart = {id(module) for part in parts for module in part.modules()}
     return [
@@ -50,7 +50,7 @@ def shared_modules(layer: MoeLayer) -> list[nn.Linear]:
 
 
 def routed_blocks(view: LayerView) -> list[Block]:
-    """Say what the routed experts' last matrices are given.
+    """Return the inputs of the routed experts' down projections.
 
     Args:
         view: The layer on all tokens, its weights in memory.
@@ -75,7 +75,7 @@ def routed_blocks(view: LayerView) -> list[Block]:
 
 @torch.no_grad()
 def add_routed(layer: MoeLayer, changes: Sequence[torch.Tensor]) -> None:
-    """Add to the routed experts' last matrices.
+    """Add to the routed experts' down projections.
 
     Args:
         layer: The layer, which is changed in place.

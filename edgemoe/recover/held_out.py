@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.evaluate.torch_scorer import BATCH_TOKENS, make_batches
+from edgemoe.evaluate.batches import BATCH_TOKENS, make_batches
 from edgemoe.progress import track
 from edgemoe.recover.losses import Batch, add_up, count_tokens
 
@@ -58,13 +58,13 @@ class Quality:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Quality:
-        """Undo :meth:`to_dict`."""
+        """Undo `to_dict`."""
         tasks = {name: TaskQuality(**found) for name, found in value["tasks"].items()}
         return cls(tasks=tasks, loss=value["loss"])
 
 
 def mix(divergence: float, cross_entropy: float, kd_weight: float | None) -> float:
-    """Return the loss: ``kd_weight`` parts divergence, the rest cross-entropy."""
+    """Return the loss: `kd_weight` parts divergence, the rest cross-entropy."""
     if kd_weight is None:
         return cross_entropy
     return kd_weight * divergence + (1 - kd_weight) * cross_entropy

@@ -1,9 +1,9 @@
-"""least-squares: the last matrices of all experts, in closed form, layer after layer.
+"""least-squares: the down projections of all experts, in closed form, layer after layer.
 
 Layer by layer, so that what the compressed layers return comes nearest to what the teacher's
 return. With y_t the teacher's output of decoder layer l for token t, y'_t the compressed
-model's, behind its own changed layers, and Z what its experts' last matrices D are given (see
-:mod:`edgemoe.recover.down_projections`)::
+model's, behind its own changed layers, and Z what its experts' down projections D are given
+(see `edgemoe.recover.down_projections`)::
 
     D <- D + C,    C = argmin || (Y - Y') - Z C ||_F^2 + r s || C ||_F^2
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgemoe.recover.down_projections import routed_tensor, shared_modules
-from edgemoe.recover.method import Method, Phase, Training
+from edgemoe.recover.method import Phase, RecoveryMethod, Training
 from edgemoe.recover.refit import refit
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def prepare(model: MoeModel, options: RecoverOptions) -> Training:
-    """Name the last matrices.
+    """Name the down projections.
 
     Args:
         model: The model.
@@ -53,7 +53,7 @@ def prepare(model: MoeModel, options: RecoverOptions) -> Training:
     return Training(parameters=found, phases=(phase,))
 
 
-LEAST_SQUARES = Method(
+LEAST_SQUARES = RecoveryMethod(
     name="least-squares",
     prepare=prepare,
     run=refit,

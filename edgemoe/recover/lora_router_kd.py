@@ -2,7 +2,7 @@
 
 Joins `router-kd` (https://arxiv.org/abs/2603.02217) and the adapters of MoE-I², stage 3
 (https://arxiv.org/abs/2411.01016). Both train on one loss: by default the divergence from the
-teacher alone, as the routers do in `router-kd`; with a ``kd_weight`` below 1 the rest of it is
+teacher alone, as the routers do in `router-kd`; with a `kd_weight` below 1 the rest of it is
 the task's cross-entropy. Routers have a quarter of the adapters' learning rate, as the defaults
 of the two methods have.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgemoe.recover.adapters import add_adapters
-from edgemoe.recover.method import Method, Phase, Training
+from edgemoe.recover.method import Phase, RecoveryMethod, Training
 from edgemoe.recover.trainable import router_parameters
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def prepare(model: MoeModel, options: RecoverOptions) -> Training:
     )
 
 
-LORA_ROUTER_KD = Method(
+LORA_ROUTER_KD = RecoveryMethod(
     name="lora+router-kd",
     prepare=prepare,
     learning_rate=2e-4,

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from edgemoe.evaluate.torch_scorer import pad
+from edgemoe.evaluate.batches import pad
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,7 +98,7 @@ def add_up(
     """Sum both losses over a batch.
 
     With p = softmax(teacher / T) and q = softmax(student / T) over the vocabulary, the
-    divergence of a token is ``T^2 sum_v p(v) (log p(v) - log q(v))``: the square keeps the size
+    divergence of a token is `T^2 sum_v p(v) (log p(v) - log q(v))`: the square keeps the size
     of its gradient (https://arxiv.org/abs/1503.02531). Probabilities are computed again for the
     gradient, a few rows at a time, because all of them at once take several times the logits.
 

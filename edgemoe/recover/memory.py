@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from edgemoe.errors import RecoveryError
-from edgemoe.evaluate.torch_scorer import BATCH_TOKENS
+from edgemoe.evaluate.batches import BATCH_TOKENS
 from edgemoe.models.memory_budget import available_memory
 from edgemoe.models.safety import check_weights
 from edgemoe.models.stored_tensors import read_stored_tensors
@@ -31,7 +31,7 @@ def free_bytes(device: str) -> int:
     """Return how much memory is left where the models are to be.
 
     Args:
-        device: ``cpu`` or ``cuda:N``.
+        device: `cpu` or `cuda:N`.
 
     Returns:
         Bytes.

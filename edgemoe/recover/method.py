@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+
+from edgemoe.errors import RecoveryError
+from edgemoe.recover.options import OF_STEPS, TEACHER_OPTIONS, RecoverOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -11,7 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe.recover.options import RecoverOptions
+
+_DEFAULT_RANK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a method trains.
+    """Parameters that a method trains, and its phases.
 
     Attributes:
         parameters: All parameters that train in some phase, by their names in the model; all
@@ -74,7 +78,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class RecoveryMethod:
     """A recovery method.
 
     Attributes:
@@ -83,7 +87,7 @@ class Method:
         learning_rate: The default; None for a method that takes no gradient.
         kd_weight: Default share of the teacher's divergence in the loss, in [0, 1].
         needs_teacher: Whether it makes no sense without one.
-        takes: Options of :class:`edgemoe.recover.options.RecoverOptions` that not every method
+        takes: Options of `edgemoe.recover.options.RecoverOptions` that not every method
             has a use for, and this one has.
         weight_decay: Of AdamW.
         run: Does the work where it is not a training by gradients.
@@ -99,3 +103,73 @@ class Method:
     weight_decay: float = 0.0
     run: Callable[..., float | None] | None = None
     max_tokens: int | None = None
+
+    def settle(self, options: RecoverOptions, *, has_teacher: bool) -> RecoverOptions:
+        """Fill in what this method takes where nothing was said.
+
+        Args:
+            options: What was said.
+            has_teacher: Whether there is a teacher.
+
+        Returns:
+            The options, None only where the method has no use for one.
+
+        Raises:
+            RecoveryError: The method needs a teacher and there is none, or an option was given
+                that it has no use for.
+        """
+        if self.needs_teacher and not has_teacher:
+            raise RecoveryError(
+                f"{self.name} must have a teacher, got none. Give the checkpoint as it was "
+                "before it was compressed: --teacher MODEL."
+            )
+        for name in ("kd_weight", "temperature", "rank", "alpha", "router_steps"):
+            if getattr(options, name) is None:
+                continue
+            if name not in self.takes:
+                raise RecoveryError(
+                    f"{name} must not be given for {self.name}, which has no use for it, got "
+                    f"{getattr(options, name)}. Leave it out."
+                )
+            if name in TEACHER_OPTIONS and not has_teacher:
+                raise RecoveryError(
+                    f"{name} must not be given without a teacher, got "
+                    f"{getattr(options, name)}. Leave it out, or give --teacher MODEL."
+                )
+        if self.learning_rate is None:
+            self._refuse_training(options)
+        settled = replace(
+            options,
+            learning_rate=options.learning_rate or self.learning_rate,
+            max_tokens=options.max_tokens or self.max_tokens,
+        )
+        if has_teacher:
+            share = self.kd_weight if options.kd_weight is None else options.kd_weight
+            if self.needs_teacher and share == 0:
+                raise RecoveryError(
+                    f"kd_weight must be in (0, 1] for {self.name}, got 0. Use another method "
+                    "to train on the task alone."
+                )
+            settled = replace(settled, kd_weight=share, temperature=options.temperature or 1.0)
+        if "rank" in self.takes:
+            rank = options.rank or _DEFAULT_RANK
+            settled = replace(settled, rank=rank, alpha=options.alpha or 2.0 * rank)
+        if "router_steps" in self.takes:
+            if options.steps < 2:
+                raise RecoveryError(
+                    f"steps must be in [2, inf) for {self.name}, which has two phases, got "
+                    f"{options.steps}."
+                )
+            settled = replace(
+                settled, router_steps=options.router_steps or -(-options.steps // 4)
+            )
+        return settled
+
+    def _refuse_training(self, options: RecoverOptions) -> None:
+        for name in OF_STEPS:
+            default = getattr(RecoverOptions, name)
+            if getattr(options, name) != default:
+                raise RecoveryError(
+                    f"{name} must not be given for {self.name}, which takes no steps, got "
+                    f"{getattr(options, name)}. Leave it out."
+                )

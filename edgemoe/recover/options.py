@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from edgemoe.errors import RecoveryError
-
-if TYPE_CHECKING:
-    from edgemoe.recover.method import Method
 
 TEACHER_OPTIONS = frozenset({"kd_weight", "temperature"})
 # What a method in closed form has no use for.
 OF_STEPS = ("steps", "learning_rate", "batch_tokens", "seed")
-_DEFAULT_RANK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +30,7 @@ class RecoverOptions:
             task's cross-entropy.
         temperature: What both models' logits are divided by in the divergence, in (0, inf).
         rank: Rank of the adapters, in [1, inf).
-        alpha: Their scale: they add ``alpha / rank`` times their product; in (0, inf).
+        alpha: Their scale: they add `alpha / rank` times their product; in (0, inf).
         router_steps: Steps in which the routers train alone, in [1, steps).
     """
 
@@ -72,74 +68,6 @@ class RecoverOptions:
     def _check(self, name: str, good: bool, interval: str) -> None:
         if not good:
             raise RecoveryError(f"{name} must be in {interval}, got {getattr(self, name)}.")
-
-    def settle(self, method: Method, *, has_teacher: bool) -> RecoverOptions:
-        """Fill in what a method takes where nothing was said.
-
-        Args:
-            method: The method.
-            has_teacher: Whether there is a teacher.
-
-        Returns:
-            The options, None only where the method has no use for one.
-
-        Raises:
-            RecoveryError: The method needs a teacher and there is none, or an option was given
-                that it has no use for.
-        """
-        if method.needs_teacher and not has_teacher:
-            raise RecoveryError(
-                f"{method.name} must have a teacher, got none. Give the checkpoint as it was "
-                "before it was compressed: --teacher MODEL."
-            )
-        for name in ("kd_weight", "temperature", "rank", "alpha", "router_steps"):
-            if getattr(self, name) is None:
-                continue
-            if name not in method.takes:
-                raise RecoveryError(
-                    f"{name} must not be given for {method.name}, which has no use for it, got "
-                    f"{getattr(self, name)}. Leave it out."
-                )
-            if name in TEACHER_OPTIONS and not has_teacher:
-                raise RecoveryError(
-                    f"{name} must not be given without a teacher, got {getattr(self, name)}. "
-                    "Leave it out, or give --teacher MODEL."
-                )
-        if method.learning_rate is None:
-            self._refuse_training(method.name)
-        settled = replace(
-            self,
-            learning_rate=self.learning_rate or method.learning_rate,
-            max_tokens=self.max_tokens or method.max_tokens,
-        )
-        if has_teacher:
-            share = method.kd_weight if self.kd_weight is None else self.kd_weight
-            if method.needs_teacher and share == 0:
-                raise RecoveryError(
-                    f"kd_weight must be in (0, 1] for {method.name}, got 0. Use another method "
-                    "to train on the task alone."
-                )
-            settled = replace(settled, kd_weight=share, temperature=self.temperature or 1.0)
-        if "rank" in method.takes:
-            rank = self.rank or _DEFAULT_RANK
-            settled = replace(settled, rank=rank, alpha=self.alpha or 2.0 * rank)
-        if "router_steps" in method.takes:
-            if self.steps < 2:
-                raise RecoveryError(
-                    f"steps must be in [2, inf) for {method.name}, which has two phases, got "
-                    f"{self.steps}."
-                )
-            settled = replace(settled, router_steps=self.router_steps or -(-self.steps // 4))
-        return settled
-
-    def _refuse_training(self, method: str) -> None:
-        for name in OF_STEPS:
-            default = getattr(RecoverOptions, name)
-            if getattr(self, name) != default:
-                raise RecoveryError(
-                    f"{name} must not be given for {method}, which takes no steps, got "
-                    f"{getattr(self, name)}. Leave it out."
-                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was decided, as JSON values."""

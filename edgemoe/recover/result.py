@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered:
-    """What a recovery came to.
+    """Result of a recovery.
 
     Attributes:
         method: The method.
@@ -34,7 +34,7 @@ class Recovered:
         trained_parameters: Parameters that trained.
         tasks: What it was trained on.
         seconds_per_step: Mean of this run's steps, measurements included; None without one.
-        unit: What is counted: ``step`` or ``layer``.
+        unit: What is counted: `step` or `layer`.
     """
 
     method: str
@@ -51,7 +51,7 @@ class Recovered:
     unit: str = "step"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what ``edgemoe recover --json`` answers, but for the output."""
+        """Return what `edgemoe recover --json` answers, but for the output."""
         tasks = {}
         for task in self.tasks:
             before, after = self.before.tasks[task.name], self.after.tasks[task.name]
@@ -86,7 +86,7 @@ def describe(
     sha256: Sequence[str],
     earlier: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Say how a recovered checkpoint was made.
+    """Return how a recovered checkpoint was made, as JSON values.
 
     Args:
         recovered: What the recovery came to.

@@ -6,7 +6,7 @@ With Z the rows that fit and E what they should add, the change is ::
                                                    = Z^T (Z Z^T + r s I)^-1 E
 
 where s is the mean of diag(Z^T Z): of the two forms the one with the smaller matrix is solved.
-The strength r is that of ``STRENGTHS`` with which held-out rows are left with the least error.
+The strength r is that of `STRENGTHS` with which held-out rows are left with the least error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Block:
     values: torch.Tensor
 
     def between(self, first: int, last: int) -> Block:
-        """Take rows ``first`` to ``last - 1``, counted from 0 again."""
+        """Take rows `first` to `last - 1`, counted from 0 again."""
         inside = (self.rows >= first) & (self.rows < last)
         return Block(self.rows[inside] - first, self.values[inside])
 
@@ -46,7 +46,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Change:
-    """What to add to the matrices that the blocks are given to.
+    """Update of the matrices that the blocks are inputs of.
 
     Attributes:
         matrices: One for each block, float64 [columns, outputs].

@@ -1,6 +1,6 @@
 """Where a training is, on disk, so that it goes on after any interruption.
 
-Tensors go into files of their own, named by the step; ``progress.json`` names those that count.
+Tensors go into files of their own, named by the step; `progress.json` names those that count.
 A run that is killed between the two finds what the step before left.
 """
 
@@ -26,7 +26,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class TrainingState:
-    """What a training has reached, in its work directory.
+    """Progress of a training, in its work directory.
 
     Attributes:
         work: The directory.
@@ -51,7 +51,7 @@ class TrainingState:
         """Keep where the training is; what was kept before goes.
 
         Args:
-            progress: JSON values, with ``step``, and ``best_file`` where one is to stay.
+            progress: JSON values, with `step`, and `best_file` where one is to stay.
             parameters: What trains; None leaves it out.
             optimizer: The optimizer of these parameters.
         """
@@ -74,14 +74,14 @@ class TrainingState:
             parameters: What trains.
 
         Returns:
-            The file's name, for ``progress``.
+            The file's name, for `progress`.
         """
         name = f"best-{step:08}.safetensors"
         self._write(name, {key: value.detach() for key, value in parameters.items()})
         return name
 
     def load(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
-        """Put back what :meth:`save` kept.
+        """Put back what `save` kept.
 
         Args:
             parameters: What trains.

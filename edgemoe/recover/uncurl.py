@@ -6,13 +6,13 @@ drawn anew, trained alone on the task "for a few steps", and then together with 
 What the paper leaves open, or what differs here, and why:
 
 - The draw is the family's own: what its class does to a new router, with the configuration's
-  ``initializer_range``. Biases of the choice start at zero, since they balanced other experts.
+  `initializer_range`. Biases of the choice start at zero, since they balanced other experts.
   Tables of experts by token stay: nothing could learn them again.
-- "A few steps": a quarter of all (``router_steps``).
+- "A few steps": a quarter of all (`router_steps`).
 - The second phase trains routers and routed experts; the rest stays frozen. The paper unfreezes
   everything, but trains on far more than a task file.
 - Loss: cross-entropy on the task, as in the paper; where a teacher is given, half of it is the
-  divergence from the teacher (``kd_weight``). No balancing loss: a task may use few experts.
+  divergence from the teacher (`kd_weight`). No balancing loss: a task may use few experts.
 - Learning rate: the paper's 1e-6 is for 50 epochs, too low for a router that starts from
   noise and has hundreds of steps. The default is 1e-4. Weight decay is the paper's 1e-3.
 - Any checkpoint is taken, merged or not, with any top-k, shared experts and factored experts.
@@ -23,11 +23,12 @@ The result is judged against the checkpoint as it was given, with the router tha
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from edgemoe.recover.method import Method, Phase, Training
+from edgemoe.models.transformers_internals import draw_weights, mark_initialised
+from edgemoe.recover.method import Phase, RecoveryMethod, Training
 from edgemoe.recover.trainable import expert_parameters, router_parameters
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def prepare(model: MoeModel, options: RecoverOptions) -> Training:
-    """Let routers that are drawn anew train alone, then with the experts.
+    """Draw routers anew and make them trainable alone, then with the experts.
 
     Args:
         model: The model.
@@ -59,13 +60,12 @@ def prepare(model: MoeModel, options: RecoverOptions) -> Training:
 
 @torch.no_grad()
 def draw_routers(model: MoeModel, seed: int) -> None:
-    """Give every router the values that its family begins a training with.
+    """Draw every router's values as its family begins a training with them.
 
     Args:
         model: The model; its routers are changed in place, and nothing else.
         seed: Of the draw, which is the same on every device.
     """
-    whole: Any = model.model
     routers = {id(parameter) for parameter in router_parameters(model).values()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -74,16 +74,16 @@ def draw_routers(model: MoeModel, seed: int) -> None:
             layer.block.cpu()
             for tensor in (*layer.block.parameters(), *layer.block.buffers()):
                 # transformers draws what has no such mark, as what came from a file has it.
-                vars(tensor)["_is_hf_initialized"] = id(tensor) not in routers
+                mark_initialised(tensor, initialised=id(tensor) not in routers)
             # A few families draw the router where they draw what is around it.
             for module in (layer.block, *layer.router.modules()):
-                whole._init_weights(module)
+                draw_weights(model.model, module)
             if layer.correction_bias is not None:
                 layer.correction_bias.zero_()
             layer.block.to(device)
 
 
-UNCURL = Method(
+UNCURL = RecoveryMethod(
     name="uncurl",
     prepare=prepare,
     learning_rate=1e-4,

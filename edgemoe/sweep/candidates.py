@@ -16,20 +16,20 @@ from edgemoe.sweep.request import method_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.sweep.request import SweepRequest
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class Candidate:
     """One plan to make and to judge.
 
     Attributes:
         task: The task that chooses the experts.
-        method: How; a name as :func:`edgemoe.sweep.request.read_methods` gives it.
-        keep: Fraction of each layer's experts, or of all neurons, to keep, (0, 1].
+        method: How; a name as `edgemoe.sweep.request.read_methods` gives it.
+        keep: Fraction of each layer's experts, or of all channels, to keep, (0, 1].
         seed: Seed of the method.
-        counts: Experts to keep per MoE layer, or neurons of each expert.
+        counts: Experts to keep per MoE layer, or channels of each expert.
         options: The method's options.
     """
 
@@ -42,7 +42,7 @@ class Cut:
 
     @property
     def name(self) -> str:
-        """What its plan file is called, without the suffix."""
+        """Name of its plan file, without the suffix."""
         return f"{self.task}-{self.method}-{self.keep:g}-{self.seed}"
 
     @property
@@ -65,7 +65,9 @@ class Impossible:
     reason: str
 
 
-def list_cuts(request: SweepRequest, shape: ModelShape) -> tuple[list[Cut], list[Impossible]]:
+def list_candidates(
+    request: SweepRequest, shape: ModelShape
+) -> tuple[list[Candidate], list[Impossible]]:
     """List what a sweep has to make and judge.
 
     A router cannot choose from fewer experts than a token uses: fractions below that are left
@@ -93,7 +95,7 @@ def list_cuts(request: SweepRequest, shape: ModelShape) -> tuple[list[Cut], list
         elif found not in impossible:
             impossible.append(found)
     seeds = {
-        name: tuple(request.seeds) if find_method(method_of(name)).draws else (0,)
+        name: tuple(request.seeds) if find_method(method_of(name)).stochastic else (0,)
         for name in request.methods
     }
     if not counts:
@@ -101,8 +103,8 @@ def list_cuts(request: SweepRequest, shape: ModelShape) -> tuple[list[Cut], list
             f"--keep must have a fraction that the model can keep, got none in "
             f"{', '.join(f'{keep:g}' for keep in request.keeps)}: {impossible[0].reason}"
         )
-    cuts = [
-        Cut(
+    candidates = [
+        Candidate(
             task=task,
             method=method,
             keep=keep,
@@ -116,7 +118,7 @@ def list_cuts(request: SweepRequest, shape: ModelShape) -> tuple[list[Cut], list
         if (method, keep) in counts
         for seed in seeds[method]
     ]
-    return cuts, impossible
+    return candidates, impossible
 
 
 def _count_or_reason(
@@ -136,6 +138,6 @@ def hash_decision(plan: Plan) -> str:
 
     Returns:
         SHA-256 in hexadecimal: equal for plans that keep and merge the same experts
-        and neurons.
+        and channels.
     """
     return Plan(method="", layers=plan.layers, factors=plan.factors).sha256

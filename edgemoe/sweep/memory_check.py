@@ -16,7 +16,7 @@ _BYTES_PER_PARAMETER = 4  # float32
 
 
 def fits_whole(model: Path, workers: int, limit_bytes: int | None = None) -> bool:
-    """Ask whether workers load the model whole, and refuse more of them than there is room for.
+    """Return whether workers load the model whole; refuse more of them than fit in memory.
 
     Args:
         model: Checkpoint directory.

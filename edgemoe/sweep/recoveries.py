@@ -1,4 +1,4 @@
-"""Recoveries of a sweep, as a command line gives them: ``METHOD[:NAME=VALUE,...]``."""
+"""Recoveries of a sweep, as a command line gives them: `METHOD[:NAME=VALUE,...]`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def read_recoveries(arguments: Sequence[str]) -> dict[str, RecoverOptions]:
     """Read how cuts are recovered.
 
     Args:
-        arguments: A method of ``edgemoe recover`` each, and its options with commas between
-            them, such as ``router-kd:steps=50,batch-tokens=1024``.
+        arguments: A method of `edgemoe recover` each, and its options with commas between
+            them, such as `router-kd:steps=50,batch-tokens=1024`.
 
     Returns:
         Options by method, in the order of the arguments.
@@ -36,7 +36,7 @@ def read_recoveries(arguments: Sequence[str]) -> dict[str, RecoverOptions]:
             raise SweepError(f"a sweep must have each recovery once, got {name} twice.")
         given = dict(_parse(name, text) for text in texts.split(",") if texts)
         found[name] = RecoverOptions(**given)
-        found[name].settle(method, has_teacher=True)
+        method.settle(found[name], has_teacher=True)
     return found
 
 

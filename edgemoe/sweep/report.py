@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe import __version__
 from edgemoe.prune.registry import fill_options, find_method
 from edgemoe.recover.registry import find_method as find_recovery
 from edgemoe.sweep.outcome import PLANS
@@ -16,7 +15,7 @@ from edgemoe.sweep.plot import write_plot
 from edgemoe.sweep.report_text import UNPRUNED, list_columns, tell_threshold
 from edgemoe.sweep.request import method_of
 from edgemoe.sweep.sweep_dir import CALIBRATION, HELD_OUT, STATISTICS
-from edgemoe.versions import library_versions
+from edgemoe.versions import __version__, library_versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,7 +32,7 @@ _HERE = Path()
 def write_report(outcome: Outcome, folder: Path, work: Path) -> None:
     """Write all files of a report.
 
-    All but ``times.csv`` are the same, byte for byte, whenever the same sweep is run.
+    All but `times.csv` are the same, byte for byte, whenever the same sweep is run.
 
     Args:
         outcome: What was found.
@@ -65,7 +64,7 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         outcome: What was found.
 
     Returns:
-        JSON values, the content of ``report.json``.
+        JSON values, the content of `report.json`.
     """
     request, statistics = outcome.request, outcome.statistics
     return {
@@ -84,13 +83,13 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         "seeds": list(request.seeds),
         "methods": {
             name: {
-                "draws": find_method(method_of(name)).draws,
+                "draws": find_method(method_of(name)).stochastic,
                 "options": fill_options(method_of(name), given),
             }
             for name, given in request.methods.items()
         },
         "recoveries": {
-            name: options.settle(find_recovery(name), has_teacher=True).to_dict()
+            name: find_recovery(name).settle(options, has_teacher=True).to_dict()
             for name, options in request.recoveries.items()
         },
         "tasks": {
@@ -177,7 +176,7 @@ def _describe_row(row: Row) -> dict[str, Any]:
 
 
 def _flatten(row: dict[str, Any]) -> dict[str, Any]:
-    """Give each end of an interval a column of its own."""
+    """Write each end of an interval into a column of its own."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, list):
@@ -190,10 +189,10 @@ def _flatten(row: dict[str, Any]) -> dict[str, Any]:
 def _list_times(outcome: Outcome) -> list[dict[str, Any]]:
     return [
         {
-            "task": finding.cut.task,
-            "method": finding.cut.method,
-            "keep": finding.cut.keep,
-            "seed": finding.cut.seed,
+            "task": finding.candidate.task,
+            "method": finding.candidate.method,
+            "keep": finding.candidate.keep,
+            "seed": finding.candidate.seed,
             "recovery": finding.recovery,
             "plan_seconds": round(finding.plan_seconds, 3),
             "recover_seconds": round(finding.judgement.recover_seconds, 3),

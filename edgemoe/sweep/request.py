@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.errors import SweepError, TaskFileError
+from edgemoe.errors import SweepError
 from edgemoe.prune.owl import LAYER_OPTIONS, OWL, UNIFORM
 from edgemoe.prune.registry import find_method, read_options
 from edgemoe.staging import recover, refuse_existing, refuse_inputs_inside
-from edgemoe.tasks import split_task_argument
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,25 +25,25 @@ DEFAULT_KEEPS = (0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRequest:
-    """What to sweep over.
+    """Request of a sweep: models, methods, fractions, tasks and seeds.
 
     Attributes:
         model: Checkpoint directory.
         output: Report directory to write.
         tasks: Task files by name.
-        methods: Options of each method, by its name as :func:`read_methods` gives it.
+        methods: Options of each method, by its name as `read_methods` gives it.
         recoveries: How each cut is recovered and judged again, by method of recovery.
         held_out: Files to judge a task by, for those that are not judged by lines of their own.
         keeps: Fractions of each layer's experts to keep, each in (0, 1].
         seeds: Seeds of the methods that draw, each in [0, inf).
         max_drop: Largest drop that the threshold allows, in [0, inf), as
-            :func:`edgemoe.evaluate.drop.measure_drop` counts it.
+            `edgemoe.evaluate.drop.measure_drop` counts it.
         calibration_tokens: Tokens of each task to choose experts by, in [1, inf).
         held_out_tokens: Tokens of each task to judge by, in [2, inf).
         threads: CPU threads of each process; None for as many as this process has.
         memory_limit_bytes: Size in float32 of the models that may be loaded whole, all workers'
             together; half of what is free without.
-        force: Whether ``output``, and unfinished work of another sweep, may be replaced.
+        force: Whether `output`, and unfinished work of another sweep, may be replaced.
     """
 
     model: Path
@@ -104,28 +103,6 @@ class SweepRequest:
         refuse_inputs_inside(self.output, *inputs)
 
 
-def read_paths(arguments: Sequence[str]) -> dict[str, Path]:
-    """Read ``NAME=FILE`` arguments.
-
-    Args:
-        arguments: The command line's, in order.
-
-    Returns:
-        Paths by name.
-
-    Raises:
-        TaskFileError: An argument is not ``NAME=FILE``, or a name comes twice.
-    """
-    pairs = [split_task_argument(argument) for argument in arguments]
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise TaskFileError(
-                f"task names must differ, got {name!r} twice. Rename one of them."
-            )
-    return dict(pairs)
-
-
 def read_methods(
     arguments: Sequence[str], options: Sequence[str], layers: Sequence[str] = (UNIFORM,)
 ) -> dict[str, dict[str, Any]]:
@@ -133,13 +110,13 @@ def read_methods(
 
     Args:
         arguments: Names, with commas between several.
-        options: ``METHOD:NAME=VALUE`` each.
-        layers: How many experts layers keep, ``uniform`` or ``owl`` or both: then methods that
+        options: `METHOD:NAME=VALUE` each.
+        layers: How many experts layers keep, `uniform` or `owl` or both: then methods that
             share out experts themselves, or keep them all, come once, the others twice.
 
     Returns:
         Options by method, in the order of the methods; a method whose layers OWL decides is
-        called ``METHOD+owl``.
+        called `METHOD+owl`.
 
     Raises:
         SweepError: A method or a way comes twice, or an option is of none of the methods.
@@ -172,21 +149,21 @@ def read_methods(
 
 
 def method_of(name: str) -> str:
-    """Return the method behind a name of :func:`read_methods`.
+    """Return the method behind a name of `read_methods`.
 
     Args:
         name: The name.
 
     Returns:
-        A name that :func:`edgemoe.prune.registry.find_method` knows.
+        A name that `edgemoe.prune.registry.find_method` knows.
     """
     return name.removesuffix(_OWL_SUFFIX)
 
 
 def _ways(method: str, options: Sequence[str], layers: Sequence[str]) -> Sequence[str]:
-    """Say which ways a method is swept in."""
+    """Return the variants in which a method is swept."""
     found = find_method(method)
-    itself = found.picks_neurons or (found.shares_out and "ratios=given" not in options)
+    itself = found.prunes_width or (found.allocates_layers and "ratios=given" not in options)
     return [way for way in layers if way != OWL] if itself and len(layers) > 1 else layers
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgemoe.models.layer_width import entry_size
 from edgemoe.models.saving import float32_names
-from edgemoe.models.width_axis import entry_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Sizes:
         Args:
             model: The model, possibly on the meta device.
             counts: Experts of each MoE layer.
-            widths: Intermediate neurons of each of them, padding included; those that the
+            widths: Intermediate channels of each of them, padding included; those that the
                 layers have by default.
 
         Returns:

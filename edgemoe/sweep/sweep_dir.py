@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from edgemoe.sweep.candidates import Cut
+    from edgemoe.sweep.candidates import Candidate
 
 STATISTICS = "statistics.safetensors"
 HELD_OUT = "held-out"
@@ -24,8 +24,8 @@ _RECOVERED = "recovered"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
-    """What all jobs of a sweep share.
+class SweepDir:
+    """Directory and settings that all jobs of a sweep share.
 
     Attributes:
         model: Checkpoint directory, absolute.
@@ -45,20 +45,20 @@ class Site:
     threads: int | None
     versions: Mapping[str, str]
 
-    def plan_file(self, cut: Cut) -> Path:
-        """Say where a cut's plan is once it is made."""
-        return self.work / _PLANS / f"{cut.key}.json"
+    def plan_file(self, candidate: Candidate) -> Path:
+        """Return the path of a candidate's plan."""
+        return self.work / _PLANS / f"{candidate.key}.json"
 
     def score_file(self, decision: str) -> Path:
-        """Say where a decision's judgement is once it is made."""
+        """Return the path of a decision's evaluation."""
         return self.work / _SCORES / f"{decision}.json"
 
     def recovered_file(self, key: str) -> Path:
-        """Say where the judgement of a recovered decision is once it is made."""
+        """Return the path of the evaluation of a recovered decision."""
         return self.work / _RECOVERED / f"{key}.json"
 
     def lines_file(self, kind: str, task: str) -> Path:
-        """Say where lines of a task are: :data:`HELD_OUT` or :data:`CALIBRATION`."""
+        """Return the path of a task's examples: `HELD_OUT` or `CALIBRATION`."""
         return self.work / kind / f"{task}.jsonl"
 
     def prepare(self) -> None:

@@ -18,7 +18,7 @@ from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.checkpoint import has_experts
 from edgemoe.tasks import TaskFile
 from edgemoe_runtime import Session
-from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle.manifest_file import load_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +46,7 @@ def measure(dense: Path, moe: Path, bundle: Path, tasks: Path) -> list[Row]:
     Returns:
         One row per model; JSON values.
     """
-    manifest = Manifest.load(bundle)
+    manifest = load_manifest(bundle)
     tests = {name: TaskFile.load(name, tasks / f"{name}.test.jsonl") for name in manifest.tasks}
     rows = [
         _measure_checkpoint("dense, fp32", dense, tests),

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks import make_tasks
+from examples.demo.tasks import make_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,7 +66,7 @@ def main() -> None:
     for task, prompt in PROMPTS.items():
         say(f"edgemoe run demo/bundle --task {task}   (torch cannot be imported here)")
         print(f"{prompt}{complete(task, prompt)}\n")
-    from measure import measure, show
+    from examples.demo.measure import measure, show
 
     if (
         not RESULTS.exists()

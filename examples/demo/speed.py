@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
-from measure import bench, time_eager
 from rich.console import Console
 from rich.table import Table
 
 from edgemoe.cli.options import human_bytes
 from edgemoe.evaluate.subject import load_dense
 from edgemoe.models import load_model
+from examples.demo.measure import bench, time_eager
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 PROMPT_TOKENS = (32, 256, 1024)
@@ -21,6 +22,7 @@ REPEAT = 5
 
 def main() -> None:
     """Time all three, and print a table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     table = Table(
         title=f"Medians of {REPEAT} runs, {NEW_TOKENS} new tokens, fp32 in transformers"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgemoe.apply.checks import check_neurons, refuse_changes, refuse_k_policy
+from edgemoe.apply.checks import check_width_pruning, refuse_changes, refuse_k_policy
 from edgemoe.models.checkpoint import load_tokenizer, read_structure
 from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.memory_budget import default_limit
@@ -63,7 +63,7 @@ def export_bundle(
     for name, plan in data.plans.items():
         plan.validate(shape)
         refuse_factors(name, plan)
-        check_neurons(plan, structure)
+        check_width_pruning(plan, structure)
         refuse_k_policy(plan, structure)
     if request.pruned_here and request.keep_or_default < 1:
         refuse_changes(structure)

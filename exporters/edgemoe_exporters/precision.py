@@ -11,7 +11,7 @@ import onnx_ir as ir
 from edgemoe.errors import ExportError
 
 if TYPE_CHECKING:
-    from edgemoe.models.contract import ModelShape
+    from edgemoe.models.shapes import ModelShape
     from edgemoe_exporters.graph.editor import Editor
 
 

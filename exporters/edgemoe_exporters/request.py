@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.errors import ExportError
 from edgemoe.prune.registry import find_method
 from edgemoe.staging import refuse_existing, refuse_inputs_inside
-from edgemoe_exporters.bundle.writer import UNNAMED_TASK, check_task_names
+from edgemoe_exporters.bundle.writer import check_task_names
 from edgemoe_exporters.targets import Target, choose_precision, find_target
+from edgemoe_runtime.bundle.names import UNNAMED_TASK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from edgemoe_exporters.validation.parity import Parity
-    from edgemoe_runtime.bundle.manifest_ladder import KRung
-    from edgemoe_runtime.bundle.manifest_parts import QualityReport, SizeReport
+    from edgemoe_runtime.bundle.file_entry import SizeReport
+    from edgemoe_runtime.bundle.k_ladder import KRung
+    from edgemoe_runtime.bundle.task_entry import QualityReport
 
 DEFAULT_KEEP = 0.75
 DEFAULT_METHOD = "reap"

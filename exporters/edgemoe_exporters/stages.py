@@ -42,9 +42,10 @@ from edgemoe_exporters.validation.parity import check_parity, measure_parity
 from edgemoe_exporters.validation.parity_text import sample_tokens
 from edgemoe_exporters.validation.quality_gate import check_quality
 from edgemoe_exporters.validation.sliced_runner import SlicedRunner, weight_bytes
+from edgemoe_runtime.bundle.k_ladder import KRung
 from edgemoe_runtime.bundle.manifest import Manifest
-from edgemoe_runtime.bundle.manifest_ladder import KRung
-from edgemoe_runtime.bundle.manifest_parts import TaskEntry
+from edgemoe_runtime.bundle.manifest_file import save_manifest
+from edgemoe_runtime.bundle.task_entry import TaskEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -67,8 +68,10 @@ if TYPE_CHECKING:
     from edgemoe_exporters.targets import Target
     from edgemoe_exporters.task_data import TaskData
     from edgemoe_exporters.validation.graph_calls import Runner
-    from edgemoe_runtime.bundle.manifest_cache import KvCache
-    from edgemoe_runtime.bundle.manifest_parts import ExpertGroup, SizeReport, TensorSpec
+    from edgemoe_runtime.bundle.cache_spec import KvCache
+    from edgemoe_runtime.bundle.file_entry import SizeReport
+    from edgemoe_runtime.bundle.graph_spec import TensorSpec
+    from edgemoe_runtime.bundle.task_entry import ExpertGroup
 
 OnStage: TypeAlias = "Callable[[str], None]"
 
@@ -283,7 +286,7 @@ class ExportStages:
         )
         if self.target.name == "cpu":
             manifest = time_ladders(self.checkpointing.staged, manifest, self.on_stage)
-        manifest.save(self.checkpointing.staged)
+        save_manifest(manifest, self.checkpointing.staged)
         return manifest
 
     def _experts(

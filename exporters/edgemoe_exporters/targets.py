@@ -6,13 +6,10 @@ The GPUs and packages that engines are compiled for are in `compiler.targets`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from edgemoe.errors import ExportError
+from edgemoe_runtime.bundle.names import PRECISIONS, Flavour
 
-Flavour = Literal["ort", "tensorrt"]
-
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
 # Block-wise int8 and int4 weights need opset 21, which JetPack 6.2's TensorRT does not parse.
 _TENSORRT_PRECISIONS = ("fp32", "fp16")
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from edgemoe_runtime.adaptive_k.adaptation import KMove
     from edgemoe_runtime.adaptive_k.limits import Limits
-    from edgemoe_runtime.backends.chain import Fallback
     from edgemoe_runtime.bundle.integrity import VerifiedBundle, verify_bundle
     from edgemoe_runtime.bundle.manifest import Manifest
+    from edgemoe_runtime.bundle.manifest_file import load_manifest
     from edgemoe_runtime.decoding.answers import Classification, Generation, Score
     from edgemoe_runtime.decoding.generation import TextStream
     from edgemoe_runtime.device.machine import Device, inspect_device
@@ -33,31 +33,33 @@ if TYPE_CHECKING:
         SessionClosedError,
     )
     from edgemoe_runtime.explanation import Explanation
+    from edgemoe_runtime.fallback import Fallback
     from edgemoe_runtime.session import Session
 
 _MODULES = {
     "BackendError": "errors",
     "BackendUnavailableError": "errors",
     "BundleError": "errors",
-    "Classification": "answers",
-    "Device": "device",
+    "Classification": "decoding.answers",
+    "Device": "device.machine",
     "EdgemoeRuntimeError": "errors",
     "Explanation": "explanation",
-    "Fallback": "chain",
-    "Generation": "answers",
+    "Fallback": "fallback",
+    "Generation": "decoding.answers",
     "IntegrityError": "errors",
-    "KMove": "pace",
-    "Limits": "limits",
-    "Manifest": "manifest",
+    "KMove": "adaptive_k.adaptation",
+    "Limits": "adaptive_k.limits",
+    "Manifest": "bundle.manifest",
     "ManifestError": "errors",
     "RequestError": "errors",
-    "Score": "answers",
+    "Score": "decoding.answers",
     "Session": "session",
     "SessionClosedError": "errors",
-    "TextStream": "generation",
-    "VerifiedBundle": "integrity",
-    "inspect_device": "device",
-    "verify_bundle": "integrity",
+    "TextStream": "decoding.generation",
+    "VerifiedBundle": "bundle.integrity",
+    "inspect_device": "device.machine",
+    "load_manifest": "bundle.manifest_file",
+    "verify_bundle": "bundle.integrity",
 }
 
 __all__ = [
@@ -82,10 +84,11 @@ __all__ = [
     "TextStream",
     "VerifiedBundle",
     "inspect_device",
+    "load_manifest",
     "verify_bundle",
 ]
 
-# Who wants the log configures it; without, fall-backs stand in answers and in explain().
+# Applications configure the log; without it, answers and explain() list the fall-backs.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 

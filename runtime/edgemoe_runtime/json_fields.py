@@ -127,6 +127,10 @@ class Value:
             self.refuse(f"be an integer >= {minimum}")
         return value
 
+    def integers(self, minimum: int) -> tuple[int, ...]:
+        """Return a list of integers that are at least the minimum."""
+        return tuple(item.integer(minimum) for item in self.items())
+
     def number(self) -> float:
         """Return a finite number."""
         value = self._value

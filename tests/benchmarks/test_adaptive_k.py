@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 import pytest
 from click.testing import CliRunner
 
+from benchmarks.adaptive_k import ablation, harder_tasks, places, policies, who_gets_more
+from benchmarks.wide_model import write_wide_model
 from edgemoe.models import read_shape
 from edgemoe.models.tiny import write_tiny_checkpoint
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "adaptive_k"
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function from a script's name to its module."""
-    monkeypatch.syspath_prepend(FOLDER.parent / "compression")
-    monkeypatch.syspath_prepend(FOLDER)
-    for name in ("commands", "trial", "wide_model"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-
-    def load(name: str) -> Any:
-        specification = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        assert specification is not None
-        assert specification.loader is not None
-        module = importlib.util.module_from_spec(specification)
-        monkeypatch.setitem(sys.modules, name, module)
-        specification.loader.exec_module(module)
-        return module
-
-    return load
-
-
-def test_policies_are_judged_once_and_told_apart(tmp_path: Path, load: Any) -> None:
+def test_policies_are_judged_once_and_told_apart(tmp_path: Path) -> None:
     write_tiny_checkpoint("qwen3_moe", tmp_path / "moe", num_experts_per_tok=4)
     for part, shift in (("train", 0), ("test", 5)):
         lines = [
@@ -51,18 +30,15 @@ def test_policies_are_judged_once_and_told_apart(tmp_path: Path, load: Any) -> N
     common: tuple[object, ...] = ("--tasks", tmp_path, "--task", "code")
     common = (*common, "--work", tmp_path / "work")
     common = (*common, "--mean-k", 3, "--tokens", 300, "--held-out-tokens", 200)
-    judged = []
 
-    def run(name: str, *more: object) -> str:
-        module = load(name)
-        judged.append(name)
+    def run(script: click.Command, *more: object) -> str:
         words = [str(word) for word in (tmp_path / "moe", *common, *more)]
-        result = CliRunner().invoke(module.main, words, catch_exceptions=False)
+        result = CliRunner().invoke(script, words, catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return result.stdout
 
-    policies = ("--policy", "fixed", "--policy", "ada-k:steps=1")
-    table = run("policies", *policies)
+    asked = ("--policy", "fixed", "--policy", "ada-k:steps=1")
+    table = run(policies.main, *asked)
     assert "| `fixed` | 3.00 |" in table
     kept = {path.name for path in (tmp_path / "work").glob("*.json")}
     assert kept == {
@@ -70,20 +46,20 @@ def test_policies_are_judged_once_and_told_apart(tmp_path: Path, load: Any) -> N
         "code-fixed-3.0.json",
         "code-ada-k-3.0-steps=1.json",
     }
-    assert run("policies", *policies, "--plot", tmp_path / "curves.png") == table
+    assert run(policies.main, *asked, "--plot", tmp_path / "curves.png") == table
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "steps=1" in run("ablation", "--variant", "steps=1")
-    told = run("who_gets_more", "--plot", tmp_path / "a.png", "--policy", "ada-k:steps=1")
+    assert "steps=1" in run(ablation.main, "--variant", "steps=1")
+    told = run(who_gets_more.main, "--plot", tmp_path / "a.png", "--policy", "ada-k:steps=1")
     assert "| `ada-k:steps=1` | code |" in told
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (tmp_path / "work").glob("*.json")} == kept
-    row = run("harder_tasks", "--policy", "top-p").splitlines()[-1]
+    row = run(harder_tasks.main, "--policy", "top-p").splitlines()[-1]
     numbers = [float(cell) for cell in row.split("|")[3:7]]
     assert all(1 <= number <= 4 for number in numbers)
     assert min(numbers[1:]) - 0.1 <= numbers[0] <= max(numbers[1:]) + 0.1
 
 
-def test_prompts_have_fewer_rows_with_fewer_experts(tmp_path: Path, load: Any) -> None:
+def test_prompts_have_fewer_rows_with_fewer_experts(tmp_path: Path) -> None:
     write_tiny_checkpoint("qwen3_moe", tmp_path / "moe", num_experts_per_tok=4)
     lines = [
         {"text": " ".join(f"w{3 + (n * m) % 90}" for m in range(1, 60))} for n in range(1, 30)
@@ -92,7 +68,7 @@ def test_prompts_have_fewer_rows_with_fewer_experts(tmp_path: Path, load: Any) -
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     asked = ("--tasks", tmp_path, "--task", "code", "--work", tmp_path / "work", "--pieces", 1)
     words = [str(word) for word in (tmp_path / "moe", *asked)]
-    result = CliRunner().invoke(load("places").main, words, catch_exceptions=False)
+    result = CliRunner().invoke(places.main, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     rows = [row.split("|") for row in result.stdout.splitlines() if row.startswith("| ")][1:]
     shares = [float(row[2]) for row in rows]
@@ -102,17 +78,13 @@ def test_prompts_have_fewer_rows_with_fewer_experts(tmp_path: Path, load: Any) -
     assert shares == sorted(shares)
 
 
-def test_the_wide_model_has_as_many_experts_as_benchmarks_say(
-    tmp_path: Path, load: Any
-) -> None:
-    load("speed")
-    wide = importlib.import_module("wide_model")
+def test_the_wide_model_has_as_many_experts_as_benchmarks_say(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "moe_intermediate_size": 32}
-    model, _ = wide.write_wide_model(tmp_path, **sizes)
+    model, _ = write_wide_model(tmp_path, **sizes)
     assert read_shape(model).experts_per_layer == (16,)
     write_tiny_checkpoint("qwen3_moe", tmp_path / "other" / "wide", num_hidden_layers=1)
     with pytest.raises(click.ClickException, match=r"16 experts per layer, got \{8\}"):
-        wide.write_wide_model(tmp_path / "other")
+        write_wide_model(tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -126,5 +98,5 @@ def test_the_wide_model_has_as_many_experts_as_benchmarks_say(
         (" x1", "begins a word"),
     ],
 )
-def test_tokens_have_a_kind(load: Any, text: str, kind: str) -> None:
-    assert load("who_gets_more").kind_of(text) == kind
+def test_tokens_have_a_kind(text: str, kind: str) -> None:
+    assert who_gets_more.kind_of(text) == kind

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks import commands
+from benchmarks.commands import Commands
+from benchmarks.compression import constants, layer_error
+from benchmarks.tables import show_drop
 from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.sample import Window
 from edgemoe.evaluate.evaluation import evaluate
@@ -23,24 +24,8 @@ from edgemoe.plans.keep_all import keep_all
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
 from edgemoe.tasks import TaskFile
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "compression"
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function from a script's name to its module."""
-    monkeypatch.syspath_prepend(FOLDER)
-
-    def load(name: str) -> Any:
-        specification = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        assert specification is not None
-        assert specification.loader is not None
-        module = importlib.util.module_from_spec(specification)
-        monkeypatch.setitem(sys.modules, name, module)
-        specification.loader.exec_module(module)
-        return module
-
-    return load
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -52,21 +37,18 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "moe"
 
 
-def test_a_command_runs_once_and_a_killed_one_again(
-    model: Path, tmp_path: Path, load: Any
-) -> None:
+def test_a_command_runs_once_and_a_killed_one_again(model: Path, tmp_path: Path) -> None:
     lines = tmp_path / "t.test.jsonl"
     work = tmp_path / "work"
     asked = ("calibrate", model, "--task", f"t={lines}", "--max-tokens", 100)
-    commands = load("commands")
-    first = commands.Commands(work, threads=1)
+    first = Commands(work, threads=1)
     done = first.make("stats", *asked)
     assert done.answer["output"] == str(work / "stats")
     # torch alone is larger than this, and nothing here takes a minute.
     assert 100e6 < done.peak_bytes < 8e9
     assert 0.5 < done.cpu_seconds < 60
     written = (work / "stats").stat().st_mtime_ns
-    assert commands.Commands(work, threads=1).make("stats", *asked) == done
+    assert Commands(work, threads=1).make("stats", *asked) == done
     assert (work / "stats").stat().st_mtime_ns == written
     with pytest.raises(click.ClickException, match="must be of the same command"):
         first.make("stats", *asked[:-1], 50)
@@ -82,29 +64,26 @@ def test_a_command_runs_once_and_a_killed_one_again(
 
 
 def test_a_score_is_that_of_evaluate_and_is_kept(
-    model: Path, tmp_path: Path, load: Any, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands = load("commands")
     lines = tmp_path / "t.test.jsonl"
-    made = commands.Commands(tmp_path / "work", threads=1)
+    made = Commands(tmp_path / "work", threads=1)
     score = made.judge("whole", model, lines, 200)
     task = TaskFile.load("t", lines)
     scorer, tokenizer = TorchScorer(load_model(model)), load_tokenizer(model)
     assert score == evaluate(scorer, task, tokenizer, max_tokens=200)
     monkeypatch.setattr(commands, "evaluate", None)
     assert made.judge("whole", model, lines, 200) == score
-    assert commands.show_drop(score, score).startswith("+0.0% [")
+    assert show_drop(score, score).startswith("+0.0% [")
 
 
-def test_searches_are_measured_against_the_smallest_error(
-    model: Path, tmp_path: Path, load: Any
-) -> None:
+def test_searches_are_measured_against_the_smallest_error(model: Path, tmp_path: Path) -> None:
     task = TaskFile.load("t", tmp_path / "t.test.jsonl")
     statistics = collect(load_model(model), [task], load_tokenizer(model), max_tokens=200)
     statistics.save(tmp_path / "stats")
     arguments = [str(model), "--stats", str(tmp_path / "stats"), "--task", "t"]
     arguments += ["--keep-experts", "4", "--every", "1"]
-    result = CliRunner().invoke(load("layer_error").main, arguments)
+    result = CliRunner().invoke(layer_error.main, arguments)
     assert result.exit_code == 0, result.output
     rows = [line.split(" | ") for line in result.stdout.splitlines()[2:]]
     found = {row[0].strip("| "): row[1:] for row in rows}
@@ -115,8 +94,7 @@ def test_searches_are_measured_against_the_smallest_error(
     assert float(found["random"][0]) > float(found["greedy"][0])
 
 
-def test_constants_answer_for_the_experts_that_are_gone(model: Path, load: Any) -> None:
-    constants = load("constants")
+def test_constants_answer_for_the_experts_that_are_gone(model: Path) -> None:
     opened = load_model(model)
     layer = opened.layers[0]
     whole = keep_all(opened.shape)

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks import optimum_compat
 from edgemoe.models import checkpoint
 from edgemoe_runtime.bundle.manifest import Manifest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "optimum_compat.py"
+if TYPE_CHECKING:
+    from pathlib import Path
+
 END = 2
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("optimum_compat", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     tokenizer = SimpleNamespace(encode=lambda _: SimpleNamespace(ids=[7, 8]))
     monkeypatch.setattr(checkpoint, "load_tokenizer", lambda _: tokenizer)
-    return module
+    return optimum_compat
 
 
 def environment(directory: Path, answer: list[int]) -> Path:
@@ -73,5 +70,5 @@ def test_status_says_whether_the_tokens_are_equal(
     venv = environment(tmp_path / "venv", optimum)
     assert script.compare(tmp_path, tmp_path, None, venv) == status
     arguments = json.loads((venv / "arguments").read_text())
-    assert arguments[:3] == [str(SCRIPT), str(tmp_path), "--inside"]
+    assert arguments[:3] == [optimum_compat.__file__, str(tmp_path), "--inside"]
     assert json.loads(arguments[3]) == {"graph": "model.onnx", "ids": [7, 8]}

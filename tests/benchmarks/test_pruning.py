@@ -1,11 +1,8 @@
 """The pruning benchmark on a tiny random model, end to end."""
 
 import csv
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,18 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pruning.py"
-
-
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    specification = importlib.util.spec_from_file_location("benchmark_pruning", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "benchmark_pruning", module)
-    specification.loader.exec_module(module)
-    return module
+from benchmarks.pruning import main
 
 
 @pytest.fixture
@@ -66,13 +52,13 @@ def write_tasks(folder: Path, *names: str) -> None:
             (folder / f"{name}.{part}.jsonl").write_text("\n".join(rows))
 
 
-def test_tables_and_rows(benchmark: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_tables_and_rows(checkpoint: Path, tmp_path: Path) -> None:
     write_tasks(tmp_path / "tasks", "a", "b", "c")
     table = tmp_path / "out.csv"
     arguments = [str(checkpoint), "--tasks", str(tmp_path / "tasks"), "--csv", str(table)]
     arguments += ["--stats", str(tmp_path / "stats"), "--keep-experts", "4"]
     arguments += ["--keep-experts", "6", "--seeds", "2", "--max-test-tokens", "40"]
-    result = CliRunner().invoke(benchmark.main, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "| 4 | uncurl | b |" in result.output
     assert "Own task better in" in result.output
@@ -89,20 +75,20 @@ def test_tables_and_rows(benchmark: Any, checkpoint: Path, tmp_path: Path) -> No
             assert float(row["ratio_to_whole"]) == 1
     assert any(float(row["ratio_to_whole"]) != 1 for row in rows)
     first = result.stdout
-    again = CliRunner().invoke(benchmark.main, arguments, catch_exceptions=False)
+    again = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert again.stdout == first
 
 
 def test_impossible_runs_are_refused_before_they_start(
-    benchmark: Any, checkpoint: Path, tmp_path: Path
+    checkpoint: Path, tmp_path: Path
 ) -> None:
     write_tasks(tmp_path / "tasks", "a")
     arguments = [str(checkpoint), "--tasks", str(tmp_path / "tasks")]
-    result = CliRunner().invoke(benchmark.main, arguments)
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1
     assert "two or more tasks" in result.output
     write_tasks(tmp_path / "more", "a", "b")
     arguments = [str(checkpoint), "--tasks", str(tmp_path / "more"), "--keep-experts", "1"]
-    result = CliRunner().invoke(benchmark.main, arguments)
+    result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1
     assert "top_k=2, got 1" in result.output

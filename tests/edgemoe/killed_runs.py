@@ -25,10 +25,13 @@ import torch
 from edgemoe.cli import main
 
 # Imported before the forks, not in each.
-for module in ("calibrate.streamed", "prune.apply_streamed"):
-    importlib.import_module(f"edgemoe.{module}")
-for module in ("lower_ort", "trace"):
-    importlib.import_module(f"edgemoe_exporters.{module}")
+for module in (
+    "edgemoe.apply.streamed",
+    "edgemoe.calibrate.streamed",
+    "edgemoe_exporters.lowering.onnxruntime",
+    "edgemoe_exporters.tracing.trace",
+):
+    importlib.import_module(module)
 
 
 def run(arguments: list[str], kill_at: int | None, work: str) -> None:

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemoe.errors import TaskFileError
-from edgemoe.tasks import ChoiceRecord, CompletionRecord, TaskFile, TextRecord, load_tasks
+from edgemoe.tasks import (
+    ChoiceRecord,
+    CompletionRecord,
+    TaskFile,
+    TextRecord,
+    split_task_arguments,
+)
 
 CHOICE = {"prompt": "2+2=", "choices": ["4", "5"], "answer": 0}
 # Surrogates cannot be encoded, and files of the task format must not hold them.
@@ -111,5 +117,5 @@ def test_bad_files_and_arguments_are_refused(tmp_path: Path) -> None:
         with pytest.raises(TaskFileError, match="must be"):
             TaskFile.parse(argument)
     with pytest.raises(TaskFileError, match="'a' twice"):
-        load_tasks([f"a={path}", f"a={path}"])
-    assert [task.name for task in load_tasks([f"a={path}", f"b={path}"])] == ["a", "b"]
+        split_task_arguments([f"a={path}", f"a={path}"])
+    assert split_task_arguments([f"a={path}", f"b={path}"]) == {"a": path, "b": path}

@@ -22,7 +22,7 @@ from transformers import (
 
 from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.models.adapter import adapt_model
-from edgemoe.models.shared_basis_experts import base_layer
+from edgemoe.models.shared_basis_layer import to_shared_basis
 from edgemoe_exporters.tracing.trace import trace
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _trace(family: Any) -> Any:
         bias.normal_(std=0.1)
     if family == "based":
         first = model.layers[0]
-        base_layer(first, share_basis(first, 32).tensors)
+        to_shared_basis(first, share_basis(first, 32).tensors)
     if family == "glm4_moe":
         last: Any = model.layers[-1]
         last.correction_bias.normal_(std=0.1)

@@ -24,7 +24,7 @@ from edgemoe_exporters.validation.graph_runner import GraphRunner
 from edgemoe_exporters.validation.quality_gate import split_task
 from edgemoe_runtime import Session
 from edgemoe_runtime.bundle.integrity import verify_bundle
-from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle.manifest_file import load_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,7 +69,7 @@ def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportR
 def test_model_as_it_is_agrees_with_eager(whole: ExportReport, checkpoint: Path) -> None:
     assert whole.tasks["model"].parity.max_abs_logit_difference < 1e-4
     verify_bundle(whole.output)
-    manifest = Manifest.load(whole.output)
+    manifest = load_manifest(whole.output)
     assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json"} <= set(
         manifest.files
     )
@@ -120,7 +120,7 @@ def pruned(
 def test_tasks_get_their_experts_and_their_quality(
     pruned: ExportReport, tasks: dict[str, Path]
 ) -> None:
-    manifest = Manifest.load(pruned.output)
+    manifest = load_manifest(pruned.output)
     assert (manifest.precision, manifest.flavour) == ("int4", "ort")
     for name, entry in manifest.tasks.items():
         assert entry.experts_per_layer == (4,) * LAYERS
@@ -142,7 +142,7 @@ def test_tasks_get_their_experts_and_their_quality(
 def test_tasks_share_the_union_of_their_experts(
     pruned: ExportReport, whole: ExportReport
 ) -> None:
-    manifest = Manifest.load(pruned.output)
+    manifest = load_manifest(pruned.output)
     low, high = (manifest.tasks[name].experts for name in ("low", "high"))
     assert low is not None
     assert high is not None
@@ -221,7 +221,7 @@ def test_plans_with_ragged_and_merged_layers(
         )
     )
     assert all(task.parity.max_abs_logit_difference < 1e-4 for task in report.tasks.values())
-    manifest = Manifest.load(tmp_path / "bundle")
+    manifest = load_manifest(tmp_path / "bundle")
     assert manifest.tasks["a"].experts_per_layer == (4, 3)
     assert manifest.tasks["b"].experts_per_layer == (3, 3)
     for name, plan in (("a", RAGGED), ("b", OTHER)):
@@ -248,7 +248,7 @@ def test_a_task_that_keeps_all_in_another_order_says_so(
             keep=1.0,
         )
     )
-    manifest = Manifest.load(tmp_path / "bundle")
+    manifest = load_manifest(tmp_path / "bundle")
     listed = manifest.tasks["all"].experts
     assert listed is not None
     assert [sorted(layer) for layer in listed] == [list(range(8))] * LAYERS

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from edgemoe.errors import EdgemoeError, ExportError, OutputError, PlanError, TaskFileError
-from edgemoe.models.contract import LayerShape, ModelShape
+from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.precision import check_block_sizes

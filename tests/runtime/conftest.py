@@ -15,16 +15,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from edgemoe_runtime.bundle.cache_spec import KvCache, KvLayer
+from edgemoe_runtime.bundle.file_entry import FileEntry, SizeReport
+from edgemoe_runtime.bundle.graph_spec import ModelInfo, TensorSpec
+from edgemoe_runtime.bundle.k_ladder import KRung
 from edgemoe_runtime.bundle.manifest import Manifest
-from edgemoe_runtime.bundle.manifest_cache import KvCache, KvLayer
-from edgemoe_runtime.bundle.manifest_ladder import KRung
-from edgemoe_runtime.bundle.manifest_parts import (
-    FileEntry,
-    ModelInfo,
-    SizeReport,
-    TaskEntry,
-    TensorSpec,
-)
+from edgemoe_runtime.bundle.manifest_file import save_manifest
+from edgemoe_runtime.bundle.task_entry import TaskEntry
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 32, 2, 4, 2, 8
 EXPERTS, TOP_K, LONGEST = 5, 3, 96
@@ -344,4 +341,4 @@ def _write(folder: Path, model: TinyModel, tasks: list[str], **more: Any) -> Non
             size_threshold=512,
         )
     make_tokenizer().save(str(folder / "tokenizer.json"))
-    make_manifest(list_files(folder), tasks, **more).save(folder)
+    save_manifest(make_manifest(list_files(folder), tasks, **more), folder)

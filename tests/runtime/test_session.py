@@ -18,8 +18,8 @@ from edgemoe_runtime import BackendError, RequestError, Session, SessionClosedEr
 from edgemoe_runtime.backends.base import OpenRequest
 from edgemoe_runtime.backends.onnxruntime import open_onnxruntime
 from edgemoe_runtime.bundle.engine_cache import hash_file
-from edgemoe_runtime.bundle.manifest import Manifest
-from edgemoe_runtime.bundle.manifest_parts import FileEntry
+from edgemoe_runtime.bundle.file_entry import FileEntry
+from edgemoe_runtime.bundle.manifest_file import load_manifest, save_manifest
 from edgemoe_runtime.device.machine import inspect_device
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def log_likelihoods(logits: Array, ids: list[int]) -> Array:
 
 
 def test_prefill_and_decode_equal_a_full_forward(bundle: Path, tiny_model: Any) -> None:
-    manifest = Manifest.load(bundle)
+    manifest = load_manifest(bundle)
     request = OpenRequest(
         bundle=bundle, manifest=manifest, task="model", max_length=64, threads=1
     )
@@ -265,16 +265,17 @@ def test_tokens_beyond_the_vocabulary_are_refused(build_bundle: Callable[..., Pa
     tokenizer = RawTokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    manifest = Manifest.load(folder)
+    manifest = load_manifest(folder)
     path = folder / "tokenizer.json"
     entry = FileEntry(sha256=hash_file(path), size=path.stat().st_size)
-    replace(manifest, files={**manifest.files, "tokenizer.json": entry}).save(folder)
+    manifest = replace(manifest, files={**manifest.files, "tokenizer.json": entry})
+    save_manifest(manifest, folder)
     with Session.open(folder) as session, pytest.raises(RequestError, match=r"\[0, 257\)"):
         session.classify("x", ["<extra>", "none"])
 
 
 def test_a_backend_may_be_closed_twice(bundle: Path) -> None:
-    manifest = Manifest.load(bundle)
+    manifest = load_manifest(bundle)
     request = OpenRequest(
         bundle=bundle, manifest=manifest, task="model", max_length=8, threads=None
     )

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgemoe import __version__
 from edgemoe.errors import ExportError
 from edgemoe.plans.keep_all import KEEP_ALL
-from edgemoe_runtime.bundle.manifest_cache import CacheState, KvCache, KvLayer
-from edgemoe_runtime.bundle.manifest_parts import ModelInfo
+from edgemoe.versions import __version__
+from edgemoe_runtime.bundle.cache_spec import CacheState, KvCache, KvLayer
+from edgemoe_runtime.bundle.graph_spec import ModelInfo
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from edgemoe.models.contract import MoeModel
     from edgemoe.plans.plan import Plan
-    from edgemoe_runtime.bundle.manifest_parts import TensorSpec
+    from edgemoe_runtime.bundle.graph_spec import TensorSpec
     from edgemoe_runtime.json_fields import Json
 
 _PAST = "past_key_values."

@@ -11,8 +11,8 @@ from onnx_ir.tensor_adapters import TorchTensor
 from edgemoe.apply.in_memory import apply_plan
 from edgemoe.errors import ExportError
 from edgemoe.models.k_policy import drop_k_policy
+from edgemoe.models.layer_width import entry_size
 from edgemoe.models.saving import set_expert_counts
-from edgemoe.models.width_axis import entry_size
 from edgemoe.prune.registry import find_method
 from edgemoe_exporters.bundle.expert_layout import ExpertKey, StackLayout, lay_out
 from edgemoe_exporters.graph.metadata import EXPERT_AXIS
@@ -21,10 +21,11 @@ from edgemoe_exporters.lowering.k_policy import bind_policy
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from edgemoe.models.contract import ModelShape, MoeModel
+    from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.shapes import ModelShape
     from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
-    from edgemoe_runtime.bundle.manifest_parts import ExpertGroup
+    from edgemoe_runtime.bundle.task_entry import ExpertGroup
 
 
 def refuse_factors(name: str, plan: Plan) -> None:
@@ -84,7 +85,7 @@ def sizes_after_pruning(
         Experts and their width per MoE layer.
     """
     experts, widths = shape.experts_per_layer, shape.widths_per_layer
-    if counts and find_method(method).picks_neurons:
+    if counts and find_method(method).prunes_width:
         widths = tuple(counts)
     elif counts:
         experts = tuple(counts)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from edgemoe.errors import OutputError
 from edgemoe.staging import require_space
+from edgemoe_runtime.bundle.names import SHARED_WEIGHTS_FILE, weights_file
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from edgemoe_exporters.bundle.journal import Contents, WeightJournal
 
 ALIGNMENT_BYTES = 64  # one cache line; onnxruntime maps files and uses the address as it is
-SHARED_FILE = "shared.onnx.data"
 _COPY_BYTES = 8 << 20  # 8 MiB
 
 
@@ -277,7 +277,7 @@ class FileLayout:
         self._placed: list[tuple[_Section, str, int]] = []
         for section in sections:
             (*others, last) = sorted(section.tasks)
-            name = SHARED_FILE if others else f"{last}.onnx.data"
+            name = SHARED_WEIGHTS_FILE if others else weights_file(last)
             offset = _aligned(self.sizes.get(name, 0))
             self.sizes[name] = offset + section.stop - section.start
             self._placed.append((section, name, offset))

@@ -15,7 +15,6 @@ The same graphs give the same bytes: nothing here depends on time, file_range or
 from __future__ import annotations
 
 import hashlib
-import re
 import shutil
 import sys
 from typing import TYPE_CHECKING
@@ -39,7 +38,15 @@ from edgemoe_exporters.graph.metadata import (
     SETS_SHAPES,
     stacked_layer,
 )
-from edgemoe_runtime.bundle.manifest_parts import FileEntry, SizeReport, TensorSpec
+from edgemoe_runtime.bundle.file_entry import FileEntry, SizeReport
+from edgemoe_runtime.bundle.graph_spec import TensorSpec
+from edgemoe_runtime.bundle.names import (
+    MANIFEST_FILE,
+    RESERVED_TASK_NAME,
+    SHARED_WEIGHTS_FILE,
+    TASK_NAME_RULE,
+    is_task_name,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,9 +55,7 @@ if TYPE_CHECKING:
 
     from edgemoe_exporters.bundle.expert_layout import StackLayout
 
-UNNAMED_TASK = "model"
 _INLINE_BYTES = 1024  # shape arithmetic must stay inline: engines read it while they parse
-_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -169,7 +174,7 @@ class BundleWriter:
             total_bytes=sum(
                 path.stat().st_size for path in self._directory.rglob("*") if path.is_file()
             ),
-            shared_bytes=files.sizes.get("shared.onnx.data", 0),
+            shared_bytes=files.sizes.get(SHARED_WEIGHTS_FILE, 0),
             task_bytes=own,
         )
 
@@ -228,10 +233,10 @@ def check_task_names(tasks: Sequence[str]) -> None:
         ExportError: One breaks the rule.
     """
     for task in tasks:
-        if _TASK_NAME.fullmatch(task) is None or ".." in task or task == "shared":
+        if not is_task_name(task) or task == RESERVED_TASK_NAME:
             raise ExportError(
-                "a task's name must be 1 to 64 letters, digits, '.', '_' or '-', and not "
-                f"'shared', got {task!r}. Rename it in --task NAME=FILE."
+                f"a task's name must be {TASK_NAME_RULE}, and not "
+                f"'{RESERVED_TASK_NAME}', got {task!r}. Rename it in --task NAME=FILE."
             )
     if not tasks or len({task.lower() for task in tasks}) != len(tasks):
         raise ExportError(
@@ -275,7 +280,7 @@ def list_files(directory: Path) -> dict[str, FileEntry]:
     entries = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if path.is_file() and name != "manifest.json":
+        if path.is_file() and name != MANIFEST_FILE:
             digest = hashlib.sha256()
             with path.open("rb") as file:
                 while chunk := file.read(_HASH_BYTES):

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgemoe.staging import staged_file
-from edgemoe_runtime.bundle.engine_cache import ENGINES_FOLDER, EngineKey, hash_file
+from edgemoe_runtime.bundle.engine_cache import EngineKey, hash_file
+from edgemoe_runtime.bundle.names import ENGINES_FOLDER
 from edgemoe_runtime.errors import ManifestError
 
 if TYPE_CHECKING:

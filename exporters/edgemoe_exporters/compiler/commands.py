@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from edgemoe_runtime.bundle.engine_cache import ENGINES_FOLDER
+from edgemoe_runtime.bundle.names import ENGINES_FOLDER
 
 if TYPE_CHECKING:
     from edgemoe_exporters.compiler.builder import BuilderFlags

@@ -16,7 +16,7 @@ from edgemoe_exporters.compiler.profiles import choose_limits, make_profile
 from edgemoe_exporters.compiler.targets import Machine, choose_capabilities, find_target
 from edgemoe_runtime.bundle.engine_cache import EngineKey, graph_fingerprint
 from edgemoe_runtime.bundle.integrity import verify_bundle
-from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle.manifest_file import load_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from edgemoe_exporters.compiler.profiles import Profile
     from edgemoe_exporters.compiler.targets import CompileTarget
+    from edgemoe_runtime.bundle.manifest import Manifest
 
 _TURING = 75
 
@@ -90,7 +91,7 @@ def compile_bundle(
         OutputError: The engine cannot be written.
     """
     wanted = find_target(target)
-    manifest = Manifest.load(bundle)
+    manifest = load_manifest(bundle)
     tasks = sorted(manifest.tasks) if task is None else [manifest.task(task)[0]]
     if manifest.flavour != "tensorrt":
         raise CompileError(

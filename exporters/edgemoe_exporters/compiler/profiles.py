@@ -9,8 +9,8 @@ from edgemoe.errors import CompileError
 
 if TYPE_CHECKING:
     from edgemoe_runtime.bundle.engine_cache import ShapeRange
+    from edgemoe_runtime.bundle.graph_spec import TensorSpec
     from edgemoe_runtime.bundle.manifest import Manifest
-    from edgemoe_runtime.bundle.manifest_parts import TensorSpec
 
 # Context memory is reserved for the largest shapes: float32 logits of 256 tokens and a
 # vocabulary of 49152 alone are 50 MB.

@@ -15,8 +15,9 @@ import torch
 from edgemoe.apply.in_memory import apply_plan
 from edgemoe.calibrate.collect import collect
 from edgemoe.errors import EdgemoeError, ExportError
-from edgemoe.models.checkpoint import load_model, load_tokenizer, quiet_transformers
-from edgemoe.models.factored_experts import factor_layer, split_by_svd
+from edgemoe.models.checkpoint import load_model, load_tokenizer
+from edgemoe.models.factored_layer import factor_layer, split_by_svd
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.registry import find_family
 from edgemoe.models.saving import save_model
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
@@ -26,6 +27,7 @@ from edgemoe_exporters.compiler.compile import compile_bundle
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
 from edgemoe_exporters.tracing.prepare.model import check_exportable
+from edgemoe_runtime.bundle.names import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -183,7 +185,7 @@ class _Trial:
         for file in sorted(report.output.iterdir()):
             # The manifest records how the graph was compared.
             other = self.folder / "cpu-fp32" / file.name
-            if file.name != "manifest.json" and file.read_bytes() != other.read_bytes():
+            if file.name != MANIFEST_FILE and file.read_bytes() != other.read_bytes():
                 raise EdgemoeError(f"{file.name} must have the same bytes, got others.")
         return "yes" if report.streamed else "loaded whole"
 

@@ -86,7 +86,6 @@ class RouteNode:
                 renormalise=bool(attributes["renormalise"].as_int()),
                 sum_epsilon=attributes["sum_epsilon"].as_float(),
                 scaling_factor=attributes["scaling_factor"].as_float(),
-                has_correction_bias=correction is not None,
                 bias_on=cast("Literal['scores', 'logits']", attributes["bias_on"].as_string()),
                 n_group=attributes["n_group"].as_int(),
                 topk_group=attributes["topk_group"].as_int(),

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from edgemoe_exporters.graph.initializers import add_initializer
 from edgemoe_exporters.graph.metadata import DOMAIN
-from edgemoe_runtime.bundle.manifest_parts import EXPERTS_USED
+from edgemoe_runtime.bundle.names import EXPERTS_USED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -1,1 +1,1 @@
-"""Sources of the model of an export: memory, or a checkpoint that is larger than it."""
+"""Where an export takes its model from: memory, or a checkpoint that is larger than it."""

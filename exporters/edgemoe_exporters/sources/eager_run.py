@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,15 +10,19 @@ import numpy as np
 import torch
 from safetensors.numpy import load, save
 
+from edgemoe.layerwise.batch import Batch
+from edgemoe.layerwise.runner import LayerTask, run_batches
 from edgemoe.models.hooks import observe
 from edgemoe.models.routers import is_near_tie, mass_of, select
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
-    from edgemoe.models.contract import MoeModel
+    from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.routers import Routing
+    from edgemoe.resume import WorkDirectory
 
 _ROW_TOKENS = 24
 # Batch and lengths of successive calls; their sums are at most _ROW_TOKENS. GroupQueryAttention
@@ -42,18 +47,24 @@ class EagerRun:
     decided: np.ndarray[Any, np.dtype[np.bool_]]
 
 
-class EagerRows:
+class EagerRows(LayerTask):
     """Rows of real tokens for the eager model, and its logits.
 
     Args:
         ids: Tokens of some text; repeated where they are few.
+        inside: Makes a context that each layer runs in, where they run one by one.
 
     Attributes:
         rows: Token ids of each batch, int64 `[batch, tokens]`.
         current: The batch that the model runs.
     """
 
-    def __init__(self, ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        ids: Sequence[int],
+        inside: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        self._inside = inside
         needed = sum(batch * _ROW_TOKENS for batch, _ in _SCHEDULES)
         tokens = np.resize(np.asarray(ids, dtype=np.int64), needed).reshape(-1, _ROW_TOKENS)
         self.rows = []
@@ -64,6 +75,10 @@ class EagerRows:
         self.current = 0
         self._tied = [torch.zeros(rows.size, dtype=torch.bool) for rows in self.rows]
         self._logits: list[np.ndarray[Any, np.dtype[np.float32]]] = []
+
+    def inside(self, index: int) -> AbstractContextManager[Any]:
+        """Make the context of a layer."""
+        return self._inside(index)
 
     def note_ties(
         self, layer: MoeLayer, hidden: torch.Tensor, routing: Routing, _: object
@@ -81,15 +96,20 @@ class EagerRows:
             tied |= layer.k_rule.is_near_tie(hidden, mass)
         self._tied[self.current] |= tied
 
-    def to_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Return the ties so far; see `edgemoe.layerwise.runner.PassState`."""
-        return {str(number): tied.numpy() for number, tied in enumerate(self._tied)}
+    def before_batch(self, number: int) -> None:
+        """Note the index of the batch that runs next."""
+        self.current = number
 
-    def restore(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    def state(self, index: int) -> dict[str, torch.Tensor]:
+        """Return the ties so far."""
+        del index
+        return {str(number): tied for number, tied in enumerate(self._tied)}
+
+    def restore(self, index: int, read: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         """Restore the ties that an earlier process recorded."""
-        self._tied = [
-            torch.from_numpy(arrays[str(number)].copy()) for number in range(len(self.rows))
-        ]
+        del index
+        tensors = read()
+        self._tied = [tensors[str(number)].clone() for number in range(len(self.rows))]
 
     def take(self, number: int, logits: torch.Tensor) -> None:
         """Add the logits of the next batch.
@@ -159,20 +179,35 @@ def runs_from_bytes(content: bytes) -> list[EagerRun]:
     ]
 
 
-def run_eager(model: MoeModel, ids: Sequence[int]) -> list[EagerRun]:
+def run_eager(
+    provider: LayerProvider,
+    ids: Sequence[int],
+    work: WorkDirectory | None = None,
+    *,
+    name: str = "",
+    inside: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> list[EagerRun]:
     """Run the eager model on rows of real tokens.
 
     Args:
-        model: The model, in float32.
+        provider: The model, in float32.
         ids: Tokens of some text; repeated where they are few.
+        work: Keeps outputs of layers that are read one by one; nothing is left there.
+        name: Distinguishes the model from others that use the same directory.
+        inside: Returns the context that a layer runs in, from its index.
 
     Returns:
         Its logits for each schedule of calls.
     """
-    asked = EagerRows(ids)
-    with torch.no_grad(), observe(model, asked.note_ties):
-        for number, rows in enumerate(asked.rows):
-            asked.current = number
-            ids_tensor = torch.from_numpy(rows)
-            asked.take(number, model.model(input_ids=ids_tensor, use_cache=False).logits)
+    asked = EagerRows(ids, inside)
+    with observe(provider.moe, asked.note_ties):
+        run_batches(
+            provider,
+            [Batch(torch.from_numpy(rows)) for rows in asked.rows],
+            asked,
+            description="run the checkpoint",
+            take=asked.take,
+            work=work,
+            name=f"eager {name}",
+        )
     return asked.runs()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.calibrate.collect import collect
 from edgemoe.evaluate.torch_scorer import TorchScorer
-from edgemoe.layerwise.provider import MemoryHome
+from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe_exporters.bundle.task_experts import bind_experts, compressed
 from edgemoe_exporters.sources.eager_run import run_eager
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class SourceInMemory:
-    """A model that was loaded; see `sources.protocol.ModelSource`."""
+    """A model that was loaded; see :class:`edgemoe_exporters.sources.protocol.ModelSource`."""
 
     is_streamed = False
 
@@ -38,23 +38,23 @@ class SourceInMemory:
         """
         self.moe = moe
 
-    def home(self) -> MemoryHome:
+    def home(self) -> InMemoryLayers:
         """Return where its layers are."""
-        return MemoryHome(self.moe)
+        return InMemoryLayers(self.moe)
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
-        """Collect statistics of a task."""
+        """Measure a task."""
         return collect(self.moe, [task], tokenizer, max_tokens=max_tokens)
 
     def scorer(self) -> TorchScorer:
-        """Return a scorer of the model."""
+        """Return what scores with the model."""
         return TorchScorer(self.moe)
 
     @contextlib.contextmanager
     def of_task(
         self, plan: Plan, layouts: Mapping[int, StackLayout], task: str
     ) -> Iterator[TaskInMemory]:
-        """Yield the model with the experts of one task, until the block ends."""
+        """Give the model the experts of one task, until the block ends."""
         with compressed(self.moe, plan, layouts, task) as small:
             yield TaskInMemory(small)
 
@@ -71,9 +71,9 @@ class TaskInMemory:
         self._small = small
 
     def bind(self, traced: ir.Model) -> ir.Model:
-        """Bind this task's weights to a graph."""
+        """Give a graph this task's weights."""
         return bind_experts(traced, self._small)
 
     def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:
-        """Run the eager model."""
-        return run_eager(self._small, ids)
+        """Ask the eager model."""
+        return run_eager(InMemoryLayers(self._small), ids)

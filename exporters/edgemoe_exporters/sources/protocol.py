@@ -1,6 +1,6 @@
-"""Sources of the model of an export: memory, or a checkpoint that is larger than it.
+"""Where an export takes its model from: memory, or a checkpoint that is larger than it.
 
-A model within the limit is loaded whole, which is fastest where several passes read it; the
+What fits into the limit is loaded whole, which is fastest where several passes read it; the
 weights of a larger one are read when they are written, and passes run one decoder layer at a
 time. Both give the same bytes.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.evaluate.scorer import Scorer
-    from edgemoe.layerwise.provider import Home
+    from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.models.contract import MoeModel
     from edgemoe.plans.plan import Plan
     from edgemoe.tasks import TaskFile
@@ -30,10 +30,10 @@ class TaskSource(Protocol):
     """The model with the experts of one task."""
 
     def bind(self, traced: ir.Model) -> ir.Model:
-        """Bind this task's weights to a graph of the whole model, which is not changed.
+        """Give a graph of the whole model this task's weights; it is not changed.
 
         Args:
-            traced: The model's graph, as `tracing.trace.trace` returned it.
+            traced: What :func:`edgemoe_exporters.tracing.trace.trace` made of the model.
 
         Returns:
             A new graph.
@@ -41,7 +41,7 @@ class TaskSource(Protocol):
         ...
 
     def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:
-        """Run the eager model, as `sources.eager_run.run_eager`."""
+        """Ask the eager model, as :func:`edgemoe_exporters.sources.eager_run.run_eager`."""
         ...
 
 
@@ -58,22 +58,22 @@ class ModelSource(Protocol):
         """Whether its decoder layers are in memory one at a time."""
         ...
 
-    def home(self) -> Home:
+    def home(self) -> LayerProvider:
         """Return where its layers are, for methods that run them."""
         ...
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
-        """Collect statistics of a task, as `edgemoe.calibrate.collect.collect`."""
+        """Measure a task, as :func:`edgemoe.calibrate.collect.collect`."""
         ...
 
     def scorer(self) -> Scorer:
-        """Return a scorer of the whole model."""
+        """Return what scores with the whole model."""
         ...
 
     def of_task(
         self, plan: Plan, layouts: Mapping[int, StackLayout], task: str
     ) -> AbstractContextManager[TaskSource]:
-        """Yield the model with the experts of one task.
+        """Give the model the experts of one task.
 
         Args:
             plan: The task's plan.
@@ -81,6 +81,6 @@ class ModelSource(Protocol):
             task: The task.
 
         Returns:
-            A context manager; the task's model is valid inside it.
+            A context; the task's model serves inside it.
         """
         ...

@@ -11,22 +11,20 @@ import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
 from transformers import GenerationConfig
 
-from edgemoe.apply.checks import check_neurons, refuse_k_policy
+from edgemoe.apply.checks import check_width_pruning, refuse_k_policy
 from edgemoe.apply.expert_tensors import expert_tensors
-from edgemoe.calibrate.streamed import collect_streamed
+from edgemoe.calibrate.collect import collect
 from edgemoe.errors import ExportError
-from edgemoe.evaluate.streamed_scorer import StreamedScorer
-from edgemoe.layerwise.provider import StreamedHome
-from edgemoe.layerwise.runner import Batch, run_batches
-from edgemoe.models.hooks import observe
+from edgemoe.evaluate.torch_scorer import TorchScorer
+from edgemoe.layerwise.provider import StreamedLayers
 from edgemoe.models.k_policy import following
-from edgemoe.models.width_axis import widened_shapes
+from edgemoe.models.layer_width import widened_shapes
 from edgemoe.plans.layer_plan import stored_width
 from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.bundle.task_experts import order_experts
 from edgemoe_exporters.graph.lazy_weights import LatestResult, LazyWeight
 from edgemoe_exporters.lowering.k_policy import bind_policy
-from edgemoe_exporters.sources.eager_run import EagerRows
+from edgemoe_exporters.sources.eager_run import run_eager
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -72,37 +70,33 @@ class StreamedSource:
             # A skeleton knows the configuration of the model only.
             self.moe.model.generation_config = GenerationConfig.from_pretrained(str(path))
 
-    def home(self) -> StreamedHome:
+    def home(self) -> StreamedLayers:
         """Return where its layers are."""
-        return StreamedHome(self._streamed)
+        return StreamedLayers(self._streamed)
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
-        """Collect statistics of a task."""
+        """Measure a task."""
         # What an interrupted export left there is of the task that comes next.
         folder = self._work.path / f"calibration-{task.name}"
         folder.mkdir(exist_ok=True)
-        statistics = collect_streamed(
-            self._streamed,
-            [task],
-            tokenizer,
-            WorkDirectory(folder),
-            self._hashes,
-            max_tokens=max_tokens,
+        layers = StreamedLayers(self._streamed, self._hashes)
+        statistics = collect(
+            layers, [task], tokenizer, max_tokens=max_tokens, work=WorkDirectory(folder)
         )
         self._work.remove(folder.name)
         return statistics
 
-    def scorer(self) -> StreamedScorer:
-        """Return a scorer of the model."""
-        return StreamedScorer(self._streamed, self._work)
+    def scorer(self) -> TorchScorer:
+        """Return what scores with the model."""
+        return TorchScorer(self.home(), work=self._work)
 
     @contextlib.contextmanager
     def of_task(
         self, plan: Plan, layouts: Mapping[int, StackLayout], task: str
     ) -> Iterator[StreamedTask]:
-        """Yield the model with the experts of one task."""
+        """Give the model the experts of one task."""
         plan.validate(self.moe.shape)
-        check_neurons(plan, self.moe)
+        check_width_pruning(plan, self.moe)
         experts = {
             layer.index: order_experts(layer_plan, layouts.get(layer.index), task)
             for layer, layer_plan in zip(self.moe.layers, plan.layers, strict=True)
@@ -141,7 +135,7 @@ class StreamedTask:
         self._latest = LatestResult()
 
     def bind(self, traced: ir.Model) -> ir.Model:
-        """Bind this task's weights to a graph; they are read when they are written."""
+        """Give a graph this task's weights; they are read when they are written."""
         graph = traced.clone()
         model = self._streamed.moe.model
         present = dict(model.named_parameters(remove_duplicate=False))
@@ -169,30 +163,13 @@ class StreamedTask:
         return graph
 
     def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:
-        """Run the eager model, one decoder layer at a time."""
-        asked = EagerRows(ids)
-        batches = [Batch(torch.from_numpy(rows)) for rows in asked.rows]
-
-        def set_current(number: int) -> None:
-            asked.current = number
-
-        with observe(self._streamed.moe, asked.note_ties):
-            run_batches(
-                self._streamed,
-                batches,
-                asked.take,
-                self._work,
-                name=f"eager {self._name}",
-                description="run the checkpoint",
-                inside=self._changed,
-                on_batch=set_current,
-                state=asked,
-            )
-        return asked.runs()
+        """Ask the eager model, one decoder layer at a time."""
+        layers = StreamedLayers(self._streamed)
+        return run_eager(layers, ids, self._work, name=self._name, inside=self._changed)
 
     @contextlib.contextmanager
     def _changed(self, index: int) -> Iterator[None]:
-        """Replace the experts of a layer that is in memory by this task's."""
+        """Give a layer that is in memory this task's experts."""
         if index not in self._changes:
             yield
             return

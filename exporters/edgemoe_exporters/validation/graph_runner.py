@@ -10,8 +10,8 @@ import onnxruntime
 from edgemoe.errors import ExportError
 from edgemoe.progress import track
 from edgemoe_exporters.validation.graph_calls import cache_shape, last_uses
-from edgemoe_runtime.backends.onnxruntime import MINIMUM_VERSION
-from edgemoe_runtime.bundle.manifest_parts import EXPERTS_USED
+from edgemoe_runtime.bundle.names import EXPERTS_USED
+from edgemoe_runtime.execution_providers import MINIMUM_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -15,7 +15,7 @@ import numpy as np
 from edgemoe.allocate.alloc_l import share_out
 from edgemoe.evaluate.drop import measure_drop, paired_drop
 from edgemoe.evaluate.evaluation import evaluate
-from edgemoe.evaluate.requests import build_questions
+from edgemoe.evaluate.requests import build_examples
 from edgemoe_exporters.validation.margins import (
     RecordingScorer,
     answers_of_choices,
@@ -23,7 +23,8 @@ from edgemoe_exporters.validation.margins import (
 )
 from edgemoe_exporters.validation.quality_gate import ROUNDING
 from edgemoe_runtime.adaptive_k.rung_cost import time_rungs
-from edgemoe_runtime.bundle.manifest_ladder import KRung, RungQuality
+from edgemoe_runtime.bundle.k_ladder import KRung, RungQuality
+from edgemoe_runtime.bundle.manifest_file import save_manifest
 from edgemoe_runtime.opening import open_task
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from edgemoe_exporters.validation.graph_calls import Runner
     from edgemoe_exporters.validation.margins import Answers
     from edgemoe_runtime.bundle.manifest import Manifest
-    from edgemoe_runtime.bundle.manifest_parts import TaskEntry
+    from edgemoe_runtime.bundle.task_entry import TaskEntry
 
 DEFAULT_FLOOR = 0.1
 """Most that the last rung may lose against the first where there is no `--max-drop`."""
@@ -72,16 +73,16 @@ class LadderTask:
         score = evaluate(scorer, self.held_out, self.tokenizer, max_tokens=tokens)
         if self.held_out.kind == "choice":
             return score, answers_of_choices(score)
-        questions = build_questions(
+        examples = build_examples(
             self.held_out, self.tokenizer, max_length=self.max_length, max_tokens=tokens
         )
-        return score, scorer.answers(questions)
+        return score, scorer.answers(examples)
 
     def rung_tokens(self) -> int:
         """Return the most tokens that evaluate a rung."""
         tokens = min(self.max_tokens, _RUNG_TOKENS)
         while tokens < self.max_tokens and self.held_out.kind != "text":
-            examples = build_questions(
+            examples = build_examples(
                 self.held_out, self.tokenizer, max_length=self.max_length, max_tokens=tokens
             )
             if len(examples) >= min(_MIN_EXAMPLES, len(self.held_out.records)):
@@ -195,7 +196,7 @@ def time_ladders(staged: Path, manifest: Manifest, on_stage: Callable[[str], Non
     Returns:
         The manifest with costs, without rungs that another one beats in both.
     """
-    manifest.save(staged)
+    save_manifest(manifest, staged)
     tasks: dict[str, TaskEntry] = {}
     for name, entry in manifest.tasks.items():
         tasks[name] = entry

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemoe.evaluate.evaluation import Evaluation
-    from edgemoe.evaluate.requests import Question
+    from edgemoe.evaluate.requests import EvalExample
     from edgemoe.evaluate.scorer import Request
     from edgemoe_exporters.validation.graph_calls import Runner
 
@@ -62,18 +62,16 @@ class RecordingScorer(GraphScorer):
         second, best = np.partition(logits, -2, axis=-1)[:, -2:].T.astype(np.float64)
         self._seen[request] = (logits.argmax(-1), best - second)
 
-    def answers(self, questions: Sequence[Question]) -> Answers:
+    def answers(self, examples: Sequence[EvalExample]) -> Answers:
         """Return the likeliest tokens in the examples of a task of texts or completions.
 
         Args:
-            questions: The examples that were scored.
+            examples: The examples that were scored.
 
         Returns:
             The likeliest tokens.
         """
-        seen = [
-            [self._seen[each] for each in one.requests] for one in questions if one.requests
-        ]
+        seen = [[self._seen[each] for each in one.requests] for one in examples if one.requests]
         return Answers(
             chosen=tuple(np.concatenate([tokens for tokens, _ in line]) for line in seen),
             margins=np.array(

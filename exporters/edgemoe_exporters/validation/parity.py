@@ -27,7 +27,7 @@ import numpy as np
 
 from edgemoe.errors import ParityError
 from edgemoe_exporters.validation.graph_calls import Call
-from edgemoe_runtime.bundle.manifest_parts import ParityReport
+from edgemoe_runtime.bundle.task_entry import ParityReport
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from edgemoe.errors import QualityGateError
 from edgemoe.evaluate.drop import measure_drop
 from edgemoe.evaluate.held_out import hold_out
-from edgemoe_runtime.bundle.manifest_parts import DataInfo, QualityReport
+from edgemoe_runtime.bundle.task_entry import DataInfo, QualityReport
 
 if TYPE_CHECKING:
     from edgemoe.evaluate.evaluation import Evaluation

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from edgemoe_runtime.backends.onnxruntime import CPU, CUDA, PROVIDERS, TENSORRT, TENSORRT_RTX
 from edgemoe_runtime.backends.registry import BACKENDS
 from edgemoe_runtime.errors import BackendError, RequestError
+from edgemoe_runtime.execution_providers import (
+    CPU,
+    CUDA,
+    PROVIDER_NAMES,
+    PROVIDERS,
+    TENSORRT,
+    TENSORRT_RTX,
+)
+from edgemoe_runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,12 +24,6 @@ if TYPE_CHECKING:
     from edgemoe_runtime.backends.base import Backend, OpenRequest
 
 _LOG = logging.getLogger(__name__)
-PROVIDER_NAMES: dict[str, str] = {
-    "cpu": CPU,
-    "cuda": CUDA,
-    "tensorrt": TENSORRT,
-    "tensorrt-rtx": TENSORRT_RTX,
-}
 
 
 @dataclass(frozen=True)
@@ -35,34 +37,6 @@ class Candidate:
     def name(self) -> str:
         """Backend and provider in one word."""
         return self.backend if self.provider is None else f"{self.backend}:{self.provider}"
-
-
-FallbackKind = Literal["engine", "confidence", "deadline", "allocator"]
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """What could not be used or kept, and why.
-
-    Attributes:
-        backend: what was left: an engine; of the other kinds the rung of the k ladder.
-        reason: why.
-        kind: `engine`: the next one of the chain serves. `confidence`: an answer was too near
-            to another, so it was asked for again at the full k. `deadline`: no rung is fast
-            enough. `allocator`: the graph does not choose k by token, a fixed table does.
-    """
-
-    backend: str
-    reason: str
-    kind: FallbackKind = "engine"
-
-    def __str__(self) -> str:
-        name = self.backend if self.kind == "engine" else f"{self.kind}, {self.backend}"
-        return f"{name}: {self.reason}"
-
-    def to_dict(self) -> dict[str, str]:
-        """Return the JSON object."""
-        return {"backend": self.backend, "reason": self.reason, "kind": self.kind}
 
 
 _ON_CPU = (Candidate("onnxruntime", CPU),)

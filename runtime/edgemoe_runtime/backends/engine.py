@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from edgemoe_runtime.backends.base import CacheMark
-from edgemoe_runtime.backends.chain import Fallback, open_first
+from edgemoe_runtime.backends.chain import open_first
 from edgemoe_runtime.errors import BackendError
+from edgemoe_runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemoe_runtime.bundle.manifest_cache import CacheTensor, KvCache
+    from edgemoe_runtime.bundle.cache_spec import CacheTensor, KvCache
 
 _NUMPY_TYPES: dict[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16}
 _ONNX_BFLOAT16 = 16
@@ -32,7 +32,7 @@ class KvBinding(Protocol):
         ...
 
     def mark(self) -> object:
-        """Return the state; None where the length alone tells it.
+        """Return the state; None where the length alone determines it.
 
         After another answer than None the next run must use another IOBinding.
         """

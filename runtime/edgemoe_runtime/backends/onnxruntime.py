@@ -12,9 +12,16 @@ import numpy as np
 from edgemoe_runtime.backends.base import CacheMark
 from edgemoe_runtime.backends.kv_onnxruntime import make_kv_cache
 from edgemoe_runtime.bundle.engine_cache import graph_fingerprint
-from edgemoe_runtime.bundle.manifest_parts import EXPERTS_USED
+from edgemoe_runtime.bundle.names import EXPERTS_USED
 from edgemoe_runtime.bundle.onnx_wire import read_graph
 from edgemoe_runtime.errors import BackendError, BackendUnavailableError
+from edgemoe_runtime.execution_providers import (
+    CPU,
+    MINIMUM_VERSION,
+    PROVIDERS,
+    TENSORRT,
+    TENSORRT_RTX,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -23,21 +30,6 @@ if TYPE_CHECKING:
 
     from edgemoe_runtime.backends.base import LogitArray, LogitRows, OpenRequest, TokenArray
 
-CPU = "CPUExecutionProvider"
-CUDA = "CUDAExecutionProvider"
-TENSORRT = "TensorrtExecutionProvider"
-TENSORRT_RTX = "NvTensorRTRTXExecutionProvider"
-
-PROVIDERS: dict[str, tuple[str, ...]] = {
-    # what takes the nodes that the provider itself declines
-    CPU: (),
-    CUDA: (CPU,),
-    TENSORRT: (CUDA, CPU),
-    TENSORRT_RTX: (CPU,),
-}
-# the fused MoE of older versions silently uses another model's constants
-# (microsoft/onnxruntime-genai#2062, fixed by microsoft/onnxruntime#28467)
-MINIMUM_VERSION = (1, 28)
 FUSED_OPERATORS = frozenset({"com.microsoft::MoE", "com.microsoft::QMoE"})
 
 
@@ -109,7 +101,7 @@ class OnnxRuntimeBackend:
         return self._logits[0, first:count].astype(np.float32, copy=False)
 
     def experts_used(self) -> TokenArray | None:
-        """Tell how many experts the latest run used; see `Backend.experts_used`."""
+        """Return how many experts the latest run used; see `Backend.experts_used`."""
         return self._used
 
     def mark(self) -> CacheMark:

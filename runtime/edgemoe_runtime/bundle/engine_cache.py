@@ -12,6 +12,12 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from edgemoe_runtime.bundle.names import (
+    ENGINES_FOLDER,
+    SHARED_WEIGHTS_FILE,
+    graph_file,
+    weights_file,
+)
 from edgemoe_runtime.errors import ManifestError
 from edgemoe_runtime.json_fields import Json, Value, parse_json, read_plain_text
 
@@ -23,8 +29,6 @@ if TYPE_CHECKING:
 
 FORMAT = "edgemoe.engine"
 VERSION = 1
-ENGINES_FOLDER = "engines"
-SHARED_DATA_FILE = "shared.onnx.data"
 PACKAGES = ("tensorrt", "tensorrt_rtx")
 _HASH_CHUNK_BYTES = 1 << 20  # 1 MiB
 _MAX_KEY_BYTES = 1 << 20
@@ -35,7 +39,7 @@ ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineKey:
-    """What an engine was built from and for.
+    """Graph, package and device that an engine was built for.
 
     Attributes:
         task: task of the bundle.
@@ -158,7 +162,7 @@ def graph_fingerprint(manifest: Manifest, task: str) -> str:
 
     The graph's own digest is not enough: its weights lie in other files.
     """
-    names = (f"{task}.onnx", f"{task}.onnx.data", SHARED_DATA_FILE)
+    names = (graph_file(task), weights_file(task), SHARED_WEIGHTS_FILE)
     lines = [
         f"{name} {manifest.files[name].sha256}\n" for name in names if name in manifest.files
     ]

@@ -9,8 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from edgemoe_runtime.bundle.engine_cache import ENGINES_FOLDER, SHARED_DATA_FILE, hash_file
-from edgemoe_runtime.bundle.manifest import MANIFEST_FILE, Manifest
+from edgemoe_runtime.bundle.engine_cache import hash_file
+from edgemoe_runtime.bundle.manifest_file import load_manifest
+from edgemoe_runtime.bundle.names import (
+    ENGINES_FOLDER,
+    MANIFEST_FILE,
+    SHARED_WEIGHTS_FILE,
+    graph_file,
+    weights_file,
+)
 from edgemoe_runtime.bundle.onnx_wire import (
     ExternalTensor,
     GraphSummary,
@@ -22,7 +29,8 @@ from edgemoe_runtime.errors import IntegrityError
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from edgemoe_runtime.bundle.manifest_parts import TensorSpec
+    from edgemoe_runtime.bundle.graph_spec import TensorSpec
+    from edgemoe_runtime.bundle.manifest import Manifest
 
 _ALLOWED_KEYS = frozenset({"location", "offset", "length", "checksum"})
 _NUMBER = re.compile(r"[0-9]{1,18}")
@@ -34,13 +42,13 @@ _REMEDY = "Copy the bundle again from where it was exported, or export it again.
 
 @dataclass(frozen=True)
 class VerifiedBundle:
-    """What was checked.
+    """A bundle that passed the check.
 
     Attributes:
-        manifest: of the bundle.
+        manifest: manifest of the bundle.
         tasks: tasks whose graph and weights were checked.
-        hashed_files: files whose digest was compared.
-        hashed_bytes: their size together.
+        hashed_files: number of files whose digest was compared.
+        hashed_bytes: size of those files together.
     """
 
     manifest: Manifest
@@ -56,14 +64,17 @@ def verify_bundle(
     hashes: bool = True,
     manifest: Manifest | None = None,
 ) -> VerifiedBundle:
-    """Check a bundle.
+    """Check a bundle before any engine opens it.
 
     Args:
         directory: the bundle.
         tasks: tasks to check; None for all. Weights and graphs of other tasks are not hashed.
         hashes: whether to compare digests; everything else is always checked.
-        manifest: the bundle's, where it is loaded already: what is used is then what was
-            checked. Files that change after the check are not noticed.
+        manifest: the bundle's, where it is loaded already: the one that is used is then the
+            one that was checked. Files that change after the check are not noticed.
+
+    Returns:
+        The manifest, and counts of the files that were hashed.
 
     Raises:
         ManifestError: when the manifest is missing or malformed.
@@ -71,7 +82,7 @@ def verify_bundle(
         IntegrityError: when a file is missing, unlisted, altered or unsafe.
     """
     root = Path(directory)
-    manifest = Manifest.load(root) if manifest is None else manifest
+    manifest = load_manifest(root) if manifest is None else manifest
     names = manifest.tasks if tasks is None else tasks
     chosen = tuple(manifest.task(name)[0] for name in names)
     _refuse_unlisted(root, manifest)
@@ -82,7 +93,7 @@ def verify_bundle(
     needed = set(manifest.files)
     for task in manifest.tasks:
         if task not in chosen:
-            needed -= {f"{task}.onnx", f"{task}.onnx.data"}
+            needed -= {graph_file(task), weights_file(task)}
     for task in chosen:
         summary = check_graph(root, manifest, task)
         needed |= {dict(tensor.entries)["location"] for tensor in summary.external}
@@ -187,7 +198,7 @@ def _check_external(root: Path, manifest: Manifest, task: str, tensor: ExternalT
             f" once, got {keys}. {_REMEDY}"
         )
     location = entries["location"]
-    files = (f"{task}.onnx.data", SHARED_DATA_FILE)
+    files = (weights_file(task), SHARED_WEIGHTS_FILE)
     if location not in files or location not in manifest.files:
         # an engine's key covers these two, and engines give other names a meaning of their own
         raise IntegrityError(

@@ -1,34 +1,23 @@
-"""The bundle's manifest: the one definition of the format; exporters write it through here."""
+"""The manifest of a bundle: the one definition of the format, which exporters write."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe_runtime.bundle.manifest_cache import KvCache
-from edgemoe_runtime.bundle.manifest_ladder import KRung
-from edgemoe_runtime.bundle.manifest_parts import (
-    FileEntry,
-    ModelInfo,
-    SizeReport,
-    TaskEntry,
-    TensorSpec,
-)
-from edgemoe_runtime.bundle.manifest_rules import check_manifest
-from edgemoe_runtime.errors import ManifestError, RequestError
-from edgemoe_runtime.json_fields import Json, Value, parse_json, read_plain_text
+from edgemoe_runtime.bundle.cache_spec import KvCache
+from edgemoe_runtime.bundle.file_entry import FileEntry, SizeReport
+from edgemoe_runtime.bundle.graph_spec import ModelInfo, TensorSpec
+from edgemoe_runtime.bundle.k_ladder import KRung
+from edgemoe_runtime.bundle.names import BUNDLE_FORMAT, SCHEMA_VERSION
+from edgemoe_runtime.bundle.task_entry import TaskEntry
+from edgemoe_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-FORMAT = "edgemoe.bundle"
-SCHEMA_VERSION = 1
-MANIFEST_FILE = "manifest.json"
-_MAX_MANIFEST_BYTES = 64 << 20  # 64 MiB: a manifest is kilobytes; more is not one
+    from edgemoe_runtime.json_fields import Json, Value
+
 _KEYS = (
     "format",
     "schema_version",
@@ -49,7 +38,7 @@ _KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a bundle holds.
+    """Content of a bundle: model, graphs by task, their interface and their files.
 
     Attributes:
         created_by: program and version that wrote the bundle, such as "edgemoe 0.1.0".
@@ -80,41 +69,20 @@ class Manifest:
     size: SizeReport
     files: Mapping[str, FileEntry]
 
-    def __post_init__(self) -> None:
-        check_manifest(self)
-
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> Manifest:
-        """Read and check the manifest of a bundle.
+    def read(cls, value: Value) -> Manifest:
+        """Read from JSON; `parse_manifest` also checks what is read.
+
+        Args:
+            value: the document.
+
+        Returns:
+            The manifest, unchecked.
 
         Raises:
-            ManifestError: when it is missing, of another schema version, or malformed.
+            ManifestError: when a key is missing or unknown, or a value has another type.
         """
-        path = Path(directory) / MANIFEST_FILE
-        try:
-            text = read_plain_text(path, _MAX_MANIFEST_BYTES)
-        except FileNotFoundError as error:
-            raise ManifestError(
-                f"A bundle must hold {MANIFEST_FILE}, got none in {directory}. Give the"
-                " directory that `edgemoe export -o` wrote, or export again: an interrupted"
-                " export leaves no manifest."
-            ) from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise ManifestError(
-                f"{path} must be readable UTF-8 text, got: {error}. Check its permissions or"
-                " export the bundle again."
-            ) from error
-        return cls.from_json(parse_json(text, str(path)))
-
-    @classmethod
-    def from_json(cls, document: Json) -> Manifest:
-        """Build a manifest from a parsed JSON document.
-
-        Raises:
-            ManifestError: when the document is not a manifest of this schema version.
-        """
-        _check_version(document)
-        root = Value(document, "manifest").fields(*_KEYS)
+        root = value.fields(*_KEYS)
         return cls(
             created_by=root["created_by"].text(),
             model=ModelInfo.read(root["model"]),
@@ -135,9 +103,13 @@ class Manifest:
         )
 
     def to_json(self) -> dict[str, Json]:
-        """Return the JSON document; `from_json` of it gives an equal manifest."""
+        """Convert to JSON.
+
+        Returns:
+            The document of manifest.json; `read` of it gives an equal manifest.
+        """
         return {
-            "format": FORMAT,
+            "format": BUNDLE_FORMAT,
             "schema_version": SCHEMA_VERSION,
             "created_by": self.created_by,
             "model": self.model.to_json(),
@@ -153,33 +125,14 @@ class Manifest:
             "files": {path: entry.to_json() for path, entry in sorted(self.files.items())},
         }
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write manifest.json whole or not at all; call it last.
+    def task(self, name: str | None) -> tuple[str, TaskEntry]:
+        """Return one task.
+
+        Args:
+            name: name of the task; None is allowed where the bundle has a single one.
 
         Returns:
-            The path of the file.
-
-        Raises:
-            OSError: when the directory cannot be written.
-        """
-        folder = Path(directory)
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        descriptor, temporary = tempfile.mkstemp(prefix=".manifest-", dir=folder)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp makes 0600; a bundle is as readable as its other files
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(folder / MANIFEST_FILE)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        return folder / MANIFEST_FILE
-
-    def task(self, name: str | None) -> tuple[str, TaskEntry]:
-        """Return one task; None is allowed where the bundle has a single task.
+            Its name and its entry.
 
         Raises:
             RequestError: when there is no such task, or None is ambiguous.
@@ -198,25 +151,17 @@ class Manifest:
         return name, self.tasks[name]
 
     def ladder(self, task: str) -> tuple[KRung, ...]:
-        """Return the ladder of one task: its own, or what of the bundle's its graph takes."""
+        """Return the k ladder of one task.
+
+        Args:
+            task: name of the task.
+
+        Returns:
+            Its own rungs, or those of the bundle that its graph can run; the full k first.
+        """
         entry = self.tasks[task]
         if entry.k_ladder is not None:
             return entry.k_ladder
         return tuple(
             rung for rung in self.k_ladder if max(rung.k_cap, default=0) <= entry.top_k
-        )
-
-
-def _check_version(document: Json) -> None:
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ManifestError(
-            f'A manifest must be a JSON object with "format": "{FORMAT}", got another file.'
-            " Give the directory that `edgemoe export -o` wrote."
-        )
-    version = document.get("schema_version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
-        writer = document.get("created_by", "an unknown program")
-        raise ManifestError(
-            f"schema_version must be {SCHEMA_VERSION}, got {version!r} written by {writer}."
-            " Install the edgemoe that wrote the bundle, or export it again with this one."
         )

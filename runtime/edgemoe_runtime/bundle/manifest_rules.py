@@ -1,32 +1,37 @@
-"""Rules that tie the parts of a manifest together; run whenever a manifest is made."""
+"""Rules that tie the parts of a manifest together; checked when one is read and written."""
 
 from __future__ import annotations
 
 import itertools
-import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
-from edgemoe_runtime.bundle.manifest_parts import EXPERTS_USED
+from edgemoe_runtime.bundle.names import (
+    ENGINES_FOLDER,
+    EXPERTS_USED,
+    FLAVOURS,
+    MANIFEST_FILE,
+    PRECISIONS,
+    RESERVED_TASK_NAME,
+    TARGETS,
+    TASK_NAME_RULE,
+    graph_file,
+    is_task_name,
+)
 from edgemoe_runtime.errors import ManifestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from edgemoe_runtime.bundle.k_ladder import KRung
     from edgemoe_runtime.bundle.manifest import Manifest
-    from edgemoe_runtime.bundle.manifest_ladder import KRung
-    from edgemoe_runtime.bundle.manifest_parts import TaskEntry
+    from edgemoe_runtime.bundle.task_entry import TaskEntry
 
-TARGETS = ("cpu", "cuda", "tensorrt", "tensorrt-rtx", "jetson-orin", "jetson-thor")
-FLAVOURS = ("ort", "tensorrt")
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
 KV_FORMS = ("shared_buffer", "concat")
 CACHE_DTYPES = ("float32", "float16", "bfloat16")
 DTYPES = ("int64", "int32", "float32", "float16", "bfloat16")
-ENGINES_FOLDER = "engines"
 
 _REMEDY = "Export the bundle again."
-_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -65,7 +70,7 @@ def check_relative_path(path: str) -> None:
     )
     _require(plain, "A file of the bundle must be a plain relative POSIX path", path)
     _require(
-        path != "manifest.json" and parts[0] != ENGINES_FOLDER,
+        path != MANIFEST_FILE and parts[0] != ENGINES_FOLDER,
         "files must list neither manifest.json nor engines (they are built on the device)",
         path,
     )
@@ -107,14 +112,14 @@ def _check_model(manifest: Manifest) -> None:
 
 
 def _check_task(manifest: Manifest, name: str, task: TaskEntry) -> None:
+    _require(is_task_name(name), f"A task name must be {TASK_NAME_RULE}", name)
     _require(
-        _TASK_NAME.fullmatch(name) is not None and ".." not in name,
-        "A task name must be 1 to 64 letters, digits, '.', '_' or '-'",
-        name,
+        name != RESERVED_TASK_NAME, "A task name must not be that of the shared weights", name
     )
-    _require(name != "shared", "A task name must not be that of the shared weights", name)
     _require(
-        task.graph == f"{name}.onnx", f"graph of task {name} must be {name}.onnx", task.graph
+        task.graph == graph_file(name),
+        f"graph of task {name} must be {graph_file(name)}",
+        task.graph,
     )
     _require(task.graph in manifest.files, "files must list every graph; missing", task.graph)
     counts = task.experts_per_layer

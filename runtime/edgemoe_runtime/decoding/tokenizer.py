@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-TOKENIZER_FILE = "tokenizer.json"
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 8
 _MAX_CHARACTER_BYTES = 4  # of a character in UTF-8

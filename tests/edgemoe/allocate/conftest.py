@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edgemoe.calibrate.sample import Window
-from edgemoe.layerwise.provider import MemoryHome
+from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe.models import adapt_model
 from edgemoe.oracle.oracle import LayerOracle
 
@@ -28,6 +28,6 @@ def make_oracle(make_model: Callable[..., Any]) -> Callable[..., LayerOracle]:
             )
             for line, length in enumerate((19, 7, 24), start=1)
         ]
-        return LayerOracle(MemoryHome(adapt_model(make_model(family, **changes))), windows)
+        return LayerOracle(InMemoryLayers(adapt_model(make_model(family, **changes))), windows)
 
     return make

@@ -22,7 +22,8 @@ from edgemoe.decompose.layer_factors import expert_matrices
 from edgemoe.decompose.truncation import second_moment, truncate
 from edgemoe.errors import OutputError, PlanError
 from edgemoe.models import load_model, read_shape, save_model
-from edgemoe.models.factored_experts import Ranks, product_shapes, ranks_of
+from edgemoe.models.factored_experts import Ranks
+from edgemoe.models.factored_layer import product_shapes, ranks_of
 from edgemoe.models.fingerprint import fingerprint_checkpoint
 from edgemoe.models.hooks import observe
 from edgemoe.models.ragged import read_ragged_note

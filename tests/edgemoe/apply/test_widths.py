@@ -18,7 +18,7 @@ from edgemoe.calibrate.statistics import Statistics
 from edgemoe.cli.describe import describe
 from edgemoe.errors import CheckpointError, PlanError
 from edgemoe.models import load_model, load_tokenizer, read_shape, save_model
-from edgemoe.models.factored_experts import factor_layer, split_by_svd
+from edgemoe.models.factored_layer import factor_layer, split_by_svd
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
 from edgemoe.plans.channels import read_mask, write_mask

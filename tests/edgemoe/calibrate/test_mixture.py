@@ -12,7 +12,7 @@ from edgemoe.calibrate.sample import TokenSample, Window
 from edgemoe.calibrate.statistics import Source, Statistics, TaskStatistics
 from edgemoe.calibrate.sums import SUM_NAMES, LayerSums
 from edgemoe.errors import StatisticsError
-from edgemoe.models.contract import LayerShape, ModelShape
+from edgemoe.models.shapes import LayerShape, ModelShape
 
 SHAPE = ModelShape(
     family="mixtral",

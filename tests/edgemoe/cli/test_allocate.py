@@ -9,7 +9,7 @@ import pytest
 from edgemoe.allocate import ppo
 from edgemoe.plans.plan import Plan
 from edgemoe_runtime import Session
-from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle.manifest_file import load_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,7 +163,7 @@ def test_a_ladder_has_the_tables_of_alloc_l(road: Path, answer: Answer, tmp_path
     told = ("--target", "cpu", "--precision", "fp32", "--max-drop", 9, "--json")
     answer("export", road / "moe", held_out, "--plan", f"code={output}", *told,
            "-o", tmp_path / "bundle")  # fmt: skip
-    ladder = Manifest.load(tmp_path / "bundle").tasks["code"].k_ladder
+    ladder = load_manifest(tmp_path / "bundle").tasks["code"].k_ladder
     assert ladder is not None
     assert ladder[0].k_cap == (2, 2)
     # Rungs that save no time on two small layers are left out; which, depends on the machine.

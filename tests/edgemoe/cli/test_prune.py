@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from edgemoe.layerwise.provider import open_home
+from edgemoe.layerwise.provider import open_layers
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.outliers import outlier_ratios
 
@@ -38,7 +38,7 @@ def test_layers_with_more_outliers_keep_more(
     asked = ("prune", road / "moe", "--stats", statistics, "--task", "code", "--method", "reap")
     told = answer(*asked, "--keep", 0.5, *WIDE, "-o", tmp_path / "owl.json")
     windows = Statistics.load(statistics).task("code").windows
-    oracle = LayerOracle(open_home(road / "moe"), windows).fewer(1024)
+    oracle = LayerOracle(open_layers(road / "moe"), windows).fewer(1024)
     first, second = outlier_ratios(oracle, 2.0)
     # Two layers of eight experts: 0.3 of eight is two more of one and two fewer of the other.
     assert told["experts_per_layer"] == ([6, 2] if first > second else [2, 6])

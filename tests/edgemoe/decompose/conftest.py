@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from edgemoe.calibrate.sample import Window
-from edgemoe.layerwise.provider import MemoryHome
+from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe.models import adapt_model
 from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model
 from edgemoe.oracle.oracle import LayerOracle
@@ -44,6 +44,6 @@ def make_oracle(make_moe: Callable[..., MoeModel]) -> Callable[..., LayerOracle]
     """A function from a family to an oracle over a random model of it."""
 
     def make(family: str, **changes: Any) -> LayerOracle:
-        return LayerOracle(MemoryHome(make_moe(family, **changes)), draw_windows())
+        return LayerOracle(InMemoryLayers(make_moe(family, **changes)), draw_windows())
 
     return make

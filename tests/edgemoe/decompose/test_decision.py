@@ -16,7 +16,7 @@ from edgemoe.calibrate.saliency import mean_gated_norm
 from edgemoe.decompose.decision import RankedPlan, add_ranks, method_options, read_options
 from edgemoe.decompose.ranks import spread
 from edgemoe.errors import PlanError, StatisticsError
-from edgemoe.layerwise.provider import MemoryHome
+from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.factored_experts import FACTOR_NAMES
 from edgemoe.models.tiny import write_tiny_checkpoint
@@ -74,7 +74,7 @@ def decide(
         "t",
         method,
         ratio,
-        open_home=lambda: MemoryHome(model),
+        open_layers=lambda: InMemoryLayers(model),
         prepare=planned_tensors,
         options=options,
     )
@@ -138,7 +138,7 @@ def test_importance_is_that_of_the_experts_members(path: Path, statistics: Stati
     model = load_model(path / "moe")
     plan, layers = pruned(model), statistics.tasks["t"].layers
     windows = spread_windows(statistics.tasks["t"].windows, 512)
-    losses = loss_increases(LayerOracle(MemoryHome(model), windows))
+    losses = loss_increases(LayerOracle(InMemoryLayers(model), windows))
     scores = {
         "frequency": [layer.count for layer in layers.values()],
         "reap": [mean_gated_norm(layer) for layer in layers.values()],
@@ -222,7 +222,7 @@ def test_tasks_that_were_not_measured_are_refused(path: Path, statistics: Statis
             "other",
             "svd",
             0.5,
-            open_home=lambda: pytest.fail("the model is not needed"),
+            open_layers=lambda: pytest.fail("the model is not needed"),
             prepare=planned_tensors,
         )
 

@@ -16,7 +16,7 @@ from edgemoe.decompose.shared_basis import (
 )
 from edgemoe.errors import PlanError
 from edgemoe.models import adapt_model
-from edgemoe.models.shared_basis_experts import base_layer, based
+from edgemoe.models.shared_basis_layer import based, to_shared_basis
 from edgemoe.models.tiny import tiny_config, tiny_model
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def test_more_rank_and_data_bring_the_output_nearer(family: str) -> None:
             layer = first_layer(family)
             given: Any = moments if has_data else {}
             found = share_basis(layer, rank, **given)
-            base_layer(layer, found.tensors)
+            to_shared_basis(layer, found.tensors)
             output, _ = call(layer, others)
             errors[has_data, rank] = float((output - expected).norm() / expected.norm())
             assert (found.input_lost < 1e-9) == (found.output_lost < 1e-9) == (rank == 64)
@@ -92,7 +92,7 @@ def test_between_bases_are_the_experts_projected(family: str) -> None:
     gate_up, down = layer.gate_up, layer.down
     moment = output_second_moment(down, biases=biases, shares=range(8))
 
-    base_layer(layer, found.tensors)
+    to_shared_basis(layer, found.tensors)
     # Without data the projection of inputs is orthogonal, as that of outputs always is.
     torch.testing.assert_close(layer.gate_up, gate_up @ reads.T, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer.down, writes.T @ down, rtol=1e-4, atol=1e-5)
@@ -112,7 +112,7 @@ def test_the_count_is_that_of_the_tensors(family: str, dtype: torch.dtype) -> No
     before = sum(parameter.numel() for parameter in layer.experts.parameters())
     assert stored_parameters(layer) == before
     expected = stored_parameters(layer, 24)
-    base_layer(layer, share_basis(layer, 24).tensors)
+    to_shared_basis(layer, share_basis(layer, 24).tensors)
     assert sum(parameter.numel() for parameter in layer.experts.parameters()) == expected
     assert {parameter.dtype for parameter in layer.experts.parameters()} == {dtype}
 

@@ -62,7 +62,7 @@ def test_losses_are_those_of_each_layer_alone(
         ),
     )
 
-    found = measure_losses(oracle.home, plan, planned_tensors)
+    found = measure_losses(oracle.provider, plan, planned_tensors)
 
     assert len(found) == len(oracle.moe.layers)
     for (up, down), view in zip(found, oracle.walk("test"), strict=True):

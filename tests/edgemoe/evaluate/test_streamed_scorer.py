@@ -9,11 +9,11 @@ import pytest
 
 from edgemoe.errors import CheckpointError
 from edgemoe.evaluate.scorer import Request
-from edgemoe.evaluate.streamed_scorer import StreamedScorer
 from edgemoe.evaluate.subject import open_subject
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.k_policy import KPolicy
 from edgemoe.k_rule import KRule
+from edgemoe.layerwise.provider import StreamedLayers
 from edgemoe.models.checkpoint import load_model
 from edgemoe.models.k_policy import put_k_policy
 from edgemoe.models.opening import open_streamed
@@ -32,7 +32,7 @@ def test_scores_are_those_of_the_whole_model(family: str, tmp_path: Path) -> Non
     write_tiny_checkpoint(family, tmp_path / "tiny")
     (tmp_path / "work").mkdir()
     streamed = open_streamed(tmp_path / "tiny")
-    scorer = StreamedScorer(streamed, WorkDirectory(tmp_path / "work"))
+    scorer = TorchScorer(StreamedLayers(streamed), work=WorkDirectory(tmp_path / "work"))
     whole = TorchScorer(load_model(tmp_path / "tiny"))
     assert scorer.max_length == whole.max_length
     for (one,), (other,) in zip(scorer.score(TEXTS), whole.score(TEXTS), strict=True):
@@ -55,7 +55,7 @@ def test_experts_that_tokens_use_are_counted_as_in_memory(tmp_path: Path) -> Non
         rules = tuple(KRule(slots=4, top_p=0.3) for _ in layers)
         put_k_policy(model, KPolicy(name="top-p", layers=layers, rules=rules))
     for scorer in (
-        StreamedScorer(streamed, WorkDirectory(tmp_path / "work")),
+        TorchScorer(StreamedLayers(streamed), work=WorkDirectory(tmp_path / "work")),
         TorchScorer(whole),
     ):
         assert scorer.experts_per_token is None

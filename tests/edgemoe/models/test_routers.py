@@ -106,7 +106,7 @@ def test_a_cap_uses_the_best_and_renormalises_over_them(
 
 
 def test_slots_fall_with_the_choice_score_not_with_the_gate() -> None:
-    rule = RouterRule(scoring="sigmoid", renormalise=False, has_correction_bias=True)
+    rule = RouterRule(scoring="sigmoid", renormalise=False)
     bias = torch.tensor([0.0, 0.9, 0.0])
 
     routing = select(torch.tensor([[2.0, 0.0, 1.0]]), bias, rule, 3)

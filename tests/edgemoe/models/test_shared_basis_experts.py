@@ -15,10 +15,10 @@ from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.errors import CheckpointError, PlanError
 from edgemoe.models import limit_k, load_model, read_shape, save_model
 from edgemoe.models.adapter import adapt_model
-from edgemoe.models.factored_experts import factor_layer, split_by_svd
+from edgemoe.models.factored_layer import factor_layer, split_by_svd
 from edgemoe.models.fingerprint import fingerprint_checkpoint
 from edgemoe.models.opening import open_streamed
-from edgemoe.models.shared_basis_experts import base_layer, based, empty_bases
+from edgemoe.models.shared_basis_layer import based, empty_bases, to_shared_basis
 from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
 from edgemoe.prune import LayerPlan, MergedExpert, Plan
 
@@ -39,7 +39,7 @@ FAMILIES = (
 
 
 def base(layer: MoeLayer, rank: int = RANK) -> None:
-    base_layer(layer, share_basis(layer, rank).tensors)
+    to_shared_basis(layer, share_basis(layer, rank).tensors)
 
 
 @torch.no_grad()
@@ -245,7 +245,7 @@ def test_a_layer_is_factored_or_based_once() -> None:
     for layer in layers[:2]:
         tensors = empty_bases(layers[2], 8)
         with pytest.raises(CheckpointError, match="full hidden size to get shared bases"):
-            base_layer(layer, tensors)
+            to_shared_basis(layer, tensors)
         with pytest.raises(CheckpointError, match="whole experts to be factored"):
             factor_layer(layer, split_by_svd(layers[2], 4))
         with pytest.raises(PlanError, match="whole experts of the full hidden size"):
@@ -259,9 +259,9 @@ def test_tensors_that_do_not_fit_change_nothing() -> None:
     good = empty_bases(layer, 8)
     for name, tensor in good.items():
         with pytest.raises(CheckpointError, match=f"rank of shared bases|{name} must have"):
-            base_layer(layer, {**good, name: tensor[..., :-1]})
+            to_shared_basis(layer, {**good, name: tensor[..., :-1]})
         with pytest.raises(CheckpointError, match=r"rank of shared bases|got None"):
-            base_layer(layer, {key: value for key, value in good.items() if key != name})
+            to_shared_basis(layer, {key: value for key, value in good.items() if key != name})
     assert not layer.is_based
     assert torch.equal(logits_of(model), before)
 
@@ -279,6 +279,6 @@ def test_bases_for_a_while_leave_the_layer_as_it_was(family: str) -> None:
     assert layer.basis_rank is None
     assert torch.equal(logits_of(model), before)
     assert list(model.model.state_dict()) == names
-    base_layer(layer, tensors)
+    to_shared_basis(layer, tensors)
     assert torch.equal(logits_of(model), inside)
     assert not torch.allclose(inside, before, atol=1e-2)

@@ -8,7 +8,7 @@ import torch
 from edgemoe.apply.expert_tensors import plan_tensors
 from edgemoe.calibrate.sample import Window
 from edgemoe.errors import StatisticsError, StreamingError
-from edgemoe.layerwise.provider import MemoryHome, StreamedHome, open_home, whole_model
+from edgemoe.layerwise.provider import InMemoryLayers, StreamedLayers, open_layers, whole_model
 from edgemoe.models import load_model
 from edgemoe.models.hooks import observe
 from edgemoe.models.tiny import write_tiny_checkpoint
@@ -74,9 +74,9 @@ def test_layers_after_a_changed_one_see_the_change(
 def test_a_model_larger_than_memory_gives_the_same(tmp_path: Path) -> None:
     path = write_tiny_checkpoint("qwen2_moe", tmp_path / "model")
     windows = [Window(line=1, start=0, ids=[5, 9, 31, 4]), Window(line=2, start=0, ids=[7, 8])]
-    streamed, whole = open_home(path, limit_bytes=1), open_home(path)
-    assert isinstance(streamed, StreamedHome)
-    assert isinstance(whole, MemoryHome)
+    streamed, whole = open_layers(path, limit_bytes=1), open_layers(path)
+    assert isinstance(streamed, StreamedLayers)
+    assert isinstance(whole, InMemoryLayers)
     pairs = zip(
         LayerOracle(streamed, windows).walk("test"),
         LayerOracle(whole, windows).walk("test"),
@@ -92,6 +92,6 @@ def test_a_model_larger_than_memory_gives_the_same(tmp_path: Path) -> None:
 
 
 def test_statistics_without_tokens_are_refused(tmp_path: Path) -> None:
-    home = MemoryHome(load_model(write_tiny_checkpoint("mixtral", tmp_path / "model")))
+    home = InMemoryLayers(load_model(write_tiny_checkpoint("mixtral", tmp_path / "model")))
     with pytest.raises(StatisticsError, match="must hold tokens"):
         LayerOracle(home, [])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edgemoe.errors import PlanError
-from edgemoe.layerwise.provider import open_home
+from edgemoe.layerwise.provider import open_layers
 from edgemoe.models.hooks import observe
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.oracle.oracle import LayerOracle
@@ -78,7 +78,7 @@ def test_transposed_and_interleaved_experts_have_the_outliers_of_their_matrices(
 
 def test_a_model_larger_than_memory_has_the_same_outliers(tmp_path: Path) -> None:
     path = write_tiny_checkpoint("qwen2_moe", tmp_path / "model")
-    streamed, whole = open_home(path, limit_bytes=1), open_home(path)
+    streamed, whole = open_layers(path, limit_bytes=1), open_layers(path)
     assert not streamed.is_whole
     one = outlier_ratios(LayerOracle(streamed, draw_windows()), MULTIPLE)
     other = outlier_ratios(LayerOracle(whole, draw_windows()), MULTIPLE)

@@ -12,7 +12,7 @@ import torch
 from edgemoe.apply.expert_tensors import plan_tensors
 from edgemoe.calibrate.collect import collect
 from edgemoe.errors import PlanError
-from edgemoe.layerwise.provider import MemoryHome, StreamedHome
+from edgemoe.layerwise.provider import InMemoryLayers, StreamedLayers
 from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.tiny import write_tiny_checkpoint
@@ -56,7 +56,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 
 def plan_with(path: Path, statistics: Statistics, keep: float, **options: Any) -> Plan:
     def reopen(windows: Sequence[Any]) -> LayerOracle:
-        return LayerOracle(MemoryHome(load_model(path)), windows)
+        return LayerOracle(InMemoryLayers(load_model(path)), windows)
 
     counts = count_for("camera", statistics.shape, keep)
     return make_plan(statistics, "t", "camera", counts, options=options, open_oracle=reopen)
@@ -86,7 +86,7 @@ def neuron(layer: MoeLayer, expert: int, n: int, x: np.ndarray[Any, Any]) -> tup
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 def test_energies_are_the_formula(family: str, measured: Callable[[str], Any]) -> None:
     path, statistics = measured(family)
-    oracle = LayerOracle(MemoryHome(load_model(path)), statistics.task("t").windows)
+    oracle = LayerOracle(InMemoryLayers(load_model(path)), statistics.task("t").windows)
     view = next(iter(oracle.walk("test")))
     hidden = view.hidden.double().numpy()
     for alpha in (0.0, 0.3, 1.0):
@@ -116,7 +116,7 @@ def test_each_layer_is_judged_on_what_the_pruned_ones_return(
     assert plan.options["keep_neurons"] == [16] * 4
     assert (plan.options["widths"], plan.options["alpha"]) == (widths, 0.25)
 
-    oracle = LayerOracle(MemoryHome(load_model(path)), statistics.task("t").windows)
+    oracle = LayerOracle(InMemoryLayers(load_model(path)), statistics.task("t").windows)
     different = False
     for layer_plan, view in zip(plan.layers, oracle.walk("test"), strict=True):
         scores = energies(view, 0.25)
@@ -135,7 +135,7 @@ def test_each_layer_is_judged_on_what_the_pruned_ones_return(
             different |= len(set(kept.sum(axis=1).tolist())) > 1
         view.go_on_with(plan_tensors(view.layer, layer_plan))
     assert different == (widths == "ragged")
-    assert plan.is_narrowing
+    assert plan.prunes_width
 
 
 def test_a_model_larger_than_memory_gives_the_same_plan(measured: Callable[[str], Any]) -> None:
@@ -146,7 +146,7 @@ def test_a_model_larger_than_memory_gives_the_same_plan(measured: Callable[[str]
         "t",
         "camera",
         counts,
-        open_oracle=lambda windows: LayerOracle(StreamedHome(open_streamed(path)), windows),
+        open_oracle=lambda windows: LayerOracle(StreamedLayers(open_streamed(path)), windows),
     )
     assert streamed.to_json() == plan_with(path, statistics, 0.5).to_json()
     assert {count_mask(str(e.neurons)) for e in streamed.layers[0].experts} == {16}
@@ -172,7 +172,7 @@ def test_options_are_checked(measured: Callable[[str], Any]) -> None:
 
 def test_neurons_without_a_token_keep_their_order(measured: Callable[[str], Any]) -> None:
     path, statistics = measured("qwen2_moe")
-    oracle = LayerOracle(MemoryHome(load_model(path)), statistics.task("t").windows)
+    oracle = LayerOracle(InMemoryLayers(load_model(path)), statistics.task("t").windows)
     view = next(iter(oracle.walk("test")))
     view.routing.indices[view.routing.indices == 2] = 8
     found = energies(view, 1.0)

@@ -12,10 +12,10 @@ from torch.nn import functional
 from edgemoe.calibrate.sample import Window
 from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.errors import StreamingError
-from edgemoe.layerwise.provider import MemoryHome, StreamedHome
+from edgemoe.layerwise.provider import InMemoryLayers, StreamedLayers
 from edgemoe.models import load_model
 from edgemoe.models.opening import open_streamed
-from edgemoe.models.shared_basis_experts import base_layer
+from edgemoe.models.shared_basis_layer import to_shared_basis
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.channels import count_mask, read_mask
@@ -129,7 +129,7 @@ def test_neurons_between_shared_bases_are_scored_in_the_hidden_size(
     model, same = load_model(paths["qwen2_moe"]), load_model(paths["qwen2_moe"])
     for layer in model.layers:
         # Bases of full rank that turn the space: the model says the same.
-        base_layer(layer, share_basis(layer, layer.hidden_size).tensors)
+        to_shared_basis(layer, share_basis(layer, layer.hidden_size).tensors)
     for one, other in zip(importances(model, WINDOWS), importances(same, WINDOWS), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-4 * other.max())
 
@@ -137,7 +137,7 @@ def test_neurons_between_shared_bases_are_scored_in_the_hidden_size(
 def decide(path: Path, keep: float, widths: str) -> tuple[LayerPlan, ...]:
     model = load_model(path)
     return heapr(
-        LayerOracle(MemoryHome(model), WINDOWS),
+        LayerOracle(InMemoryLayers(model), WINDOWS),
         None,  # type: ignore[arg-type]  # it reads no statistics
         model.shape,
         count_widths(model.shape, keep),
@@ -188,6 +188,6 @@ def test_the_order_of_all_layers_gives_their_widths(paths: dict[str, Path]) -> N
 
 def test_a_model_larger_than_memory_is_refused(paths: dict[str, Path]) -> None:
     streamed = open_streamed(paths["qwen2_moe"])
-    oracle = LayerOracle(StreamedHome(streamed), WINDOWS)
+    oracle = LayerOracle(StreamedLayers(streamed), WINDOWS)
     with pytest.raises(StreamingError, match=r"heapr, which takes gradients .* whole model"):
         heapr(oracle, None, streamed.moe.shape, (16, 16), 0)  # type: ignore[arg-type]

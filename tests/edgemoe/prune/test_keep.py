@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemoe.errors import PlanError
-from edgemoe.models.contract import LayerShape, ModelShape
+from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.prune.keep import count_kept, parse_keep_experts
 
 SHAPE = ModelShape(

@@ -13,9 +13,9 @@ from scipy.optimize import brentq
 
 from edgemoe.calibrate.collect import collect
 from edgemoe.errors import PlanError
-from edgemoe.layerwise.provider import open_home
+from edgemoe.layerwise.provider import open_layers
 from edgemoe.models import load_model, load_tokenizer
-from edgemoe.models.contract import LayerShape
+from edgemoe.models.shapes import LayerShape
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.outliers import outlier_ratios
@@ -133,16 +133,16 @@ def test_every_method_that_is_given_counts_follows_them(
 
     def plan(method: str, limit_bytes: int | None, **more: Any) -> Any:
         def reopen(windows: Sequence[Any]) -> LayerOracle:
-            return LayerOracle(open_home(checkpoint, limit_bytes), windows)
+            return LayerOracle(open_layers(checkpoint, limit_bytes), windows)
 
         given = {**small.get(method, {}), **more}
         return make_plan(statistics, "t", method, counts, options=given, open_oracle=reopen)
 
     windows = statistics.task("t").windows
-    ratios = outlier_ratios(LayerOracle(open_home(checkpoint), windows), 2.0)
+    ratios = outlier_ratios(LayerOracle(open_layers(checkpoint), windows), 2.0)
     expected = share_by_outliers(layers, counts, ratios, 0.3)
     assert len(set(expected)) > 1
-    for method in (name for name, made in METHODS.items() if not made.picks_neurons):
+    for method in (name for name, made in METHODS.items() if not made.prunes_width):
         found = plan(method, None, **options)
         assert found.experts_per_layer == expected
         assert found.options.items() >= {"keep_experts": counts, **options}.items()

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from edgemoe.apply.expert_tensors import plan_tensors
 from edgemoe.calibrate.collect import collect
 from edgemoe.errors import PlanError
-from edgemoe.layerwise.provider import MemoryHome
+from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe.models import adapt_model, load_tokenizer
-from edgemoe.models.contract import LayerShape
+from edgemoe.models.shapes import LayerShape
 from edgemoe.models.tiny import tiny_config, tiny_model, write_tiny_checkpoint
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.reconstruction import Reconstruction
@@ -45,7 +45,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Statistics, Laye
     file.write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
     task = TaskFile.load("t", file)
     statistics = collect(model, [task], load_tokenizer(checkpoint))
-    return statistics, LayerOracle(MemoryHome(model), statistics.task("t").windows)
+    return statistics, LayerOracle(InMemoryLayers(model), statistics.task("t").windows)
 
 
 def plan_with(
@@ -55,7 +55,7 @@ def plan_with(
 
     def reopen(windows: Sequence[Any]) -> LayerOracle:
         assert sum(len(window.ids) for window in windows) == 150
-        return LayerOracle(oracle.home, windows)
+        return LayerOracle(oracle.provider, windows)
 
     layers = len(statistics.shape.layers)
     return make_plan(

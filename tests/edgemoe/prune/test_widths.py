@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemoe.errors import PlanError
-from edgemoe.models.contract import LayerShape, ModelShape
+from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.plans.channels import read_mask
 from edgemoe.prune.registry import count_for
 from edgemoe.prune.widths import (

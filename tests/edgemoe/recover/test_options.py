@@ -51,12 +51,12 @@ def test_what_a_method_cannot_use_is_refused(
     method: str, given: dict[str, Any], teacher: bool, message: str
 ) -> None:
     with pytest.raises(RecoveryError, match=message):
-        RecoverOptions(**given).settle(METHODS[method], has_teacher=teacher)
+        METHODS[method].settle(RecoverOptions(**given), has_teacher=teacher)
 
 
 def test_each_method_has_its_own_defaults() -> None:
     def settle(method: str, *, teacher: bool, **given: Any) -> RecoverOptions:
-        return RecoverOptions(**given).settle(METHODS[method], has_teacher=teacher)
+        return METHODS[method].settle(RecoverOptions(**given), has_teacher=teacher)
 
     router_kd = settle("router-kd", teacher=True)
     assert (router_kd.learning_rate, router_kd.kd_weight) == (5e-5, 1)

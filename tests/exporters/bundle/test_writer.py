@@ -30,7 +30,7 @@ from edgemoe_exporters.bundle.writer import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgemoe_runtime.bundle.manifest_parts import SizeReport
+    from edgemoe_runtime.bundle.file_entry import SizeReport
 
 Array = np.ndarray[Any, Any]
 HIDDEN = 16

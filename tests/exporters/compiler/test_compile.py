@@ -29,7 +29,7 @@ from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
 from edgemoe_runtime.bundle.engine_cache import EngineKey, find_engine
 from edgemoe_runtime.bundle.integrity import verify_bundle
-from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle.manifest_file import load_manifest, save_manifest
 from edgemoe_runtime.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def test_engine_is_built_once_and_found_by_the_runtime(bundle: Path) -> None:
     assert built.reason == "there is none yet"
     version = tensorrt_rtx.__version__
     assert built.path.name == f"model__fp16__trt{version}__sm86.engine"
-    manifest = Manifest.load(bundle)
+    manifest = load_manifest(bundle)
     found = find_engine(
         bundle,
         manifest,
@@ -141,7 +141,7 @@ def test_shapes_follow_the_caps_but_where_none_may(
         shapes = EngineKey.load(built.path.with_suffix(".json")).shapes
         assert shapes.get("k_cap") == values
         assert ("k_cap:1" in built.script.read_text()) == bool(values)
-        told = [spec.name for spec in Manifest.load(path).inputs if spec.sets_shapes]
+        told = [spec.name for spec in load_manifest(path).inputs if spec.sets_shapes]
         assert told == (["k_cap"] if values else [])
 
 
@@ -204,7 +204,7 @@ def test_float32_leaves_turing_out_unless_it_is_asked_for(
 
     monkeypatch.setattr("edgemoe_exporters.compiler.compile._compile", note)
     copy = copy_of(bundle, tmp_path)
-    replace(Manifest.load(copy), precision="fp32").save(copy)
+    save_manifest(replace(load_manifest(copy), precision="fp32"), copy)
     compile_bundle(copy, "tensorrt-rtx", machine=BARE)
     compile_bundle(copy, "tensorrt-rtx", compute_capabilities=[75], machine=BARE)
     assert asked == [80, 86, 89, 120, 121, 75]
@@ -255,7 +255,7 @@ def test_missing_package_says_where_it_comes_from(
 
 def test_graph_for_onnxruntime_is_refused(bundle: Path, tmp_path: Path) -> None:
     copy = copy_of(bundle, tmp_path)
-    replace(Manifest.load(copy), flavour="ort").save(copy)
+    save_manifest(replace(load_manifest(copy), flavour="ort"), copy)
     with pytest.raises(CompileError, match=r"flavour ort .*--target tensorrt-rtx"):
         compile_bundle(copy, "tensorrt-rtx", machine=BARE)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edgemoe.errors import CompileError
 from edgemoe_exporters.compiler.profiles import ShapeLimits, choose_limits, make_profile
-from edgemoe_runtime.bundle.manifest_parts import TensorSpec
+from edgemoe_runtime.bundle.graph_spec import TensorSpec
 
 
 def manifest(*extra: TensorSpec, positions: int = 4096) -> Any:

@@ -28,7 +28,7 @@ from edgemoe_exporters.validation.graph_calls import cache_shape
 from edgemoe_exporters.validation.graph_runner import GraphRunner
 from edgemoe_runtime import Session
 from edgemoe_runtime.bundle.integrity import verify_bundle
-from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle.manifest_file import load_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,7 +125,7 @@ def test_fp32_graphs_agree_with_eager_at_every_cap(
     verify_bundle(output)
     assert plan.k_policy is not None
     most = max(rule.slots for rule in plan.k_policy.rules)
-    assert Manifest.load(output).tasks["model"].top_k == most
+    assert load_manifest(output).tasks["model"].top_k == most
     model = load_model(path)
     runner = GraphRunner(output / "model.onnx")
     ids = torch.randint(3, 96, (1, 9), generator=torch.Generator().manual_seed(3))

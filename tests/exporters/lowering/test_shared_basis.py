@@ -11,7 +11,7 @@ import torch
 from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.errors import ExportError
 from edgemoe.models import limit_k, load_model, save_model
-from edgemoe.models.shared_basis_experts import base_layer
+from edgemoe.models.shared_basis_layer import to_shared_basis
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
 from edgemoe_exporters.export import export_bundle
@@ -48,7 +48,7 @@ def based(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             changes = {"num_hidden_layers": 2, "hidden_size": HIDDEN, **FAMILIES[family]}
             model = load_model(write_tiny_checkpoint(family, folder / "whole", **changes))
             for layer, rank in zip(model.layers, ranks, strict=True):
-                base_layer(layer, share_basis(layer, rank).tensors)
+                to_shared_basis(layer, share_basis(layer, rank).tensors)
             (folder / "based").mkdir()
             save_model(model, folder / "based", source=folder / "whole")
             made[family, ranks] = folder / "based"

@@ -13,7 +13,7 @@ from edgemoe.apply.in_memory import applied
 from edgemoe.apply.streamed import apply_streamed
 from edgemoe.errors import ExportError, PlanError
 from edgemoe.models import limit_k, load_model, read_shape, save_model
-from edgemoe.models.factored_experts import factor_layer, split_by_svd
+from edgemoe.models.factored_layer import factor_layer, split_by_svd
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.plans.channels import write_mask
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
@@ -23,7 +23,7 @@ from edgemoe_exporters.request import ExportRequest
 from edgemoe_exporters.validation.graph_runner import GraphRunner
 from edgemoe_runtime import Session
 from edgemoe_runtime.bundle.integrity import verify_bundle
-from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle.manifest_file import load_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -161,7 +161,7 @@ def test_the_padding_of_blocks_is_that_of_a_wider_checkpoint(
         for name in layout.names:
             full = f"{layer.facts.experts}.{name}"
             rows = [
-                layout.pick_neurons(name, one, torch.arange(size), -(-size // 32) * 32)
+                layout.keep_channels(name, one, torch.arange(size), -(-size // 32) * 32)
                 for one in tensors[full]
             ]
             tensors[full] = torch.stack(rows)
@@ -232,7 +232,7 @@ def test_tasks_of_other_widths_and_whole_ones_get_copies_of_their_own(
     report = run(path, tmp_path / "bundle", "cpu", "fp32", plans=save_plans(tmp_path, plans))
 
     verify_bundle(tmp_path / "bundle")
-    assert Manifest.load(tmp_path / "bundle").tasks["a"].experts_per_layer == (8, 8)
+    assert load_manifest(tmp_path / "bundle").tasks["a"].experts_per_layer == (8, 8)
     model = load_model(path)
     ids = torch.randint(3, 96, (1, 9), generator=torch.Generator().manual_seed(3))
     for name, plan in plans.items():

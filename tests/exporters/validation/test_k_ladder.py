@@ -26,8 +26,8 @@ from edgemoe_exporters.validation.k_ladder import LadderTask, floor_of, list_cap
 from edgemoe_exporters.validation.margins import Answers, answers_of_choices, find_margin
 from edgemoe_exporters.validation.quality_gate import check_quality, split_task
 from edgemoe_runtime import Session
-from edgemoe_runtime.bundle.manifest import Manifest
-from edgemoe_runtime.bundle.manifest_ladder import RungCost
+from edgemoe_runtime.bundle.k_ladder import RungCost
+from edgemoe_runtime.bundle.manifest_file import load_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -229,7 +229,7 @@ def bundle(checkpoint: Path, choices: Path, tmp_path_factory: pytest.TempPathFac
 def test_an_export_measures_what_its_rungs_lose(
     bundle: Path, choices: Path, checkpoint: Path
 ) -> None:
-    manifest = Manifest.load(bundle)
+    manifest = load_manifest(bundle)
     assert [rung.name for rung in manifest.k_ladder] == ["full"]
     ladder = manifest.tasks["choices"].k_ladder
     assert ladder is not None
@@ -259,7 +259,7 @@ def test_an_export_measures_what_its_rungs_lose(
 @pytest.mark.fused
 def test_answers_above_the_margin_are_those_of_the_full_k(bundle: Path, choices: Path) -> None:
     _, held_out = split_task(TaskFile.load("choices", choices))
-    ladder = Manifest.load(bundle).tasks["choices"].k_ladder
+    ladder = load_manifest(bundle).tasks["choices"].k_ladder
     assert ladder is not None
     with Session.open(bundle) as session:
         for each in ladder[1:]:
@@ -288,13 +288,13 @@ def test_who_wants_no_ladder_gets_none(checkpoint: Path, choices: Path, tmp_path
     )
     told = export_bundle(request).to_json()["tasks"]["choices"]["k_ladder"]
     # Of a target that is not at hand quality is measured, time is not.
-    ladder = Manifest.load(tmp_path / "a").tasks["choices"].k_ladder
+    ladder = load_manifest(tmp_path / "a").tasks["choices"].k_ladder
     assert ladder is not None
     assert all(each.cost is None and each.quality is not None for each in ladder)
     assert told == [each.to_json() for each in ladder]
     without = export_bundle(replace(request, output=tmp_path / "b", ladder=False)).to_json()
     assert without["tasks"]["choices"]["k_ladder"] is None
-    assert Manifest.load(tmp_path / "b").tasks["choices"].k_ladder is None
+    assert load_manifest(tmp_path / "b").tasks["choices"].k_ladder is None
 
 
 @pytest.mark.fused
@@ -312,7 +312,7 @@ def test_margins_of_texts_are_those_of_transformers(checkpoint: Path, tmp_path: 
         max_drop=100.0,
     )
     export_bundle(request)
-    ladder = Manifest.load(tmp_path / "bundle").tasks["texts"].k_ladder
+    ladder = load_manifest(tmp_path / "bundle").tasks["texts"].k_ladder
     assert ladder is not None
     assert [each.name for each in ladder] == ["full", "k3", "k2", "k1"]
     _, held_out = split_task(TaskFile.load("texts", lines))

@@ -71,11 +71,14 @@ def write_graph(path: Path, table: Array = TABLE) -> Path:
 
 
 def eager() -> Any:
-    def call(input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+    def call(input_ids: torch.Tensor, use_cache: bool, logits_to_keep: int) -> SimpleNamespace:
         assert use_cache is False
+        assert logits_to_keep == 0
         return SimpleNamespace(logits=torch.from_numpy(TABLE)[input_ids])
 
-    return SimpleNamespace(model=call, layers=[])
+    return SimpleNamespace(
+        model=call, moe=SimpleNamespace(layers=[]), is_whole=True, device="cpu"
+    )
 
 
 @pytest.fixture

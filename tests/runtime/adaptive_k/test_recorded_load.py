@@ -1,6 +1,6 @@
 """The controller on a recording: every token of a session while two processes took its cores.
 
-The recording is of benchmarks/adaptive_k/under_load.py (``--record``), 2026-11-24, 2 x86-64
+The recording is of benchmarks/adaptive_k/under_load.py (`--record`), 2026-11-24, 2 x86-64
 cores: 8 seconds free, 8 with two busy processes, 8 free; the full k, 15.5 ms a token when free.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from edgemoe_runtime.adaptive_k.controller import ControlState, Signals, decide
+from edgemoe_runtime.adaptive_k.decision import ControlState, Signals, decide
 from edgemoe_runtime.adaptive_k.limits import Limits
 
 TRACE = Path(__file__).parent / "traces" / "two_busy_processes.csv"

@@ -18,8 +18,8 @@ from edgemoe_runtime.adaptive_k.rung_cost import (
 )
 from edgemoe_runtime.backends.base import OpenRequest
 from edgemoe_runtime.backends.onnxruntime import open_onnxruntime
-from edgemoe_runtime.bundle.manifest import Manifest
-from edgemoe_runtime.bundle.manifest_ladder import KRung, RungCost, RungQuality
+from edgemoe_runtime.bundle.k_ladder import KRung, RungCost, RungQuality
+from edgemoe_runtime.bundle.manifest_file import load_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,13 +80,13 @@ def test_what_is_asked_again_costs_time() -> None:
     for again, length in ((0.25, 2), (0.35, 1)):
         quality = replace(low.quality, metric="accuracy", asked_again=again)
         assert len(without_dominated([full, replace(low, quality=quality)])) == length
-        # Texts may be streamed, which are never asked again.
+        # Texts may be streamed, which are never escalated.
         quality = replace(quality, metric="perplexity")
         assert len(without_dominated([full, replace(low, quality=quality)])) == 2
 
 
 def test_costs_are_of_the_engine_at_hand(bundle: Path) -> None:
-    manifest = Manifest.load(bundle)
+    manifest = load_manifest(bundle)
     request = OpenRequest(
         bundle=bundle, manifest=manifest, task="model", max_length=48, threads=1
     )

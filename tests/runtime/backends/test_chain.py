@@ -10,7 +10,7 @@ import pytest
 from edgemoe_runtime import BackendError, Session
 from edgemoe_runtime.backends.chain import CHAINS, plan_chain
 from edgemoe_runtime.backends.registry import BACKENDS
-from edgemoe_runtime.bundle.manifest_rules import TARGETS
+from edgemoe_runtime.bundle.names import TARGETS
 from edgemoe_runtime.errors import BackendUnavailableError
 
 Build = Callable[..., Path]

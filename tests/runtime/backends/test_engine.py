@@ -13,10 +13,11 @@ from edgemoe_runtime.adaptive_k import rung_cost
 from edgemoe_runtime.backends.base import OpenRequest
 from edgemoe_runtime.backends.chain import CHAINS, Candidate
 from edgemoe_runtime.backends.engine import Engine
-from edgemoe_runtime.backends.onnxruntime import CPU, open_onnxruntime
+from edgemoe_runtime.backends.onnxruntime import open_onnxruntime
 from edgemoe_runtime.backends.registry import BACKENDS
-from edgemoe_runtime.bundle.manifest import Manifest
-from edgemoe_runtime.bundle.manifest_ladder import KRung, RungCost
+from edgemoe_runtime.bundle.k_ladder import KRung, RungCost
+from edgemoe_runtime.bundle.manifest_file import load_manifest, save_manifest
+from edgemoe_runtime.execution_providers import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +98,7 @@ def test_an_answer_goes_on_where_an_engine_fails(
 def test_a_mark_outlives_its_engine(bundle: Path, install: Any, runs: int) -> None:
     install(runs)
     request = OpenRequest(
-        bundle=bundle, manifest=Manifest.load(bundle), task="model", max_length=64, threads=1
+        bundle=bundle, manifest=load_manifest(bundle), task="model", max_length=64, threads=1
     )
     caps = [np.array(cap) for cap in ([3, 3], [1, 2])]
     with open_onnxruntime(request) as backend:
@@ -119,7 +120,7 @@ def test_a_mark_outlives_its_engine(bundle: Path, install: Any, runs: int) -> No
 
 def test_longer_chunks_than_the_next_engine_takes_are_cut(bundle: Path, install: Any) -> None:
     request = OpenRequest(
-        bundle=bundle, manifest=Manifest.load(bundle), task="model", max_length=64, threads=1
+        bundle=bundle, manifest=load_manifest(bundle), task="model", max_length=64, threads=1
     )
     cap = np.array([3, 3])
     with open_onnxruntime(request) as backend:
@@ -132,7 +133,7 @@ def test_longer_chunks_than_the_next_engine_takes_are_cut(bundle: Path, install:
             assert engine.length == len(IDS)
 
 
-def test_when_nothing_is_left_the_reason_is_told(bundle: Path, install: Any) -> None:
+def test_when_nothing_is_left_the_reason_is_given(bundle: Path, install: Any) -> None:
     install(1, last=False)
     with (
         Session.open(bundle) as session,
@@ -141,7 +142,7 @@ def test_when_nothing_is_left_the_reason_is_told(bundle: Path, install: Any) -> 
         session.generate("A spindle", max_new_tokens=4)
 
 
-def test_when_the_rest_of_the_chain_cannot_be_opened_both_reasons_are_told(
+def test_when_the_rest_of_the_chain_cannot_be_opened_both_reasons_are_given(
     bundle: Path, install: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(1, 0, last=False)
@@ -161,13 +162,13 @@ def test_rungs_are_timed_again_on_the_engine_that_took_over(
     build_bundle: Any, install: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, timed = build_bundle(), []
-    manifest = Manifest.load(folder)
+    manifest = load_manifest(folder)
     rungs = tuple(
         KRung(name=f"k{k}", k_cap=(k,) * 2, cost=RungCost(cost, cost))
         for k, cost in ((3, 1.0), (1, 0.5))
     )
     entry = replace(manifest.tasks["model"], k_ladder=rungs)
-    replace(manifest, tasks={"model": entry}).save(folder)
+    save_manifest(replace(manifest, tasks={"model": entry}), folder)
 
     def measure(backend: Any, caps: Any, *_: Any) -> list[RungCost]:
         timed.append(backend.name)
@@ -209,7 +210,7 @@ def test_an_engine_that_cannot_hold_the_request_is_passed_over(
 
 def test_requests_for_other_lengths_are_untouched(bundle: Path) -> None:
     request = OpenRequest(
-        bundle=bundle, manifest=Manifest.load(bundle), task="model", max_length=64, threads=1
+        bundle=bundle, manifest=load_manifest(bundle), task="model", max_length=64, threads=1
     )
     with Engine([GOOD], replace(request, max_length=32)) as engine:
         assert engine.max_length == 32

@@ -12,20 +12,20 @@ import pytest
 
 from edgemoe_runtime import IntegrityError, RequestError, Session, verify_bundle
 from edgemoe_runtime.bundle.engine_cache import hash_file
-from edgemoe_runtime.bundle.manifest import Manifest
-from edgemoe_runtime.bundle.manifest_parts import FileEntry
+from edgemoe_runtime.bundle.file_entry import FileEntry
+from edgemoe_runtime.bundle.manifest_file import load_manifest, save_manifest
 
 Build = Callable[..., Path]
 
 
 def list_again(folder: Path, *names: str) -> None:
     """Put the files' true digests into the manifest, as one who can write both would."""
-    manifest = Manifest.load(folder)
+    manifest = load_manifest(folder)
     files = dict(manifest.files)
     for name in names:
         path = folder / name
         files[name] = FileEntry(sha256=hash_file(path), size=path.stat().st_size)
-    replace(manifest, files=files).save(folder)
+    save_manifest(replace(manifest, files=files), folder)
 
 
 def alter_external(folder: Path, **entries: str) -> None:
@@ -77,7 +77,7 @@ def test_a_listed_file_is_not_therefore_a_weight_file(build_bundle: Build) -> No
 
 def test_what_is_used_is_the_manifest_that_was_checked(build_bundle: Build) -> None:
     folder = build_bundle()
-    old = Manifest.load(folder)
+    old = load_manifest(folder)
     data = folder / "tokenizer.json"
     data.write_bytes(data.read_bytes() + b" ")
     list_again(folder, "tokenizer.json")

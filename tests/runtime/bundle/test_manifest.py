@@ -12,19 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgemoe_runtime.bundle.manifest import Manifest
-from edgemoe_runtime.bundle.manifest_cache import CacheState
-from edgemoe_runtime.bundle.manifest_parts import (
-    DataInfo,
-    ParityReport,
-    QualityReport,
-    TensorSpec,
-)
+from edgemoe_runtime.bundle.cache_spec import CacheState
+from edgemoe_runtime.bundle.graph_spec import TensorSpec
+from edgemoe_runtime.bundle.manifest_file import load_manifest, parse_manifest, save_manifest
+from edgemoe_runtime.bundle.manifest_rules import check_manifest
+from edgemoe_runtime.bundle.task_entry import DataInfo, ParityReport, QualityReport
 from edgemoe_runtime.errors import ManifestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from edgemoe_runtime.bundle.manifest import Manifest
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -35,7 +34,7 @@ JSON = st.recursive(
 
 @pytest.fixture
 def manifest(bundles: dict[str, Path]) -> Manifest:
-    return Manifest.load(bundles["concat"])
+    return load_manifest(bundles["concat"])
 
 
 def test_round_trip_with_every_part(manifest: Manifest, tmp_path: Path) -> None:
@@ -53,8 +52,8 @@ def test_round_trip_with_every_part(manifest: Manifest, tmp_path: Path) -> None:
         ),
     )
     full = replace(manifest, tasks={"model": task})
-    full.save(tmp_path)
-    assert Manifest.load(tmp_path) == full
+    save_manifest(full, tmp_path)
+    assert load_manifest(tmp_path) == full
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
@@ -82,20 +81,20 @@ def test_states_are_read_back_and_must_be_those_of_the_graph(manifest: Manifest)
     inputs = specs("past_key_values", manifest.inputs)
     outputs = specs("present", manifest.outputs)
     changed = replace(manifest, kv_cache=cache, inputs=inputs, outputs=outputs)
-    assert Manifest.from_json(changed.to_json()) == changed
+    assert parse_manifest(changed.to_json()) == changed
     assert "states" not in manifest.to_json()["kv_cache"]  # type: ignore[operator]
 
     wider = replace(cache, states=(replace(states[0], shape=(8, 4)), states[1]))
     with pytest.raises(ManifestError, match=r"0\.conv_state must be as kv_cache says.*8, 4"):
-        replace(changed, kv_cache=wider)
+        check_manifest(replace(changed, kv_cache=wider))
     with pytest.raises(ManifestError, match=r"differs.*0\.indexer_key"):
-        replace(changed, kv_cache=replace(cache, states=states[:1]))
+        check_manifest(replace(changed, kv_cache=replace(cache, states=states[:1])))
 
 
 def test_a_newer_schema_is_refused_with_a_remedy(manifest: Manifest) -> None:
     document = manifest.to_json() | {"schema_version": 2, "created_by": "edgemoe 9.0"}
     with pytest.raises(ManifestError, match=r"must be 1, got 2 written by edgemoe 9\.0\. Inst"):
-        Manifest.from_json(document)
+        parse_manifest(document)
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "long"])
@@ -105,7 +104,7 @@ def test_only_a_plain_file_of_some_size_is_read(
     path = tmp_path / "manifest.json"
     if kind == "link":
         (tmp_path / "elsewhere").mkdir()
-        manifest.save(tmp_path / "elsewhere")
+        save_manifest(manifest, tmp_path / "elsewhere")
         path.symlink_to(tmp_path / "elsewhere" / "manifest.json")
     elif kind == "pipe":
         os.mkfifo(path)
@@ -113,14 +112,14 @@ def test_only_a_plain_file_of_some_size_is_read(
         with path.open("wb") as file:
             file.truncate(1 << 31)
     with pytest.raises(ManifestError, match=r"regular file|at most"):
-        Manifest.load(tmp_path)
+        load_manifest(tmp_path)
 
 
 def test_a_missing_manifest_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="interrupted"):
-        Manifest.load(tmp_path)
+        load_manifest(tmp_path)
     with pytest.raises(ManifestError):
-        Manifest.load(tmp_path / "absent")
+        load_manifest(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +139,7 @@ def test_a_missing_manifest_is_explained(tmp_path: Path) -> None:
 def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ManifestError):
-        Manifest.load(tmp_path)
+        load_manifest(tmp_path)
 
 
 def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -203,10 +202,10 @@ def test_rules(manifest: Manifest, path: str, value: Any, message: str | None) -
     document = copy.deepcopy(manifest.to_json())
     change(path, value)(document)
     if message is None:  # odd, but inside the bundle
-        Manifest.from_json(document)
+        parse_manifest(document)
         return
     with pytest.raises(ManifestError, match=message):
-        Manifest.from_json(document)
+        parse_manifest(document)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +217,7 @@ def test_file_names_stay_inside(manifest: Manifest, name: str) -> None:
     document = copy.deepcopy(manifest.to_json())
     change("files", {**document["files"], name: {"sha256": "a" * 64, "size": 1}})(document)  # type: ignore[dict-item]
     with pytest.raises(ManifestError):
-        Manifest.from_json(document)
+        parse_manifest(document)
 
 
 @pytest.mark.parametrize("name", ["../model", "a/b", "", ".hidden", "a b", "x" * 65, "a..b"])
@@ -228,7 +227,7 @@ def test_task_names_are_plain(manifest: Manifest, name: str) -> None:
     document["size"]["task_bytes"] = {}
     document["files"][f"{name}.onnx"] = document["files"]["model.onnx"]
     with pytest.raises(ManifestError):
-        Manifest.from_json(document)
+        parse_manifest(document)
 
 
 @settings(max_examples=150, deadline=None)
@@ -250,7 +249,7 @@ def test_any_change_is_read_or_refused(
         place = place[key]
     place[key] = value
     try:
-        loaded = Manifest.from_json(document)
+        loaded = parse_manifest(document)
     except ManifestError:
         return
-    assert Manifest.from_json(loaded.to_json()) == loaded
+    assert parse_manifest(loaded.to_json()) == loaded

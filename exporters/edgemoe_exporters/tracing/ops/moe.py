@@ -72,7 +72,6 @@ def route(
         renormalise=renormalise,
         sum_epsilon=sum_epsilon,
         scaling_factor=scaling_factor,
-        has_correction_bias=correction_bias is not None,
         bias_on=cast("Literal['scores', 'logits']", bias_on),
         n_group=n_group,
         topk_group=topk_group,

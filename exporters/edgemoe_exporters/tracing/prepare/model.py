@@ -10,11 +10,14 @@ from torch import nn
 
 from edgemoe.errors import EdgemoeError, ExportError
 from edgemoe.models.adapter import adapt_model
-from edgemoe.models.checkpoint import read_config
+from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.discovery import build_skeleton
 from edgemoe.models.k_policy import following
-from edgemoe.models.ragged import read_ragged_note
 from edgemoe.models.registry import FAMILIES
+from edgemoe.models.transformers_internals import (
+    attention_implementation,
+    set_attention_implementation,
+)
 from edgemoe_exporters.precision import PRECISIONS
 from edgemoe_exporters.tracing import ops
 from edgemoe_exporters.tracing.cache import CacheTensor, TraceCache
@@ -183,15 +186,15 @@ def prepared(model: MoeModel) -> Iterator[TraceModule]:
         check_layer(layer, model.family)
     module = TraceModule(model)
     lm = model.model
-    attention_before = lm.config._attn_implementation
+    attention_before = attention_implementation(lm.config)
     register()
     with contextlib.ExitStack() as stack:
         # A policy is bound to each task's graph, after the trace.
         stack.enter_context(following(model, None))
         ACTIVE.append(module.attender)
         stack.callback(ACTIVE.pop)
-        lm.config._attn_implementation = ATTENTION
-        stack.callback(setattr, lm.config, "_attn_implementation", attention_before)
+        set_attention_implementation(lm.config, ATTENTION)
+        stack.callback(set_attention_implementation, lm.config, attention_before)
         for position, layer in enumerate(model.layers):
             replace_moe(stack, module, layer, position)
         replace_norms(stack, lm)
@@ -217,11 +220,11 @@ def _dry_run_usual(stack: contextlib.ExitStack, module: TraceModule) -> bool:
     return False
 
 
-def check_exportable(path: Path, precision: str) -> None:
+def check_exportable(path: Path | Checkpoint, precision: str) -> None:
     """Check that a graph can hold a checkpoint; its weights are not read.
 
     Args:
-        path: Checkpoint directory.
+        path: The checkpoint.
         precision: The graph's.
 
     Raises:
@@ -229,11 +232,11 @@ def check_exportable(path: Path, precision: str) -> None:
             op of that precision.
         CheckpointError: The checkpoint's configuration is malformed.
     """
-    family, config = read_config(path)
-    model = adapt_model(build_skeleton(family, config))
+    checkpoint = Checkpoint.open(path)
+    model = adapt_model(build_skeleton(checkpoint.family, checkpoint.config))
     with prepared(model):
         pass
-    note = read_ragged_note(path)
+    note = checkpoint.note
     if precision in {"int8", "int4"} and note is not None and note.ranks_per_layer is not None:
         raise ExportError(
             f"experts must be whole to be exported in {precision}, got factored ones, for "

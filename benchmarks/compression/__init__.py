@@ -1,0 +1,1 @@
+"""What pruning, factoring and recovery cost and gain."""

@@ -1,0 +1,183 @@
+"""What the verbs take: paths, tasks, statistics, plans and options, by file or as objects."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from edgemoe.errors import ArgumentError, StatisticsError, TaskFileError
+from edgemoe.tasks import TaskFile, check_names_differ
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgemoe.calibrate.statistics import Statistics
+    from edgemoe.plans.plan import Plan
+
+StrPath: TypeAlias = "str | os.PathLike[str]"
+Tasks: TypeAlias = "Mapping[str, StrPath] | Sequence[TaskFile]"
+OneTask: TypeAlias = "TaskFile | Mapping[str, StrPath]"
+Options: TypeAlias = "Mapping[str, object] | Sequence[str]"
+
+
+def read_tasks(tasks: Tasks) -> list[TaskFile]:
+    """Load tasks that are given by file.
+
+    Args:
+        tasks: Files by name, or tasks that are loaded.
+
+    Returns:
+        The tasks in their order.
+
+    Raises:
+        TaskFileError: There is none, two have one name, or a file breaks a rule.
+    """
+    if isinstance(tasks, Mapping):
+        loaded = [TaskFile.load(name, Path(path)) for name, path in tasks.items()]
+    else:
+        loaded = list(tasks)
+    check_names_differ([task.name for task in loaded])
+    if not loaded:
+        raise TaskFileError('there must be one task or more, got none. Give {"name": file}.')
+    return loaded
+
+
+def read_task(task: OneTask) -> TaskFile:
+    """Load the one task of a verb that takes no more.
+
+    Args:
+        task: The task, or its file by its name.
+
+    Returns:
+        The task.
+
+    Raises:
+        TaskFileError: There is not one, or the file breaks a rule.
+    """
+    if isinstance(task, TaskFile):
+        return task
+    loaded = read_tasks(task)
+    if len(loaded) > 1:
+        raise TaskFileError(
+            f"there must be one task, got {', '.join(task)}. Call once for each."
+        )
+    return loaded[0]
+
+
+def task_paths(tasks: Tasks) -> dict[str, Path]:
+    """Return the tasks' files without reading them.
+
+    Args:
+        tasks: As in :func:`read_tasks`.
+
+    Returns:
+        Paths by name.
+    """
+    if isinstance(tasks, Mapping):
+        return {name: Path(path) for name, path in tasks.items()}
+    return {task.name: task.path for task in tasks}
+
+
+def load_statistics(
+    statistics: Statistics | StrPath, model: Path, sha256: str, done: str
+) -> Statistics:
+    """Load statistics, and refuse those of another checkpoint.
+
+    Args:
+        statistics: Statistics, or their file.
+        model: The checkpoint, for the message.
+        sha256: Its fingerprint.
+        done: What is done to it, for the message, such as `pruned`.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        StatisticsError: The file is malformed, or another checkpoint was measured.
+    """
+    from edgemoe.calibrate.statistics import Statistics
+
+    found = (
+        statistics if isinstance(statistics, Statistics) else Statistics.load(Path(statistics))
+    )
+    if found.checkpoint_sha256 != sha256:
+        source = "statistics" if found is statistics else statistics
+        raise StatisticsError(
+            f"statistics must be of the checkpoint that is {done}, got {source} of checkpoint "
+            f"{found.checkpoint_sha256[:12]} for {model}. Calibrate {model}."
+        )
+    return found
+
+
+def load_plan(plan: Plan | StrPath) -> Plan:
+    """Load a plan that is given by file.
+
+    Args:
+        plan: The plan, or its file.
+
+    Returns:
+        The plan.
+
+    Raises:
+        PlanError: The file is missing or breaks the format.
+    """
+    from edgemoe.plans.plan import Plan
+
+    return plan if isinstance(plan, Plan) else Plan.load(Path(plan))
+
+
+def files_of(*given: object) -> list[Path]:
+    """Return those arguments that are files, which no output may replace.
+
+    Args:
+        given: Paths, objects and None.
+
+    Returns:
+        The paths among them.
+    """
+    return [Path(one) for one in given if isinstance(one, (str, os.PathLike))]
+
+
+def option_texts(options: Options) -> list[str]:
+    """Return options as the command line gives them, whose types methods know.
+
+    Args:
+        options: Values by name, or `NAME=VALUE` texts.
+
+    Returns:
+        `NAME=VALUE` each; a list of values has commas between them.
+    """
+    if not isinstance(options, Mapping):
+        return list(options)
+    return [
+        f"{name}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+        for name, value in options.items()
+    ]
+
+
+def as_path(path: StrPath | None) -> Path | None:
+    """Return a path, or None where there is none.
+
+    Args:
+        path: The path.
+
+    Returns:
+        The same as a :class:`pathlib.Path`.
+    """
+    return None if path is None else Path(path)
+
+
+def check_at_least_one(**given: int | None) -> None:
+    """Refuse counts below one.
+
+    Args:
+        given: Counts by name; None is no count.
+
+    Raises:
+        ArgumentError: One is below one.
+    """
+    for name, count in given.items():
+        if count is not None and count < 1:
+            raise ArgumentError(f"{name} must be in [1, inf), got {count}.")

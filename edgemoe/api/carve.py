@@ -1,0 +1,112 @@
+"""Turn a dense checkpoint into a Mixture of Experts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgemoe.api.running import running
+from edgemoe.errors import ArgumentError, CarveError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgemoe.api.arguments import StrPath
+    from edgemoe.carve.carve import CarveReport
+    from edgemoe.progress import OnProgress
+
+
+def carve(
+    dense: StrPath,
+    output: StrPath,
+    *,
+    experts: int = 16,
+    shared_fraction: float = 1 / 3,
+    top_k: int = 6,
+    data: StrPath | Sequence[str] | None = None,
+    learned: StrPath | None = None,
+    max_tokens: int = 8192,
+    seed: int = 0,
+    force: bool = False,
+    on_progress: OnProgress | None = None,
+) -> CarveReport:
+    """Split the feed-forward layers of a dense checkpoint into shared and routed experts.
+
+    Nothing is trained, and the same arguments give the same bytes. The checkpoint directory
+    `output` is written.
+
+    Source: CMoE, https://arxiv.org/abs/2502.04416.
+
+    Args:
+        dense: Checkpoint directory or GGUF file of a dense model.
+        output: Checkpoint directory to write.
+        experts: Routed experts of each layer, in [2, inf).
+        shared_fraction: Fraction of the intermediate channels that every token uses, in (0, 1);
+            the nearest that divides evenly is taken.
+        top_k: Routed experts per token, in [1, experts].
+        data: Calibration texts, or the file of one, plain or JSON Lines; None takes the topics
+            of Python's manual.
+        learned: File with what was learned on `dense`: a distilled MoE is rebuilt, and the
+            shape is the file's.
+        max_tokens: Calibration tokens to read at most, in [512, inf).
+        seed: Decides the calibration windows and the first cluster centres.
+        force: Whether `output` may be replaced.
+        on_progress: Called with each :class:`edgemoe.progress.ProgressEvent`; None draws a bar
+            where stderr is a terminal.
+
+    Returns:
+        The shape that was carved, and the router's recall on the calibration tokens.
+
+    Raises:
+        ArgumentError: Both `learned` and `data` are given.
+        CarveError: The checkpoint cannot be carved as asked, `learned` is of another one, or
+            the texts are too short or not UTF-8.
+        CheckpointError: The checkpoint cannot be read.
+        TaskFileError: `data` is a JSON Lines file that breaks the format.
+        OutputError: `output` exists and `force` is false, or cannot be written.
+        MissingDependencyError: The extra `export` is not installed.
+
+    Example:
+        >>> from edgemoe.api.carve import carve
+        >>> report = carve("dense", "carved", experts=4, top_k=2, data="code.jsonl")
+        >>> share = report.active_fraction
+    """
+    with running("export", on_progress=on_progress):
+        from edgemoe.carve.carve import CarveOptions, carve_checkpoint, rebuild_checkpoint
+
+        source, target = Path(dense), Path(output)
+        if learned is not None:
+            if data is not None:
+                raise ArgumentError("--learned needs no calibration: leave out --data.")
+            return rebuild_checkpoint(source, target, learned=Path(learned), force=force)
+        options = CarveOptions(
+            experts=experts,
+            shared_fraction=shared_fraction,
+            top_k=top_k,
+            max_tokens=max_tokens,
+            seed=seed,
+        )
+        return carve_checkpoint(
+            source, target, texts=_read_texts(data), options=options, force=force
+        )
+
+
+def _read_texts(data: StrPath | Sequence[str] | None) -> list[str]:
+    from edgemoe.tasks import TaskFile
+
+    if data is None:
+        import pydoc_data.topics
+
+        return [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    if not isinstance(data, (str, os.PathLike)):
+        return list(data)
+    path = Path(data)
+    if path.suffix == ".jsonl":
+        return [record.calibration_text for record in TaskFile.load("data", path).records]
+    try:
+        return [path.read_text(encoding="utf-8")]
+    except UnicodeDecodeError as error:
+        raise CarveError(
+            f"Could not open file {str(path)!r}: calibration text must be UTF-8."
+        ) from error

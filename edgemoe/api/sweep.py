@@ -1,0 +1,138 @@
+"""Prune further and further, and find the smallest model that holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgemoe.api.arguments import option_texts, task_paths
+from edgemoe.api.running import running
+from edgemoe.api.workers import choose_executor, extras_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgemoe.api.arguments import Options, StrPath, Tasks
+    from edgemoe.progress import OnProgress
+    from edgemoe.recover.options import RecoverOptions
+    from edgemoe.sweep.outcome import Outcome
+
+
+def sweep(
+    model: StrPath,
+    tasks: Tasks,
+    methods: Sequence[str],
+    output: StrPath,
+    *,
+    held_out: Tasks = (),
+    options: Mapping[str, Options] | Sequence[str] = (),
+    recoveries: Mapping[str, RecoverOptions] | Sequence[str] = (),
+    keeps: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+    layers: Sequence[str] = ("uniform",),
+    seeds: Sequence[int] = (0,),
+    max_drop: float = 0.02,
+    calibration_tokens: int = 16384,
+    held_out_tokens: int = 8192,
+    workers: int | None = None,
+    ray: str | None = None,
+    threads: int | None = None,
+    memory_limit_gb: float | None = None,
+    force: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Outcome:
+    """Score a checkpoint with fewer and fewer experts, and find the smallest that holds.
+
+    Every method makes a plan for every task at every fraction, and each is scored on examples
+    that no calibration read. A report directory is written: `report.json`, `report.md`,
+    `sweep.csv`, `sweep.png`, the plans, the statistics and the held-out examples.
+    `<output>.partial` keeps what is finished, and after an interruption the same call goes on.
+
+    Sources: those of the methods, as in :func:`edgemoe.prune`; the interval of a drop is a
+    paired bootstrap over examples (https://arxiv.org/abs/1411.5279).
+
+    Args:
+        model: Checkpoint directory.
+        tasks: Task files by name, or tasks that are loaded and whose files are still there.
+            Three quarters of the examples choose the experts, every fourth judges.
+        methods: Methods of :func:`edgemoe.prune`, each once.
+        output: Report directory to write.
+        held_out: Files that judge tasks, by name: all examples of `tasks` choose then.
+        options: Options of methods, by method and name; or `METHOD:NAME=VALUE` texts.
+        recoveries: Score every plan once more after a method of :func:`edgemoe.recover` on the
+            examples that chose its experts: options by method, or `METHOD:NAME=VALUE,...`.
+        keeps: Fractions of each layer's experts to keep, each in (0, 1]; those below what a
+            token uses are left out.
+        layers: `uniform`, `owl` or both, as in :func:`edgemoe.prune`.
+        seeds: Seeds of the methods that draw, each in [0, inf).
+        max_drop: Largest drop at the threshold, in [0, inf): 0.05 is 5% of perplexity or 5
+            points of accuracy.
+        calibration_tokens: Tokens of each task to choose experts by, in [1, inf).
+        held_out_tokens: Tokens of each task to judge by, in [2, inf).
+        workers: Run so many jobs at once, in [1, inf), on processes of this machine or on the
+            Ray cluster; each loads the model.
+        ray: As in :func:`edgemoe.calibrate`.
+        threads: CPU threads of each process, in [1, inf); None leaves what they are.
+        memory_limit_gb: Size in float32 (10^9 bytes) of the models that may be loaded whole, of
+            all processes together, in [0, inf); a larger one is read layer by layer. None takes
+            half of what is free.
+        force: Whether `output`, and unfinished work of another sweep, may be replaced.
+        on_progress: Called with each :class:`edgemoe.progress.ProgressEvent`; None draws a bar
+            where stderr is a terminal.
+
+    Returns:
+        Every plan with its scores; `.thresholds` has the smallest model of each task whose drop
+        is, with 95% confidence, at most `max_drop`.
+
+    Raises:
+        ArgumentError: `workers` or `threads` is out of range.
+        SweepError: A value is out of range, or something is given twice or not at all.
+        TaskFileError: A task file breaks the format or is too short.
+        PlanError: There is no such method or option, or a method refuses.
+        RecoveryError: A recovery or its option is out of range.
+        CheckpointError: The checkpoint is missing, unsafe or inconsistent.
+        FamilyError: The family is not supported.
+        StreamingError: A method cannot run this model's layers.
+        SpreadError: There is no room for so many workers, there are none, or they die.
+        OutputError: `output` exists and `force` is false, or the disk refuses.
+        MissingDependencyError: The extra `export`, `sweep` or `ray` is not installed.
+
+    Example:
+        >>> from edgemoe import sweep
+        >>> outcome = sweep("moe", {"code": "code.jsonl"}, ["reap"], "report", keeps=[0.5])
+        >>> smallest = outcome.thresholds["code"].best
+    """
+    with running("export", "sweep", *extras_of(ray), on_progress=on_progress):
+        from edgemoe.api.arguments import check_at_least_one
+        from edgemoe.sweep.recoveries import read_recoveries
+        from edgemoe.sweep.request import SweepRequest, read_methods
+        from edgemoe.sweep.sweep import run_sweep
+
+        check_at_least_one(threads=threads)
+        request = SweepRequest(
+            model=Path(model),
+            output=Path(output),
+            tasks=task_paths(tasks),
+            methods=read_methods(methods, _texts(options), layers),
+            recoveries=recoveries
+            if isinstance(recoveries, Mapping)
+            else read_recoveries(recoveries),
+            held_out=task_paths(held_out),
+            keeps=keeps,
+            seeds=seeds,
+            max_drop=max_drop,
+            calibration_tokens=calibration_tokens,
+            held_out_tokens=held_out_tokens,
+            threads=threads,
+            memory_limit_bytes=None if memory_limit_gb is None else int(memory_limit_gb * 1e9),
+            force=force,
+        )
+        return run_sweep(request, choose_executor(workers, ray))
+
+
+def _texts(options: Mapping[str, Options] | Sequence[str]) -> list[str]:
+    if not isinstance(options, Mapping):
+        return list(options)
+    return [
+        f"{method}:{text}" for method, given in options.items() for text in option_texts(given)
+    ]
