@@ -59,6 +59,7 @@ def test_policies_are_judged_once_and_told_apart(tmp_path: Path) -> None:
     assert min(numbers[1:]) - 0.1 <= numbers[0] <= max(numbers[1:]) + 0.1
 
 
+@pytest.mark.slow
 def test_prompts_have_fewer_rows_with_fewer_experts(tmp_path: Path) -> None:
     write_tiny_checkpoint("qwen3_moe", tmp_path / "moe", num_experts_per_tok=4)
     lines = [

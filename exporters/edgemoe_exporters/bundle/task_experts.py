@@ -129,7 +129,7 @@ def _stored(layer: MoeLayer, experts: int, width: int, multiple: int) -> int:
     if layer.is_factored:
         return _present(layer) * experts // layer.num_experts
     return experts * sum(
-        entry_size(layer, spec, padded) for spec in layer.facts.tensors if not spec.holds_ids
+        entry_size(layer, spec, padded) for spec in layer.spec.tensors if not spec.holds_ids
     )
 
 

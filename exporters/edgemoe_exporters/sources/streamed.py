@@ -143,7 +143,7 @@ class StreamedTask:
         changed = {
             f"{layer.name}.{spec.name}": (layer.index, spec.name)
             for layer, _ in self._changes.values()
-            for spec in layer.facts.tensors
+            for spec in layer.spec.tensors
         }
         shapes = {index: self._planned_shapes(index) for index in self._changes}
         for name, value in graph.graph.initializers.items():
@@ -192,7 +192,7 @@ class StreamedTask:
     def _planned_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         layer, experts = self._changes[index]
         shapes = {
-            spec.name: _planned_shape(layer, spec, len(experts)) for spec in layer.facts.tensors
+            spec.name: _planned_shape(layer, spec, len(experts)) for spec in layer.spec.tensors
         }
         width = stored_width(experts, layer.intermediate_size)
         if width != layer.intermediate_size:
@@ -208,8 +208,8 @@ class StreamedTask:
         layer, experts = self._changes[index]
         matrices = [
             spec.name
-            for spec in layer.facts.tensors
-            if spec.name.startswith(f"{layer.facts.experts}.")
+            for spec in layer.spec.tensors
+            if spec.name.startswith(f"{layer.spec.experts}.")
         ]
         if name not in matrices or all(len(expert.members) == 1 for expert in experts):
             return _to_numpy(self._make(layer, experts, [name])[name])

@@ -78,6 +78,7 @@ def test_streamed_shards_add_up(
     assert whole.tasks.keys() == {"one", "two"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_ten_kills_change_nothing(
     make_checkpoint: Callable[..., Path], tasks: list[TaskFile], tmp_path: Path, seed: int

@@ -67,6 +67,7 @@ def spread(workers: Workers, checkpoint: Path) -> Callable[..., LayerOracle]:
     return make
 
 
+@pytest.mark.slow
 def test_workers_give_the_bits_of_one_process(
     checkpoint: Path, spread: Callable[..., LayerOracle]
 ) -> None:

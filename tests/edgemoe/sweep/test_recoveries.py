@@ -64,6 +64,7 @@ def read_rows(report: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_checkpoints_recovered_by_hand(
     folder: Path, swept: Path, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def shapes_of_ops(path: Path, name: str) -> list[tuple[int, ...]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp32_graphs_agree_with_eager_at_every_cap(
     family: str, based: Callable[..., Path], tmp_path: Path
@@ -153,6 +154,7 @@ def write_plans(folder: Path) -> dict[str, Path]:
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "target", "precision"),
     [("gpt_oss", "cpu", "int4"), ("glm4_moe", "jetson-orin", "fp16")],

@@ -97,6 +97,7 @@ def compare(request: ExportRequest, tmp_path: Path) -> None:
 PLAN_FILES = [f"{name}.json" for name in PLANS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "precision"),
     [("cpu", "fp32"), ("jetson-orin", "fp16")],
@@ -110,6 +111,7 @@ def test_one_task_gives_the_same_bundle(
     compare(request, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "precision"), [("cpu", "int4"), ("jetson-orin", "fp32")])
 def test_two_plans_give_the_same_bundle(
     checkpoint: Path, tmp_path: Path, target: str, precision: str
@@ -185,9 +187,10 @@ def test_a_streamed_pass_says_what_the_model_says(
         assert np.array_equal(one.decided, other.decided)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 def test_the_trace_does_not_depend_on_weights(family: str, tmp_path: Path) -> None:
-    write_tiny_checkpoint(family, tmp_path / "tiny")
+    write_tiny_checkpoint(family, tmp_path / "tiny", num_hidden_layers=2)
     graphs = [
         trace(model)
         for model in (load_model(tmp_path / "tiny"), open_streamed(tmp_path / "tiny").moe)

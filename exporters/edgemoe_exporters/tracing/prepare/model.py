@@ -141,7 +141,7 @@ class TraceModule(nn.Module):
             Logits (which are not read), weights and ids.
         """
         assert self._k_cap is not None
-        rule, roles = layer.rule, layer.facts.routing.tensors
+        rule, roles = layer.rule, layer.spec.routing.tensors
         assert rule is not None
         assert roles is not None
         weights, indices = ops.route(

@@ -38,7 +38,7 @@ def replace_moe(
         layer: The layer; its router and activation are of known kinds.
         position: Of the layer among MoE layers.
     """
-    roles = layer.facts.routing.tensors
+    roles = layer.spec.routing.tensors
     assert roles is not None
     router: Any = layer.router
     if roles.projection:
@@ -83,7 +83,7 @@ def _route_after(
 def _experts_op(layer: MoeLayer) -> Any:
     activation, layout = layer.activation, layer.layout
     assert activation is not None
-    prefix = layer.facts.experts
+    prefix = layer.spec.experts
 
     def factored(
         hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
