@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from edgemoe.apply.checks import check_width_pruning, refuse_changes, refuse_k_policy
-from edgemoe.models.checkpoint import load_tokenizer, read_structure
-from edgemoe.models.fingerprint import FileHashes
+from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.memory_budget import default_limit
 from edgemoe.models.opening import open_larger
 from edgemoe.prune.registry import count_for
@@ -22,7 +21,7 @@ from edgemoe_exporters.bundle.writer import copy_model_files
 from edgemoe_exporters.precision import PRECISIONS, check_block_sizes
 from edgemoe_exporters.request import ExportReport, ExportRequest
 from edgemoe_exporters.resumable_export import key_of, open_checkpointing
-from edgemoe_exporters.sources.opening import open_source
+from edgemoe_exporters.sources.opening import ModelSource
 from edgemoe_exporters.stages import ExportStages, OnStage
 from edgemoe_exporters.task_data import TaskData
 from edgemoe_exporters.tracing.prepare.model import check_exportable
@@ -55,10 +54,11 @@ def export_bundle(
     """
     target, precision = request.check()
     check_engine(target.flavour)
-    data = TaskData.load(request)
-    structure = read_structure(request.model)
+    model = Checkpoint(request.model)
+    data = TaskData.load(request, model)
+    structure = model.structure
     shape = structure.shape
-    check_exportable(request.model, precision)
+    check_exportable(model, precision)
     # Plans that no later stage could apply are refused before anything is loaded or calibrated.
     for name, plan in data.plans.items():
         plan.validate(shape)
@@ -72,19 +72,18 @@ def export_bundle(
     counts = (
         count_for(request.method, shape, request.keep_or_default) if request.pruned_here else ()
     )
-    tokenizer = load_tokenizer(request.model)
+    tokenizer = model.tokenizer
     limit = request.memory_limit_bytes
     limit = default_limit() if limit is None else limit
     on_stage("open the checkpoint")
-    larger = open_larger(request.model, limit)
-    hashes = FileHashes(request.model)
-    key = key_of(request, precision, hashes, data.files, data.plans)
+    larger = open_larger(model, limit)
+    key = key_of(request, precision, model, data.files, data.plans)
     with open_checkpointing(request, key, kept=larger is not None) as checkpointing:
-        checkpoint = checkpointing.fingerprint(hashes) if data.plans else None
+        sha256 = checkpointing.fingerprint(model.hashes) if data.plans else None
         for plan in data.plans.values():
-            plan.validate(shape, checkpoint)
-        copy_model_files(request.model, checkpointing.staged)
-        source = open_source(request.model, larger, checkpointing.work, hashes)
+            plan.validate(shape, sha256)
+        copy_model_files(model, checkpointing.staged)
+        source = ModelSource(model, larger, checkpointing.work)
         parameters = sum(parameter.numel() for parameter in source.moe.model.parameters())
         bytes_per_parameter = _BYTES_PER_PARAMETER[precision]
         written = checkpointing.written_bytes()
@@ -116,7 +115,7 @@ def export_bundle(
             for name, plan in plans.items()
         }
         # Reading a large checkpoint only to hash it takes as long as copying it.
-        source.moe.sha256 = checkpointing.fingerprint(hashes)
+        source.moe.sha256 = checkpointing.fingerprint(model.hashes)
         manifest = stages.write_manifest(plans, layouts, graphs, reports)
         on_stage("verify the bundle")
         verify_bundle(checkpointing.staged, hashes=False)

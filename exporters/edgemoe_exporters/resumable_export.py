@@ -18,10 +18,8 @@ import onnxruntime
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import EdgemoeError, OutputError
 from edgemoe.evaluate.evaluation import Evaluation
-from edgemoe.models.fingerprint import hash_file
-from edgemoe.resume import WorkDirectory, publish, resumable
+from edgemoe.resume import WorkDirectory, publish, resumable, resume_key
 from edgemoe.staging import recover, staged_directory
-from edgemoe.versions import library_versions
 from edgemoe_exporters.sources.eager_run import runs_from_bytes, runs_to_bytes
 from edgemoe_exporters.validation.parity import Parity
 
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe.models.fingerprint import FileHashes
     from edgemoe.plans.plan import Plan
     from edgemoe.tasks import TaskFile
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from edgemoe_exporters.sources.eager_run import EagerRun
 
 _STEPS = "steps"
-_HASHES = "hashes.json"
 _BUNDLE = "bundle"
 _LIBRARIES = ("onnx", "onnx-ir", "onnxscript")
 
@@ -71,10 +69,8 @@ class ExportCheckpointing:
         """
         if self.work is None:
             return hashes.fingerprint()
-        hashes.recall(self.work.read(_HASHES) or {})
-        sha256 = hashes.fingerprint()
-        self.work.write(_HASHES, hashes.as_dict())
-        return sha256
+        hashes.remember(self.work)
+        return hashes.fingerprint()
 
     def statistics(self, task: str, collect: Callable[[], Statistics]) -> Statistics:
         """Collect statistics of a task, or load those of an earlier run.
@@ -206,7 +202,7 @@ def open_checkpointing(
 def key_of(
     request: ExportRequest,
     precision: str,
-    hashes: FileHashes,
+    checkpoint: Checkpoint,
     tasks: Mapping[str, TaskFile],
     plans: Mapping[str, Plan],
 ) -> dict[str, Any]:
@@ -215,20 +211,20 @@ def key_of(
     Args:
         request: The export.
         precision: Of its weights.
-        hashes: Those of the checkpoint.
+        checkpoint: The checkpoint.
         tasks: The task files, with all examples.
         plans: Plans that were given.
 
     Returns:
         JSON values, for `open_checkpointing`.
     """
-    return {
-        "command": "export",
-        "checkpoint": hashes.stamps(),
-        "tokenizer": hash_file(request.model / "tokenizer.json"),
-        "tasks": {name: task.sha256 for name, task in tasks.items()},
-        "plans": {name: plan.sha256 for name, plan in plans.items()},
-        "options": [
+    return resume_key(
+        "export",
+        checkpoint,
+        tokenizer=checkpoint.tokenizer_sha256,
+        tasks=tasks,
+        plans=plans,
+        options=[
             list(request.names),
             request.target,
             precision,
@@ -240,12 +236,11 @@ def key_of(
             request.ladder,
             request.static_shapes,
         ],
-        "versions": {
-            **library_versions(),
+        versions={
             **{name: version(name) for name in _LIBRARIES},
             "onnxruntime": onnxruntime.__version__,
         },
-    }
+    )
 
 
 def _as_json(value: Any) -> bytes:

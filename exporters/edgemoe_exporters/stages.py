@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from edgemoe_exporters.request import ExportRequest
     from edgemoe_exporters.resumable_export import ExportCheckpointing
     from edgemoe_exporters.sources.eager_run import EagerRun
-    from edgemoe_exporters.sources.protocol import ModelSource
+    from edgemoe_exporters.sources.opening import ModelSource
     from edgemoe_exporters.targets import Target
     from edgemoe_exporters.task_data import TaskData
     from edgemoe_exporters.validation.graph_calls import Runner
@@ -145,7 +145,7 @@ class ExportStages:
                     self.request.method,
                     counts,
                     seed=self.request.seed,
-                    open_oracle=lambda windows: LayerOracle(self.source.home(), windows),
+                    open_oracle=lambda windows: LayerOracle(self.source.layers, windows),
                 )
             else:
                 plans[name] = keep_all(self.model.shape)

@@ -14,6 +14,7 @@ from edgemoe_exporters.validation.quality_gate import split_task
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe_exporters.request import ExportRequest
 
 
@@ -36,11 +37,12 @@ class TaskData:
     remarks: tuple[str, ...]
 
     @classmethod
-    def load(cls, request: ExportRequest) -> TaskData:
+    def load(cls, request: ExportRequest, checkpoint: Checkpoint) -> TaskData:
         """Read the files.
 
         Args:
             request: The request, which was checked.
+            checkpoint: The checkpoint to export.
 
         Returns:
             Their content.
@@ -56,7 +58,7 @@ class TaskData:
             name: splits[name][1] if name in splits else file for name, file in files.items()
         }
         # Examples that earlier compression of the checkpoint read must not evaluate it either.
-        before = lines_behind(request.model, "")
+        before = lines_behind(request.model, "", checkpoint.read)
         remarks = []
         for name, file in evaluated.items():
             chosen_on = plans[name].calibration_lines if name in plans else None

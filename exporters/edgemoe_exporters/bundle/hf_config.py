@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 UNDERSTOOD_TYPE = "gpt_oss"
 
 
-def write_config(source: Path, target: Path) -> None:
+def write_config(content: bytes, target: Path) -> None:
     """Write a bundle's config.json.
 
     Args:
-        source: The checkpoint's config.json.
+        content: The checkpoint's config.json.
         target: The bundle's.
     """
-    text = source.read_text(encoding="utf-8")
+    text = content.decode("utf-8").replace("\r\n", "\n")
     config = json.loads(text)
     adapted = adapt_config(config)
     if adapted != config:

@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemoe.errors import ExportError
+from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.progress import track
 from edgemoe_exporters.bundle.hf_config import write_config
 from edgemoe_exporters.bundle.journal import Contents, WeightJournal
@@ -245,7 +246,7 @@ def check_task_names(tasks: Sequence[str]) -> None:
         )
 
 
-def copy_model_files(source: Path, directory: Path) -> None:
+def copy_model_files(source: Path | Checkpoint, directory: Path) -> None:
     """Copy configuration, tokenizer and chat template of a checkpoint into a bundle.
 
     Args:
@@ -255,16 +256,17 @@ def copy_model_files(source: Path, directory: Path) -> None:
     Raises:
         ExportError: The checkpoint has no config.json or no tokenizer.json.
     """
+    checkpoint = Checkpoint.open(source)
     for name in _MODEL_FILES:
-        path = source / name
-        if path.is_file() and name == "config.json":
-            write_config(path, directory / name)
+        path = checkpoint.path / name
+        if name == "config.json" and (content := checkpoint.read(name)) is not None:
+            write_config(content, directory / name)
         elif path.is_file():
             shutil.copyfile(path, directory / name)
         elif name in {"config.json", "tokenizer.json"}:
             raise ExportError(
-                f"a checkpoint must have {name} to be exported, got none in {source}. Save the "
-                "model with its (fast) tokenizer: tokenizer.save_pretrained(...)."
+                f"a checkpoint must have {name} to be exported, got none in {checkpoint.path}. "
+                "Save the model with its (fast) tokenizer: tokenizer.save_pretrained(...)."
             )
 
 
