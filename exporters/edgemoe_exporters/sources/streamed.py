@@ -84,12 +84,12 @@ class StreamedTask:
         work: WorkDirectory,
         name: str,
     ) -> None:
-        """Take a checkpoint and what to do to it.
+        """Wrap a checkpoint and the experts of one task.
 
         Args:
             streamed: The checkpoint.
             experts: By decoder layer, in the order of the graph.
-            work: For what layers returned.
+            work: Keeps outputs of layers.
             name: The task.
         """
         self._streamed = streamed
@@ -103,7 +103,7 @@ class StreamedTask:
         self._latest = LatestResult()
 
     def bind(self, traced: ir.Model) -> ir.Model:
-        """Give a graph this task's weights; they are read when they are written."""
+        """Bind this task's weights to a graph; they are read when they are written."""
         graph = traced.clone()
         model = self._streamed.moe.model
         present = dict(model.named_parameters(remove_duplicate=False))
@@ -137,7 +137,7 @@ class StreamedTask:
 
     @contextlib.contextmanager
     def _changed(self, index: int) -> Iterator[None]:
-        """Give a layer that is in memory this task's experts."""
+        """Replace the experts of a layer that is in memory by this task's."""
         if index not in self._changes:
             yield
             return
@@ -147,7 +147,7 @@ class StreamedTask:
             new = expert_tensors(layer, experts)
         layer.replace(new)
         del new
-        # The layer's own tensors are let go of meanwhile: only their places are kept.
+        # The layer's own tensors are freed meanwhile: only their shapes are kept.
         empty = {
             name: torch.empty_like(tensor, device="meta") for name, tensor in whole.items()
         }
@@ -165,7 +165,7 @@ class StreamedTask:
         width = stored_width(experts, layer.intermediate_size)
         if width != layer.intermediate_size:
             for name, shape in widened_shapes(layer, width).items():
-                # Experts are on the first axis of what has neurons.
+                # Tensors with intermediate channels have experts on the first axis.
                 shapes[name] = (shapes[name][0], *shape[1:])
         return shapes
 
