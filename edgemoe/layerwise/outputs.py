@@ -31,9 +31,7 @@ _METADATA_KEY = "structures"
 class LayerOutputs:
     """Outputs of one decoder layer, in the order of the batches."""
 
-    def __init__(
-        self, directory: Path | None, limit_bytes: int = DEFAULT_LIMIT_BYTES
-    ) -> None:
+    def __init__(self, directory: Path | None, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         """Start without outputs.
 
         Args:

@@ -286,7 +286,9 @@ class LayerOracle:
         Returns:
             What it returns for each window.
         """
-        return run_windows(self.provider.decoder, self.provider.layers, index, self.windows, before)
+        return run_windows(
+            self.provider.decoder, self.provider.layers, index, self.windows, before
+        )
 
     def view(self, layer: MoeLayer, before: Sequence[Outputs]) -> LayerView:
         """Look at one MoE layer, whose weights are in memory, on all windows.
