@@ -120,6 +120,7 @@ def prune(
             refuse_existing(target, force=force, directory=False)
             refuse_inputs_inside(target, path, *files_of(statistics))
         asked = keep_experts
+        weights = task if isinstance(task, str) else {n: float(w) for n, w in task.items()}
         texts = [*_layers_option(layers, asked), *option_texts(options)]
         chosen = read_options(method, texts)
         spread = workers is not None or ray is not None
@@ -137,7 +138,7 @@ def prune(
             pool = stack.enter_context(_open_crew(executor, path, threads)) if spread else None
             plan = make_plan(
                 measured,
-                task,
+                weights,
                 method,
                 counts,
                 seed=seed,
