@@ -13,7 +13,7 @@ from safetensors.numpy import load, save
 from edgemoe.layerwise.batch import Batch
 from edgemoe.layerwise.runner import LayerTask, run_batches
 from edgemoe.models.hooks import observe
-from edgemoe.models.routers import is_near_tie, mass_of, select
+from edgemoe.models.routers import is_near_tie, probability_of, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -92,7 +92,7 @@ class EagerRows(LayerTask):
             chosen = select(
                 routing.logits, layer.correction_bias, layer.rule, layer.slots
             ).indices
-            mass = mass_of(routing.logits, layer.rule).gather(-1, chosen)
+            mass = probability_of(routing.logits, layer.rule).gather(-1, chosen)
             tied |= layer.k_rule.is_near_tie(hidden, mass)
         self._tied[self.current] |= tied
 
