@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.errors import ExportError
-from edgemoe.prune.registry import find_method
+from edgemoe.api.arguments import check_at_least_one
+from edgemoe.errors import ArgumentError, ExportError
 from edgemoe.staging import refuse_existing, refuse_inputs_inside
-from edgemoe_exporters.bundle.writer import check_task_names
+from edgemoe_exporters.bundle.task_names import check_task_names
 from edgemoe_exporters.targets import Target, choose_precision, find_target
 from edgemoe_runtime.bundle.names import UNNAMED_TASK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from edgemoe_exporters.validation.parity import Parity
     from edgemoe_runtime.bundle.file_entry import SizeReport
@@ -31,7 +31,7 @@ class ExportRequest:
     """Options of one export.
 
     Attributes:
-        model: The checkpoint.
+        model: The checkpoint. Paths may be given as text.
         output: The bundle to write.
         target: One of `targets.TARGETS`.
         precision: One of `PRECISIONS`, or None for the target's own.
@@ -73,6 +73,13 @@ class ExportRequest:
     ladder: bool = True
     static_shapes: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("model", "output"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
+        for name in ("tasks", "plans"):
+            files = getattr(self, name)
+            object.__setattr__(self, name, {task: Path(file) for task, file in files.items()})
+
     @property
     def names(self) -> tuple[str, ...]:
         """Tasks of the bundle, in order; one unnamed where none was given."""
@@ -96,8 +103,16 @@ class ExportRequest:
 
         Raises:
             ExportError: An option breaks a rule, or two do not fit together.
+            ArgumentError: A number of tokens is below 1, or the memory limit below 0.
             OutputError: The output exists and `force` is false, or holds an input.
         """
+        check_at_least_one(
+            calibration_tokens=self.calibration_tokens, held_out_tokens=self.held_out_tokens
+        )
+        if self.memory_limit_bytes is not None and self.memory_limit_bytes < 0:
+            raise ArgumentError(
+                f"memory_limit_bytes must be in [0, inf), got {self.memory_limit_bytes}."
+            )
         target = find_target(self.target)
         precision = choose_precision(target, self.precision)
         if self.static_shapes and target.flavour != "tensorrt":
@@ -107,6 +122,9 @@ class ExportRequest:
             )
         check_task_names(self.names)
         if self.pruned_here:
+            # Imported here: who only makes a request need not load torch.
+            from edgemoe.prune.registry import find_method
+
             find_method(self.method)
         if self.seed < 0:
             raise ExportError(f"the seed must be in [0, inf), got {self.seed}.")

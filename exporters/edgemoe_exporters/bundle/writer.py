@@ -27,6 +27,7 @@ from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.progress import track
 from edgemoe_exporters.bundle.hf_config import write_config
 from edgemoe_exporters.bundle.journal import Contents, WeightJournal
+from edgemoe_exporters.bundle.task_names import check_task_names
 from edgemoe_exporters.bundle.weight_store import (
     ALIGNMENT_BYTES,
     ByteRange,
@@ -43,10 +44,7 @@ from edgemoe_runtime.bundle.file_entry import FileEntry, SizeReport
 from edgemoe_runtime.bundle.graph_spec import TensorSpec
 from edgemoe_runtime.bundle.names import (
     MANIFEST_FILE,
-    RESERVED_TASK_NAME,
     SHARED_WEIGHTS_FILE,
-    TASK_NAME_RULE,
-    is_task_name,
 )
 
 if TYPE_CHECKING:
@@ -221,28 +219,6 @@ class BundleWriter:
         proto = ir.to_proto(model)
         (self._directory / f"{task}.onnx").write_bytes(
             proto.SerializeToString(deterministic=True)
-        )
-
-
-def check_task_names(tasks: Sequence[str]) -> None:
-    """Check that every task's name can be a file's name, and that no two are the same.
-
-    Args:
-        tasks: The names.
-
-    Raises:
-        ExportError: One breaks the rule.
-    """
-    for task in tasks:
-        if not is_task_name(task) or task == RESERVED_TASK_NAME:
-            raise ExportError(
-                f"a task's name must be {TASK_NAME_RULE}, and not "
-                f"'{RESERVED_TASK_NAME}', got {task!r}. Rename it in --task NAME=FILE."
-            )
-    if not tasks or len({task.lower() for task in tasks}) != len(tasks):
-        raise ExportError(
-            f"tasks must be at least one, and distinct in lower case too, got {list(tasks)}. "
-            "Name each task once."
         )
 
 
