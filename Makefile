@@ -11,20 +11,25 @@ RTX := $(if $(filter x86_64,$(shell uname -m)),$(shell echo ,)tensorrt-rtx)
 # There are wheels of ray for these two and Python 3.10 to 3.13; without it its tests are skipped.
 RAY := $(if $(filter x86_64 aarch64,$(shell uname -m)),$(shell echo ,)ray)
 
-# Files of tests that run at once, each in a process of its own with one thread.
+# Processes that run tests at once, each with one thread. Each begins with a share of the tests in
+# their order, so that what a folder shares is made once, and takes from the others when idle.
 JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist worksteal
 
 # Nothing here may reach for a model hub.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint bench families wheel clean venv
+.PHONY: help demo test test-fast lint docs docs-check bench families wheel clean venv
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      carve, prune, export and run a Mixture-of-Experts model; results in demo/"
-	@echo "make test      run the tests"
+	@echo "make test      run all tests"
+	@echo "make test-fast run those that take no more than ten seconds, in three minutes"
 	@echo "make lint      ruff, mypy, pyright, import-linter"
+	@echo "make docs      the documentation as a site, in build/docs/"
+	@echo "make docs-check  the same, and its links, pictures and pages of --help"
 	@echo "make bench     speed of the demo's bundle beside transformers"
 	@echo "make families  try all model families, and write docs/families.md"
 	@echo "make wheel     build dist/*.whl"
@@ -45,11 +50,20 @@ $(VENV)/.dev: $(DECLARED) | venv
 	@$(PIP_INSTALL) --editable '.[export,ort$(RTX)$(RAY),sweep,dev]'
 	@touch $@
 
+# Beside what the others install: neither torch nor an engine is needed to build the site.
+$(VENV)/.docs: $(DECLARED) | venv
+	@echo "installing edgemoe[docs] into $(VENV)"
+	@$(PIP_INSTALL) --editable '.[docs]'
+	@touch $@
+
 demo: $(VENV)/.demo
 	@$(BIN)/python -m examples.demo.run
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --durations 15
+	$(PYTEST) --durations 15
+
+test-fast: $(VENV)/.dev
+	HYPOTHESIS_PROFILE=fast $(PYTEST) -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -57,6 +71,18 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.docs
+	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@echo "build/docs/index.html"
+
+# Fast, and without a network: what is generated is as committed, links hold, the site builds.
+docs-check: $(VENV)/.docs
+	@$(BIN)/python docs/tools/cli_page.py --check
+	@$(BIN)/python docs/pictures/overview.py --check
+	@$(BIN)/python docs/pictures/pipeline.py --check
+	@$(BIN)/python docs/tools/links.py
+	@$(MAKE) --no-print-directory docs
 
 bench: $(VENV)/.demo
 	@$(BIN)/python -m examples.demo.run --prepare

@@ -92,7 +92,7 @@ Cells = dict[tuple[Choice, str], Evaluation]
     "--method",
     "methods",
     multiple=True,
-    type=click.Choice([name for name, method in METHODS.items() if not method.picks_neurons]),
+    type=click.Choice([name for name, method in METHODS.items() if not method.prunes_width]),
     default=("reap", "frequency", "uncurl", DRAWN),
 )
 @click.option("--seeds", type=click.IntRange(1), default=3, help="Random draws.")

@@ -15,20 +15,67 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgemoe.errors import OutputError
 from edgemoe.staging import refuse_existing, replace, sync
+from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Sequence
 
 _SUFFIX = ".partial"
 _KEY = "key.json"
 _LOCK = "lock"
 _NEW = ".new"
+# Of what work directories hold: one of another layout cannot be gone on from.
+_LAYOUT = 2
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+class Stamped(Protocol):
+    """Files whose change makes it other work: a checkpoint, or its hashes."""
+
+    def stamps(self) -> Mapping[str, Sequence[int]]:
+        """Return size in bytes and time of change in nanoseconds of each file, by name."""
+        ...
+
+
+def resume_key(command: str, checkpoint: Stamped | str, **parts: Any) -> dict[str, Any]:
+    """Name all that decides the result of a piece of work.
+
+    Args:
+        command: What works.
+        checkpoint: What it works on; the fingerprint where that is known.
+        parts: What decides the result besides. Whatever has a `sha256` stands for its content,
+            and a checkpoint for its files; all else is JSON values. `versions` adds to those
+            of edgemoe and of what computes for it.
+
+    Returns:
+        JSON values, for `resumable`.
+    """
+    versions = {**library_versions(), **parts.pop("versions", {})}
+    return {
+        "command": command,
+        "layout": _LAYOUT,
+        "checkpoint": _as_json(checkpoint),
+        **{name: _as_json(part) for name, part in parts.items()},
+        "versions": versions,
+    }
+
+
+def _as_json(part: Any) -> Any:
+    if hasattr(part, "stamps"):
+        return part.stamps()
+    if hasattr(part, "sha256"):
+        return part.sha256
+    if isinstance(part, Mapping):
+        return {name: _as_json(one) for name, one in part.items()}
+    if isinstance(part, (list, tuple)):
+        return [_as_json(one) for one in part]
+    return part
 
 
 class ResumableInterrupt(KeyboardInterrupt):

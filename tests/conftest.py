@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 import onnxruntime
 import pytest
+from hypothesis import settings
 
 from edgemoe_runtime.execution_providers import MINIMUM_VERSION
 
@@ -12,6 +13,14 @@ from edgemoe_runtime.execution_providers import MINIMUM_VERSION
 _EXPORTED = {"bundle", "copied_bundle"}
 # The first transformers whose layers ask one cache for their states.
 _STATES = (5, 23)
+
+
+# How examples are drawn: anew each time for who develops, the same each time in CI, so that a
+# change is judged by itself. How long one takes says more of the machine than of the code.
+settings.register_profile("dev", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+settings.register_profile("fast", settings.get_profile("ci"), max_examples=20)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
 def pytest_configure() -> None:

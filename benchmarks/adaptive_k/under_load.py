@@ -37,7 +37,7 @@ from edgemoe_runtime import Session
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from edgemoe_runtime.adaptive_k.k_controller import Pace
+    from edgemoe_runtime.adaptive_k.k_controller import KController
 
 _PROMPT = "w5 w9 w17 w33 w65 w7 w14 w28"
 _TOKENS_OF_A_REQUEST = 64
@@ -74,16 +74,16 @@ def busy(processes: int) -> Iterator[None]:
 def watch(session: Session) -> Seen:
     """Note every new token of a session from now on."""
     seen = Seen()
-    pace: Pace = session._service.pace
-    take = pace.after_step
+    controller: KController = session._service.state.controller
+    take = controller.after_step
 
     def note(seconds: float) -> None:
-        seen.milliseconds.append(1000 * seconds + pace.beside_ms)
+        seen.milliseconds.append(1000 * seconds + controller.host_overhead_ms)
         seen.at.append(time.monotonic())
-        seen.rungs.append(pace.ladder.index(pace.rung))
+        seen.rungs.append(controller.ladder.index(controller.rung))
         take(seconds)
 
-    pace.after_step = note  # type: ignore[method-assign]
+    controller.after_step = note  # type: ignore[method-assign]
     return seen
 
 

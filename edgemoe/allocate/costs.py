@@ -34,8 +34,8 @@ from edgemoe.errors import AllocationError
 from edgemoe.k_policy import KPolicy
 from edgemoe.k_rule import KRule
 from edgemoe.layerwise.provider import whole_model
-from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.k_policy import following
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.routers import select
 from edgemoe.oracle.gradients import take_gradients
 from edgemoe.progress import track

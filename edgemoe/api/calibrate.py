@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgemoe.api.arguments import as_path, check_at_least_one, read_tasks
 from edgemoe.api.running import running
-from edgemoe.api.workers import choose_place, extras_of
+from edgemoe.api.workers import choose_executor, extras_of
 from edgemoe.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from edgemoe.api.arguments import StrPath, Tasks
     from edgemoe.calibrate.statistics import Statistics
-    from edgemoe.parallel.workers import Place
+    from edgemoe.parallel.workers import ExecutorConfig
     from edgemoe.progress import OnProgress
     from edgemoe.tasks import TaskFile
 
@@ -101,18 +101,18 @@ def calibrate(
         refuse_existing(file, force=force, directory=False)
         loaded = read_tasks(tasks)
         refuse_inputs_inside(file, path, *(task.path for task in loaded))
-        place = None
+        executor = None
         if spread:
             if ray is None:
                 device_here(device)  # refused now, not in a worker
-            place = choose_place(
+            executor = choose_executor(
                 workers, ray, gpus=None if device == "auto" else device != "cpu"
             )
         return _measure(
             path,
             loaded,
             file,
-            place,
+            executor,
             max_tokens=max_tokens,
             shard=shard,
             threads=threads,
@@ -135,7 +135,7 @@ def _measure(
     model: Path,
     tasks: Sequence[TaskFile],
     output: Path,
-    place: Place | None,
+    executor: ExecutorConfig | None,
     *,
     max_tokens: int | None,
     shard: tuple[int, int],
@@ -152,12 +152,12 @@ def _measure(
     from edgemoe.models.device import device_here
 
     try:
-        if place is not None:
+        if executor is not None:
             return calibrate_in_shards(
                 model,
                 tasks,
                 output,
-                place,
+                executor,
                 max_tokens=max_tokens,
                 device=device,
                 threads=threads,

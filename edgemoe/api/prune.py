@@ -14,7 +14,7 @@ from edgemoe.api.arguments import (
     option_texts,
 )
 from edgemoe.api.running import running
-from edgemoe.api.workers import choose_place, extras_of
+from edgemoe.api.workers import choose_executor, extras_of
 from edgemoe.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from edgemoe.api.arguments import Options, StrPath
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.layerwise.provider import LayerProvider
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe.models.shapes import ModelShape
-    from edgemoe.oracle.remote import Crew
-    from edgemoe.parallel.workers import Place
+    from edgemoe.oracle.remote import WorkerPool
+    from edgemoe.parallel.workers import ExecutorConfig
     from edgemoe.plans.plan import Plan
     from edgemoe.progress import OnProgress
 
@@ -111,8 +112,7 @@ def prune(
     extras = ("export", *extras_of(ray))
     with running(*extras, threads=threads, on_progress=on_progress):
         from edgemoe.apply.checks import refuse_changes
-        from edgemoe.models.checkpoint import read_structure
-        from edgemoe.models.fingerprint import fingerprint_checkpoint
+        from edgemoe.models.checkpoint import Checkpoint
         from edgemoe.oracle.oracle import LayerOracle
         from edgemoe.prune.registry import find_method, make_plan, read_options
         from edgemoe.staging import refuse_existing, refuse_inputs_inside
@@ -125,18 +125,19 @@ def prune(
         texts = [*_layers_option(layers, asked), *option_texts(options)]
         chosen = read_options(method, texts)
         spread = workers is not None or ray is not None
-        if spread and not find_method(method).spreads:
+        if spread and not find_method(method).parallel:
             raise ArgumentError(
                 f"--workers and --ray cannot be used with {method}, which decides in one "
                 "process."
             )
-        structure = read_structure(path)
+        checkpoint = Checkpoint(path)
+        structure = checkpoint.structure
         refuse_changes(structure)
         counts = _counts(method, structure.shape, keep, asked)
-        measured = load_statistics(statistics, path, fingerprint_checkpoint(path), "pruned")
+        measured = load_statistics(statistics, path, checkpoint.sha256, "pruned")
         with contextlib.ExitStack() as stack:
-            place = choose_place(workers, ray)
-            crew = stack.enter_context(_open_crew(place, path, threads)) if spread else None
+            executor = choose_executor(workers, ray)
+            pool = stack.enter_context(_open_pool(executor, path, threads)) if spread else None
             plan = make_plan(
                 measured,
                 weights,
@@ -144,7 +145,7 @@ def prune(
                 counts,
                 seed=seed,
                 options=chosen,
-                open_oracle=lambda windows: LayerOracle(_open(path, crew), windows, crew),
+                open_oracle=lambda windows: LayerOracle(_open(checkpoint, pool), windows, pool),
             )
         if target is not None:
             plan.save(target, force=force)
@@ -173,7 +174,7 @@ def _counts(
 
     if keep is not None:
         return count_for(method, shape, keep)
-    if find_method(method).picks_neurons:
+    if find_method(method).prunes_width:
         shown = asked if isinstance(asked, int) else ",".join(map(str, asked or ()))
         raise PlanError(
             f"{method} must be told a fraction of the neurons, since it keeps all experts, got "
@@ -182,30 +183,32 @@ def _counts(
     return count_kept(shape, keep_experts=asked)
 
 
-def _open(model: Path, crew: Crew | None) -> LayerProvider:
+def _open(model: Checkpoint, pool: WorkerPool | None) -> LayerProvider:
     """Open the model for a method that runs its layers."""
     from edgemoe.layerwise.provider import StreamedLayers, open_layers
     from edgemoe.models.opening import open_streamed
 
     # Where workers have the model, this process needs none of it in memory.
-    return open_layers(model) if crew is None else StreamedLayers(open_streamed(model))
+    return open_layers(model) if pool is None else StreamedLayers(open_streamed(model))
 
 
 @contextlib.contextmanager
-def _open_crew(place: Place, model: Path, threads: int | None) -> Iterator[Crew]:
-    from edgemoe.oracle.remote import Crew
+def _open_pool(
+    executor: ExecutorConfig, model: Path, threads: int | None
+) -> Iterator[WorkerPool]:
+    from edgemoe.oracle.remote import WorkerPool
     from edgemoe.parallel.agreement import threads_of
     from edgemoe.parallel.opening import open_workers
     from edgemoe.parallel.workers import Processes, RayCluster
     from edgemoe.sweep.memory_check import fits_whole
 
     # Refused before workers are there for nothing, where that is known.
-    fits_whole(model, place.count if isinstance(place, Processes) else 1)
-    with open_workers(place) as workers:
-        is_here = not isinstance(place, RayCluster) or place.address == "local"
-        yield Crew(
+    fits_whole(model, executor.count if isinstance(executor, Processes) else 1)
+    with open_workers(executor) as workers:
+        is_here = not isinstance(executor, RayCluster) or executor.address == "local"
+        yield WorkerPool(
             workers=workers,
             model=model.resolve(),
             whole=fits_whole(model, workers.count if is_here else 1),
-            threads=threads_of(place, threads),
+            threads=threads_of(executor, threads),
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.api.arguments import option_texts, task_paths
 from edgemoe.api.running import running
-from edgemoe.api.workers import choose_place, extras_of
+from edgemoe.api.workers import choose_executor, extras_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,7 +127,7 @@ def sweep(
             memory_limit_bytes=None if memory_limit_gb is None else int(memory_limit_gb * 1e9),
             force=force,
         )
-        return run_sweep(request, choose_place(workers, ray))
+        return run_sweep(request, choose_executor(workers, ray))
 
 
 def _texts(options: Mapping[str, Options] | Sequence[str]) -> list[str]:

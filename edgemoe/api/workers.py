@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from edgemoe.api.arguments import check_at_least_one
 
 if TYPE_CHECKING:
-    from edgemoe.parallel.workers import Place
+    from edgemoe.parallel.workers import ExecutorConfig
 
 
-def choose_place(workers: int | None, ray: str | None, *, gpus: bool | None = False) -> Place:
+def choose_executor(
+    workers: int | None, ray: str | None, *, gpus: bool | None = False
+) -> ExecutorConfig:
     """Turn `workers` and `ray` into where jobs run.
 
     Args:
@@ -24,12 +26,12 @@ def choose_place(workers: int | None, ray: str | None, *, gpus: bool | None = Fa
     Raises:
         ArgumentError: `workers` is out of range.
     """
-    from edgemoe.parallel.workers import Here, Processes, RayCluster
+    from edgemoe.parallel.workers import InProcess, Processes, RayCluster
 
     check_at_least_one(workers=workers)
     if ray is not None:
         return RayCluster(address=ray, count=workers, gpus=gpus)
-    return Here() if workers is None else Processes(workers)
+    return InProcess() if workers is None else Processes(workers)
 
 
 def extras_of(ray: str | None) -> tuple[str, ...]:

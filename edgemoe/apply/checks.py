@@ -46,7 +46,7 @@ def check_ranks(plan: Plan, layers: Sequence[MoeLayer]) -> None:
                 )
 
 
-def check_neurons(plan: Plan, model: MoeModel) -> None:
+def check_width_pruning(plan: Plan, model: MoeModel) -> None:
     """Refuse to choose neurons where the layers keep them in a way that does not allow it.
 
     Args:
@@ -57,8 +57,8 @@ def check_neurons(plan: Plan, model: MoeModel) -> None:
         PlanError: A layer is factored already, or its experts share a tensor with others.
     """
     for layer, layer_plan in zip(model.layers, plan.layers, strict=True):
-        if layer_plan.is_narrowing:
-            refuse_neurons(layer, model.family)
+        if layer_plan.prunes_width:
+            refuse_width_pruning(layer, model.family)
 
 
 def refuse_k_policy(plan: Plan, model: MoeModel) -> None:
@@ -95,7 +95,7 @@ def refuse_changes(model: MoeModel) -> None:
         )
 
 
-def refuse_neurons(layer: MoeLayer, family: str) -> None:
+def refuse_width_pruning(layer: MoeLayer, family: str) -> None:
     """Refuse a layer whose experts' neurons cannot be chosen.
 
     Args:
@@ -110,9 +110,9 @@ def refuse_neurons(layer: MoeLayer, family: str) -> None:
             f"layer {layer.index} must have whole experts for neurons to be chosen, got "
             "factored ones. Start from the checkpoint that they were made from."
         )
-    prefix = f"{layer.facts.experts}."
+    prefix = f"{layer.spec.experts}."
     shared = [
-        spec.name for spec in layer.facts.tensors if spec.name.startswith(prefix) and spec.tail
+        spec.name for spec in layer.spec.tensors if spec.name.startswith(prefix) and spec.tail
     ]
     if shared:
         raise PlanError(

@@ -59,7 +59,7 @@ def keeps_all(plan: LayerPlan, num_experts: int) -> bool:
     Returns:
         Whether nothing would change.
     """
-    return not plan.is_merging and not plan.is_narrowing and len(plan.experts) == num_experts
+    return not plan.is_merging and not plan.prunes_width and len(plan.experts) == num_experts
 
 
 def apply_layer(layer: MoeLayer, plan: LayerPlan) -> None:
@@ -93,15 +93,15 @@ def expert_tensors(
     Args:
         layer: The layer; it is not changed.
         experts: The experts.
-        names: Which of ``facts.tensors`` to make; all by default. Of the experts module all or
+        names: Which of ``spec.tensors`` to make; all by default. Of the experts module all or
             none are asked for where experts are merged.
 
     Returns:
         What :meth:`edgemoe.models.layer.MoeLayer.replace` takes.
     """
     groups = tuple(expert.members for expert in experts)
-    prefix = f"{layer.facts.experts}."
-    wanted = [spec for spec in layer.facts.tensors if names is None or spec.name in names]
+    prefix = f"{layer.spec.experts}."
+    wanted = [spec for spec in layer.spec.tensors if names is None or spec.name in names]
     merged = {
         position: _merge(layer, expert)
         for position, expert in enumerate(experts)
@@ -109,8 +109,8 @@ def expert_tensors(
     }
 
     size = layer.intermediate_size
-    narrows = any(expert.neurons is not None for expert in experts)
-    width = stored_width(experts, size) if narrows else size
+    prunes_width = any(expert.neurons is not None for expert in experts)
+    width = stored_width(experts, size) if prunes_width else size
 
     def combine(name: str, entries: torch.Tensor) -> torch.Tensor:
         part = name.removeprefix(prefix) if name.startswith(prefix) else None
@@ -120,7 +120,7 @@ def expert_tensors(
                 entry = entries[expert.members[0]]
                 if expert.neurons is not None and part in layer.layout.names:
                     neurons = torch.tensor(read_mask(expert.neurons))
-                    entry = layer.layout.pick_neurons(part, entry, neurons, width)
+                    entry = layer.layout.keep_channels(part, entry, neurons, width)
                 made.append(entry)
             elif part is None:
                 rows = [entries[member].float() for member in expert.members]
@@ -145,7 +145,7 @@ def _merge(layer: MoeLayer, expert: MergedExpert) -> dict[str, torch.Tensor]:
     members = list(expert.members)
     experts = {
         name: layer.layout.to_canonical(
-            name, layer.tensor(f"{layer.facts.experts}.{name}")[members].float()
+            name, layer.tensor(f"{layer.spec.experts}.{name}")[members].float()
         )
         for name in layer.layout.names
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edgemoe.apply.checks import check_neurons, check_ranks, refuse_k_policy
+from edgemoe.apply.checks import check_ranks, check_width_pruning, refuse_k_policy
 from edgemoe.apply.expert_tensors import (
     applied_layer,
     apply_layer,
@@ -19,19 +19,18 @@ from edgemoe.apply.expert_tensors import (
     planned_tensors,
 )
 from edgemoe.apply.provenance import describe_plan
-from edgemoe.decompose.registry import find_method
-from edgemoe.decompose.walk import FactoringWalk
+from edgemoe.decompose.walk import FactoringTask
 from edgemoe.layerwise.provider import InMemoryLayers
-from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.k_policy import following, put_k_policy
 from edgemoe.models.saving import set_expert_counts
-from edgemoe.progress import counting, track
+from edgemoe.progress import track
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-    from edgemoe.layerwise.replay import Outputs
+    from edgemoe.decompose.layer_factors import LayerFactors
     from edgemoe.models.contract import MoeModel
+    from edgemoe.models.layer import MoeLayer
     from edgemoe.plans.plan import Plan
 
 
@@ -60,10 +59,10 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
     check_ranks(plan, model.layers)
     sha256 = model.sha256
     plan.validate(model.shape, sha256)
-    check_neurons(plan, model)
+    check_width_pruning(plan, model)
     refuse_k_policy(plan, model)
     if plan.factors is not None:
-        _factor(model, plan)
+        _PutFactors(InMemoryLayers(model), plan, planned_tensors).run("factor experts")
     pairs = list(zip(model.layers, plan.layers, strict=True))
     for layer, layer_plan in track(pairs, "Applying the plan"):
         if layer_plan.ranks is None and not keeps_all(layer_plan, layer.num_experts):
@@ -89,7 +88,7 @@ def applied(model: MoeModel, plan: Plan) -> Iterator[None]:
         PlanError: The plan does not fit the model; then nothing has changed.
     """
     plan.validate(model.shape)
-    check_neurons(plan, model)
+    check_width_pruning(plan, model)
     with contextlib.ExitStack() as stack:
         for layer, layer_plan in zip(model.layers, plan.layers, strict=True):
             stack.enter_context(applied_layer(layer, layer_plan))
@@ -98,19 +97,15 @@ def applied(model: MoeModel, plan: Plan) -> Iterator[None]:
         yield
 
 
-def _factor(model: MoeModel, plan: Plan) -> None:
-    """Carry out the plan on the layers that have ranks."""
-    assert plan.factors is not None
-    put = find_method(plan.factors.method).put
-    walk = FactoringWalk(model, plan, planned_tensors, lambda: InMemoryLayers(model))
-    layers = {layer.index: layer for layer in model.layers}
-    states: list[Outputs] = [None] * walk.windows
-    with quiet_transformers(), counting(len(walk.indices), "factor experts") as done:
-        for index in walk.indices:
-            step = walk.step(index, states)
-            states = step.returned
-            if step.factors is not None:
-                if step.kept is not None:
-                    layers[index].replace(step.kept)
-                put(layers[index], step.factors.tensors)
-            done()
+class _PutFactors(FactoringTask):
+    """Gives each layer the experts that are kept, and the factors of these."""
+
+    def take(
+        self,
+        layer: MoeLayer,
+        kept: Mapping[str, torch.Tensor] | None,
+        factors: LayerFactors,
+    ) -> None:
+        if kept is not None:
+            layer.replace(kept)
+        self.method.put(layer, factors.tensors)

@@ -3,7 +3,7 @@
 Only the tensors that the plan changes are read as tensors, in the type that they are stored in;
 all others are copied as bytes. Where the plan has ranks, all layers are factored first, in
 float32, and their factors kept until they are written. The result loads to the same tensors as
-:func:`edgemoe.apply.in_memory.apply_plan` gives.
+`edgemoe.apply.in_memory.apply_plan` gives.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.core_model_loading import dot_natural_key
 
-from edgemoe.apply.checks import check_neurons, check_ranks, refuse_k_policy
+from edgemoe.apply.checks import check_ranks, check_width_pruning, refuse_k_policy
 from edgemoe.apply.expert_tensors import apply_layer, keeps_all
 from edgemoe.apply.factor_streamed import factor_streamed, read_factors
 from edgemoe.apply.provenance import describe_plan
 from edgemoe.decompose.registry import find_method
+from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.factored_experts import Ranks
 from edgemoe.models.factored_layer import empty_factors
-from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.k_policy import save_k_policy
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.saving import float32_names, save_settings
@@ -37,16 +37,16 @@ from edgemoe.models.shards import (
 from edgemoe.models.shared_basis_layer import empty_bases
 from edgemoe.plans.plan import LayerPlan, MergedExpert
 from edgemoe.progress import counting, track
-from edgemoe.resume import publish, resumable
+from edgemoe.resume import publish, resumable, resume_key
 from edgemoe.staging import recover, refuse_existing, require_space
-from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemoe.decompose.registry import Method
+    from edgemoe.decompose.registry import DecompositionMethod
     from edgemoe.models.conversion import TensorGroup
+    from edgemoe.models.fingerprint import FileHashes
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
     from edgemoe.models.shards import Shard
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 _CHECKPOINT = "checkpoint"
 _PROGRESS = "progress.json"
 _ANY_PROGRESS = "*progress.json"
-_HASHES = "hashes.json"
 _UNFINISHED = "shard"
 
 
@@ -77,7 +76,7 @@ class AppliedPlan:
 
 @torch.no_grad()
 def apply_streamed(
-    path: Path,
+    path: Path | Checkpoint,
     plan: Plan,
     output: Path,
     *,
@@ -90,7 +89,7 @@ def apply_streamed(
     are; the same call goes on after them when it was interrupted.
 
     Args:
-        path: Checkpoint directory.
+        path: The checkpoint.
         plan: The decision.
         output: Checkpoint directory to write.
         max_shard_bytes: Size of the files, which one tensor alone may exceed.
@@ -108,20 +107,14 @@ def apply_streamed(
     """
     recover(output)
     refuse_existing(output, force=force, directory=True)
-    streamed = open_streamed(path)
+    checkpoint = Checkpoint.open(path)
+    streamed = open_streamed(checkpoint)
     plan.validate(streamed.moe.shape)
     check_ranks(plan, streamed.moe.layers)
-    check_neurons(plan, streamed.moe)
+    check_width_pruning(plan, streamed.moe)
     refuse_k_policy(plan, streamed.moe)
     widths = plan.widths(streamed.moe.shape)
-    hashes = FileHashes(path)
-    key = {
-        "command": "apply",
-        "checkpoint": hashes.stamps(),
-        "plan": plan.sha256,
-        "options": [max_shard_bytes],
-        "versions": library_versions(),
-    }
+    key = resume_key("apply", checkpoint, plan=plan, options=[max_shard_bytes])
     method = None if plan.factors is None else find_method(plan.factors.method)
     changes = [
         _change_shapes(streamed, layer, layer_plan, method)
@@ -130,7 +123,7 @@ def apply_streamed(
     ]
     shards = lay_out(_plan_tensors(streamed, changes), max_shard_bytes)
     with resumable(output, key, _ANY_PROGRESS, force=force) as work:
-        sha256 = _fingerprint(hashes, work)
+        sha256 = _fingerprint(checkpoint.hashes, work)
         plan.validate(streamed.moe.shape, sha256)
         if plan.factors is not None:
             kept = {change.layer.index: change.factors for change in changes}
@@ -144,7 +137,7 @@ def apply_streamed(
             streamed.moe,
             directory,
             plan.experts_per_layer,
-            source=path,
+            source=checkpoint.path,
             provenance=describe_plan(plan, streamed.moe, sha256),
             widths=widths,
             **_stored_ranks(plan),
@@ -188,7 +181,10 @@ def _stored_ranks(plan: Plan) -> dict[str, Any]:
 
 
 def _change_shapes(
-    streamed: StreamedModel, layer: MoeLayer, plan: LayerPlan, method: Method | None
+    streamed: StreamedModel,
+    layer: MoeLayer,
+    plan: LayerPlan,
+    method: DecompositionMethod | None,
 ) -> _Change:
     """Carry out a plan on shapes alone."""
     skeleton, index = streamed.skeleton, layer.index
@@ -259,10 +255,9 @@ def _plan_tensors(streamed: StreamedModel, changes: Sequence[_Change]) -> list[P
 
 
 def _fingerprint(hashes: FileHashes, work: WorkDirectory) -> str:
-    hashes.recall(work.read(_HASHES) or {})
+    hashes.remember(work)
     for file in track(hashes.files, "read the checkpoint"):
         hashes.advance(file)
-    work.write(_HASHES, hashes.as_dict())
     return hashes.fingerprint()
 
 
@@ -271,7 +266,7 @@ def _write_shards(
     shards: Sequence[Shard],
     changes: Sequence[_Change],
     work: WorkDirectory,
-    method: Method | None,
+    method: DecompositionMethod | None,
 ) -> None:
     by_layer: dict[int | None, _Change] = {change.layer.index: change for change in changes}
     directory = work.path / _CHECKPOINT
@@ -297,7 +292,7 @@ def _write_layer(
     tensors: Sequence[PlannedTensor],
     change: _Change | None,
     work: WorkDirectory,
-    method: Method | None,
+    method: DecompositionMethod | None,
 ) -> None:
     for tensor in tensors:
         if tensor.source is not None:

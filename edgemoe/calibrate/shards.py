@@ -12,23 +12,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe.calibrate.statistics import Statistics, merge
-from edgemoe.calibrate.streamed import calibrate_streamed, layers_done, work_key
+from edgemoe.calibrate.streamed import calibrate_streamed, calibration_key
 from edgemoe.calibrate.windows import SEQUENCE_LENGTH, Windows, cut_tasks
-from edgemoe.models.checkpoint import load_tokenizer
+from edgemoe.layerwise.finished_layers import layers_done
+from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.device import device_here
-from edgemoe.models.fingerprint import FileHashes
 from edgemoe.models.opening import open_streamed
 from edgemoe.parallel.agreement import check_agreement, threads_of
 from edgemoe.parallel.opening import open_workers
-from edgemoe.parallel.workers import Steps
-from edgemoe.resume import resumable, wait_until_free
+from edgemoe.parallel.workers import JobProgress
+from edgemoe.resume import WorkDirectory, partial_path, resumable, wait_until_free
 from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemoe.parallel.workers import Place, Workers
+    from edgemoe.parallel.workers import ExecutorConfig, Workers
     from edgemoe.tasks import TaskFile
 
 _KEPT = "shards.json"
@@ -66,7 +66,7 @@ def calibrate_in_shards(
     path: Path,
     tasks: Sequence[TaskFile],
     output: Path,
-    place: Place | Workers,
+    executor: ExecutorConfig | Workers,
     *,
     max_tokens: int | None = None,
     sequence_length: int = SEQUENCE_LENGTH,
@@ -80,7 +80,7 @@ def calibrate_in_shards(
         path: Checkpoint directory, at the same place for all workers.
         tasks: What to measure it on.
         output: The statistics file; workers must see the directory that it is in.
-        place: Where the workers are, or workers that are open.
+        executor: Where the workers are, or workers that are open.
         max_tokens: As in :func:`edgemoe.calibrate.collect.collect`.
         sequence_length: As there.
         device: As in :func:`edgemoe.models.device.choose_device`; workers of one machine take
@@ -101,18 +101,19 @@ def calibrate_in_shards(
         OutputError: The output exists, or the disk refuses.
     """
     path, output = path.resolve(), output.resolve()
-    streamed = open_streamed(path)
+    checkpoint = Checkpoint(path)
+    streamed = open_streamed(checkpoint)
     windows = cut_tasks(
         streamed.moe,
         tasks,
-        load_tokenizer(path),
+        checkpoint.tokenizer,
         max_tokens=max_tokens,
         sequence_length=sequence_length,
     )
-    with open_workers(place) as workers:
+    with open_workers(executor) as workers:
         count = count_shards(windows, workers.count)
         options = [max_tokens, windows.sequence_length, device, threads, count]
-        key = work_key(path, tasks, options, FileHashes(path)) | {"command": "calibrate shards"}
+        key = calibration_key("calibrate shards", checkpoint, tasks, options)
         with resumable(output, key, _KEPT, force=force) as work:
             outputs = [work.path / f"shard-{index:05}" for index in range(count)]
             jobs = [
@@ -124,7 +125,7 @@ def calibrate_in_shards(
                     max_tokens=max_tokens,
                     sequence_length=windows.sequence_length,
                     device=device,
-                    threads=threads_of(workers.place, threads),
+                    threads=threads_of(workers.executor, threads),
                     versions=library_versions(),
                 )
                 for index, file in enumerate(outputs)
@@ -134,7 +135,7 @@ def calibrate_in_shards(
 
             def count_layers() -> int:
                 done = sum(
-                    depth if file.exists() else min(layers_done(file), depth)
+                    depth if file.exists() else layers_done(WorkDirectory(partial_path(file)))
                     for file in outputs
                 )
                 if done and work.read(_KEPT) is None:
@@ -142,7 +143,7 @@ def calibrate_in_shards(
                 return done
 
             try:
-                steps = Steps(depth * count, count_layers)
+                steps = JobProgress(depth * count, count_layers)
                 workers.map(calibrate_shard, jobs, "calibrate", steps=steps)
             except BaseException:
                 # What was finished since it last looked is worth keeping too.

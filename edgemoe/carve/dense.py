@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe.errors import CarveError, CheckpointError
-from edgemoe.models.checkpoint import check_fit, quiet_transformers
+from edgemoe.models.loading import check_fit, quiet_transformers
 from edgemoe.models.safety import check_weights
 from edgemoe.models.saving import copy_companions, save_pretrained
 

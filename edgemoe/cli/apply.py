@@ -55,7 +55,7 @@ def apply(as_json: bool, **given: Any) -> None:
     text = (
         f"{applied.output}: {applied.family}, experts per layer {', '.join(map(str, counts))}"
     )
-    if plan.is_narrowing:
+    if plan.prunes_width:
         result["widths_per_layer"] = list(applied.widths_per_layer)
         text += f", stored {span(applied.widths_per_layer)} neurons wide"
     if plan.factors is not None:

@@ -242,7 +242,7 @@ def _describe_neurons(plan: Plan) -> dict[str, Any]:
     """Count the neurons that each layer's experts keep; None stands for all."""
     from edgemoe.plans.channels import count_mask
 
-    if not plan.is_narrowing:
+    if not plan.prunes_width:
         return {}
     counts = [
         {None if e.neurons is None else count_mask(e.neurons) for e in layer.experts}

@@ -148,7 +148,7 @@ def prune(as_json: bool, **given: Any) -> None:
         f"{given['output']}: {plan.method} for {plan.task} keeps {sum(kept)} of "
         f"{sum(shape.experts_per_layer)} experts in {len(kept)} layers"
     )
-    if find_method(plan.method).picks_neurons:
+    if find_method(plan.method).prunes_width:
         before, widths = shape.widths_per_layer, plan.widths(shape)
         result |= {"widths_per_layer": list(widths), "widths_before": list(before)}
         text += f", stored {span(widths)} of {span(before)} neurons wide"

@@ -211,7 +211,7 @@ def _refuse_factored(plan: Plan, layers: Sequence[MoeLayer]) -> None:
             f"experts must be whole to be factored, got layers {factored}, which are factored "
             "already or share bases. Start from the checkpoint that they were made from."
         )
-    if plan.is_narrowing:
+    if plan.prunes_width:
         raise PlanError(
             "a plan must keep all neurons of its experts to be given ranks, got one of "
             f"{plan.method} that chooses them. Apply it first, then calibrate and decompose "

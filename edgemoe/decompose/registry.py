@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Method:
+class DecompositionMethod:
     """A decomposition.
 
     Attributes:
@@ -64,14 +64,14 @@ class Method:
         return options_of(self.factor)
 
 
-METHODS: dict[str, Method] = {
-    SHARED_BASIS: Method(shared_basis, reads_tokens=True, shares_bases=True),
-    "svd": Method(svd),
-    "svd-whitened": Method(svd_whitened, reads_tokens=True),
+METHODS: dict[str, DecompositionMethod] = {
+    SHARED_BASIS: DecompositionMethod(shared_basis, reads_tokens=True, shares_bases=True),
+    "svd": DecompositionMethod(svd),
+    "svd-whitened": DecompositionMethod(svd_whitened, reads_tokens=True),
 }
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str) -> DecompositionMethod:
     """Find a decomposition by name.
 
     Args:
@@ -98,7 +98,7 @@ class Decomposition:
         windows: The tokens that it looks at; none where it looks at none.
     """
 
-    method: Method
+    method: DecompositionMethod
     options: dict[str, Any]
     windows: tuple[Window, ...]
 

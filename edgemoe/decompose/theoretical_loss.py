@@ -14,20 +14,19 @@ e count as e, and no product keeps less than a tenth of ``ratio``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgemoe.decompose.walk import FactoringWalk
-from edgemoe.models.checkpoint import quiet_transformers
-from edgemoe.progress import counting
+from edgemoe.decompose.walk import FactoringTask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from edgemoe.decompose.layer_factors import LayerFactors
     from edgemoe.decompose.walk import Prepare
     from edgemoe.layerwise.provider import LayerProvider
-    from edgemoe.layerwise.replay import Outputs
+    from edgemoe.models.layer import MoeLayer
     from edgemoe.plans.plan import Plan
 
 _LEAST = 0.1
@@ -49,14 +48,14 @@ def kept_fractions(losses: Sequence[float], ratio: float) -> tuple[float, ...]:
 
 
 def measure_losses(
-    home: LayerProvider, plan: Plan, prepare: Prepare
+    provider: LayerProvider, plan: Plan, prepare: Prepare
 ) -> tuple[tuple[float, float], ...]:
     """Factor every layer at the ranks of a plan, and go on as if it had stayed whole.
 
     Args:
-        home: The model.
+        provider: The model.
         plan: A plan with ranks for every layer.
-        prepare: As in :class:`edgemoe.decompose.walk.FactoringWalk`.
+        prepare: As in `edgemoe.decompose.walk.FactoringTask`.
 
     Returns:
         For each layer L of the first and of the second products.
@@ -64,20 +63,19 @@ def measure_losses(
     Raises:
         StreamingError: The family cannot be run layer by layer.
     """
-    walk = FactoringWalk(home.moe, plan, prepare, lambda: home, go_on_factored=False)
-    states: list[Outputs] = [None] * walk.windows
-    found = []
-    with (
-        quiet_transformers(),
-        home.outer(),
-        counting(len(walk.indices), "measure what layers lose") as done,
-    ):
-        for index in walk.indices:
-            with home.layer(index):
-                step = walk.step(index, states)
-            states = step.returned
-            if step.factors is not None:
-                up, down = step.factors.lost
-                found.append((up**0.5, down**0.5))
-            done()
-    return tuple(found)
+    task = _Losses(provider, plan, prepare, go_on_factored=False)
+    task.run("measure what layers lose")
+    return tuple(task.found)
+
+
+class _Losses(FactoringTask):
+    """Keeps what each layer loses, and not its factors."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.found: list[tuple[float, float]] = []
+
+    def take(self, layer: MoeLayer, kept: object, factors: LayerFactors) -> None:
+        del layer, kept
+        up, down = factors.lost
+        self.found.append((up**0.5, down**0.5))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe.decompose.registry import Decomposition
-from edgemoe.oracle.oracle import LayerOracle
+from edgemoe.layerwise.runner import LayerTask, run_layers
+from edgemoe.oracle.oracle import batches_of, view_layer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import TypeAlias
 
     import torch
@@ -18,56 +18,38 @@ if TYPE_CHECKING:
     from edgemoe.decompose.layer_factors import LayerFactors
     from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.layerwise.replay import Outputs
-    from edgemoe.models.contract import MoeModel
+    from edgemoe.layerwise.runner import Visit
     from edgemoe.models.layer import MoeLayer
     from edgemoe.plans.layer_plan import LayerPlan
     from edgemoe.plans.plan import Plan
+    from edgemoe.resume import WorkDirectory
 
     # Makes what a plan keeps and merges of a layer; None where it keeps all experts.
     Prepare: TypeAlias = Callable[[MoeLayer, LayerPlan], Mapping[str, torch.Tensor] | None]
 
 
-@dataclass(frozen=True)
-class Step:
-    """What became of one decoder layer.
-
-    Attributes:
-        returned: What it returns for each window now; none after the last layer that matters,
-            or where no token is looked at.
-        kept: Tensors of the experts that the plan keeps, which
-            :meth:`edgemoe.models.layer.MoeLayer.replace` takes; None where all are kept.
-        factors: Factors of those; None where they stay whole.
-    """
-
-    returned: list[Outputs]
-    kept: Mapping[str, torch.Tensor] | None = None
-    factors: LayerFactors | None = None
-
-
-class FactoringWalk:
-    """Decoder layers under a plan with ranks, from the first one on.
+class FactoringTask(LayerTask):
+    """Factors the layers of a plan with ranks; a subclass says what becomes of the factors.
 
     Attributes:
         indices: Decoder layers to visit, ascending.
-        windows: How many windows of tokens there are.
+        method: How they are factored.
     """
 
     def __init__(
         self,
-        model: MoeModel,
+        provider: LayerProvider,
         plan: Plan,
         prepare: Prepare,
-        open_layers: Callable[[], LayerProvider],
         *,
         go_on_factored: bool = True,
     ) -> None:
-        """Prepare a walk.
+        """Prepare to factor.
 
         Args:
-            model: The model; it is as before after every step.
+            provider: The model; a visited layer is as before until `take` gets it.
             plan: A plan with ranks, which was validated for the model.
             prepare: Makes what the plan keeps and merges.
-            open_layers: Tells where the model's layers are, for a method that looks at tokens.
             go_on_factored: Whether later layers see what factored ones return; what whole ones
                 return otherwise.
 
@@ -77,61 +59,79 @@ class FactoringWalk:
                 apart.
         """
         assert plan.factors is not None
+        self._provider = provider
         self._decomposition = Decomposition.of(plan.factors)
-        self._decomposition.check_vocabulary(model)
+        self.method = self._decomposition.method
+        self._decomposition.check_vocabulary(provider.moe)
         self._prepare = prepare
         self._go_on_factored = go_on_factored
-        self._layers = {layer.index: layer for layer in model.layers}
+        self._layers = {layer.index: layer for layer in provider.moe.layers}
         self._plans = {layer.layer: layer for layer in plan.layers}
-        self._last = max(layer.layer for layer in plan.layers if layer.ranks is not None)
-        windows = self._decomposition.windows
-        self._oracle = LayerOracle(open_layers(), windows) if windows else None
-        self.windows = len(windows)
-        self.indices: Sequence[int] = (
-            range(self._last + 1)
-            if windows
-            else [layer.layer for layer in plan.layers if layer.ranks is not None]
-        )
+        self._batches = batches_of(self._decomposition.windows)
+        ranked = [layer.layer for layer in plan.layers if layer.ranks is not None]
+        self.indices: Sequence[int] = range(ranked[-1] + 1) if self._batches else ranked
+        # Refused before anything is changed.
+        assert not self._batches or len(provider.layers) > ranked[-1]
 
-    def step(self, index: int, before: Sequence[Outputs]) -> Step:
-        """Factor a decoder layer, whose weights are in memory, and run it.
+    def run(self, description: str, work: WorkDirectory | None = None) -> None:
+        """Factor every layer that has ranks.
 
         Args:
-            index: One of :attr:`indices`.
-            before: What the layer before it returned for each window; None for the first.
-
-        Returns:
-            What became of it. The layer is as it was.
+            description: What the progress bar says.
+            work: For what an interrupted run goes on from; None keeps nothing.
 
         Raises:
             StreamingError: The family cannot be run layer by layer.
-            CheckpointError: The layer is factored already, or its weights are not finite.
+            CheckpointError: A layer is factored already, or its weights are not finite.
         """
-        layer, plan = self._layers.get(index), self._plans.get(index)
+        run_layers(
+            self._provider,
+            self._batches,
+            self,
+            description=description,
+            layers=self.indices,
+            work=work,
+            name="factor",
+        )
+
+    def take(
+        self,
+        layer: MoeLayer,
+        kept: Mapping[str, torch.Tensor] | None,
+        factors: LayerFactors,
+    ) -> None:
+        """Get what became of a layer, which is as it was and in memory.
+
+        Args:
+            layer: The layer.
+            kept: Tensors of the experts that the plan keeps, which
+                `edgemoe.models.layer.MoeLayer.replace` takes; None where all are kept.
+            factors: Factors of those.
+        """
+        raise NotImplementedError
+
+    def visit(self, visit: Visit) -> Iterator[Outputs]:
+        """Factor a layer, and run it."""
+        layer, plan = self._layers.get(visit.index), self._plans.get(visit.index)
         if layer is None or plan is None:
-            return Step(self._run(index, before))
+            yield from visit.run()
+            return
+        factors = None
         with contextlib.ExitStack() as stack:
             kept = self._prepare(layer, plan)
             if kept is not None:
                 stack.enter_context(layer.changed(kept))
-            factors = None
             if plan.ranks is not None:
-                factors = self._factor(layer, plan.ranks, before)
+                factors = self._factor(layer, plan.ranks, visit)
                 if self._go_on_factored:
-                    stack.enter_context(
-                        self._decomposition.method.inside(layer, factors.tensors)
-                    )
-            return Step(self._run(index, before), kept, factors)
+                    stack.enter_context(self.method.inside(layer, factors.tensors))
+            if self._batches and visit.index != self.indices[-1]:
+                yield from visit.run()
+        if factors is not None:
+            self.take(layer, kept, factors)
 
     def _factor(
-        self, layer: MoeLayer, ranks: Sequence[tuple[int, int]], before: Sequence[Outputs]
+        self, layer: MoeLayer, ranks: Sequence[tuple[int, int]], visit: Visit
     ) -> LayerFactors:
-        method, options = self._decomposition.method, self._decomposition.options
-        if self._oracle is None:
-            return method.factor(layer, ranks, **options)
-        return method.factor(self._oracle.view(layer, before), ranks, **options)
-
-    def _run(self, index: int, before: Sequence[Outputs]) -> list[Outputs]:
-        if self._oracle is None or index == self._last:
-            return []
-        return self._oracle.run_layer(index, before)
+        found = view_layer(visit, layer)[1] if self._batches else layer
+        return self.method.factor(found, ranks, **self._decomposition.options)

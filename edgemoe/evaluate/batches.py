@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edgemoe.layerwise.runner import Batch
+from edgemoe.layerwise.batch import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +48,7 @@ class ScoreBatch:
             logits: Of the batch [rows, positions, vocabulary].
 
         Returns:
-            For each row its request and what :func:`gather` returns.
+            For each row its request and what `gather` returns.
         """
         scored = []
         for (one, request, choice), row in zip(self._rows, logits, strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 from edgemoe.errors import CheckpointError
 from edgemoe.evaluate.exact_match import check_generates, count_exact_matches
 from edgemoe.evaluate.intervals import RESAMPLES, bootstrap_perplexity, wilson_interval
-from edgemoe.evaluate.requests import Question, build_questions, resolve_window
+from edgemoe.evaluate.requests import EvalExample, build_examples, resolve_window
 from edgemoe.evaluate.rolling import exp_or_none, summarise_rolling
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def evaluate(
     """
     if generate is not None:
         check_generates(task)
-    asked = build_questions(
+    asked = build_examples(
         task,
         tokenizer,
         max_length=scorer.max_length,
@@ -233,7 +233,7 @@ def evaluate(
     )
 
 
-def _score(scorer: Scorer, questions: list[Question]) -> dict[Request, list[Logprobs]]:
+def _score(scorer: Scorer, questions: list[EvalExample]) -> dict[Request, list[Logprobs]]:
     """Score what is asked for, twice or more often too, once."""
     requests = list(
         dict.fromkeys(
@@ -248,12 +248,12 @@ def _score(scorer: Scorer, questions: list[Question]) -> dict[Request, list[Logp
     return dict(zip(requests, scorer.score(requests), strict=True))
 
 
-def _judged(question: Question) -> list[int]:
+def _judged(question: EvalExample) -> list[int]:
     """Return which continuations the perplexity covers: the right one, or all of a text."""
     return [question.answer] if question.choices else list(range(len(question.requests)))
 
 
-def _find_hits(questions: list[Question], rows: list[list[Logprobs]]) -> NDArray[np.int64]:
+def _find_hits(questions: list[EvalExample], rows: list[list[Logprobs]]) -> NDArray[np.int64]:
     """Find where the right choice is likeliest in total, per character and per byte."""
     hits = np.zeros((len(questions), 3), np.int64)
     for line, (question, row) in enumerate(zip(questions, rows, strict=True)):
@@ -265,14 +265,14 @@ def _find_hits(questions: list[Question], rows: list[list[Logprobs]]) -> NDArray
     return hits
 
 
-def _majority(questions: list[Question]) -> float:
+def _majority(questions: list[EvalExample]) -> float:
     """Return the accuracy of always giving the most frequent right answer's text."""
     texts = [question.choices[question.answer] for question in questions]
     return max(texts.count(text) for text in set(texts)) / len(texts)
 
 
 def _summarise_texts(
-    questions: list[Question],
+    questions: list[EvalExample],
     scores: dict[Request, list[Logprobs]],
     window: int,
     prefix_token: int | None,

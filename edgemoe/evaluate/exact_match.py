@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
-    from edgemoe.evaluate.requests import Question
+    from edgemoe.evaluate.requests import EvalExample
     from edgemoe.tasks import TaskFile
 
     Generate: TypeAlias = Callable[[str, int], str]
@@ -41,7 +41,7 @@ def check_generates(task: TaskFile) -> None:
 def count_exact_matches(
     generate: Generate,
     task: TaskFile,
-    questions: Sequence[Question],
+    questions: Sequence[EvalExample],
     tokenizer: Tokenizer,
     *,
     max_length: int,
@@ -54,7 +54,7 @@ def count_exact_matches(
     Args:
         generate: The model.
         task: A task of completions.
-        questions: What `build_questions` made of its first lines.
+        questions: What `build_examples` made of its first lines.
         tokenizer: The model's tokenizer.
         max_length: Most tokens that the model takes at once.
 

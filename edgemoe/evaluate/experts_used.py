@@ -70,5 +70,5 @@ class ExpertCount:
         return {"experts_used": torch.tensor([self._used, self._passed])}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take what :meth:`to_tensors` returned in an earlier process."""
+        """Take what `to_tensors` returned in an earlier process."""
         self._used, self._passed = tensors["experts_used"].tolist()

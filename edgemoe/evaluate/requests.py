@@ -24,7 +24,7 @@ PROMPT_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class EvalExample:
     """One line of a task file, ready to be scored.
 
     Attributes:
@@ -46,7 +46,7 @@ class Question:
         return [one for request in self.requests for one in request.continuations]
 
 
-def build_questions(
+def build_examples(
     task: TaskFile,
     tokenizer: Tokenizer,
     *,
@@ -54,7 +54,7 @@ def build_questions(
     max_tokens: int | None,
     window: int | None = None,
     prefix_token: int | None = None,
-) -> list[Question]:
+) -> list[EvalExample]:
     """Tokenise a task.
 
     A text is cut into windows that do not overlap; the first token of each window has no
@@ -85,7 +85,7 @@ def build_questions(
     if max_tokens is not None and max_tokens < 2:
         raise TaskFileError(f"max_tokens must be in [2, inf), got {max_tokens}.")
     window = resolve_window(window, max_length)
-    questions: list[Question] = []
+    questions: list[EvalExample] = []
     left = max_tokens
     for record in task.records:
         if isinstance(record, TextRecord):
@@ -142,12 +142,12 @@ def _ask_text(
     window: int,
     prefix_token: int | None,
     left: int | None,
-) -> tuple[Question, int]:
+) -> tuple[EvalExample, int]:
     """Return the question, and how many tokens were read."""
     encoding = encode_once(tokenizer, record.text)
     ids = encoding.ids[:left]
     windows = (ids[start : start + window] for start in range(0, len(ids), window))
-    question = Question(
+    question = EvalExample(
         requests=tuple(Request((w[0],), (tuple(w[1:]),)) for w in windows if len(w) > 1),
         rolling=None
         if prefix_token is None
@@ -160,7 +160,7 @@ def _ask_text(
 
 def _ask_continuations(
     record: CompletionRecord | ChoiceRecord, tokenizer: Tokenizer, limit: int, where: str
-) -> Question:
+) -> EvalExample:
     choices = record.choices if isinstance(record, ChoiceRecord) else (record.completion,)
     wholes = [encode_once(tokenizer, record.prompt + choice).ids for choice in choices]
     # A prompt of white space alone has nothing else to be context.
@@ -195,7 +195,7 @@ def _ask_continuations(
         requests = tuple(
             Request(tuple(context[-(limit - len(one)) :]), (one,)) for one in continuations
         )
-    return Question(
+    return EvalExample(
         requests=requests,
         answer=record.answer if isinstance(record, ChoiceRecord) else 0,
         choices=choices,

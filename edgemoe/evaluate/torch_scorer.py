@@ -72,10 +72,11 @@ class TorchScorer:
                 index; its weights are in memory then, and may be others until it ends.
 
         Raises:
-            CheckpointError: ``k_cap`` is given for a model without experts.
-            EdgemoeError: ``k_cap`` is out of range.
+            CheckpointError: `k_cap` is given for a model without experts.
+            EdgemoeError: `k_cap` is out of range.
         """
         self._moe: MoeModel | None = None
+        self._layers: LayerProvider
         if isinstance(model, MoeModel):
             self._moe, self._layers = model, InMemoryLayers(model)
         elif isinstance(model, torch.nn.Module):

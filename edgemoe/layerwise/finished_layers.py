@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from edgemoe.layerwise.runner import Batch
     from edgemoe.resume import WorkDirectory
 
 _PREFIX = "pass-"
@@ -40,21 +38,6 @@ class FinishedLayers:
         self._digest = digest
         self._done = 0
         self._last: int | None = None
-
-    @classmethod
-    def of(cls, work: WorkDirectory, name: str, batches: Sequence[Batch]) -> FinishedLayers:
-        """Use a directory for batches.
-
-        Args:
-            work: The directory.
-            name: Of the pass.
-            batches: What runs.
-        """
-        digest = hashlib.sha256(f"{name}\n".encode())
-        for batch in batches:
-            digest.update(f"{tuple(batch.ids.shape)} {batch.logits_to_keep}\n".encode())
-            digest.update(batch.ids.contiguous().numpy().data)
-        return cls(work, digest.hexdigest())
 
     def recall(self, task: _Restored, layers: Sequence[int]) -> int:
         """Give a task the states that an earlier process kept; forget those of other passes.

@@ -7,7 +7,7 @@ returned before, the others with not-a-number, and the call ends after the layer
 That is right wherever a decoder layer learns of the layers before it only through what the
 layer just before returned. Where a family does otherwise, it is noticed: a layer that changes
 what it was given (a shared cache, say), or one that is given not-a-number, ends in
-:class:`edgemoe.errors.StreamingError`.
+`edgemoe.errors.StreamingError`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def only_layer(
     """Let a model run one of its decoder layers.
 
     Args:
-        decoder: What runs the layers, such as ``model.get_decoder()``.
+        decoder: What runs the layers, such as `model.get_decoder()`.
         layers: All decoder layers; the one that runs must have its weights.
         index: Which runs.
 
@@ -111,7 +111,7 @@ def only_head(
         layers: All decoder layers.
 
     Returns:
-        :func:`from_layer` for the layer after the last.
+        `from_layer` for the layer after the last.
     """
     return from_layer(model, layers, len(layers))
 

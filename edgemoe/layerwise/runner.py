@@ -9,45 +9,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edgemoe.layerwise.batch import digest_batches
 from edgemoe.layerwise.finished_layers import FinishedLayers, outputs_name
 from edgemoe.layerwise.outputs import DEFAULT_LIMIT_BYTES, LayerOutputs
 from edgemoe.layerwise.replay import map_tensors, only_head, only_layer
-from edgemoe.models.checkpoint import quiet_transformers
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.progress import counting, track
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from edgemoe.layerwise.batch import Batch
     from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.layerwise.replay import Outputs
     from edgemoe.resume import WorkDirectory
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One forward pass.
-
-    Attributes:
-        ids: Token ids, int64 ``[rows, tokens]``.
-        logits_to_keep: Last positions that logits are wanted of; 0 for all.
-    """
-
-    ids: torch.Tensor
-    logits_to_keep: int = 0
-
-    def inputs(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Return the decoder's arguments.
-
-        Args:
-            device: Where it computes.
-        """
-        return {"input_ids": self.ids.to(device), "use_cache": False}
 
 
 @dataclass
@@ -58,7 +39,7 @@ class Visit:
         index: Which decoder layer.
         before: What the layer before it returned for each batch, to be read as often as
             needed; None each for the first layer.
-        returned: What it gives to the next layer for each batch, once :meth:`send_on` was
+        returned: What it gives to the next layer for each batch, once `send_on` was
             called.
     """
 
@@ -66,7 +47,7 @@ class Visit:
     batches: Sequence[Batch]
     index: int
     before: Iterable[Outputs]
-    returned: LayerOutputs
+    returned: LayerOutputs = field(default_factory=lambda: LayerOutputs(None))
 
     def run(self, on_batch: Callable[[int], None] = lambda _: None) -> Iterator[Outputs]:
         """Run the layer as it is now on every batch.
@@ -190,7 +171,7 @@ class LayerTask:
 
         Args:
             index: Of the decoder layer.
-            read: Reads what :meth:`state` returned.
+            read: Reads what `state` returned.
         """
 
 
@@ -263,7 +244,7 @@ def run_layers(
         work: For what layers returned, and for their states; a pass that was interrupted goes
             on there. None keeps all in memory.
         name: What tells the pass from others that use the directory one after the other.
-        take: Called with each batch's number and logits ``[rows, positions, vocabulary]``.
+        take: Called with each batch's number and logits `[rows, positions, vocabulary]`.
             Nothing is left in the work directory then; states are, without it.
         limit_bytes: Memory for what layers returned, in a work directory.
 
@@ -272,7 +253,7 @@ def run_layers(
     """
     chosen = range(len(provider.layers)) if layers is None else layers
     running = LayerPass(provider, batches, limit_bytes)
-    finished = None if work is None else FinishedLayers.of(work, name, batches)
+    finished = None if work is None else FinishedLayers(work, digest_batches(name, batches))
     done = 0 if finished is None else finished.recall(task, chosen)
     left = chosen[done:]
     if finished is not None and done:
@@ -325,9 +306,9 @@ def run_batches(
     Args:
         provider: The model.
         batches: What runs.
-        task: Watches; its ``visit``, ``inside`` and states are not used on a whole model.
+        task: Watches; its `visit`, `inside` and states are not used on a whole model.
         description: What the progress bar says.
-        take: As in :func:`run_layers`.
+        take: As in `run_layers`.
         layers: As there.
         work: As there.
         name: As there.

@@ -1,51 +1,242 @@
-"""Open checkpoints, and refuse the unsafe and the broken before any weight is read."""
+"""Open checkpoints, and refuse the unsafe and the broken before any weight is read.
+
+A command opens a `Checkpoint` once and hands it on: configuration, structure, tokenizer and
+hashes are read when they are first asked for, and each file of settings once. The functions
+take its path as well, for whoever asks one thing.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import copy
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.errors import CheckpointError, EdgemoeError, FamilyError
+from edgemoe.errors import CheckpointError, FamilyError
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.discovery import build_skeleton, discover
 from edgemoe.models.experts import is_experts_module
+from edgemoe.models.fingerprint import FileHashes, hash_file
+from edgemoe.models.k_policy import FILE_NAME as K_POLICY
 from edgemoe.models.k_policy import put_k_policy, read_k_policy
+from edgemoe.models.loading import (
+    align_tensors,
+    check_fit,
+    quiet_transformers,
+    refusing_misfits,
+    stored_dtype,
+)
+from edgemoe.models.ragged import FILE_NAME as RAGGED_NOTE
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note, resize_layers
 from edgemoe.models.registry import find_family
 from edgemoe.models.safety import check_directory, check_weights, read_json_object
 from edgemoe.models.transformers_internals import read_special_floats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Mapping
 
     from tokenizers import Tokenizer
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from edgemoe.k_policy import KPolicy
     from edgemoe.models.contract import MoeModel
+    from edgemoe.models.discovery import ModelSpec
+    from edgemoe.models.ragged import RaggedNote
     from edgemoe.models.registry import Family
     from edgemoe.models.shapes import ModelShape
 
-_ALIGNMENT_BYTES = 64
-# What torch and transformers raise when weights and configuration contradict each other.
-_MISFITS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+_CONFIG = "config.json"
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> MoeModel:
-    """Open a checkpoint.
+class Checkpoint:
+    """A checkpoint directory that is open; what was read of it is not read again.
+
+    What it hands out belongs to whoever asked and may be changed, but for `structure`, `spec`
+    and `tokenizer`, which are the same objects each time.
+
+    Attributes:
+        path: The directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a directory; nothing of it is read yet.
+
+        Args:
+            path: The directory.
+
+        Raises:
+            CheckpointError: It is missing, a file, or a bundle.
+        """
+        check_directory(path)
+        self.path = path
+        self._contents: dict[str, bytes | None] = {}
+
+    @classmethod
+    def open(cls, path: Path | str | Checkpoint) -> Checkpoint:
+        """Open a checkpoint, unless that was done.
+
+        Args:
+            path: Its directory, or the open checkpoint, which is returned.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            CheckpointError: It is missing, a file, or a bundle.
+        """
+        return path if isinstance(path, Checkpoint) else cls(Path(path))
+
+    def read(self, name: str) -> bytes | None:
+        """Read a small file.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            Its content; None where there is no such file.
+        """
+        if name not in self._contents:
+            file = self.path / name
+            self._contents[name] = file.read_bytes() if file.exists() else None
+        return self._contents[name]
+
+    @cached_property
+    def _read_config(self) -> tuple[Family, PreTrainedConfig]:
+        content = read_json_object(self.path / _CONFIG, self.read(_CONFIG))
+        family = find_family(content.get("model_type"))
+        if content.get("quantization_config") is not None:
+            raise CheckpointError(
+                f"{self.path} must hold plain weights, got quantization_config in config.json. "
+                "Use the checkpoint that it was quantised from."
+            )
+        try:
+            config = _configuration(content).get_text_config(decoder=True)
+            return find_family(config.model_type), config
+        except Exception as error:  # the strict dataclasses of the hub raise their own classes
+            raise CheckpointError(
+                f"{self.path / _CONFIG} must be a {family.model_type} configuration, got: "
+                f"{error}. Correct the entry."
+            ) from error
+
+    @property
+    def family(self) -> Family:
+        """Its family; `FamilyError` where that is not supported."""
+        return self._read_config[0]
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """A copy of its configuration: models change theirs."""
+        return copy.deepcopy(self._read_config[1])
+
+    @cached_property
+    def note(self) -> RaggedNote | None:
+        """What `edgemoe.json` says; None where there is none."""
+        return read_ragged_note(self.path, self.read(RAGGED_NOTE))
+
+    @property
+    def k_policy(self) -> KPolicy | None:
+        """How many experts each token uses; None where it is always top_k."""
+        return read_k_policy(self.path, self.read(K_POLICY))
+
+    @cached_property
+    def weights(self) -> list[Path]:
+        """Its weight files, checked: `CheckpointError` where they are unsafe or not whole."""
+        return check_weights(self.path)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """How its MoE layers are built."""
+        with refusing_misfits(self.path):
+            return discover(self.family, self.config)
+
+    @cached_property
+    def structure(self) -> MoeModel:
+        """A view of the model on the meta device; weights are not loaded."""
+        family, spec, note = self.family, self.spec, self.note
+        with refusing_misfits(self.path):
+            skeleton = build_skeleton(family, self.config)
+            if note is not None:
+                resize_layers(skeleton, spec, note)
+            found = adapt_model(skeleton, spec=spec)
+        put_k_policy(found, self.k_policy)
+        return found
+
+    @property
+    def shape(self) -> ModelShape:
+        """How many experts each layer has; weights are not loaded."""
+        return self.structure.shape
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that the model was built for."""
+        config = self._read_config[1]
+        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether its configuration makes layers with experts, of a supported family."""
+        try:
+            skeleton = build_skeleton(self.family, self.config)
+        except FamilyError:
+            return False
+        return any(is_experts_module(module) for module in skeleton.modules())
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer, without truncation or padding."""
+        return _open_tokenizer(self.path)
+
+    @cached_property
+    def tokenizer_sha256(self) -> str:
+        """SHA-256 of tokenizer.json, in hexadecimal."""
+        return hash_file(self.path / "tokenizer.json")
+
+    @cached_property
+    def hashes(self) -> FileHashes:
+        """Those of the files that define it, as far as they are known."""
+        return FileHashes(self.path, self.weights, self.read)
+
+    @property
+    def sha256(self) -> str:
+        """Its fingerprint; weights are read, but once."""
+        return self.hashes.fingerprint()
+
+    def stamps(self) -> dict[str, list[int]]:
+        """Return size in bytes and time of change in nanoseconds of each file, by name."""
+        return self.hashes.stamps()
+
+    @property
+    def model_class(self) -> type[Any]:
+        """The class that its weights fit into; `family.causal_lm` is what runs."""
+        base = self.family.causal_lm
+        return (
+            base if self.note is None else make_ragged_class(self.family, self.note, self.spec)
+        )
+
+    def adapt(self, model: PreTrainedModel, stored_dtype: torch.dtype) -> MoeModel:
+        """View a model with this checkpoint's weights as the kit does.
+
+        Args:
+            model: The model.
+            stored_dtype: Floating type that its weights are stored in.
+
+        Returns:
+            The view.
+        """
+        model.__class__ = self.family.causal_lm
+        found = adapt_model(model, self.path, stored_dtype, self.spec)
+        found.hashes = self.hashes
+        put_k_policy(found, self.k_policy)
+        return found
+
+
+def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> MoeModel:
+    """Load a checkpoint.
 
     Args:
-        path: Checkpoint directory.
+        path: The checkpoint.
         dtype: Floating type to hold the weights in.
 
     Returns:
@@ -55,84 +246,29 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> MoeModel:
         FamilyError: The family is not supported; found before weights are looked at.
         CheckpointError: The checkpoint is missing, a pickle, truncated or inconsistent.
     """
-    family, config = read_config(path)
-    note = read_ragged_note(path)
-    check_weights(path)
-    with refusing_misfits(path):
-        facts = discover(family, config)
-    base = family.causal_lm
-    model_class = base if note is None else make_ragged_class(family, note, facts)
-    with refusing_misfits(path), quiet_transformers():
+    checkpoint = Checkpoint.open(path)
+    # What is refused without a look at the weights comes first.
+    config, _, _ = checkpoint.config, checkpoint.note, checkpoint.weights
+    model_class = checkpoint.model_class
+    with refusing_misfits(checkpoint.path), quiet_transformers():
         model, report = model_class.from_pretrained(
-            str(path),
+            str(checkpoint.path),
             config=config,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
         )
-    model.__class__ = base
-    check_fit(report, path)
-    _align_tensors(model)
-    found = adapt_model(model, path, _stored_dtype(config, dtype), facts)
-    put_k_policy(found, read_k_policy(path))
-    return found
+    check_fit(report, checkpoint.path)
+    align_tensors(model)
+    return checkpoint.adapt(model, stored_dtype(config) or dtype)
 
 
-def check_fit(report: Mapping[str, Any], path: Path) -> None:
-    """Refuse weights that left a part of the model at random values.
+def has_experts(path: Path | Checkpoint) -> bool:
+    """Return whether a checkpoint is a Mixture-of-Experts model that edgemoe can open.
 
     Args:
-        report: What ``from_pretrained`` with ``output_loading_info`` told.
         path: The checkpoint.
-
-    Raises:
-        CheckpointError: Tensors are missing, or have another shape than the configuration says.
-    """
-    unfit = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
-    if unfit:
-        raise CheckpointError(
-            f"the weights in {path} must fit its config.json, got {len(unfit)} tensors missing "
-            f"or of another shape, such as {unfit[0]}. Copy the checkpoint again."
-        )
-
-
-def read_config(path: Path) -> tuple[Family, PreTrainedConfig]:
-    """Read the configuration of a checkpoint; weights are not touched.
-
-    Args:
-        path: Checkpoint directory.
-
-    Returns:
-        Family and configuration.
-
-    Raises:
-        FamilyError: The family is not supported.
-        CheckpointError: The directory or its config.json is missing or malformed.
-    """
-    check_directory(path)
-    content = read_json_object(path / "config.json")
-    family = find_family(content.get("model_type"))
-    if content.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{path} must hold plain weights, got quantization_config in config.json. Use the "
-            "checkpoint that it was quantised from."
-        )
-    try:
-        config = _configuration(content).get_text_config(decoder=True)
-        return find_family(config.model_type), config
-    except Exception as error:  # the strict dataclasses of the hub raise classes of their own
-        raise CheckpointError(
-            f"{path / 'config.json'} must be a {family.model_type} configuration, got: "
-            f"{error}. Correct the entry."
-        ) from error
-
-
-def has_experts(path: Path) -> bool:
-    """Ask whether a checkpoint is a Mixture-of-Experts model that edgemoe can open.
-
-    Args:
-        path: Checkpoint directory.
 
     Returns:
         Whether its configuration makes layers with experts.
@@ -140,19 +276,14 @@ def has_experts(path: Path) -> bool:
     Raises:
         CheckpointError: The directory or its config.json is missing or malformed.
     """
-    try:
-        family, config = read_config(path)
-    except FamilyError:
-        return False
-    skeleton = build_skeleton(family, config)
-    return any(is_experts_module(module) for module in skeleton.modules())
+    return Checkpoint.open(path).has_experts
 
 
-def read_shape(path: Path) -> ModelShape:
+def read_shape(path: Path | Checkpoint) -> ModelShape:
     """Read how many experts each layer of a checkpoint has; weights are not loaded.
 
     Args:
-        path: Checkpoint directory.
+        path: The checkpoint.
 
     Returns:
         The shape.
@@ -161,14 +292,14 @@ def read_shape(path: Path) -> ModelShape:
         FamilyError: The family is not supported.
         CheckpointError: The directory or its configuration is missing or malformed.
     """
-    return read_structure(path).shape
+    return Checkpoint.open(path).shape
 
 
-def read_structure(path: Path) -> MoeModel:
+def read_structure(path: Path | Checkpoint) -> MoeModel:
     """Read how a checkpoint is built; weights are not loaded.
 
     Args:
-        path: Checkpoint directory.
+        path: The checkpoint.
 
     Returns:
         A view of the model on the meta device.
@@ -177,16 +308,22 @@ def read_structure(path: Path) -> MoeModel:
         FamilyError: The family is not supported.
         CheckpointError: The directory or its configuration is missing or malformed.
     """
-    family, config = read_config(path)
-    note = read_ragged_note(path)
-    with refusing_misfits(path):
-        facts = discover(family, config)
-        skeleton = build_skeleton(family, config)
-        if note is not None:
-            resize_layers(skeleton, facts, note)
-        found = adapt_model(skeleton, facts=facts)
-    put_k_policy(found, read_k_policy(path))
-    return found
+    return Checkpoint.open(path).structure
+
+
+def load_tokenizer(path: Path | Checkpoint) -> Tokenizer:
+    """Open the tokenizer of a checkpoint, with the library that the runtime uses.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        The tokenizer, without truncation or padding.
+
+    Raises:
+        CheckpointError: tokenizer.json is missing or malformed.
+    """
+    return Checkpoint.open(path).tokenizer
 
 
 def _configuration(content: Mapping[str, Any]) -> PreTrainedConfig:
@@ -200,21 +337,9 @@ def _configuration(content: Mapping[str, Any]) -> PreTrainedConfig:
     return found
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Open the tokenizer of a checkpoint, with the library that the runtime uses.
-
-    Args:
-        path: Checkpoint directory.
-
-    Returns:
-        The tokenizer, without truncation or padding.
-
-    Raises:
-        CheckpointError: tokenizer.json is missing or malformed.
-    """
+def _open_tokenizer(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
-    check_directory(path)
     file = path / "tokenizer.json"
     if not file.exists():
         raise CheckpointError(
@@ -232,67 +357,3 @@ def load_tokenizer(path: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence the progress bars of transformers: they draw even where nobody watches.
-
-    Yields:
-        Nothing.
-    """
-    from transformers.utils import logging
-
-    drew = logging.is_progress_bar_enabled()
-    level = logging.get_verbosity()
-    logging.disable_progress_bar()
-    # What its report would say is refused here, or does not matter.
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if drew:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def refusing_misfits(path: Path) -> Iterator[None]:
-    """Turn what torch and transformers raise on inconsistent checkpoints into a refusal.
-
-    Args:
-        path: The checkpoint.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        CheckpointError: Weights and configuration contradict each other.
-    """
-    try:
-        yield
-    except EdgemoeError:
-        raise
-    except _MISFITS as error:
-        raise CheckpointError(
-            f"the weights in {path} must fit its config.json, got: {error}. Copy the "
-            "checkpoint again, or correct config.json."
-        ) from error
-
-
-def _align_tensors(model: PreTrainedModel) -> None:
-    """Move tensors to aligned memory.
-
-    Matrix products round differently on memory that is mapped from a file at an odd offset, so
-    the same weights in two files would give logits that differ in the last bits.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.data_ptr() % _ALIGNMENT_BYTES:
-            tensor.data = tensor.data.clone()
-
-
-def _stored_dtype(config: Any, default: torch.dtype) -> torch.dtype:
-    found = getattr(config, "dtype", None)
-    if isinstance(found, str):
-        found = getattr(torch, found, None)
-    return found if isinstance(found, torch.dtype) and found.is_floating_point else default

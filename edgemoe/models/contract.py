@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.models.fingerprint import fingerprint_checkpoint, fingerprint_tensors
+from edgemoe.models.fingerprint import FileHashes, fingerprint_tensors
 from edgemoe.models.shapes import ModelShape
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class MoeModel:
         count_entries: Entries of the configuration that say how many experts there are.
         k_policy: How many experts each token uses; None where it is always top_k.
         follows: Undoes what makes the modules follow the policy.
+        hashes: Of the files of `path`, as far as they are known; None where nobody has any.
     """
 
     model: PreTrainedModel
@@ -49,6 +50,7 @@ class MoeModel:
     count_entries: tuple[str, ...] = ()
     k_policy: KPolicy | None = None
     follows: contextlib.ExitStack | None = field(default=None, repr=False)
+    hashes: FileHashes | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> ModelShape:
@@ -76,5 +78,5 @@ class MoeModel:
     def sha256(self) -> str:
         """Fingerprint of the checkpoint; of the tensors in memory where there is none."""
         if self.path is not None:
-            return fingerprint_checkpoint(self.path)
+            return (self.hashes or FileHashes(self.path)).fingerprint()
         return fingerprint_tensors(self.model.state_dict())

@@ -71,7 +71,7 @@ class ExpertsLayout:
             return None if name.startswith("down") else 1
         return 1 if name.startswith("down") == self.is_transposed else 2
 
-    def pick_neurons(
+    def keep_channels(
         self, name: str, tensor: torch.Tensor, neurons: torch.Tensor, width: int
     ) -> torch.Tensor:
         """Keep some of an expert's intermediate channels, and pad it with zeros.

@@ -10,8 +10,10 @@ import torch
 from edgemoe.models.safety import check_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    from edgemoe.resume import WorkDirectory
 
 _CHUNK_BYTES = 1 << 22
 _DEFINING = ("config.json", "edgemoe.json", "k_policy.json")
@@ -43,19 +45,38 @@ class FileHashes:
         files: The files that define the checkpoint, ordered by name.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        weights: Sequence[Path] | None = None,
+        read: Callable[[str], bytes | None] | None = None,
+    ) -> None:
         """List the files that define a checkpoint.
 
         Args:
             path: Checkpoint directory.
+            weights: Its weight files, where they were checked already.
+            read: Reads a file of settings by its name, where that was done already.
 
         Raises:
             CheckpointError: Weights are missing, or are not safetensors.
         """
         settings = [path / name for name in _DEFINING if (path / name).exists()]
-        self.files = sorted([*settings, *check_weights(path)])
+        self.files = sorted([*settings, *(check_weights(path) if weights is None else weights)])
+        self._read = read
         self._hashes: dict[str, str] = {}
         self._begun: dict[str, tuple[hashlib._Hash, int]] = {}
+        self._kept: tuple[WorkDirectory, str] | None = None
+
+    def remember(self, work: WorkDirectory, name: str = "hashes.json") -> None:
+        """Take over what an interrupted run has hashed, and keep what this one will.
+
+        Args:
+            work: Where both are kept.
+            name: In which file.
+        """
+        self.recall(work.read(name) or {})
+        self._kept = (work, name)
 
     def recall(self, known: Mapping[str, Any]) -> None:
         """Take over hashes of files that have not changed since.
@@ -83,6 +104,9 @@ class FileHashes:
         """
         if file.name in self._hashes:
             return
+        if self._read is not None and file.name in _DEFINING:
+            self._finish(file, hashlib.sha256(self._read(file.name) or b""))
+            return
         digest, begin = self._begun.get(file.name, (hashlib.sha256(), 0))
         with file.open("rb", buffering=0) as stream:
             stream.seek(begin)
@@ -90,12 +114,18 @@ class FileHashes:
                 wanted = _CHUNK_BYTES if end is None else min(end - begin, _CHUNK_BYTES)
                 chunk = stream.read(wanted)
                 if not chunk:
-                    self._hashes[file.name] = digest.hexdigest()
-                    self._begun.pop(file.name, None)
+                    self._finish(file, digest)
                     return
                 digest.update(chunk)
                 begin += len(chunk)
         self._begun[file.name] = (digest, begin)
+
+    def _finish(self, file: Path, digest: hashlib._Hash) -> None:
+        self._hashes[file.name] = digest.hexdigest()
+        self._begun.pop(file.name, None)
+        if self._kept is not None:
+            work, name = self._kept
+            work.write(name, self.as_dict())
 
     def fingerprint(self) -> str:
         """Return what :func:`fingerprint_checkpoint` does."""

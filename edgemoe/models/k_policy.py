@@ -44,11 +44,12 @@ def save_k_policy(policy: KPolicy | None, path: Path) -> None:
         (path / FILE_NAME).write_text(text, encoding="utf-8")
 
 
-def read_k_policy(path: Path) -> KPolicy | None:
+def read_k_policy(path: Path, content: bytes | None = None) -> KPolicy | None:
     """Read the policy of a checkpoint.
 
     Args:
         path: Checkpoint directory.
+        content: What the file holds, where that was read already.
 
     Returns:
         The policy; None where there is none.
@@ -57,16 +58,16 @@ def read_k_policy(path: Path) -> KPolicy | None:
         CheckpointError: The file breaks the format.
     """
     file = path / FILE_NAME
-    if not file.exists():
+    if content is None and not file.exists():
         return None
-    content = read_json_object(file)
-    form, version = content.pop("format", None), content.pop("version", None)
+    found = read_json_object(file, content)
+    form, version = found.pop("format", None), found.pop("version", None)
     if (form, version) != (_FORMAT, _VERSION):
         raise CheckpointError(
             f"{file} must be {_FORMAT} version {_VERSION}, got {form!r} version {version!r}. "
             "Open it with the edgemoe that wrote it."
         )
-    return KPolicy.from_json(content, str(file))
+    return KPolicy.from_json(found, str(file))
 
 
 def put_k_policy(model: MoeModel, policy: KPolicy | None) -> None:

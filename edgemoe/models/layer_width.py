@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from edgemoe.models.layer import MoeLayer
 
 
-def neuron_outputs(layer: MoeLayer, expert: int) -> torch.Tensor:
+def channel_outputs(layer: MoeLayer, expert: int) -> torch.Tensor:
     """Return what each channel of an expert adds to its output, where the channel gives 1.
 
     Args:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from edgemoe.models.discovery import ModelFacts
+    from edgemoe.models.discovery import ModelSpec
     from edgemoe.models.registry import Family
 
 FILE_NAME = "edgemoe.json"
@@ -82,11 +82,12 @@ class RaggedNote:
         (path / FILE_NAME).write_text(text, encoding="utf-8")
 
 
-def read_ragged_note(path: Path) -> RaggedNote | None:
+def read_ragged_note(path: Path, content: bytes | None = None) -> RaggedNote | None:
     """Read `edgemoe.json`, where a checkpoint has one.
 
     Args:
         path: Checkpoint directory.
+        content: What the file holds, where that was read already.
 
     Returns:
         What it says; None for a plain checkpoint.
@@ -95,9 +96,20 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
         CheckpointError: The file breaks the format.
     """
     file = path / FILE_NAME
-    if not file.exists():
+    if content is None and not file.exists():
         return None
-    content = read_json_object(file)
+    note = _parse(file, read_json_object(file, content))
+    pairs = zip(note.ranks_per_layer or (), note.basis_per_layer or (), strict=False)
+    both = [index for index, pair in enumerate(pairs) if None not in pair]
+    if both:
+        raise CheckpointError(
+            f"{file}: a layer must be factored or share bases, got both for MoE layer "
+            f"{both[0]}. Apply the plan again."
+        )
+    return note
+
+
+def _parse(file: Path, content: dict[str, Any]) -> RaggedNote:
     if content.get("format") != _FORMAT or content.get("version") != _VERSION:
         raise CheckpointError(
             f"{file} must be {_FORMAT} version {_VERSION}, got {content.get('format')!r} "
@@ -112,7 +124,7 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
             f"{file} must have no other keys, got {sorted(unknown)}. Remove them."
         )
     provenance = content.get("provenance")
-    note = RaggedNote(
+    return RaggedNote(
         moe_layers=_counts(file, content, "moe_layers", least=0),
         experts_per_layer=_counts(file, content, "experts_per_layer", least=1),
         provenance=provenance if isinstance(provenance, dict) else {},
@@ -120,14 +132,6 @@ def read_ragged_note(path: Path) -> RaggedNote | None:
         basis_per_layer=_bases(file, content),
         widths_per_layer=_widths(file, content),
     )
-    pairs = zip(note.ranks_per_layer or (), note.basis_per_layer or (), strict=False)
-    both = [index for index, pair in enumerate(pairs) if None not in pair]
-    if both:
-        raise CheckpointError(
-            f"{file}: a layer must be factored or share bases, got both for MoE layer "
-            f"{both[0]}. Apply the plan again."
-        )
-    return note
 
 
 def _ranks(file: Path, content: dict[str, Any]) -> tuple[Ranks | None, ...] | None:
@@ -198,7 +202,7 @@ def _counts(file: Path, content: dict[str, Any], key: str, *, least: int) -> tup
     return tuple(found)
 
 
-def make_ragged_class(family: Family, note: RaggedNote, facts: ModelFacts) -> type[Any]:
+def make_ragged_class(family: Family, note: RaggedNote, spec: ModelSpec) -> type[Any]:
     """Derive the family's language model with the right number of experts in each layer.
 
     Transformers then loads the weights by its own conversion rules, into these shapes.
@@ -206,7 +210,7 @@ def make_ragged_class(family: Family, note: RaggedNote, facts: ModelFacts) -> ty
     Args:
         family: The family.
         note: What `edgemoe.json` says.
-        facts: How its layers are built.
+        spec: How its layers are built.
 
     Returns:
         A subclass; set an instance's class back to the base once it is loaded.
@@ -217,23 +221,23 @@ def make_ragged_class(family: Family, note: RaggedNote, facts: ModelFacts) -> ty
         self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
     ) -> None:
         base.__init__(self, config, *args, **kwargs)
-        resize_layers(self, facts, note)
+        resize_layers(self, spec, note)
 
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
 
 
-def resize_layers(model: PreTrainedModel, facts: ModelFacts, note: RaggedNote) -> None:
+def resize_layers(model: PreTrainedModel, spec: ModelSpec, note: RaggedNote) -> None:
     """Allocate each MoE layer's experts; their contents are undefined.
 
     Args:
         model: A model that is being built.
-        facts: How its layers are built.
+        spec: How its layers are built.
         note: What `edgemoe.json` says.
 
     Raises:
         CheckpointError: The model has other MoE layers.
     """
-    layers = view_layers(model, facts)
+    layers = view_layers(model, spec)
     moe_layers, counts = note.moe_layers, note.experts_per_layer
     if [layer.index for layer in layers] != list(moe_layers) or len(counts) != len(layers):
         raise CheckpointError(

@@ -18,11 +18,12 @@ _SINGLE = "model.safetensors"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, content: bytes | None = None) -> dict[str, Any]:
     """Read a JSON file that must hold one object.
 
     Args:
         path: The file.
+        content: What it holds, where that was read already.
 
     Returns:
         The object.
@@ -31,7 +32,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, not UTF-8 JSON, or not an object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text("utf-8") if content is None else content.decode("utf-8")
+        found = json.loads(text)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"a checkpoint must have {path.name}, got none in {path.parent}. Give the "

@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from edgemoe.errors import OutputError
-from edgemoe.models.checkpoint import quiet_transformers
 from edgemoe.models.config_width import width_entries
 from edgemoe.models.factored_layer import ranks_of
 from edgemoe.models.k_policy import save_k_policy
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.ragged import RaggedNote
 
 if TYPE_CHECKING:
@@ -232,9 +232,9 @@ def float32_names(model: MoeModel) -> set[str]:
         Names in the model.
     """
     return {
-        f"{layer.name}.{layer.facts.routing.tensors.correction_bias}"
+        f"{layer.name}.{layer.spec.routing.tensors.correction_bias}"
         for layer in model.layers
-        if layer.facts.routing.tensors is not None
+        if layer.spec.routing.tensors is not None
     }
 
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from edgemoe.models.checkpoint import quiet_transformers
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.registry import find_family
 
 if TYPE_CHECKING:
@@ -106,7 +106,17 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
         "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
     },
-    "dots3_note_text": _ALL_HEADS,
+    # Of other sizes than the layers that see everything, and by default 40 times as wide.
+    "dots3_note_text": {
+        **_ALL_HEADS,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 24,
+        "swa_kv_lora_rank": 24,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 12,
+    },
     "gemma4_text": {
         "enable_moe_block": True,
         "vocab_size_per_layer_input": VOCAB_SIZE,

@@ -10,9 +10,10 @@ import torch
 
 from edgemoe.calibrate.mixture import spread_windows
 from edgemoe.errors import StatisticsError
-from edgemoe.layerwise.replay import only_layer
-from edgemoe.models.checkpoint import quiet_transformers
+from edgemoe.layerwise.batch import Batch
+from edgemoe.layerwise.runner import LayerPass, run_layer
 from edgemoe.models.hooks import observe
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.routers import Routing
 from edgemoe.progress import counting
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from edgemoe.calibrate.sample import Window
     from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.layerwise.replay import Outputs
+    from edgemoe.layerwise.runner import Visit
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer
 
@@ -57,7 +59,7 @@ class LayerView:
         """Let the layers after this one see what it gives with other experts.
 
         Args:
-            tensors: What :meth:`edgemoe.models.layer.MoeLayer.replace` takes.
+            tensors: What `edgemoe.models.layer.MoeLayer.replace` takes.
         """
         self._tensors = tensors
 
@@ -92,18 +94,18 @@ class LayerOracle:
     Attributes:
         provider: Where its layers are.
         windows: The tokens, one forward pass each.
-        crew: Who answers what :meth:`map` asks; None for this process.
+        pool: Who answers what `map` asks; None for this process.
     """
 
     def __init__(
-        self, provider: LayerProvider, windows: Sequence[Window], crew: JobMapper | None = None
+        self, provider: LayerProvider, windows: Sequence[Window], pool: JobMapper | None = None
     ) -> None:
         """Ask about windows.
 
         Args:
             provider: The model; it is as before whenever nothing runs.
             windows: The tokens.
-            crew: Workers with the same model.
+            pool: Workers with the same model.
 
         Raises:
             StatisticsError: There are none.
@@ -115,10 +117,9 @@ class LayerOracle:
             )
         self.provider = provider
         self.windows = tuple(windows)
-        self.crew = crew
+        self.batches = batches_of(self.windows)
+        self.pool = pool
         self._answers: dict[Hashable, Any] = {}
-        # A decoder layer, and what the one before it returns for each window.
-        self._reached: tuple[int, list[Outputs]]
         self._forget()
 
     @property
@@ -139,9 +140,9 @@ class LayerOracle:
 
         Returns:
             An oracle over the same model and
-            :func:`edgemoe.calibrate.mixture.spread_windows` of the same tokens.
+            `edgemoe.calibrate.mixture.spread_windows` of the same tokens.
         """
-        return LayerOracle(self.provider, spread_windows(self.windows, tokens), self.crew)
+        return LayerOracle(self.provider, spread_windows(self.windows, tokens), self.pool)
 
     def once(self, question: Hashable, ask: Callable[[], Result]) -> Result:
         """Remember an answer that depends on the model and the tokens alone.
@@ -170,7 +171,7 @@ class LayerOracle:
 
         Args:
             function: A function of a module, from this oracle or its like to an answer. It runs
-                in :meth:`open`, and leaves the model as it was.
+                in `open`, and leaves the model as it was.
             jobs: Its second arguments, best by rising layer.
             description: What the progress bar says.
 
@@ -181,8 +182,8 @@ class LayerOracle:
             SpreadError: Workers die, or cannot do what this process can.
             Exception: What the first job that failed raised.
         """
-        if self.crew is not None:
-            return self.crew.map(function, jobs, self.windows, description)
+        if self.pool is not None:
+            return self.pool.map(function, jobs, self.windows, description)
         self._forget()
         answers = []
         with self.open(), counting(len(jobs), description) as done:
@@ -205,7 +206,7 @@ class LayerOracle:
         """Run the layers before one, from where the last call ended.
 
         Args:
-            index: Which decoder layer; in a block of :meth:`open`.
+            index: Which decoder layer; in a block of `open`.
 
         Returns:
             What the layer before it returns for each window.
@@ -213,21 +214,19 @@ class LayerOracle:
         Raises:
             StreamingError: The family cannot be run layer by layer.
         """
-        if self._reached[0] > index:
+        if self._running.reached > index:
             self._forget()
-        reached, states = self._reached
-        for number in range(reached, index):
-            with self.provider.layer(number):
-                states = self.run_layer(number, states)
-            self._reached = (number + 1, states)
-        return states
+        for number in range(self._running.reached, index):
+            with self._running.layer(number) as visit:
+                visit.send_on(visit.run())
+        return list(self._running.before)
 
     @contextlib.contextmanager
     def visit(self, index: int) -> Iterator[LayerView]:
         """Visit one MoE layer of the unchanged model.
 
         Args:
-            index: Which decoder layer; in a block of :meth:`open`.
+            index: Which decoder layer; in a block of `open`.
 
         Yields:
             The layer, while its weights are in memory.
@@ -236,15 +235,15 @@ class LayerOracle:
             StreamingError: The family cannot be run layer by layer.
         """
         (layer,) = (layer for layer in self.moe.layers if layer.index == index)
-        before = self.states_before(index)
-        with self.provider.layer(index):
-            returned, view = self.observe(layer, before)
-            self._reached = (index + 1, returned)
+        self.states_before(index)
+        with self._running.layer(index) as visit:
+            returned, view = view_layer(visit, layer)
+            visit.send_on(returned)
             yield view
 
     def _forget(self) -> None:
         """Begin with the first layer again: the model may have been changed."""
-        self._reached = (0, [None] * len(self.windows))
+        self._running = LayerPass(self.provider, self.batches)
 
     def walk(self, description: str) -> Iterator[LayerView]:
         """Visit the MoE layers in order.
@@ -260,20 +259,20 @@ class LayerOracle:
         """
         by_index = {layer.index: layer for layer in self.moe.layers}
         last = max(by_index)
-        states: list[Outputs] = [None] * len(self.windows)
+        running = LayerPass(self.provider, self.batches)
         with self.open(), counting(last + 1, description) as done:
             for index in range(last + 1):
                 layer = by_index.get(index)
-                with self.provider.layer(index):
+                with running.layer(index) as visit:
                     if layer is None:
-                        states = self.run_layer(index, states)
+                        visit.send_on(visit.run())
                     else:
-                        returned, view = self.observe(layer, states)
+                        returned, view = view_layer(visit, layer)
                         yield view
                         if view._tensors is not None:
                             with layer.changed(view._tensors):
-                                returned = self.run_layer(index, states)
-                        states = returned
+                                returned = list(visit.run())
+                        visit.send_on(returned)
                 done()
 
     def run_layer(self, index: int, before: Sequence[Outputs]) -> list[Outputs]:
@@ -286,86 +285,57 @@ class LayerOracle:
         Returns:
             What it returns for each window.
         """
-        return run_windows(
-            self.provider.decoder, self.provider.layers, index, self.windows, before
-        )
-
-    def view(self, layer: MoeLayer, before: Sequence[Outputs]) -> LayerView:
-        """Look at one MoE layer, whose weights are in memory, on all windows.
-
-        Args:
-            layer: Which.
-            before: As in :meth:`run_layer`.
-
-        Returns:
-            The layer, what reaches its experts, and what its router decides.
-        """
-        return self.observe(layer, before)[1]
-
-    def observe(
-        self, layer: MoeLayer, before: Sequence[Outputs]
-    ) -> tuple[list[Outputs], LayerView]:
-        """Run one MoE layer, whose weights are in memory, on all windows, and look at it.
-
-        Args:
-            layer: Which.
-            before: As in :meth:`run_layer`.
-
-        Returns:
-            What it returns for each window, and what :meth:`view` returns.
-        """
-        calls: list[tuple[torch.Tensor, Routing]] = []
-        asked: list[RouterCall] = []
-
-        def keep(_: MoeLayer, hidden: torch.Tensor, routing: Routing, __: Any) -> None:
-            calls.append((hidden.detach().clone(), routing))
-
-        def keep_call(
-            _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
-        ) -> None:
-            asked.append((arguments, options))
-
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(observe(self.moe, keep))
-            if layer.rule is None:
-                hook = layer.router.register_forward_pre_hook(keep_call, with_kwargs=True)
-                stack.callback(hook.remove)
-            returned = self.run_layer(layer.index, before)
-        routing = Routing(
-            torch.cat([found.logits for _, found in calls]),
-            torch.cat([found.weights.float() for _, found in calls]),
-            torch.cat([found.indices for _, found in calls]),
-        )
-        hidden = torch.cat([hidden for hidden, _ in calls])
-        return returned, LayerView(layer, hidden, routing, tuple(asked))
+        return list(run_layer(self.provider, index, self.batches, before))
 
 
-def run_windows(
-    decoder: nn.Module,
-    layers: nn.ModuleList,
-    index: int,
-    windows: Sequence[Window],
-    before: Sequence[Outputs],
-) -> list[Outputs]:
-    """Run one decoder layer of any model on windows.
+def view_layer(visit: Visit, layer: MoeLayer) -> tuple[list[Outputs], LayerView]:
+    """Run an MoE layer that is visited, and look at it.
 
     Args:
-        decoder: What runs the layers.
-        layers: All of them; the one that runs must have its weights.
-        index: Which runs.
-        windows: The tokens.
-        before: What the layer before it returned for each window; None for the first.
+        visit: The visit.
+        layer: The layer.
 
     Returns:
-        What it returns for each window.
+        What it returns for each batch, and what reached its experts and its router decided on
+        all their tokens.
 
     Raises:
         StreamingError: The family cannot be run layer by layer.
     """
-    with only_layer(decoder, layers, index) as run:
-        return [
-            run(inputs_of(window), given) for window, given in zip(windows, before, strict=True)
-        ]
+    calls: list[tuple[torch.Tensor, Routing]] = []
+    asked: list[RouterCall] = []
+
+    def keep(_: MoeLayer, hidden: torch.Tensor, routing: Routing, __: Any) -> None:
+        calls.append((hidden.detach().clone(), routing))
+
+    def keep_call(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        asked.append((arguments, options))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(observe(visit.provider.moe, keep))
+        if layer.rule is None:
+            hook = layer.router.register_forward_pre_hook(keep_call, with_kwargs=True)
+            stack.callback(hook.remove)
+        returned = list(visit.run())
+    routing = Routing(
+        torch.cat([found.logits for _, found in calls]),
+        torch.cat([found.weights.float() for _, found in calls]),
+        torch.cat([found.indices for _, found in calls]),
+    )
+    hidden = torch.cat([hidden for hidden, _ in calls])
+    return returned, LayerView(layer, hidden, routing, tuple(asked))
+
+
+def batches_of(windows: Sequence[Window]) -> list[Batch]:
+    """Make a forward pass of each window.
+
+    Args:
+        windows: The tokens.
+
+    Returns:
+        The passes.
+    """
+    return [Batch(torch.tensor([window.ids])) for window in windows]
 
 
 def inputs_of(window: Window) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from edgemoe.models.checkpoint import load_model
 from edgemoe.models.opening import open_streamed
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.parallel.agreement import check_agreement
-from edgemoe.parallel.worker_cache import hold
+from edgemoe.parallel.worker_cache import get_or_create
 from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crew:
+class WorkerPool:
     """Workers that have a checkpoint open.
 
     Attributes:
@@ -70,7 +70,7 @@ class Crew:
             Exception: What the first job that failed raised.
         """
         questions = [
-            Question(
+            RemoteCall(
                 model=self.model,
                 whole=self.whole,
                 threads=self.threads,
@@ -85,13 +85,13 @@ class Crew:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class RemoteCall:
     """One job, and what its worker must know besides.
 
     Attributes:
-        model: As in `Crew`.
-        whole: As in `Crew`.
-        threads: As in `Crew`.
+        model: As in `WorkerPool`.
+        whole: As in `WorkerPool`.
+        threads: As in `WorkerPool`.
         versions: What the worker must have too, or its bits may differ.
         windows: The tokens.
         function: What answers.
@@ -107,7 +107,7 @@ class Question:
     job: Any
 
 
-def answer(question: Question) -> Any:
+def answer(question: RemoteCall) -> Any:
     """Answer a question, in a worker.
 
     Args:
@@ -127,15 +127,15 @@ def answer(question: Question) -> Any:
     if question.threads is not None:
         torch.set_num_threads(question.threads)
     model = (question.model, question.whole)
-    home = hold("home of a crew", model, lambda: _open(question))
-    oracle = hold(
+    home = get_or_create("home of a crew", model, lambda: _open(question))
+    oracle = get_or_create(
         "oracle", (model, question.windows), lambda: LayerOracle(home, question.windows)
     )
     with oracle.open():
         return question.function(oracle, question.job)
 
 
-def _open(question: Question) -> LayerProvider:
+def _open(question: RemoteCall) -> LayerProvider:
     if question.whole:
         return InMemoryLayers(load_model(question.model))
     return StreamedLayers(open_streamed(question.model))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from edgemoe.parallel.workers import Place
+    from edgemoe.parallel.workers import ExecutorConfig
 
 
 def check_agreement(directories: Mapping[str, Path], versions: Mapping[str, str]) -> None:
@@ -39,14 +39,14 @@ def check_agreement(directories: Mapping[str, Path], versions: Mapping[str, str]
         )
 
 
-def threads_of(place: Place, wanted: int | None) -> int | None:
+def threads_of(executor: ExecutorConfig, wanted: int | None) -> int | None:
     """Return the CPU threads that a job computes with.
 
     The number of threads decides how some products are summed: as many as in one process give
     the bits of one process. A cluster's machines have their own number, which Ray sets.
 
     Args:
-        place: Where jobs run.
+        executor: Where jobs run.
         wanted: What was asked for, in [1, inf).
 
     Returns:
@@ -56,6 +56,6 @@ def threads_of(place: Place, wanted: int | None) -> int | None:
         return wanted
     import torch
 
-    if isinstance(place, RayCluster) and place.address != "local":
+    if isinstance(executor, RayCluster) and executor.address != "local":
         return None
     return torch.get_num_threads()

@@ -25,11 +25,11 @@ _ANSWER_SECONDS = 10.0
 class ClusterWorkers(Workers):
     """Ray tasks, as many at a time as there are workers."""
 
-    def __init__(self, place: RayCluster) -> None:
+    def __init__(self, executor: RayCluster) -> None:
         """Connect to a cluster, or start one.
 
         Args:
-            place: Which, and how many jobs at a time.
+            executor: Which, and how many jobs at a time.
 
         Raises:
             MissingDependencyError: Ray is not installed.
@@ -44,22 +44,22 @@ class ClusterWorkers(Workers):
                 "a Ray cluster needs the extra 'ray': ray is not installed. "
                 "Run: pip install 'edgemoe[ray]'"
             ) from error
-        self.place = place
+        self.executor = executor
         self._ray: Any = ray
         self._running: dict[Any, int] = {}
         # An application may have connected already; then it also disconnects.
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
-            _connect(ray, place)
+            _connect(ray, executor)
         try:
             cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
             machines = [int(count) for count in cpus if count >= 1]
-            self.count, cpus_each = share_out(machines, place.count)
+            self.count, cpus_each = share_out(machines, executor.count)
             gpus = ray.cluster_resources().get("GPU", 0)
         except BaseException:
             self.close()
             raise
-        gpus_each = gpus >= self.count if place.gpus is None else place.gpus
+        gpus_each = gpus >= self.count if executor.gpus is None else executor.gpus
         if gpus_each and gpus < 1:
             self.close()
             raise SpreadError(
@@ -138,12 +138,12 @@ def share_out(machines: list[int], count: int | None) -> tuple[int, int]:
     return count, max(1, min(machines) // on_each)
 
 
-def _connect(ray: Any, place: RayCluster) -> None:
-    options: dict[str, Any] = {"address": place.address}
-    if place.address == "local":
-        cpus = max(os.cpu_count() or 1, place.count or 1)
+def _connect(ray: Any, executor: RayCluster) -> None:
+    options: dict[str, Any] = {"address": executor.address}
+    if executor.address == "local":
+        cpus = max(os.cpu_count() or 1, executor.count or 1)
         options.update(num_cpus=cpus, include_dashboard=False)
-    host, _, port = place.address.removeprefix("ray://").rpartition(":")
+    host, _, port = executor.address.removeprefix("ray://").rpartition(":")
     try:
         if port.isdigit():
             # Ray itself tries for five minutes.
@@ -153,7 +153,7 @@ def _connect(ray: Any, place: RayCluster) -> None:
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError) as error:
         raise SpreadError(
-            f"a Ray cluster must answer at {place.address!r}, got: {_last_line(error)}. "
+            f"a Ray cluster must answer at {executor.address!r}, got: {_last_line(error)}. "
             "Start one with `ray start --head`, or use `local`."
         ) from error
 

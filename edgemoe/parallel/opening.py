@@ -7,15 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.parallel.cluster import ClusterWorkers
 from edgemoe.parallel.processes import LocalProcesses
-from edgemoe.parallel.worker_cache import let_go
-from edgemoe.parallel.workers import Here, Outcome, Place, Processes, Workers, perform
+from edgemoe.parallel.worker_cache import clear_cache
+from edgemoe.parallel.workers import (
+    ExecutorConfig,
+    InProcess,
+    Outcome,
+    Processes,
+    Workers,
+    perform,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 
 class _Here(Workers):
-    place = Here()
+    executor = InProcess()
     count = 1
 
     def __init__(self) -> None:
@@ -34,15 +41,15 @@ class _Here(Workers):
 
     def close(self) -> None:
         """Release what jobs opened: this process goes on without them."""
-        let_go()
+        clear_cache()
 
 
 @contextlib.contextmanager
-def open_workers(place: Place | Workers) -> Iterator[Workers]:
+def open_workers(executor: ExecutorConfig | Workers) -> Iterator[Workers]:
     """Start workers, or connect to them.
 
     Args:
-        place: Where; workers that are open serve as they are.
+        executor: Where; workers that are open serve as they are.
 
     Yields:
         The workers. Those that were not open before end with the block; a cluster that was
@@ -52,15 +59,15 @@ def open_workers(place: Place | Workers) -> Iterator[Workers]:
         SpreadError: The cluster cannot be reached, or has nothing to run jobs on.
         MissingDependencyError: Ray is not installed.
     """
-    if isinstance(place, Workers):
-        yield place
+    if isinstance(executor, Workers):
+        yield executor
         return
     workers: Workers
-    if isinstance(place, Here):
+    if isinstance(executor, InProcess):
         workers = _Here()
-    elif isinstance(place, Processes):
-        workers = LocalProcesses(place.count)
+    elif isinstance(executor, Processes):
+        workers = LocalProcesses(executor.count)
     else:
-        workers = ClusterWorkers(place)
+        workers = ClusterWorkers(executor)
     with contextlib.closing(workers):
         yield workers

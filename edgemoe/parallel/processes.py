@@ -34,7 +34,7 @@ class LocalProcesses(Workers):
         """
         if count < 1:
             raise SpreadError(f"the number of workers must be in [1, inf), got {count}.")
-        self.place = Processes(count)
+        self.executor = Processes(count)
         self.count = count
         # A fork would share locks and threads of torch in whatever state they are.
         self._context = multiprocessing.get_context("spawn")

@@ -17,7 +17,7 @@ Thing = TypeVar("Thing")
 _held: dict[str, tuple[Hashable, Any]] = {}
 
 
-def hold(kind: str, key: Hashable, make: Callable[[], Thing]) -> Thing:
+def get_or_create(kind: str, key: Hashable, make: Callable[[], Thing]) -> Thing:
     """Return what this process holds, or open it and hold it.
 
     Args:
@@ -35,6 +35,6 @@ def hold(kind: str, key: Hashable, make: Callable[[], Thing]) -> Thing:
     return thing
 
 
-def let_go() -> None:
+def clear_cache() -> None:
     """Forget all that this process holds."""
     _held.clear()

@@ -33,7 +33,7 @@ _POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Here:
+class InProcess:
     """In this process, one job after another."""
 
 
@@ -64,11 +64,11 @@ class RayCluster:
     gpus: bool | None = False
 
 
-Place: TypeAlias = "Here | Processes | RayCluster"
+ExecutorConfig: TypeAlias = "InProcess | Processes | RayCluster"
 
 
 @dataclass(frozen=True)
-class Steps:
+class JobProgress:
     """Progress within jobs, where they tell of it.
 
     Attributes:
@@ -113,11 +113,11 @@ class Workers(abc.ABC):
     """Where jobs run.
 
     Attributes:
-        place: Where that is.
+        executor: Where that is.
         count: How many jobs run at a time.
     """
 
-    place: Place
+    executor: ExecutorConfig
     count: int
 
     def map(
@@ -126,7 +126,7 @@ class Workers(abc.ABC):
         jobs: Sequence[Job],
         description: str,
         *,
-        steps: Steps | None = None,
+        steps: JobProgress | None = None,
     ) -> list[Result]:
         """Run a function over jobs.
 

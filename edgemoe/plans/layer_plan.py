@@ -145,7 +145,7 @@ class LayerPlan:
         order = sorted(range(len(self.experts)), key=lambda n: self.experts[n].members)
         if self.ranks is not None:
             self._check_ranks(self.ranks)
-            if self.is_narrowing:
+            if self.prunes_width:
                 raise PlanError(
                     f"layer {self.layer}: experts must either keep some of their neurons or be "
                     "factored, got both neurons and ranks. Apply the plan with neurons first, "
@@ -160,7 +160,7 @@ class LayerPlan:
         return any(len(expert.members) > 1 for expert in self.experts)
 
     @property
-    def is_narrowing(self) -> bool:
+    def prunes_width(self) -> bool:
         """Whether any expert keeps only some of its intermediate channels."""
         return any(expert.neurons is not None for expert in self.experts)
 

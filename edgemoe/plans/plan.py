@@ -83,7 +83,7 @@ class Plan:
         ordered = tuple(sorted(self.layers, key=lambda layer: layer.layer))
         object.__setattr__(self, "layers", ordered)
         ranked = [layer.layer for layer in ordered if layer.ranks is not None]
-        narrowed = [layer.layer for layer in ordered if layer.is_narrowing]
+        narrowed = [layer.layer for layer in ordered if layer.prunes_width]
         if self.factors is not None and narrowed:
             raise PlanError(
                 "a plan must either factor experts or choose their neurons, got ranks of "
@@ -108,9 +108,9 @@ class Plan:
         return tuple(layer.stored_ranks for layer in self.layers)
 
     @property
-    def is_narrowing(self) -> bool:
+    def prunes_width(self) -> bool:
         """Whether any expert keeps only some of its intermediate channels."""
-        return any(layer.is_narrowing for layer in self.layers)
+        return any(layer.prunes_width for layer in self.layers)
 
     def widths(self, shape: ModelShape) -> tuple[int, ...]:
         """Return the width that the experts of each layer are stored in.

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from edgemoe.apply.checks import refuse_neurons
+from edgemoe.apply.checks import refuse_width_pruning
 from edgemoe.apply.expert_tensors import plan_tensors
 from edgemoe.errors import PlanError
-from edgemoe.models.layer_width import neuron_outputs
+from edgemoe.models.layer_width import channel_outputs
 from edgemoe.prune.widths import check_choice, keep_equal, keep_ragged
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def camera(
     if not 0 <= alpha <= 1:
         raise PlanError(f"alpha must be in [0, 1], got {alpha}.")
     for layer in oracle.moe.layers:
-        refuse_neurons(layer, shape.family)
+        refuse_width_pruning(layer, shape.family)
     plans = []
     views = oracle.fewer(tokens).walk("prune (camera)")
     for layer_shape, width, view in zip(shape.layers, counts, views, strict=True):
@@ -113,6 +113,6 @@ def energies(view: LayerView, alpha: float) -> NDArray[np.float64]:
             squares = (units * routing.weights[chunk, slot, None].double()).square()
             total += squares.sum(dim=0)
             largest = torch.maximum(largest, squares.amax(dim=0))
-        columns = neuron_outputs(layer, expert).double().square().sum(dim=0)
+        columns = channel_outputs(layer, expert).double().square().sum(dim=0)
         found[expert] = (((1 - alpha) * total + alpha * largest) * columns).numpy()
     return found

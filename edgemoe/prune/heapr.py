@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from edgemoe.apply.checks import refuse_neurons
+from edgemoe.apply.checks import refuse_width_pruning
 from edgemoe.layerwise.provider import whole_model
-from edgemoe.models.checkpoint import quiet_transformers
-from edgemoe.models.layer_width import neuron_outputs
+from edgemoe.models.layer_width import channel_outputs
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.oracle.gradients import take_gradients
 from edgemoe.progress import track
 from edgemoe.prune.widths import check_choice, keep_equal, keep_ragged, share_widths
@@ -77,7 +77,7 @@ def heapr(
     check_choice(widths)
     whole_model(oracle.provider, "heapr, which takes gradients through it,")
     for layer in oracle.moe.layers:
-        refuse_neurons(layer, shape.family)
+        refuse_width_pruning(layer, shape.family)
     scores = oracle.once(
         ("heapr", tokens), lambda: importances(oracle.moe, oracle.fewer(tokens).windows)
     )
@@ -131,7 +131,7 @@ def _add(call: LayerGradient, inputs: torch.Tensor, gradients: torch.Tensor) -> 
         # The layer's output has the expert's times its gate in it.
         gates = call.routing.weights[tokens, slots, None].double()
         at_output = call.gradient[tokens].double() * gates
-        columns = neuron_outputs(layer, expert).double()
+        columns = channel_outputs(layer, expert).double()
         gradients[expert] += (at_output @ columns).square().sum(dim=0)
 
 

@@ -45,28 +45,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Method:
+class PruningMethod:
     """A pruning method.
 
     Attributes:
         decide: From statistics, shape, counts and seed to layers' plans; a method that runs
             layers has the oracle before them. Options are keyword arguments.
-        runs_layers: Whether it needs the model besides the statistics.
-        draws: Whether another seed may give another plan.
-        spreads: Whether it asks its oracle through
+        needs_forward: Whether it needs the model besides the statistics.
+        stochastic: Whether another seed may give another plan.
+        parallel: Whether it asks its oracle through
             `edgemoe.oracle.oracle.LayerOracle.map`, so that workers can answer.
-        shares_out: Whether it decides itself how many experts each layer keeps; only their sum
-            counts then.
-        picks_neurons: Whether it keeps all experts and chooses their channels; counts are
+        allocates_layers: Whether it decides itself how many experts each layer keeps; only
+            their sum counts then.
+        prunes_width: Whether it keeps all experts and chooses their channels; counts are
             channels of each expert then.
     """
 
     decide: Callable[..., tuple[LayerPlan, ...]]
-    runs_layers: bool = False
-    draws: bool = False
-    spreads: bool = False
-    shares_out: bool = False
-    picks_neurons: bool = False
+    needs_forward: bool = False
+    stochastic: bool = False
+    parallel: bool = False
+    allocates_layers: bool = False
+    prunes_width: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Method:
         return options_of(self.decide)
 
 
-def scoring(score: Callable[[LayerSums], NDArray[np.float64]]) -> Method:
+def scoring(score: Callable[[LayerSums], NDArray[np.float64]]) -> PruningMethod:
     """Make a method of a score: each layer keeps the experts of the highest.
 
     Args:
@@ -91,26 +91,28 @@ def scoring(score: Callable[[LayerSums], NDArray[np.float64]]) -> Method:
         del seed
         return keep_by_score(statistics, shape, counts, score)
 
-    return Method(decide)
+    return PruningMethod(decide)
 
 
-METHODS: dict[str, Method] = {
-    "camera": Method(camera, runs_layers=True, picks_neurons=True),
+METHODS: dict[str, PruningMethod] = {
+    "camera": PruningMethod(camera, needs_forward=True, prunes_width=True),
     "frequency": scoring(frequency),
-    "heapr": Method(heapr, runs_layers=True, picks_neurons=True),
+    "heapr": PruningMethod(heapr, needs_forward=True, prunes_width=True),
     "man": scoring(man),
-    "moe-i2": Method(moe_i2, runs_layers=True, draws=True, spreads=True, shares_out=True),
+    "moe-i2": PruningMethod(
+        moe_i2, needs_forward=True, stochastic=True, parallel=True, allocates_layers=True
+    ),
     "msan": scoring(msan),
-    "naee": Method(naee, runs_layers=True, spreads=True),
-    "random": Method(random, draws=True),
+    "naee": PruningMethod(naee, needs_forward=True, parallel=True),
+    "random": PruningMethod(random, stochastic=True),
     "reap": scoring(reap),
-    "ream": Method(ream, runs_layers=True),
+    "ream": PruningMethod(ream, needs_forward=True),
     "seer": scoring(seer),
-    "uncurl": Method(uncurl, draws=True),
+    "uncurl": PruningMethod(uncurl, stochastic=True),
 }
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str) -> PruningMethod:
     """Find a method by name.
 
     Args:
@@ -159,12 +161,16 @@ def find_owl(method: str, options: Mapping[str, Any]) -> Owl | None:
         PlanError: A setting is out of range, or the method shares out experts itself.
     """
     owl = Owl.from_options(options)
-    if owl is not None and find_method(method).picks_neurons:
+    if owl is not None and find_method(method).prunes_width:
         raise PlanError(
             f"--layers must be uniform for {method}, which keeps all experts, got owl. "
             "Leave it out."
         )
-    if owl is not None and find_method(method).shares_out and options.get("ratios") != "given":
+    if (
+        owl is not None
+        and find_method(method).allocates_layers
+        and options.get("ratios") != "given"
+    ):
         raise PlanError(
             f"--layers must be uniform for {method}, which decides itself how many experts "
             "each layer keeps, got owl. Leave it out, or add --set ratios=given."
@@ -182,7 +188,7 @@ def needs_model(method: str, options: Mapping[str, Any]) -> bool:
     Returns:
         Whether the method runs layers, or OWL does.
     """
-    return find_method(method).runs_layers or find_owl(method, options) is not None
+    return find_method(method).needs_forward or find_owl(method, options) is not None
 
 
 def fill_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,7 +220,7 @@ def count_for(method: str, shape: ModelShape, keep: float) -> tuple[int, ...]:
     Raises:
         PlanError: There is no such method, or the model cannot keep that fraction.
     """
-    if find_method(method).picks_neurons:
+    if find_method(method).prunes_width:
         return count_widths(shape, keep)
     return count_kept(shape, keep=keep)
 
@@ -259,7 +265,7 @@ def make_plan(
     if unknown:
         raise PlanError(f"{method} must be given its own options, got {unknown}.")
     owl = find_owl(method, given)
-    check = check_widths if found.picks_neurons else check_counts
+    check = check_widths if found.prunes_width else check_counts
     asked = counts = check(statistics.shape, counts)
     weights = {task: 1.0} if isinstance(task, str) else dict(task)
     mixture = mix(statistics, weights)
@@ -272,10 +278,10 @@ def make_plan(
         oracle = open_oracle(mixture.windows)
         if owl is not None:
             counts = owl.count_kept(oracle, statistics.shape, counts)
-        if found.runs_layers:
+        if found.needs_forward:
             decide = functools.partial(decide, oracle)
     layers = decide(measured, statistics.shape, counts, seed, **own)
-    counted = "keep_neurons" if found.picks_neurons else "keep_experts"
+    counted = "keep_neurons" if found.prunes_width else "keep_experts"
     chosen: dict[str, Any] = {counted: list(asked), **fill_options(method, given)}
     if len(weights) > 1:
         chosen["task_weights"] = weights

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgemoe.recover.down_projections import routed_tensor, shared_modules
-from edgemoe.recover.method import Method, Phase, Training
+from edgemoe.recover.method import Phase, RecoveryMethod, Training
 from edgemoe.recover.refit import refit
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def prepare(model: MoeModel, options: RecoverOptions) -> Training:
     return Training(parameters=found, phases=(phase,))
 
 
-LEAST_SQUARES = Method(
+LEAST_SQUARES = RecoveryMethod(
     name="least-squares",
     prepare=prepare,
     run=refit,

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgemoe.recover.adapters import add_adapters
-from edgemoe.recover.method import Method, Phase, Training
+from edgemoe.recover.method import Phase, RecoveryMethod, Training
 
 if TYPE_CHECKING:
     from edgemoe.models.contract import MoeModel
@@ -45,7 +45,7 @@ def prepare(model: MoeModel, options: RecoverOptions) -> Training:
     )
 
 
-LORA = Method(
+LORA = RecoveryMethod(
     name="lora",
     prepare=prepare,
     learning_rate=2e-4,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgemoe.recover.adapters import add_adapters
-from edgemoe.recover.method import Method, Phase, Training
+from edgemoe.recover.method import Phase, RecoveryMethod, Training
 from edgemoe.recover.trainable import router_parameters
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def prepare(model: MoeModel, options: RecoverOptions) -> Training:
     )
 
 
-LORA_ROUTER_KD = Method(
+LORA_ROUTER_KD = RecoveryMethod(
     name="lora+router-kd",
     prepare=prepare,
     learning_rate=2e-4,

@@ -78,7 +78,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class RecoveryMethod:
     """A recovery method.
 
     Attributes:

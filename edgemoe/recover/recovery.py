@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edgemoe.models.checkpoint import load_model, load_tokenizer, read_config
-from edgemoe.models.fingerprint import FileHashes, hash_file
+from edgemoe.models.checkpoint import Checkpoint, load_model
 from edgemoe.models.saving import float32_names, save_model
 from edgemoe.progress import track
 from edgemoe.recover.held_out import Quality, measure
@@ -25,17 +24,14 @@ from edgemoe.recover.result import Recovered, describe
 from edgemoe.recover.samples import split_task
 from edgemoe.recover.state import PROGRESS, TrainingState
 from edgemoe.recover.teacher import check_teacher, load_teacher
-from edgemoe.recover.trainer import CHECKPOINT_SECONDS, Lesson, train
-from edgemoe.resume import publish, resumable
+from edgemoe.recover.trainer import CHECKPOINT_SECONDS, TrainingTask, train
+from edgemoe.resume import publish, resumable, resume_key
 from edgemoe.staging import recover as put_back
 from edgemoe.staging import refuse_existing, refuse_inputs_inside, require_space
-from edgemoe.versions import library_versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
-
-    from tokenizers import Tokenizer
 
     from edgemoe.models.contract import MoeModel
     from edgemoe.recover.samples import TaskSamples
@@ -43,7 +39,6 @@ if TYPE_CHECKING:
     from edgemoe.tasks import TaskFile
 
 _CHECKPOINT = "checkpoint"
-_HASHES = "hashes.json"
 
 
 def recover_checkpoint(
@@ -91,27 +86,27 @@ def recover_checkpoint(
     refuse_inputs_inside(output, *checkpoints, *(task.path for task in tasks))
     chosen = find_method(method)
     settled = chosen.settle(options or RecoverOptions(), has_teacher=teacher is not None)
-    tokenizer = load_tokenizer(path)
-    samples = _cut(path, tasks, tokenizer, settled)
+    opened = [Checkpoint(checkpoint) for checkpoint in checkpoints]
+    tokenizer = opened[0].tokenizer
+    samples = _cut(opened[0], tasks, settled)
     if teacher is not None:
         check_teacher(teacher, path, tokenizer)
     weights, free = weight_bytes(*checkpoints), free_bytes(device)
     require_memory(weights, free, " and ".join(map(str, checkpoints)))
-    hashes = [FileHashes(checkpoint) for checkpoint in checkpoints]
-    key = {
-        "command": "recover",
-        "checkpoint": hashes[0].stamps(),
-        "teacher": hashes[1].stamps() if teacher is not None else None,
-        "tasks": {task.name: task.sha256 for task in tasks},
-        "method": method,
-        "options": settled.to_dict(),
-        "device": torch.device(device).type,
-        "tokenizer": hash_file(path / "tokenizer.json"),
-        "versions": {**library_versions(), "peft": version("peft")},
-    }
+    key = resume_key(
+        "recover",
+        opened[0],
+        teacher=opened[1] if teacher is not None else None,
+        tasks={task.name: task for task in tasks},
+        method=method,
+        options=settled.to_dict(),
+        device=torch.device(device).type,
+        tokenizer=opened[0].tokenizer_sha256,
+        versions={"peft": version("peft")},
+    )
     with resumable(output, key, PROGRESS, force=force) as work:
-        sha256 = _fingerprint(hashes, work)
-        student = load_model(path)
+        sha256 = _fingerprint(opened, work)
+        student = load_model(opened[0])
         student.model.to(device)
         master = None if teacher is None else load_teacher(teacher).to(device)
         training = chosen.prepare(student, settled)
@@ -124,7 +119,7 @@ def recover_checkpoint(
             found = measure(student.model, master, samples, settled, show=True)
             state.save({"step": 0, "stale": 0, "before": found.to_dict()})
         training.begin()
-        lesson = Lesson(
+        training_task = TrainingTask(
             method=chosen,
             options=settled,
             student=student,
@@ -134,13 +129,13 @@ def recover_checkpoint(
             before=Quality.from_dict(state.progress["before"]),
         )
         run = chosen.run or train
-        seconds = run(lesson, state, checkpoint_seconds=checkpoint_seconds)
-        written, after, best = _take_best(student, lesson, state, path)
+        seconds = run(training_task, state, checkpoint_seconds=checkpoint_seconds)
+        written, after, best = _take_best(student, training_task, state, opened[0])
         told = Recovered(
             method=method,
             family=written.family,
             experts_per_layer=written.experts_per_layer,
-            before=lesson.before,
+            before=training_task.before,
             after=after,
             best_step=best,
             steps=int(state.progress["step"]),
@@ -159,49 +154,52 @@ def recover_checkpoint(
 
 
 def _cut(
-    path: Path, tasks: Sequence[TaskFile], tokenizer: Tokenizer, options: RecoverOptions
+    checkpoint: Checkpoint, tasks: Sequence[TaskFile], options: RecoverOptions
 ) -> tuple[TaskSamples, ...]:
     """Cut the tasks into sequences that the model takes."""
-    _, config = read_config(path)
-    longest = int(getattr(config, "max_position_embeddings", None) or 2**31)
     return tuple(
         split_task(
             task,
-            tokenizer,
+            checkpoint.tokenizer,
             held_out_fraction=options.held_out_fraction,
-            max_length=min(options.sequence_length, longest),
+            max_length=min(options.sequence_length, checkpoint.max_length),
             max_tokens=options.max_tokens,
         )
         for task in tasks
     )
 
 
-def _fingerprint(hashes: Sequence[FileHashes], work: WorkDirectory) -> list[str]:
+def _fingerprint(checkpoints: Sequence[Checkpoint], work: WorkDirectory) -> list[str]:
     """Hash the checkpoints, as far as an earlier run has not."""
-    known = work.read(_HASHES) or {}
+    hashes = [checkpoint.hashes for checkpoint in checkpoints]
     for number, one in enumerate(hashes):
-        one.recall(known.get(str(number), {}))
+        one.remember(work, f"hashes-{number}.json")
     files = [(one, file) for one in hashes for file in one.files]
     for one, file in track(files, "read the checkpoints"):
         one.advance(file)
-    work.write(_HASHES, {str(number): one.as_dict() for number, one in enumerate(hashes)})
     return [one.fingerprint() for one in hashes]
 
 
 def _take_best(
-    student: MoeModel, lesson: Lesson, state: TrainingState, path: Path
+    student: MoeModel, training_task: TrainingTask, state: TrainingState, checkpoint: Checkpoint
 ) -> tuple[MoeModel, Quality, int]:
     """Return what is to be written, how good it is, and the step that it is from."""
     best = int(state.progress.get("best_step", 0))
     if best:
-        state.load_best(lesson.training.parameters)
-        lesson.training.finish()
+        state.load_best(training_task.training.parameters)
+        training_task.training.finish()
         round_to_stored(student)
-        after = measure(student.model, lesson.teacher, lesson.tasks, lesson.options, show=True)
-        if after.loss < lesson.before.loss:
+        after = measure(
+            student.model,
+            training_task.teacher,
+            training_task.tasks,
+            training_task.options,
+            show=True,
+        )
+        if after.loss < training_task.before.loss:
             return student, after, best
     # Nothing helped, or not enough to survive the rounding of what is stored.
-    return load_model(path), lesson.before, 0
+    return load_model(checkpoint), training_task.before, 0
 
 
 @torch.no_grad()

@@ -8,18 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file, save
 from torch import nn
 
 from edgemoe.calibrate.sample import Window
 from edgemoe.errors import RecoveryError, StreamingError
-from edgemoe.layerwise.outputs import LayerOutputs
 from edgemoe.layerwise.provider import InMemoryLayers
-from edgemoe.layerwise.replay import map_tensors
-from edgemoe.models.checkpoint import quiet_transformers
-from edgemoe.models.decoder import find_layers
-from edgemoe.oracle.oracle import LayerOracle, run_windows
-from edgemoe.progress import counting
+from edgemoe.layerwise.runner import LayerTask, Visit, run_layer, run_layers
+from edgemoe.oracle.oracle import batches_of, view_layer
 from edgemoe.recover.down_projections import (
     add_routed,
     add_shared,
@@ -30,25 +25,28 @@ from edgemoe.recover.down_projections import (
     watching,
 )
 from edgemoe.recover.ridge import Block, fit_change
+from edgemoe.resume import WorkDirectory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
     from edgemoe.layerwise.replay import Outputs
     from edgemoe.models.layer import MoeLayer
     from edgemoe.recover.samples import TaskSamples
     from edgemoe.recover.state import TrainingState
-    from edgemoe.recover.trainer import Lesson
+    from edgemoe.recover.trainer import TrainingTask
 
 
-def refit(lesson: Lesson, state: TrainingState, *, checkpoint_seconds: float) -> float | None:
+def refit(
+    training_task: TrainingTask, state: TrainingState, *, checkpoint_seconds: float
+) -> float | None:
     """Change every MoE layer, from where the state is.
 
     Args:
-        lesson: What to change, and on what.
-        state: Where the work is; at the end its progress says ``ended``.
-        checkpoint_seconds: How long a run may lose when it is killed.
+        training_task: What to change, and on what.
+        state: Where the work is; at the end its progress says `ended`.
+        checkpoint_seconds: Not used: a run that is killed loses the layer that it was at.
 
     Returns:
         Seconds per MoE layer; None where none was left.
@@ -57,11 +55,12 @@ def refit(lesson: Lesson, state: TrainingState, *, checkpoint_seconds: float) ->
         RecoveryError: The teacher has other layers.
         StreamingError: A model's layers cannot be run one by one.
     """
+    del checkpoint_seconds  # each layer that is finished is kept
     if "ended" in state.progress:
         return None
-    first, begun = int(state.progress["step"]), time.monotonic()
-    _Refit(lesson, state, checkpoint_seconds).finish()
-    return (time.monotonic() - begun) / (int(state.progress["step"]) - first)
+    begun = time.monotonic()
+    visited = _Refit(training_task, state).finish()
+    return (time.monotonic() - begun) / visited if visited else None
 
 
 @dataclass(frozen=True)
@@ -101,65 +100,85 @@ class _Rows:
 _ONE = 1e-3
 
 
-class _Refit:
-    """One run, possibly over what an earlier one reached."""
+class _Refit(LayerTask):
+    """Visits the layers of both models: what a layer gives on is the teacher's and ours."""
 
-    def __init__(self, lesson: Lesson, state: TrainingState, seconds: float) -> None:
-        assert lesson.teacher is not None
-        self._lesson, self._state, self._seconds = lesson, state, seconds
-        self._rows = _Rows.of(lesson.tasks)
-        self._student = LayerOracle(InMemoryLayers(lesson.student), self._rows.windows)
-        self._teacher = find_layers(lesson.teacher)[:2]
-        ours = len(self._student.provider.layers)
-        sizes = (lesson.teacher.config.get_text_config().hidden_size, len(self._teacher[1]))
-        if sizes != (lesson.student.shape.hidden_size, ours):
+    def __init__(self, training_task: TrainingTask, state: TrainingState) -> None:
+        assert training_task.teacher is not None
+        self._task, self._state = training_task, state
+        self._rows = _Rows.of(training_task.tasks)
+        self._batches = batches_of(self._rows.windows)
+        self._teacher = InMemoryLayers(training_task.teacher)
+        self._student = InMemoryLayers(training_task.student)
+        self._layers = {layer.index: layer for layer in training_task.student.layers}
+        self._changed: list[int] = []
+        self._visited = 0
+        ours, theirs = len(self._student.layers), len(self._teacher.layers)
+        sizes = (training_task.teacher.config.get_text_config().hidden_size, theirs)
+        if sizes != (training_task.student.shape.hidden_size, ours):
             raise RecoveryError(
                 "a teacher of least-squares must have the model's hidden size "
-                f"{lesson.student.shape.hidden_size} and its {ours} decoder layers, got "
+                f"{training_task.student.shape.hidden_size} and its {ours} decoder layers, got "
                 f"{sizes[0]} and {sizes[1]}. Give the checkpoint that the model was compressed "
                 "from."
             )
 
-    def finish(self) -> None:
-        """Visit all decoder layers that are left."""
-        progress: dict[str, Any] = {"changed": [], **self._state.progress}
-        layers = {layer.index: layer for layer in self._lesson.student.layers}
-        first, end = int(progress.get("decoder_layers", 0)), max(layers) + 1
-        for index in progress["changed"]:
-            self._put_back(layers[index])
-        theirs, ours = (self._reopen_stream(number, first) for number in range(2))
-        saved = time.monotonic()
-        with quiet_transformers(), counting(end - first, "least squares") as advance:
-            for index in range(first, end):
-                theirs = run_windows(*self._teacher, index, self._rows.windows, theirs)
-                layer = layers.get(index)
-                if layer is None:
-                    ours = self._student.run_layer(index, ours)
-                else:
-                    ours, is_changed = self._change(layer, ours, theirs)
-                    progress["step"] += 1
-                    if is_changed:
-                        self._keep_layer(layer)
-                        progress["changed"] = [*progress["changed"], index]
-                progress["decoder_layers"] = index + 1
-                if index + 1 < end and time.monotonic() - saved >= self._seconds:
-                    self._keep_streams(progress, (theirs, ours))
-                    saved = time.monotonic()
-                advance()
-        progress["ended"] = "all layers"
-        if progress["changed"]:
-            parameters = self._lesson.training.parameters
-            progress["best_step"] = len(progress["changed"])
-            progress["best_file"] = self._state.save_best(progress["step"], parameters)
+    def finish(self) -> int:
+        """Visit all decoder layers that are left; return how many MoE layers those were."""
+        work = WorkDirectory(self._state.work.path / "layers")
+        work.path.mkdir(exist_ok=True)
+        run_layers(
+            self._student,
+            self._batches,
+            self,
+            description="least squares",
+            layers=range(max(self._layers) + 1),
+            work=work,
+            name="least-squares",
+        )
+        step = int(self._state.progress["step"]) + len(self._layers)
+        progress: dict[str, Any] = {**self._state.progress, "step": step, "ended": "all layers"}
+        if self._changed:
+            parameters = self._task.training.parameters
+            progress["best_step"] = len(self._changed)
+            progress["best_file"] = self._state.save_best(step, parameters)
         self._state.save(progress)
+        return self._visited
+
+    def visit(self, visit: Visit) -> Iterable[Outputs]:
+        """Change one layer, if that helps."""
+        index, before = visit.index, list(visit.before)
+        # Before the first layer there is nothing.
+        given = [[pair and pair[number] for pair in before] for number in range(2)]
+        theirs = list(run_layer(self._teacher, index, self._batches, given[0]))
+        ours = Visit(self._student, self._batches, index, given[1])
+        layer = self._layers.get(index)
+        if layer is None:
+            return zip(theirs, ours.run(), strict=True)
+        self._visited += 1
+        returned, is_changed = self._change(layer, ours, theirs)
+        if is_changed:
+            self._changed.append(index)
+        return zip(theirs, returned, strict=True)
+
+    def state(self, index: int) -> dict[str, torch.Tensor]:
+        """Return what was found for a layer."""
+        return self._tensors(self._layers[index]) if index in self._changed else {}
+
+    def restore(self, index: int, read: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        """Give a layer what an earlier run found for it."""
+        found = read()
+        for name, tensor in self._tensors(self._layers[index]).items():
+            tensor.copy_(found[name])
+        self._changed.append(index)
 
     def _change(
-        self, layer: MoeLayer, before: Sequence[Outputs], theirs: Sequence[Outputs]
+        self, layer: MoeLayer, visit: Visit, theirs: Sequence[Outputs]
     ) -> tuple[list[Outputs], bool]:
         """Change one layer, if that helps; return what it gives now."""
         shared = shared_modules(layer)
         with watching(shared) as given:
-            returned, view = self._student.observe(layer, before)
+            returned, view = view_layer(visit, layer)
         error = rows_of(theirs) - rows_of(returned)
         if error.shape != view.hidden.shape:
             raise StreamingError(
@@ -169,7 +188,7 @@ class _Refit:
             )
         blocks, modules = routed_blocks(view), []
         for module, kept in zip(shared, given, strict=True):
-            gate = self._gate(layer.index, module, before, returned, torch.cat(kept))
+            gate = self._gate(visit, module, returned, torch.cat(kept))
             if gate is not None:
                 rows = torch.arange(len(error), device=error.device)
                 blocks.append(Block(rows, torch.cat(kept) * gate[:, None]))
@@ -190,7 +209,7 @@ class _Refit:
         add_routed(layer, change.matrices[:count])
         for module, matrix in zip(modules, change.matrices[count:], strict=True):
             add_shared(module, matrix)
-        now = self._student.run_layer(layer.index, before)
+        now = list(visit.run())
         left = (rows_of(theirs) - rows_of(now))[cut:].double().square().sum()
         if float(left) < change.error:
             return now, True
@@ -200,9 +219,8 @@ class _Refit:
 
     def _gate(
         self,
-        index: int,
+        visit: Visit,
         module: nn.Linear,
-        before: Sequence[Outputs],
         returned: Sequence[Outputs],
         given: torch.Tensor,
     ) -> torch.Tensor | None:
@@ -210,9 +228,9 @@ class _Refit:
         expected = nn.functional.linear(given, module.weight)
         # Most families multiply by nothing, and one window shows that.
         for windows in (slice(1), slice(None)):
-            asked = LayerOracle(self._student.provider, self._rows.windows[windows])
+            batches, before = self._batches[windows], list(visit.before)[windows]
             with _doubled(module):
-                moved = rows_of(asked.run_layer(index, before[windows]))
+                moved = rows_of(list(run_layer(self._student, visit.index, batches, before)))
             moved = moved - rows_of(returned[windows])
             gate = gate_of(moved, expected[: len(moved)])
             if gate is None:
@@ -226,36 +244,6 @@ class _Refit:
         for number, module in enumerate(shared_modules(layer)):
             tensors[f"shared{number}"] = module.weight
         return {name: tensor.detach() for name, tensor in tensors.items()}
-
-    def _put_back(self, layer: MoeLayer) -> None:
-        """Give a layer what an earlier run found for it."""
-        found = load_file(self._state.work.path / _layer_name(layer.index))
-        for name, tensor in self._tensors(layer).items():
-            tensor.copy_(found[name])
-
-    def _keep_layer(self, layer: MoeLayer) -> None:
-        tensors = {name: t.cpu().contiguous() for name, t in self._tensors(layer).items()}
-        self._state.work.write_bytes(_layer_name(layer.index), save(tensors))
-
-    def _keep_streams(self, progress: dict[str, Any], streams: Sequence[list[Outputs]]) -> None:
-        """Let another run go on behind this layer."""
-        work, done = self._state.work, progress["decoder_layers"]
-        for number, stream in enumerate(streams):
-            outputs = LayerOutputs(work.empty_directory(f"stream{number}-{done:05}"))
-            for returned in stream:
-                outputs.append(returned)
-            outputs.finish()
-        older = self._state.progress.get("decoder_layers")
-        self._state.save(progress)
-        for number in range(len(streams)):
-            work.remove(f"stream{number}-{older or 0:05}")
-
-    def _reopen_stream(self, number: int, done: int) -> list[Outputs]:
-        if not done:
-            return [None] * len(self._rows.windows)
-        kept = LayerOutputs.reopen(self._state.work.path / f"stream{number}-{done:05}")
-        device = self._lesson.model.device
-        return [map_tensors(outputs, lambda tensor: tensor.to(device)) for outputs in kept]
 
 
 def rows_of(outputs: Sequence[Outputs]) -> torch.Tensor:
@@ -284,7 +272,3 @@ def _doubled(module: nn.Linear) -> Iterator[None]:
         yield
     finally:
         module.weight.data = kept
-
-
-def _layer_name(index: int) -> str:
-    return f"layer_{index:05}.safetensors"

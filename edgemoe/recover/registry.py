@@ -12,9 +12,9 @@ from edgemoe.recover.router_kd import ROUTER_KD
 from edgemoe.recover.uncurl import UNCURL
 
 if TYPE_CHECKING:
-    from edgemoe.recover.method import Method
+    from edgemoe.recover.method import RecoveryMethod
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, RecoveryMethod] = {
     "least-squares": LEAST_SQUARES,
     "router-kd": ROUTER_KD,
     "lora": LORA,
@@ -23,7 +23,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str) -> RecoveryMethod:
     """Find a method by name.
 
     Args:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgemoe.recover.method import Method, Phase, Training
+from edgemoe.recover.method import Phase, RecoveryMethod, Training
 from edgemoe.recover.trainable import router_parameters
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def prepare(model: MoeModel, options: RecoverOptions) -> Training:
     return Training(parameters=routers, phases=(phase,))
 
 
-ROUTER_KD = Method(
+ROUTER_KD = RecoveryMethod(
     name="router-kd",
     prepare=prepare,
     learning_rate=5e-5,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemoe.errors import TaskFileError
-from edgemoe.evaluate.requests import build_questions
+from edgemoe.evaluate.requests import build_examples
 from edgemoe.evaluate.scorer import Request
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
-    from edgemoe.evaluate.requests import Question
+    from edgemoe.evaluate.requests import EvalExample
     from edgemoe.tasks import TaskFile
 
 HELD_OUT_TOKENS = 2048
@@ -93,7 +93,7 @@ def split_task(
     requests: dict[bool, tuple[Request, ...]] = {}
     lines = 0
     for held_out, chosen in records.items():
-        questions = build_questions(
+        questions = build_examples(
             replace(task, records=chosen),
             tokenizer,
             max_length=max_length,
@@ -111,7 +111,7 @@ def split_task(
     )
 
 
-def _right_ones(question: Question) -> Iterator[Request]:
+def _right_ones(question: EvalExample) -> Iterator[Request]:
     """List what is right of a line: a text's windows, a completion, or the right choice."""
     if not question.choices:
         yield from question.requests

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgemoe.evaluate.scorer import Request
     from edgemoe.models.contract import MoeModel
     from edgemoe.recover.held_out import Quality
-    from edgemoe.recover.method import Method, Training
+    from edgemoe.recover.method import RecoveryMethod, Training
     from edgemoe.recover.options import RecoverOptions
     from edgemoe.recover.samples import TaskSamples
     from edgemoe.recover.state import TrainingState
@@ -36,7 +36,7 @@ _LARGEST_NORM = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
+class TrainingTask:
     """All that a training is made of.
 
     Attributes:
@@ -49,7 +49,7 @@ class Lesson:
         before: How good the student was before anything was changed.
     """
 
-    method: Method
+    method: RecoveryMethod
     options: RecoverOptions
     student: MoeModel
     teacher: PreTrainedModel | None
@@ -64,7 +64,10 @@ class Lesson:
 
 
 def train(
-    lesson: Lesson, state: TrainingState, *, checkpoint_seconds: float = CHECKPOINT_SECONDS
+    training_task: TrainingTask,
+    state: TrainingState,
+    *,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> float | None:
     """Train to the end, from where the state is.
 
@@ -73,7 +76,7 @@ def train(
     After five measurements without a new low, or a loss that is no number, the training ends.
 
     Args:
-        lesson: What to train, how, and on what.
+        training_task: What to train, how, and on what.
         state: Where the training is; at the end its progress says `ended`.
         checkpoint_seconds: How long a run may lose when it is killed.
 
@@ -81,7 +84,7 @@ def train(
         Seconds per step, measurements included; None where no step was left.
     """
     first, begun = state.progress["step"], time.monotonic()
-    _Run(lesson, state, checkpoint_seconds).finish()
+    _Run(training_task, state, checkpoint_seconds).finish()
     taken = state.progress["step"] - first
     return (time.monotonic() - begun) / taken if taken else None
 
@@ -105,34 +108,38 @@ def learning_rate_factor(step: int, steps: int) -> float:
 class _Run:
     """One run of a training, possibly over what an earlier one reached."""
 
-    def __init__(self, lesson: Lesson, state: TrainingState, seconds: float) -> None:
-        self._lesson = lesson
+    def __init__(
+        self, training_task: TrainingTask, state: TrainingState, seconds: float
+    ) -> None:
+        self._task = training_task
         self._state = state
         self._seconds = seconds
-        self._steps = lesson.training.steps
+        self._steps = training_task.training.steps
         self._every = -(-self._steps // MEASUREMENTS)
-        self._device = lesson.model.device
+        self._device = training_task.model.device
         by_rate: dict[float, list[torch.nn.Parameter]] = {}
-        for name, parameter in lesson.training.parameters.items():
-            by_rate.setdefault(lesson.training.rates.get(name, 1.0), []).append(parameter)
-        assert lesson.options.learning_rate is not None
+        for name, parameter in training_task.training.parameters.items():
+            by_rate.setdefault(training_task.training.rates.get(name, 1.0), []).append(
+                parameter
+            )
+        assert training_task.options.learning_rate is not None
         self._optimizer = torch.optim.AdamW(
             [
-                {"params": group, "highest": rate * lesson.options.learning_rate}
+                {"params": group, "highest": rate * training_task.options.learning_rate}
                 for rate, group in by_rate.items()
             ],
-            weight_decay=lesson.method.weight_decay,
+            weight_decay=training_task.method.weight_decay,
             foreach=False,
         )
-        state.load(lesson.training.parameters, self._optimizer)
+        state.load(training_task.training.parameters, self._optimizer)
 
     def finish(self) -> None:
         """Take all steps that are left."""
         progress = dict(self._state.progress)
         if "ended" in progress:
             return
-        options, first = self._lesson.options, int(progress["step"])
-        batches = Batches(self._lesson.tasks, options.batch_tokens, options.seed)
+        options, first = self._task.options, int(progress["step"])
+        batches = Batches(self._task.tasks, options.batch_tokens, options.seed)
         for _ in range(first):
             batches.draw()
         saved = time.monotonic()
@@ -147,7 +154,7 @@ class _Run:
                     self._judge(progress)
                 is_due = is_measured or time.monotonic() - saved >= self._seconds
                 if is_due or "ended" in progress:
-                    parameters = self._lesson.training.parameters
+                    parameters = self._task.training.parameters
                     self._state.save(progress, parameters, self._optimizer)
                     saved = time.monotonic()
                 advance(f"loss {loss:.4f}")
@@ -155,15 +162,15 @@ class _Run:
                     return
 
     def _take_step(self, step: int, requests: list[Request]) -> float:
-        lesson = self._lesson
-        phase, position = lesson.training.locate(step)
-        for name, parameter in lesson.training.parameters.items():
+        training_task = self._task
+        phase, position = training_task.training.locate(step)
+        for name, parameter in training_task.training.parameters.items():
             parameter.requires_grad_(name in phase.names)
         factor = learning_rate_factor(position, phase.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = factor * group["highest"]
         loss = self._add_gradients(requests)
-        trained = [p for p in lesson.training.parameters.values() if p.grad is not None]
+        trained = [p for p in training_task.training.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(trained, _LARGEST_NORM, foreach=False)
         if math.isfinite(loss) and bool(norm.isfinite()):
             self._optimizer.step()
@@ -174,17 +181,20 @@ class _Run:
 
     def _add_gradients(self, requests: list[Request]) -> float:
         """Sum the gradients of a step, a few sequences at a time, and return its loss."""
-        lesson, options = self._lesson, self._lesson.options
+        training_task, options = self._task, self._task.options
         tokens, scored = count_tokens(requests)
         loss = 0.0
         for chosen in make_batches(requests, BATCH_TOKENS):
             batch = Batch.of([requests[index] for index in chosen], self._device)
             theirs = None
-            if lesson.teacher is not None:
+            if training_task.teacher is not None:
                 with torch.no_grad():
-                    theirs = logits_of(lesson.teacher, batch.ids)
+                    theirs = logits_of(training_task.teacher, batch.ids)
             sums = add_up(
-                logits_of(lesson.model, batch.ids), theirs, batch, options.temperature or 1.0
+                logits_of(training_task.model, batch.ids),
+                theirs,
+                batch,
+                options.temperature or 1.0,
             )
             part: Any = mix(
                 sums.divergence / tokens,  # type: ignore[arg-type]  # tensors mix as numbers do
@@ -197,8 +207,13 @@ class _Run:
 
     def _judge(self, progress: dict[str, Any]) -> None:
         """Measure the held-out lines, and keep the parameters if they are the best so far."""
-        lesson = self._lesson
-        loss = measure(lesson.model, lesson.teacher, lesson.tasks, lesson.options).loss
+        training_task = self._task
+        loss = measure(
+            training_task.model,
+            training_task.teacher,
+            training_task.tasks,
+            training_task.options,
+        ).loss
         if not math.isfinite(loss):
             progress["ended"] = f"the held-out loss of step {progress['step']} was no number"
             return
@@ -208,9 +223,11 @@ class _Run:
         progress["stale"] = 0 if is_low else progress["stale"] + 1
         if is_low:
             progress["low"] = loss
-            if loss < lesson.before.loss:
+            if loss < training_task.before.loss:
                 step = int(progress["step"])
-                progress["best_file"] = self._state.save_best(step, lesson.training.parameters)
+                progress["best_file"] = self._state.save_best(
+                    step, training_task.training.parameters
+                )
                 progress["best_step"] = step
         if progress["step"] == self._steps:
             progress["ended"] = "all steps"

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from edgemoe.models.transformers_internals import draw_weights, mark_initialised
-from edgemoe.recover.method import Method, Phase, Training
+from edgemoe.recover.method import Phase, RecoveryMethod, Training
 from edgemoe.recover.trainable import expert_parameters, router_parameters
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def draw_routers(model: MoeModel, seed: int) -> None:
             layer.block.to(device)
 
 
-UNCURL = Method(
+UNCURL = RecoveryMethod(
     name="uncurl",
     prepare=prepare,
     learning_rate=1e-4,

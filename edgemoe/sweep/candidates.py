@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class Candidate:
     """One plan to make and to judge.
 
     Attributes:
@@ -65,7 +65,9 @@ class Impossible:
     reason: str
 
 
-def list_cuts(request: SweepRequest, shape: ModelShape) -> tuple[list[Cut], list[Impossible]]:
+def list_candidates(
+    request: SweepRequest, shape: ModelShape
+) -> tuple[list[Candidate], list[Impossible]]:
     """List what a sweep has to make and judge.
 
     A router cannot choose from fewer experts than a token uses: fractions below that are left
@@ -93,7 +95,7 @@ def list_cuts(request: SweepRequest, shape: ModelShape) -> tuple[list[Cut], list
         elif found not in impossible:
             impossible.append(found)
     seeds = {
-        name: tuple(request.seeds) if find_method(method_of(name)).draws else (0,)
+        name: tuple(request.seeds) if find_method(method_of(name)).stochastic else (0,)
         for name in request.methods
     }
     if not counts:
@@ -101,8 +103,8 @@ def list_cuts(request: SweepRequest, shape: ModelShape) -> tuple[list[Cut], list
             f"--keep must have a fraction that the model can keep, got none in "
             f"{', '.join(f'{keep:g}' for keep in request.keeps)}: {impossible[0].reason}"
         )
-    cuts = [
-        Cut(
+    candidates = [
+        Candidate(
             task=task,
             method=method,
             keep=keep,
@@ -116,7 +118,7 @@ def list_cuts(request: SweepRequest, shape: ModelShape) -> tuple[list[Cut], list
         if (method, keep) in counts
         for seed in seeds[method]
     ]
-    return cuts, impossible
+    return candidates, impossible
 
 
 def _count_or_reason(

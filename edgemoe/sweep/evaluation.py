@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from edgemoe.evaluate.scorer import Scorer
-    from edgemoe.sweep.sweep_dir import Site
+    from edgemoe.sweep.sweep_dir import SweepDir
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
+class CandidateEvaluation:
     """Scores of a plan on its tasks.
 
     Attributes:
@@ -47,7 +47,7 @@ class Judgement:
         leave(target, asdict(self))
 
     @classmethod
-    def load(cls, file: Path, tasks: Sequence[str]) -> Judgement:
+    def load(cls, file: Path, tasks: Sequence[str]) -> CandidateEvaluation:
         """Read what a finished job found.
 
         Args:
@@ -67,12 +67,12 @@ class Judgement:
 
 
 def judge(
-    site: Site, scorer: Scorer, tokenizer: Tokenizer
+    sweep_dir: SweepDir, scorer: Scorer, tokenizer: Tokenizer
 ) -> tuple[dict[str, Evaluation], float]:
     """Judge a model on every task.
 
     Args:
-        site: The sweep.
+        sweep_dir: The sweep.
         scorer: The model.
         tokenizer: Its tokenizer.
 
@@ -87,10 +87,10 @@ def judge(
     scores = {
         name: evaluate(
             scorer,
-            TaskFile.load(name, site.lines_file(HELD_OUT, name)),
+            TaskFile.load(name, sweep_dir.lines_file(HELD_OUT, name)),
             tokenizer,
-            max_tokens=site.held_out_tokens,
+            max_tokens=sweep_dir.held_out_tokens,
         )
-        for name in site.tasks
+        for name in sweep_dir.tasks
     }
     return scores, time.perf_counter() - began

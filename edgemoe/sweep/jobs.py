@@ -22,11 +22,11 @@ from edgemoe.layerwise.provider import InMemoryLayers, StreamedLayers
 from edgemoe.models.checkpoint import load_model, load_tokenizer
 from edgemoe.models.opening import open_streamed
 from edgemoe.oracle.oracle import LayerOracle
-from edgemoe.parallel.worker_cache import hold
+from edgemoe.parallel.worker_cache import get_or_create
 from edgemoe.plans.plan import Plan
 from edgemoe.prune.registry import make_plan, needs_model
 from edgemoe.resume import WorkDirectory
-from edgemoe.sweep.evaluation import Judgement, judge
+from edgemoe.sweep.evaluation import CandidateEvaluation, judge
 from edgemoe.sweep.request import method_of
 from edgemoe.sweep.sizes import Sizes
 from edgemoe.sweep.sweep_dir import STATISTICS, leave
@@ -38,23 +38,23 @@ if TYPE_CHECKING:
     from edgemoe.evaluate.scorer import Scorer
     from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.models.contract import MoeModel
-    from edgemoe.sweep.candidates import Cut
-    from edgemoe.sweep.sweep_dir import Site
+    from edgemoe.sweep.candidates import Candidate
+    from edgemoe.sweep.sweep_dir import SweepDir
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanJob:
     """Make a plan."""
 
-    site: Site
-    cut: Cut
+    sweep_dir: SweepDir
+    candidate: Candidate
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeJob:
     """Judge a plan on every task."""
 
-    site: Site
+    sweep_dir: SweepDir
     plan: Plan
     decision: str
 
@@ -70,25 +70,27 @@ def run_plan_job(job: PlanJob) -> None:
         PlanError: The method refuses what is asked of it.
         StreamingError: The method cannot run this model's layers.
     """
-    site, cut = job.site, job.cut
-    target = site.plan_file(cut)
+    sweep_dir, candidate = job.sweep_dir, job.candidate
+    target = sweep_dir.plan_file(candidate)
     if target.exists():
         return
-    site.begin()
-    file = site.work / STATISTICS
-    statistics = hold("statistics", file, lambda: Statistics.load(file))
-    method = method_of(cut.method)
+    sweep_dir.begin()
+    file = sweep_dir.work / STATISTICS
+    statistics = get_or_create("statistics", file, lambda: Statistics.load(file))
+    method = method_of(candidate.method)
     # Opening the model is not what a plan takes.
-    home = _home(site) if needs_model(method, cut.options) else None
+    home = _home(sweep_dir) if needs_model(method, candidate.options) else None
     began = time.perf_counter()
     plan = make_plan(
         statistics,
-        cut.task,
+        candidate.task,
         method,
-        cut.counts,
-        seed=cut.seed,
-        options=cut.options,
-        open_oracle=None if home is None else lambda windows: _oracle(site, cut.task, windows),
+        candidate.counts,
+        seed=candidate.seed,
+        options=candidate.options,
+        open_oracle=None
+        if home is None
+        else lambda windows: _oracle(sweep_dir, candidate.task, windows),
     )
     leave(target, {"seconds": time.perf_counter() - began, "plan": plan.to_json()})
 
@@ -104,58 +106,62 @@ def run_judge_job(job: JudgeJob) -> None:
         TaskFileError: A line cannot be scored.
         CheckpointError: The compressed model answers NaN or infinity.
     """
-    site = job.site
-    target = site.score_file(job.decision)
+    sweep_dir = job.sweep_dir
+    target = sweep_dir.score_file(job.decision)
     if target.exists():
         return
-    site.begin()
-    tokenizer = load_tokenizer(site.model)
-    model = _model(site) if site.whole else open_streamed(site.model).moe
+    sweep_dir.begin()
+    tokenizer = load_tokenizer(sweep_dir.model)
+    model = _model(sweep_dir) if sweep_dir.whole else open_streamed(sweep_dir.model).moe
     sizes = Sizes.of(model, job.plan.experts_per_layer, job.plan.widths(model.shape))
-    with _compressed(site, job) as scorer:
-        scores, seconds = judge(site, scorer, tokenizer)
-    Judgement(scores=scores, sizes=sizes, seconds=seconds).save(target)
+    with _compressed(sweep_dir, job) as scorer:
+        scores, seconds = judge(sweep_dir, scorer, tokenizer)
+    CandidateEvaluation(scores=scores, sizes=sizes, seconds=seconds).save(target)
 
 
-def read_plan(site: Site, cut: Cut) -> tuple[Plan, float]:
+def read_plan(sweep_dir: SweepDir, candidate: Candidate) -> tuple[Plan, float]:
     """Read what a finished job made.
 
     Args:
-        site: The sweep.
-        cut: Which.
+        sweep_dir: The sweep.
+        candidate: Which.
 
     Returns:
         The plan, and the seconds that it took.
     """
-    found = json.loads(site.plan_file(cut).read_text(encoding="utf-8"))
-    return Plan.from_json(found["plan"], str(site.plan_file(cut))), float(found["seconds"])
+    found = json.loads(sweep_dir.plan_file(candidate).read_text(encoding="utf-8"))
+    return Plan.from_json(found["plan"], str(sweep_dir.plan_file(candidate))), float(
+        found["seconds"]
+    )
 
 
-def _model(site: Site) -> MoeModel:
-    return hold("model", site.model, lambda: load_model(site.model))
+def _model(sweep_dir: SweepDir) -> MoeModel:
+    return get_or_create("model", sweep_dir.model, lambda: load_model(sweep_dir.model))
 
 
-def _oracle(site: Site, task: str, windows: Sequence[Window]) -> LayerOracle:
+def _oracle(sweep_dir: SweepDir, task: str, windows: Sequence[Window]) -> LayerOracle:
     """Return one oracle per task for all plans: it remembers what fractions share."""
-    key = (site.model, site.work, task)
-    return hold("oracle", key, lambda: LayerOracle(_home(site), windows))
+    key = (sweep_dir.model, sweep_dir.work, task)
+    return get_or_create("oracle", key, lambda: LayerOracle(_home(sweep_dir), windows))
 
 
-def _home(site: Site) -> LayerProvider:
-    if site.whole:
-        return InMemoryLayers(_model(site))
-    return hold("home", site.model, lambda: StreamedLayers(open_streamed(site.model)))
+def _home(sweep_dir: SweepDir) -> LayerProvider:
+    if sweep_dir.whole:
+        return InMemoryLayers(_model(sweep_dir))
+    return get_or_create(
+        "home", sweep_dir.model, lambda: StreamedLayers(open_streamed(sweep_dir.model))
+    )
 
 
 @contextlib.contextmanager
-def _compressed(site: Site, job: JudgeJob) -> Iterator[Scorer]:
+def _compressed(sweep_dir: SweepDir, job: JudgeJob) -> Iterator[Scorer]:
     """Yield a scorer of what the plan makes of the model."""
-    if site.whole:
-        model = _model(site)
+    if sweep_dir.whole:
+        model = _model(sweep_dir)
         with applied(model, job.plan):
             yield TorchScorer(model)
         return
-    streamed = open_streamed(site.model)
+    streamed = open_streamed(sweep_dir.model)
     job.plan.validate(streamed.moe.shape)
     plans = {plan.layer: plan for plan in job.plan.layers}
     layers = {layer.index: layer for layer in streamed.moe.layers}
@@ -165,6 +171,6 @@ def _compressed(site: Site, job: JudgeJob) -> Iterator[Scorer]:
             return contextlib.nullcontext()
         return applied_layer(layers[index], plans[index])
 
-    outputs = WorkDirectory(site.work).empty_directory(f"outputs-{job.decision}")
+    outputs = WorkDirectory(sweep_dir.work).empty_directory(f"outputs-{job.decision}")
     yield TorchScorer(StreamedLayers(streamed), work=WorkDirectory(outputs), inside=change)
     shutil.rmtree(outputs)

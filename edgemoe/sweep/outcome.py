@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.evaluate.evaluation import Evaluation
     from edgemoe.plans.plan import Plan
-    from edgemoe.sweep.candidates import Cut, Impossible
-    from edgemoe.sweep.evaluation import Judgement
+    from edgemoe.sweep.candidates import Candidate, Impossible
+    from edgemoe.sweep.evaluation import CandidateEvaluation
     from edgemoe.sweep.request import SweepRequest
     from edgemoe.sweep.task_examples import TaskLines
     from edgemoe.tasks import TaskFile
@@ -37,23 +37,23 @@ class Finding:
     """One cut, and how it was judged.
 
     Attributes:
-        cut: The cut.
+        candidate: The cut.
         plan: Its plan.
         plan_seconds: What the plan took to make.
         judgement: Its scores; those of another cut that decided the same.
         recovery: The method of recovery before it was judged; None where there was none.
     """
 
-    cut: Cut
+    candidate: Candidate
     plan: Plan
     plan_seconds: float
-    judgement: Judgement
+    judgement: CandidateEvaluation
     recovery: str | None = None
 
     @property
     def plan_file(self) -> str:
         """Where the plan is in the report's directory."""
-        return f"{PLANS}/{self.cut.name}.json"
+        return f"{PLANS}/{self.candidate.name}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +103,9 @@ class Row:
         return None if self.method is None else name_series(self.method, self.recovery)
 
     @property
-    def narrows(self) -> bool:
+    def prunes_width(self) -> bool:
         """Whether the method keeps all experts and chooses their intermediate channels."""
-        return self.method is not None and find_method(method_of(self.method)).picks_neurons
+        return self.method is not None and find_method(method_of(self.method)).prunes_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class Outcome:
     lines: Mapping[str, TaskLines]
     held_out: Mapping[str, TaskFile]
     findings: Sequence[Finding]
-    unpruned: Judgement
+    unpruned: CandidateEvaluation
     impossible: Sequence[Impossible]
     whole: bool
 
@@ -173,13 +173,13 @@ class Outcome:
             for name, score in self.unpruned.scores.items()
         ]
         for finding in self.findings:
-            cut, after = finding.cut, finding.judgement.sizes
+            candidate, after = finding.candidate, finding.judgement.sizes
             rows += [
                 Row(
-                    task=cut.task,
-                    method=cut.method,
-                    keep=cut.keep,
-                    seed=cut.seed,
+                    task=candidate.task,
+                    method=candidate.method,
+                    keep=candidate.keep,
+                    seed=candidate.seed,
                     recovery=finding.recovery,
                     judged_on=name,
                     experts=after.experts,

@@ -13,17 +13,17 @@ from edgemoe.apply.in_memory import apply_plan
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models.checkpoint import load_model, load_tokenizer
 from edgemoe.models.saving import save_model
-from edgemoe.parallel.worker_cache import let_go
+from edgemoe.parallel.worker_cache import clear_cache
 from edgemoe.recover.recovery import recover_checkpoint
 from edgemoe.staging import staged_directory
-from edgemoe.sweep.evaluation import Judgement, judge
+from edgemoe.sweep.evaluation import CandidateEvaluation, judge
 from edgemoe.sweep.sweep_dir import CALIBRATION
 from edgemoe.tasks import TaskFile
 
 if TYPE_CHECKING:
     from edgemoe.plans.plan import Plan
     from edgemoe.recover.options import RecoverOptions
-    from edgemoe.sweep.sweep_dir import Site
+    from edgemoe.sweep.sweep_dir import SweepDir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class RecoverJob:
     The plan itself must have been judged.
     """
 
-    site: Site
+    sweep_dir: SweepDir
     plan: Plan
     decision: str
     task: str
@@ -62,36 +62,42 @@ def run_recover_job(job: RecoverJob) -> None:
         TaskFileError: The task has too few lines to train on, or one that cannot be scored.
         CheckpointError: The recovered model answers NaN or infinity.
     """
-    site = job.site
-    target = site.recovered_file(job.key)
+    sweep_dir = job.sweep_dir
+    target = sweep_dir.recovered_file(job.key)
     if target.exists():
         return
-    site.begin()
+    sweep_dir.begin()
     # A recovery holds two models of its own.
-    let_go()
+    clear_cache()
     folder = target.with_suffix("")
     folder.mkdir(exist_ok=True)
     compressed, recovered = folder / "compressed", folder / "checkpoint"
     began = time.perf_counter()
     if not compressed.exists():
         with staged_directory(compressed) as staged:
-            save_model(apply_plan(load_model(site.model), job.plan), staged, source=site.model)
+            save_model(
+                apply_plan(load_model(sweep_dir.model), job.plan),
+                staged,
+                source=sweep_dir.model,
+            )
     if not recovered.exists():
-        lines = TaskFile.load(job.task, site.lines_file(CALIBRATION, job.task))
+        lines = TaskFile.load(job.task, sweep_dir.lines_file(CALIBRATION, job.task))
         recover_checkpoint(
             compressed,
             [lines],
             recovered,
             method=job.method,
-            teacher=site.model,
+            teacher=sweep_dir.model,
             options=job.options,
         )
     recover_seconds = time.perf_counter() - began
     scorer = TorchScorer(load_model(recovered))
-    scores, seconds = judge(site, scorer, load_tokenizer(recovered))
-    judgement = Judgement(
+    scores, seconds = judge(sweep_dir, scorer, load_tokenizer(recovered))
+    judgement = CandidateEvaluation(
         scores=scores,
-        sizes=Judgement.load(site.score_file(job.decision), site.tasks).sizes,
+        sizes=CandidateEvaluation.load(
+            sweep_dir.score_file(job.decision), sweep_dir.tasks
+        ).sizes,
         seconds=seconds,
         recover_seconds=recover_seconds,
     )

@@ -83,7 +83,7 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         "seeds": list(request.seeds),
         "methods": {
             name: {
-                "draws": find_method(method_of(name)).draws,
+                "draws": find_method(method_of(name)).stochastic,
                 "options": fill_options(method_of(name), given),
             }
             for name, given in request.methods.items()
@@ -189,10 +189,10 @@ def _flatten(row: dict[str, Any]) -> dict[str, Any]:
 def _list_times(outcome: Outcome) -> list[dict[str, Any]]:
     return [
         {
-            "task": finding.cut.task,
-            "method": finding.cut.method,
-            "keep": finding.cut.keep,
-            "seed": finding.cut.seed,
+            "task": finding.candidate.task,
+            "method": finding.candidate.method,
+            "keep": finding.candidate.keep,
+            "seed": finding.candidate.seed,
             "recovery": finding.recovery,
             "plan_seconds": round(finding.plan_seconds, 3),
             "recover_seconds": round(finding.judgement.recover_seconds, 3),

@@ -87,7 +87,7 @@ def list_columns(outcome: Outcome) -> tuple[list[str], list[list[str]]]:
 
 
 def _show_kept(row: Row) -> str:
-    if row.narrows:
+    if row.prunes_width:
         return f"{row.kept_fraction:.1%} of the experts' parameters"
     return f"{row.experts} of {row.experts_before} experts"
 
@@ -98,7 +98,7 @@ def _cells(outcome: Outcome, row: Row, *, seeded: bool, several: bool) -> list[s
     if seeded:
         cells.append("" if whole else str(row.seed))
     experts = f"{row.experts}/{row.experts_before}"
-    if row.narrows:
+    if row.prunes_width:
         experts += f" at {row.kept_fraction:.0%}"
     cells += [experts, f"{row.checkpoint_bytes / 1e6:.1f} MB"]
     cells.append(show_score(row.score))

@@ -163,7 +163,7 @@ def method_of(name: str) -> str:
 def _ways(method: str, options: Sequence[str], layers: Sequence[str]) -> Sequence[str]:
     """Return the variants in which a method is swept."""
     found = find_method(method)
-    itself = found.picks_neurons or (found.shares_out and "ratios=given" not in options)
+    itself = found.prunes_width or (found.allocates_layers and "ratios=given" not in options)
     return [way for way in layers if way != OWL] if itself and len(layers) > 1 else layers
 
 

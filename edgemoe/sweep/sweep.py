@@ -10,22 +10,21 @@ from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.shards import calibrate_in_shards
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import StreamingError, SweepError
-from edgemoe.models.checkpoint import load_model, load_tokenizer, read_config, read_structure
-from edgemoe.models.fingerprint import FileHashes, hash_file
+from edgemoe.models.checkpoint import Checkpoint, load_model
 from edgemoe.parallel.agreement import threads_of
 from edgemoe.parallel.opening import open_workers
 from edgemoe.parallel.workers import Processes, RayCluster
 from edgemoe.plans.keep_all import keep_all
-from edgemoe.resume import publish, resumable
+from edgemoe.resume import publish, resumable, resume_key
 from edgemoe.staging import staged_file, sync
-from edgemoe.sweep.candidates import Cut, hash_decision, list_cuts
-from edgemoe.sweep.evaluation import Judgement
+from edgemoe.sweep.candidates import Candidate, hash_decision, list_candidates
+from edgemoe.sweep.evaluation import CandidateEvaluation
 from edgemoe.sweep.jobs import JudgeJob, PlanJob, read_plan, run_judge_job, run_plan_job
 from edgemoe.sweep.memory_check import fits_whole
 from edgemoe.sweep.outcome import Finding, Outcome
 from edgemoe.sweep.recover_job import RecoverJob, run_recover_job
 from edgemoe.sweep.report import write_report
-from edgemoe.sweep.sweep_dir import CALIBRATION, HELD_OUT, STATISTICS, Site
+from edgemoe.sweep.sweep_dir import CALIBRATION, HELD_OUT, STATISTICS, SweepDir
 from edgemoe.sweep.task_examples import check_judging, load_lines, write_lines
 from edgemoe.tasks import TaskFile
 from edgemoe.versions import library_versions
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from edgemoe.models.shapes import ModelShape
-    from edgemoe.parallel.workers import Place, Workers
+    from edgemoe.parallel.workers import ExecutorConfig, Workers
     from edgemoe.plans.plan import Plan
     from edgemoe.recover.options import RecoverOptions
     from edgemoe.resume import WorkDirectory
@@ -45,7 +44,7 @@ _BEGUN = f"{STATISTICS}*"
 _REPORT = "report"
 
 
-def run_sweep(request: SweepRequest, place: Place) -> Outcome:
+def run_sweep(request: SweepRequest, executor: ExecutorConfig) -> Outcome:
     """Run a sweep and write its report.
 
     Finished statistics, plans and judgements are kept in `<output>.partial` until the report
@@ -54,7 +53,7 @@ def run_sweep(request: SweepRequest, place: Place) -> Outcome:
 
     Args:
         request: What to sweep over.
-        place: Where the jobs run. All workers must see the checkpoint and the directory that
+        executor: Where the jobs run. All workers must see the checkpoint and the directory that
             the report is written to.
 
     Returns:
@@ -72,37 +71,32 @@ def run_sweep(request: SweepRequest, place: Place) -> Outcome:
         OutputError: The output exists, or the disk refuses.
     """
     request.check()
-    structure = read_structure(request.model)
+    checkpoint = Checkpoint(request.model)
+    structure = checkpoint.structure
     refuse_changes(structure)
     shape = structure.shape
-    cuts, impossible = list_cuts(request, shape)
+    candidates, impossible = list_candidates(request, shape)
     lines = load_lines(request.tasks, request.held_out)
-    config = read_config(request.model)[1]
     check_judging(
         lines,
-        load_tokenizer(request.model),
-        max_length=int(getattr(config, "max_position_embeddings", None) or 2**31),
+        checkpoint.tokenizer,
+        max_length=checkpoint.max_length,
         max_tokens=request.held_out_tokens,
     )
     output = request.output.resolve()
-    threads = threads_of(place, request.threads)
-    hashes = FileHashes(request.model)
-    key = {
-        "command": "sweep",
-        "checkpoint": hashes.stamps(),
-        "tasks": {
-            name: [task.calibration.sha256, task.held_out.sha256]
-            for name, task in lines.items()
-        },
-        "options": [request.calibration_tokens, request.held_out_tokens, threads],
-        "tokenizer": hash_file(request.model / "tokenizer.json"),
-        "versions": library_versions(),
-    }
+    threads = threads_of(executor, request.threads)
+    key = resume_key(
+        "sweep",
+        checkpoint,
+        tasks={name: [task.calibration, task.held_out] for name, task in lines.items()},
+        options=[request.calibration_tokens, request.held_out_tokens, threads],
+        tokenizer=checkpoint.tokenizer_sha256,
+    )
     # Refused before workers are there for nothing, where that is known.
-    workers_here = place.count if isinstance(place, Processes) else 1
+    workers_here = executor.count if isinstance(executor, Processes) else 1
     fits_whole(request.model, workers_here, request.memory_limit_bytes)
-    with open_workers(place) as workers:
-        if isinstance(place, RayCluster) and place.address == "local":
+    with open_workers(executor) as workers:
+        if isinstance(executor, RayCluster) and executor.address == "local":
             workers_here = workers.count
         whole = fits_whole(request.model, workers_here, request.memory_limit_bytes)
         if request.recoveries and not whole:
@@ -111,7 +105,7 @@ def run_sweep(request: SweepRequest, place: Place) -> Outcome:
                 "be read layer by layer. Leave it out, or raise --memory-limit."
             )
         with resumable(output, key, _BEGUN, force=request.force) as work:
-            site = Site(
+            sweep_dir = SweepDir(
                 model=request.model.resolve(),
                 work=work.path,
                 whole=whole,
@@ -120,10 +114,10 @@ def run_sweep(request: SweepRequest, place: Place) -> Outcome:
                 threads=threads,
                 versions=library_versions(),
             )
-            statistics = _measure(request, lines, workers, work, threads)
-            held_out = _prepare(site, lines)
-            findings, unpruned = _judge(site, workers, shape, cuts)
-            findings = _recover(site, workers, findings, request.recoveries)
+            statistics = _measure(request, checkpoint, lines, workers, work, threads)
+            held_out = _prepare(sweep_dir, lines)
+            findings, unpruned = _judge(sweep_dir, workers, shape, candidates)
+            findings = _recover(sweep_dir, workers, findings, request.recoveries)
             outcome = Outcome(
                 request=request,
                 statistics=statistics,
@@ -135,7 +129,7 @@ def run_sweep(request: SweepRequest, place: Place) -> Outcome:
                 whole=whole,
             )
             folder = work.empty_directory(_REPORT)
-            write_report(outcome, folder, site.work)
+            write_report(outcome, folder, sweep_dir.work)
             for path in folder.rglob("*"):
                 sync(path)
             publish(folder, output, force=request.force)
@@ -144,6 +138,7 @@ def run_sweep(request: SweepRequest, place: Place) -> Outcome:
 
 def _measure(
     request: SweepRequest,
+    checkpoint: Checkpoint,
     lines: Mapping[str, TaskLines],
     workers: Workers,
     work: WorkDirectory,
@@ -168,22 +163,22 @@ def _measure(
     except StreamingError:
         # Its layers cannot be told apart, so it is loaded whole.
         statistics = collect(
-            load_model(request.model),
+            load_model(checkpoint),
             tasks,
-            load_tokenizer(request.model),
+            checkpoint.tokenizer,
             max_tokens=request.calibration_tokens,
         )
         statistics.save(file)
         return statistics
 
 
-def _prepare(site: Site, lines: Mapping[str, TaskLines]) -> dict[str, TaskFile]:
+def _prepare(sweep_dir: SweepDir, lines: Mapping[str, TaskLines]) -> dict[str, TaskFile]:
     """Write all lines where workers find them; return those that are held out."""
-    site.prepare()
+    sweep_dir.prepare()
     held_out = {}
     for name, task in lines.items():
         for kind, some in ((CALIBRATION, task.calibration), (HELD_OUT, task.held_out)):
-            file = site.lines_file(kind, name)
+            file = sweep_dir.lines_file(kind, name)
             file.parent.mkdir(exist_ok=True)
             if not file.exists():
                 with staged_file(file) as staged:
@@ -193,56 +188,65 @@ def _prepare(site: Site, lines: Mapping[str, TaskLines]) -> dict[str, TaskFile]:
 
 
 def _judge(
-    site: Site, workers: Workers, shape: ModelShape, cuts: Sequence[Cut]
-) -> tuple[list[Finding], Judgement]:
+    sweep_dir: SweepDir, workers: Workers, shape: ModelShape, candidates: Sequence[Candidate]
+) -> tuple[list[Finding], CandidateEvaluation]:
     """Make every plan, then judge every decision once."""
-    jobs = [PlanJob(site=site, cut=cut) for cut in cuts if not site.plan_file(cut).exists()]
+    jobs = [
+        PlanJob(sweep_dir=sweep_dir, candidate=candidate)
+        for candidate in candidates
+        if not sweep_dir.plan_file(candidate).exists()
+    ]
     workers.map(run_plan_job, jobs, "make plans")
-    made = [(cut, *read_plan(site, cut)) for cut in cuts]
+    made = [(candidate, *read_plan(sweep_dir, candidate)) for candidate in candidates]
     whole = keep_all(shape)
     decisions: dict[str, Plan] = {hash_decision(whole): whole}
     for _, plan, _ in made:
         decisions.setdefault(hash_decision(plan), plan)
     judging = [
-        JudgeJob(site=site, plan=plan, decision=decision)
+        JudgeJob(sweep_dir=sweep_dir, plan=plan, decision=decision)
         for decision, plan in decisions.items()
-        if not site.score_file(decision).exists()
+        if not sweep_dir.score_file(decision).exists()
     ]
     workers.map(run_judge_job, judging, "judge plans")
     judged = {
-        decision: Judgement.load(site.score_file(decision), site.tasks)
+        decision: CandidateEvaluation.load(sweep_dir.score_file(decision), sweep_dir.tasks)
         for decision in decisions
     }
     findings = [
-        Finding(cut=cut, plan=plan, plan_seconds=seconds, judgement=judged[hash_decision(plan)])
-        for cut, plan, seconds in made
+        Finding(
+            candidate=candidate,
+            plan=plan,
+            plan_seconds=seconds,
+            judgement=judged[hash_decision(plan)],
+        )
+        for candidate, plan, seconds in made
     ]
     return findings, judged[hash_decision(whole)]
 
 
 def _recover(
-    site: Site,
+    sweep_dir: SweepDir,
     workers: Workers,
     findings: Sequence[Finding],
     recoveries: Mapping[str, RecoverOptions],
 ) -> list[Finding]:
     """Recover every decision for its task once; return each finding with its recoveries."""
     jobs = {
-        (hash_decision(found.plan), found.cut.task, method): RecoverJob(
-            site=site,
+        (hash_decision(found.plan), found.candidate.task, method): RecoverJob(
+            sweep_dir=sweep_dir,
             plan=found.plan,
             decision=hash_decision(found.plan),
-            task=found.cut.task,
+            task=found.candidate.task,
             method=method,
             options=options,
         )
         for found in findings
         for method, options in recoveries.items()
     }
-    left = [job for job in jobs.values() if not site.recovered_file(job.key).exists()]
+    left = [job for job in jobs.values() if not sweep_dir.recovered_file(job.key).exists()]
     workers.map(run_recover_job, left, "recover and judge")
     judged = {
-        key: Judgement.load(site.recovered_file(job.key), site.tasks)
+        key: CandidateEvaluation.load(sweep_dir.recovered_file(job.key), sweep_dir.tasks)
         for key, job in jobs.items()
     }
     return [
@@ -254,7 +258,7 @@ def _recover(
                 replace(
                     found,
                     recovery=method,
-                    judgement=judged[hash_decision(found.plan), found.cut.task, method],
+                    judgement=judged[hash_decision(found.plan), found.candidate.task, method],
                 )
                 for method in recoveries
             ),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from edgemoe.sweep.candidates import Cut
+    from edgemoe.sweep.candidates import Candidate
 
 STATISTICS = "statistics.safetensors"
 HELD_OUT = "held-out"
@@ -24,7 +24,7 @@ _RECOVERED = "recovered"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class SweepDir:
     """Directory and settings that all jobs of a sweep share.
 
     Attributes:
@@ -45,9 +45,9 @@ class Site:
     threads: int | None
     versions: Mapping[str, str]
 
-    def plan_file(self, cut: Cut) -> Path:
+    def plan_file(self, candidate: Candidate) -> Path:
         """Return the path of a candidate's plan."""
-        return self.work / _PLANS / f"{cut.key}.json"
+        return self.work / _PLANS / f"{candidate.key}.json"
 
     def score_file(self, decision: str) -> Path:
         """Return the path of a decision's evaluation."""

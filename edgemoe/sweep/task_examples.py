@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from edgemoe.data_provenance import digest_line
 from edgemoe.errors import TaskFileError
 from edgemoe.evaluate.held_out import hold_out
-from edgemoe.evaluate.requests import build_questions
+from edgemoe.evaluate.requests import build_examples
 from edgemoe.tasks import CompletionRecord, TaskFile, TextRecord
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def check_judging(
             `max_tokens`.
     """
     for name, task in lines.items():
-        questions = build_questions(
+        questions = build_examples(
             task.held_out, tokenizer, max_length=max_length, max_tokens=max_tokens
         )
         if len(questions) < _MINIMUM_JUDGED:

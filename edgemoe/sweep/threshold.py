@@ -77,5 +77,5 @@ def find_nearest(points: Iterable[Point]) -> Point | None:
     Returns:
         The cut whose upper end is lowest; None where nothing was cut.
     """
-    cuts = [point for point in points if point.is_cut]
-    return min(cuts, key=lambda point: point.upper, default=None)
+    candidates = [point for point in points if point.is_cut]
+    return min(candidates, key=lambda point: point.upper, default=None)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgemoe.apply.checks import check_neurons, refuse_changes, refuse_k_policy
-from edgemoe.models.checkpoint import load_tokenizer, read_structure
-from edgemoe.models.fingerprint import FileHashes
+from edgemoe.apply.checks import check_width_pruning, refuse_changes, refuse_k_policy
+from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.memory_budget import default_limit
 from edgemoe.models.opening import open_larger
 from edgemoe.prune.registry import count_for
@@ -14,15 +13,15 @@ from edgemoe.staging import require_space
 from edgemoe_exporters.bundle.task_experts import (
     count_least_parameters,
     count_parameters,
-    kept_here,
     lay_out_plans,
     refuse_factors,
+    sizes_after_pruning,
 )
 from edgemoe_exporters.bundle.writer import copy_model_files
 from edgemoe_exporters.precision import PRECISIONS, check_block_sizes
 from edgemoe_exporters.request import ExportReport, ExportRequest
-from edgemoe_exporters.resumable_export import key_of, open_steps
-from edgemoe_exporters.sources.opening import open_source
+from edgemoe_exporters.resumable_export import key_of, open_checkpointing
+from edgemoe_exporters.sources.opening import ModelSource
 from edgemoe_exporters.stages import ExportStages, OnStage
 from edgemoe_exporters.task_data import TaskData
 from edgemoe_exporters.tracing.prepare.model import check_exportable
@@ -39,7 +38,7 @@ def export_bundle(
     """Export a checkpoint for one or more tasks.
 
     Without tasks the model is exported as it is. For a task without a plan, experts are chosen
-    on three quarters of its lines; scores before and after are those of the remaining lines.
+    on three quarters of its examples; scores before and after are those of the others.
     Every graph is compared with the eager model that has the same experts.
 
     Args:
@@ -55,15 +54,16 @@ def export_bundle(
     """
     target, precision = request.check()
     check_engine(target.flavour)
-    data = TaskData.load(request)
-    structure = read_structure(request.model)
+    model = Checkpoint(request.model)
+    data = TaskData.load(request, model)
+    structure = model.structure
     shape = structure.shape
-    check_exportable(request.model, precision)
-    # What no later stage could carry out is refused before anything is loaded or calibrated.
+    check_exportable(model, precision)
+    # Plans that no later stage could apply are refused before anything is loaded or calibrated.
     for name, plan in data.plans.items():
         plan.validate(shape)
         refuse_factors(name, plan)
-        check_neurons(plan, structure)
+        check_width_pruning(plan, structure)
         refuse_k_policy(plan, structure)
     if request.pruned_here and request.keep_or_default < 1:
         refuse_changes(structure)
@@ -72,52 +72,53 @@ def export_bundle(
     counts = (
         count_for(request.method, shape, request.keep_or_default) if request.pruned_here else ()
     )
-    tokenizer = load_tokenizer(request.model)
+    tokenizer = model.tokenizer
     limit = request.memory_limit_bytes
     limit = default_limit() if limit is None else limit
     on_stage("open the checkpoint")
-    larger = open_larger(request.model, limit)
-    hashes = FileHashes(request.model)
-    key = key_of(request, precision, hashes, data.files, data.plans)
-    with open_steps(request, key, kept=larger is not None) as steps:
-        checkpoint = steps.fingerprint(hashes) if data.plans else None
+    larger = open_larger(model, limit)
+    key = key_of(request, precision, model, data.files, data.plans)
+    with open_checkpointing(request, key, kept=larger is not None) as checkpointing:
+        sha256 = checkpointing.fingerprint(model.hashes) if data.plans else None
         for plan in data.plans.values():
-            plan.validate(shape, checkpoint)
-        copy_model_files(request.model, steps.staged)
-        source = open_source(request.model, larger, steps.work, hashes)
+            plan.validate(shape, sha256)
+        copy_model_files(model, checkpointing.staged)
+        source = ModelSource(model, larger, checkpointing.work)
         parameters = sum(parameter.numel() for parameter in source.moe.model.parameters())
         bytes_per_parameter = _BYTES_PER_PARAMETER[precision]
-        written = steps.written_bytes()
+        written = checkpointing.written_bytes()
         multiple = PRECISIONS[precision].block if PRECISIONS[precision].bits else 1
         kept = [
             tuple(zip(given.experts_per_layer, given.widths(shape), strict=True))
             if (given := data.plans.get(name)) is not None
-            else kept_here(request.method, shape, counts)
+            else sizes_after_pruning(request.method, shape, counts)
             for name in request.names
         ]
         least = count_least_parameters(source.moe, kept, multiple) * bytes_per_parameter
-        require_space(steps.staged, int(least) - written)
+        require_space(checkpointing.staged, int(least) - written)
         stages = ExportStages(
-            request, target, precision, steps, source, tokenizer, data, on_stage, limit
+            request, target, precision, checkpointing, source, tokenizer, data, on_stage, limit
         )
         plans = stages.choose_plans(counts)
         before = stages.evaluate_before()
         layouts = lay_out_plans(plans, shape)
         parameters_stored = count_parameters(source.moe, plans, layouts, multiple)
         needed = parameters_stored * bytes_per_parameter
-        # Several tasks' weights lie in one file until it is known who reads what, and what was
-        # quantised is remembered in another.
-        require_space(steps.staged, int(needed * (3 if len(plans) > 1 else 1)) - written)
+        # Weights of several tasks are in one file until all graphs are known, and quantised
+        # matrices are cached in another.
+        require_space(
+            checkpointing.staged, int(needed * (3 if len(plans) > 1 else 1)) - written
+        )
         graphs = stages.write_graphs(plans, layouts)
         reports = {
-            name: stages.judge(name, plan, graphs.eager[name], before)
+            name: stages.validate(name, plan, graphs.eager[name], before)
             for name, plan in plans.items()
         }
         # Reading a large checkpoint only to hash it takes as long as copying it.
-        source.moe.sha256 = steps.fingerprint(hashes)
+        source.moe.sha256 = checkpointing.fingerprint(model.hashes)
         manifest = stages.write_manifest(plans, layouts, graphs, reports)
         on_stage("verify the bundle")
-        verify_bundle(steps.staged, hashes=False)
+        verify_bundle(checkpointing.staged, hashes=False)
     return ExportReport(
         output=request.output,
         target=target.name,

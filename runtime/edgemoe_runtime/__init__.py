@@ -88,7 +88,7 @@ __all__ = [
     "verify_bundle",
 ]
 
-# Who wants the log configures it; without, fall-backs stand in answers and in explain().
+# Applications configure the log; without it, answers and explain() list the fall-backs.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 

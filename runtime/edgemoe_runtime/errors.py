@@ -1,4 +1,4 @@
-"""What the runtime refuses, and why.
+"""Errors that the runtime raises on purpose.
 
 Every message says the rule, the value it got and the remedy. The tree::
 

@@ -1,54 +1,56 @@
-"""What a session says about itself: engine, fall-backs, ladder position, deadlines."""
+"""Description of a session: engine, fall-backs, ladder position, deadlines."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgemoe_runtime.adaptive_k.k_cap import compact
+from edgemoe_runtime.adaptive_k.k_cap import compact, ladder_position
 
 if TYPE_CHECKING:
     from edgemoe_runtime.adaptive_k.adaptation import KMove
     from edgemoe_runtime.fallback import Fallback
     from edgemoe_runtime.json_fields import Json
+    from edgemoe_runtime.opening import OpenedTask
+    from edgemoe_runtime.session_state import SessionState
 
 _SHOWN_MOVES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """How a session runs, and why so.
+    """Description of how a session runs, and why.
 
     Attributes:
         bundle: path of the bundle.
-        task: task that is run.
+        task: name of the task.
         model: name of the model.
-        target: what the bundle was exported for.
+        target: target that the bundle was exported for.
         precision: of the weights.
         backend: engine and provider in use.
-        fallbacks: engines that were tried before it or failed, and the latest requests that
-            were asked again or could not keep their deadline, with reasons.
+        fallbacks: engines that were tried before it or failed, and the latest requests of low
+            confidence or of a deadline that no rung could keep, with reasons.
         k_cap: cap of experts per token, by MoE layer.
         ladder_position: name of the ladder's rung with these caps, or None.
         ladder: names of the rungs that the session moves on.
         k_moves: the latest changes of the cap, oldest first, with reasons.
-        k_move_count: all changes.
+        k_move_count: number of all changes.
         top_k: experts per token at full quality.
-        experts_per_token: experts per token and MoE layer, averaged: those of the latest
-            request, before the first what the caps allow.
+        experts_per_token: experts per token and MoE layer, averaged over the latest request;
+            before the first, the mean that the caps allow.
         threads: CPU threads asked for, or None where the engine chooses.
         max_length: tokens that fit into the cache.
         kv_cache: form of the cache.
         load_seconds: time that opening took.
         verified: whether digests were compared on opening.
-        requests: requests answered.
+        requests: number of requests answered.
         last_seconds: time of the last one, or None.
-        mean_seconds: time of a request on average, or None.
-        new_tokens: tokens that all requests made together.
-        asked_again: requests that were asked again at the full k, for want of confidence.
+        mean_seconds: mean time of a request, or None.
+        new_tokens: tokens that all requests generated together.
+        asked_again: requests that were escalated to the full k, for want of confidence.
         deadline_ms: deadline of a request, or None.
         deadlines_met: requests that ended in time.
-        token_ms: what a new token may take, or None.
+        token_ms: time that a new token may take, or None.
         late_tokens: new tokens that took longer than that.
     """
 
@@ -114,7 +116,11 @@ class Explanation:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Json]:
-        """Return the JSON object."""
+        """Convert to JSON.
+
+        Returns:
+            One key for each attribute.
+        """
         return {
             "bundle": self.bundle,
             "task": self.task,
@@ -145,3 +151,44 @@ class Explanation:
             "token_ms": self.token_ms,
             "late_tokens": self.late_tokens,
         }
+
+
+def describe(opened: OpenedTask, state: SessionState, load_seconds: float) -> Explanation:
+    """Describe a session.
+
+    Args:
+        opened: its task, engine and settings.
+        state: what its requests share.
+        load_seconds: time that opening took.
+    """
+    manifest, stats, controller = opened.manifest, state.stats, state.controller
+    return Explanation(
+        bundle=str(opened.bundle),
+        task=opened.task,
+        model=manifest.model.name,
+        target=manifest.target,
+        precision=manifest.precision,
+        backend=opened.engine.name,
+        fallbacks=state.fallbacks,
+        k_cap=controller.rung.k_cap,
+        ladder_position=ladder_position(manifest, opened.task, controller.rung.k_cap),
+        ladder=tuple(rung.name for rung in controller.ladder),
+        k_moves=tuple(controller.moves),
+        k_move_count=controller.move_count,
+        top_k=manifest.tasks[opened.task].top_k,
+        experts_per_token=state.decoder.experts_per_token,
+        threads=opened.threads,
+        max_length=opened.engine.max_length,
+        kv_cache=manifest.kv_cache.form,
+        load_seconds=load_seconds,
+        verified=opened.verified,
+        requests=stats.requests,
+        last_seconds=stats.last_seconds,
+        mean_seconds=stats.seconds / stats.requests if stats.requests else None,
+        new_tokens=stats.new_tokens,
+        asked_again=stats.escalated,
+        deadline_ms=opened.adaptation.deadline_ms,
+        deadlines_met=stats.deadlines_met,
+        token_ms=opened.adaptation.token_ms,
+        late_tokens=stats.late_tokens,
+    )

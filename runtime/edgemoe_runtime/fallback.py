@@ -1,4 +1,4 @@
-"""A step down: what a session could not use or keep, and why."""
+"""A step down of a session: an engine, a deadline or a rung that was left, and the reason."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ FallbackKind = Literal["engine", "confidence", "deadline", "allocator"]
 
 @dataclass(frozen=True)
 class Fallback:
-    """What could not be used or kept, and why.
+    """A step down of a session, and the reason.
 
     Attributes:
-        backend: what was left: an engine; of the other kinds the rung of the k ladder.
-        reason: why.
-        kind: `engine`: the next one of the chain serves. `confidence`: an answer was too near
-            to another, so it was asked for again at the full k. `deadline`: no rung is fast
-            enough. `allocator`: the graph does not choose k by token, a fixed table does.
+        backend: the engine that was left; of the other kinds the rung of the k ladder.
+        reason: why, in words.
+        kind: `engine`: the next one of the chain serves. `confidence`: an answer of low
+            confidence, which is escalated to the full k where there is time. `deadline`: no
+            rung is fast enough. `allocator`: the graph does not choose k by token, a fixed
+            table does.
     """
 
     backend: str
@@ -29,5 +30,9 @@ class Fallback:
         return f"{name}: {self.reason}"
 
     def to_dict(self) -> dict[str, str]:
-        """Return the JSON object."""
+        """Convert to JSON.
+
+        Returns:
+            The keys `backend`, `reason` and `kind`.
+        """
         return {"backend": self.backend, "reason": self.reason, "kind": self.kind}

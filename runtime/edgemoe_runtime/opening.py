@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgemoe_runtime.adaptive_k.adaptation import Pacing
+from edgemoe_runtime.adaptive_k.adaptation import AdaptationConfig
 from edgemoe_runtime.adaptive_k.k_cap import check_k_cap
 from edgemoe_runtime.backends.base import OpenRequest
 from edgemoe_runtime.backends.chain import plan_chain
@@ -32,7 +32,11 @@ DEFAULT_MAX_LENGTH = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedTask:
-    """Everything that a session needs, checked; see `Session.open` for the arguments."""
+    """Everything that a session needs, checked; see `Session.open` for the arguments.
+
+    The fallback table holds fixed caps, by MoE layer, for a graph that should choose k by token
+    and cannot.
+    """
 
     bundle: Path
     manifest: Manifest
@@ -41,8 +45,8 @@ class OpenedTask:
     fallbacks: tuple[Fallback, ...]
     tokenizer: Tokenizer
     k_cap: tuple[int, ...] | None
-    k_table: tuple[int, ...] | None
-    pacing: Pacing
+    fallback_table: tuple[int, ...] | None
+    adaptation: AdaptationConfig
     adapts: bool
     threads: int | None
     verified: bool
@@ -53,7 +57,7 @@ def open_task(
     bundle: Path,
     task: str | None,
     *,
-    pacing: Pacing | None = None,
+    adaptation: AdaptationConfig | None = None,
     adapts: bool = False,
     backend: str | None = None,
     providers: Sequence[str] | None = None,
@@ -75,7 +79,7 @@ def open_task(
     name, entry = manifest.task(task)
     caps = check_k_cap(k_cap, top_k=entry.top_k, layers=len(manifest.model.moe_layers))
     chain = plan_chain(manifest.target, backend, providers)
-    pacing = pacing or Pacing()
+    adaptation = adaptation or AdaptationConfig()
     if threads is not None and threads < 1:
         raise RequestError(f"threads must be above 0, got {threads}.")
     length = _check_length(manifest, max_length)
@@ -95,7 +99,7 @@ def open_task(
         needs_length=max_length is not None,
     )
     engine = Engine(chain, request)
-    k_table, fallbacks = _stand_in(manifest, entry)
+    fallback_table, fallbacks = _find_fallback_table(manifest, entry)
     return OpenedTask(
         bundle=bundle,
         manifest=manifest,
@@ -104,8 +108,8 @@ def open_task(
         fallbacks=fallbacks,
         tokenizer=tokenizer,
         k_cap=None if k_cap is None else caps,
-        k_table=k_table,
-        pacing=pacing,
+        fallback_table=fallback_table,
+        adaptation=adaptation,
         adapts=adapts,
         threads=threads,
         verified=verify,
@@ -124,10 +128,10 @@ def _check_length(manifest: Manifest, max_length: int | None) -> int:
     return length
 
 
-def _stand_in(
+def _find_fallback_table(
     manifest: Manifest, entry: TaskEntry
 ) -> tuple[tuple[int, ...] | None, tuple[Fallback, ...]]:
-    """Return the fixed table of a task whose tokens cannot choose k themselves."""
+    """Return the fixed caps that replace a choice of k by token where the graph has none."""
     if entry.k_table is None or any(spec.name == EXPERTS_USED for spec in manifest.outputs):
         return None, ()
     reason = f"the graph has no output {EXPERTS_USED}, so the table of mean k serves"

@@ -1,4 +1,4 @@
-"""What a session has answered so far, in numbers."""
+"""Counts of the requests that a session has answered."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from edgemoe_runtime.decoding.answers import meets_deadline
 
 
 @dataclass
-class Tally:
-    """What was answered so far.
+class SessionStats:
+    """Counts of the requests that a session has answered.
 
     Attributes:
-        requests: how many.
-        seconds: of all of them together.
-        new_tokens: that they made.
-        last_seconds: of the last one, or None.
-        deadlines_met: how many ended in time.
-        late_tokens: new tokens that took longer than they may.
-        asked_again: how many were answered at the full k in the end, for want of confidence.
+        requests: number of requests.
+        seconds: time of all of them together.
+        new_tokens: tokens that they generated.
+        last_seconds: time of the last one, or None.
+        deadlines_met: requests that ended in time.
+        late_tokens: new tokens that took longer than `token_ms`.
+        escalated: requests that were escalated to the full k, for want of confidence.
     """
 
     requests: int = 0
@@ -27,10 +27,16 @@ class Tally:
     last_seconds: float | None = None
     deadlines_met: int = 0
     late_tokens: int = 0
-    asked_again: int = 0
+    escalated: int = 0
 
     def add(self, seconds: float, new_tokens: int, deadline_ms: float | None) -> None:
-        """Count a request that was answered."""
+        """Count a request.
+
+        Args:
+            seconds: its wall-clock time.
+            new_tokens: tokens that it generated.
+            deadline_ms: its deadline, or None.
+        """
         self.requests += 1
         self.seconds += seconds
         self.new_tokens += new_tokens

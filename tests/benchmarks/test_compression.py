@@ -37,6 +37,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "moe"
 
 
+@pytest.mark.slow
 def test_a_command_runs_once_and_a_killed_one_again(model: Path, tmp_path: Path) -> None:
     lines = tmp_path / "t.test.jsonl"
     work = tmp_path / "work"

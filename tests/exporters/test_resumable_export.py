@@ -69,6 +69,7 @@ def test_ten_kills_change_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
+@pytest.mark.slow
 @pytest.mark.fused
 def test_what_is_refused_leaves_nothing_and_other_unfinished_work_is_refused(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,1 +1,1 @@
-"""How many experts tokens may use now: cap, costs, limits, and the controller between them."""
+"""Adaptive k: experts per token at most, chosen by costs, limits and measured times."""

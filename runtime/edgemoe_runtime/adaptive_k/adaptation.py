@@ -1,4 +1,4 @@
-"""What a session is to keep to, and how it tells what that led to."""
+"""Settings of a session that adapts k, and the record of a move along the k ladder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class KMove:
         phase: whether it is for prompts or for new tokens.
         before: name of the rung that was left.
         after: name of the rung that was entered.
-        reason: why.
+        reason: why, in words.
     """
 
     phase: Phase
@@ -38,7 +38,11 @@ class KMove:
         return f"{self.phase}: {self.before} to {self.after}: {self.reason}"
 
     def to_dict(self) -> dict[str, Json]:
-        """Return the JSON object."""
+        """Convert to JSON.
+
+        Returns:
+            The keys `phase`, `from`, `to` and `reason`.
+        """
         return {
             "phase": self.phase,
             "from": self.before,
@@ -48,38 +52,17 @@ class KMove:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptWork:
-    """How the time of a prompt grows with its length: b (tokens + runs offset).
+class AdaptationConfig:
+    """Deadlines and limits that a session is to keep.
 
     Attributes:
-        offset: tokens whose time a run of the engine takes beside its own, in [0, inf).
-        chunk_tokens: most tokens of one run.
-    """
-
-    offset: float = 0.0
-    chunk_tokens: int = 512
-
-    def of(self, tokens: int, runs: int = 1) -> float:
-        """Return how many tokens' time a prompt takes.
-
-        Args:
-            tokens: of the prompt, with those of choices behind it.
-            runs: of the engine that it needs, where they are more than its tokens need.
-        """
-        return tokens + self.offset * max(runs, math.ceil(tokens / self.chunk_tokens))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pacing:
-    """What a session is to keep to.
-
-    A time that is not above 0, or not finite, is refused with RequestError.
-
-    Attributes:
-        deadline_ms: wall-clock time of a request, or None.
-        token_ms: wall-clock time of a new token, or None.
-        limits: when the controller moves.
+        deadline_ms: wall-clock time of a request, above 0, or None.
+        token_ms: wall-clock time of a new token, above 0, or None.
+        limits: thresholds and waiting times of the controller.
         read: reads the sensors; None for a session that does not look at the machine.
+
+    Raises:
+        RequestError: when a time is not above 0, or not finite.
     """
 
     deadline_ms: float | None = None

@@ -1,19 +1,21 @@
-"""Which rung of the ladder to run on: a decision from what was measured, and nothing else.
+"""The pure decision: which rung of the k ladder to run on, from measurements alone.
 
-A rung is a cap of experts per token, with the time that a token takes on it relative to the
-first rung, which is the full k. Three things push down the ladder, their absence back up:
+`KController` in `k_controller.py` feeds it and carries it out. A rung is a cap of experts per
+token, with the time that a token takes on it relative to the first rung, which is the full k.
+Three things push down the ladder, their absence back up:
 
-- the speed. The median of the last three tokens' times, each divided by the cost of its
-  rung, says how fast the machine is now. When half of the headroom is used up (all of it, where
-  the spread is looked at), the best rung that leaves all of it is taken at once. Upwards it
-  goes one rung at a time, and only when the rung above has left all of it for a while, by the
-  median of more tokens of the last seconds. Where that was too early, the next time takes twice
-  as long: a machine at the edge of a rung does not swing.
-- the spread, where every single token has a time to keep. A token of the last hundred counts
+- the median. The median of the last three tokens' times, each divided by the cost of its rung,
+  estimates how long a token takes at the full k now. When half of the headroom is used up (all
+  of it, where late tokens are counted), the best rung that leaves all of it is taken at once.
+  Upwards it goes one rung at a time, and only when the rung above has left all of the headroom
+  for a while, by the median of more tokens of the last seconds. Where that was too early, the
+  next climb waits twice as long (exponential backoff): a machine at the edge of a rung does not
+  oscillate.
+- late tokens, where every single token has a time to keep. A token of the last hundred counts
   against a rung on which it would have been late, if the last rung would have been in time.
   The best rung against which no more of them count than `Limits.in_time` allows is taken. A
-  median cannot see a machine that gives its cores away in slices, for every tenth token.
-- the machine. A throttle alert, a temperature near the trip point of its own zone, a new
+  median cannot see a machine that preempts the process in slices, for every tenth token.
+- pressure. A throttle alert, a temperature near the trip point of its own zone, a new
   over-current event, more power than allowed, or little free memory take one rung a second
   away, until all are well clear; then one rung comes back for every few seconds.
 
@@ -27,7 +29,7 @@ import statistics
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from edgemoe_runtime.adaptive_k.pressure import examine
+from edgemoe_runtime.adaptive_k.pressure import find_alerts
 from edgemoe_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -36,21 +38,22 @@ if TYPE_CHECKING:
     from edgemoe_runtime.adaptive_k.limits import Limits
     from edgemoe_runtime.device.sensors import Sensors
 
-_SAMPLES = 3
-_STEADY = 25
-_STEADY_WAITS = 4.0  # times `Limits.climb_seconds`
-_WINDOW = 100
-_MOST_PATIENCE = 4.0
+_SAMPLES = 3  # tokens of the median that moves down
+_STEADY = 25  # tokens of the median that moves up
+_STEADY_WAITS = 4.0  # its age at most, in multiples of `Limits.climb_seconds`
+_WINDOW = 100  # tokens that are remembered
+_MAX_BACKOFF = 4.0
+_NO_RUNG = "no rung is fast enough for the deadline"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Signals:
-    """What was measured since the last decision.
+    """Measurements since the last decision.
 
     Attributes:
         seconds: a clock that never goes back.
-        token_ms: time of each new token since, on the rung in force; may be none.
-        allowed_ms: time that a token may take from now on in the mean, or None without a
+        token_ms: time of each new token since, on the rung in force; may be empty.
+        allowed_ms: time that a token may take on average from now on, or None without a
             deadline.
         each_ms: time that every single token may take, or None.
         sensors: a reading, or None where none was taken.
@@ -65,44 +68,45 @@ class Signals:
 
 @dataclass(frozen=True, kw_only=True)
 class ControlState:
-    """What the controller remembers.
+    """State that one decision hands to the next.
 
     Attributes:
         rung: the rung in force; 0 is the full k.
-        unit_ms: the last times of a token, each divided by the cost of its rung.
-        rungs: the rung that each of them is of.
-        measured_at: when each of them was taken in.
-        fresh: tokens measured since the last move.
-        moved_at: when that was, or None.
-        roomy_since: since when the rung above would do, or None.
-        climbed_at: when the rung above was last taken, or None if it was left since.
-        patience: how many times `Limits.climb_seconds` to wait, in [1, 4].
-        pressed: rungs that the machine's state takes away.
-        pressed_at: when that number last changed, or when the machine last was not well.
-        troubles: what was wrong at the last reading.
-        over_current: counters of the last reading.
-        impossible: whether no rung is fast enough for the deadline.
+        full_k_ms: latest times of a token, each divided by the cost of its rung.
+        rungs: rung on which each of them was measured.
+        measured_at: time at which each of them was recorded.
+        tokens_since_move: tokens measured since the last move.
+        moved_at: time of that move, or None.
+        headroom_since: time since which the rung above would do, or None.
+        climbed_at: time at which the rung above was last taken, or None if it was left since.
+        backoff: multiple of `Limits.climb_seconds` to wait before a climb, in [1, 4].
+        pressure: rungs that the machine's state takes away.
+        pressure_at: time at which that number last changed, or at which the machine last was
+            not clear of its limits.
+        alerts: limits that the last reading broke, in words.
+        over_current: over-current counters of the last reading.
+        infeasible: whether no rung is fast enough for the deadline.
     """
 
     rung: int = 0
-    unit_ms: tuple[float, ...] = ()
+    full_k_ms: tuple[float, ...] = ()
     rungs: tuple[int, ...] = ()
     measured_at: tuple[float, ...] = ()
-    fresh: int = 0
+    tokens_since_move: int = 0
     moved_at: float | None = None
-    roomy_since: float | None = None
+    headroom_since: float | None = None
     climbed_at: float | None = None
-    patience: float = 1.0
-    pressed: int = 0
-    pressed_at: float | None = None
-    troubles: tuple[str, ...] = ()
+    backoff: float = 1.0
+    pressure: int = 0
+    pressure_at: float | None = None
+    alerts: tuple[str, ...] = ()
     over_current: Mapping[str, int] = field(default_factory=dict[str, int])
-    impossible: bool = False
+    infeasible: bool = False
 
 
 @dataclass(frozen=True)
 class Move:
-    """A change of rung, and why."""
+    """A change of rung, and the reason."""
 
     before: int
     after: int
@@ -118,42 +122,39 @@ def decide(
     """Choose the rung for the tokens that follow.
 
     Args:
-        state: what was remembered; `ControlState()` at the start.
-        signals: what was measured since.
-        costs: time of a token on each rung, relative to the first one: falling, in (0, 1].
-        limits: what is too much.
+        state: state that the last decision returned; `ControlState()` at the start.
+        signals: measurements since.
+        costs: time of a token on each rung, relative to the first one: decreasing, in (0, 1].
+        limits: thresholds and waiting times.
 
     Returns:
-        What to remember, and the move, or None where the rung stays.
+        The state for the next decision, and the move, or None where the rung stays.
 
     Raises:
-        RequestError: when the costs do not fall, or the state is of another ladder.
+        RequestError: when the costs do not decrease, or the state is of another ladder.
     """
     _check(state, costs)
-    state = _measure(state, signals, costs)
-    state = _feel(state, signals, limits, len(costs))
-    wanted, why = _by_deadline(state, signals, costs, limits)
-    state = replace(state, impossible=why == _NO_RUNG)
-    if state.pressed > wanted:
-        wanted, why = state.pressed, ", ".join(state.troubles) or "the machine has to recover"
+    state = _record_times(state, signals, costs)
+    state = _update_pressure(state, signals, limits, len(costs))
+    wanted, why = _choose_by_deadline(state, signals, costs, limits)
+    state = replace(state, infeasible=why == _NO_RUNG)
+    if state.pressure > wanted:
+        wanted, why = state.pressure, ", ".join(state.alerts) or "the machine has to recover"
     elif wanted > state.rung:
-        state = _learn(state, signals.seconds, limits)
+        state = _update_backoff(state, signals.seconds, limits)
     if wanted > state.rung:
         return _move(state, wanted, why or "deadline", signals.seconds)
     if wanted == state.rung:
-        return replace(state, roomy_since=None), None
-    since = signals.seconds if state.roomy_since is None else state.roomy_since
-    waits = signals.seconds - since < state.patience * limits.climb_seconds
-    if waits or not _fits_now(state, signals, costs[state.rung - 1], limits):
-        return replace(state, roomy_since=since), None
+        return replace(state, headroom_since=None), None
+    since = signals.seconds if state.headroom_since is None else state.headroom_since
+    waits = signals.seconds - since < state.backoff * limits.climb_seconds
+    if waits or not _has_headroom(state, signals, costs[state.rung - 1], limits):
+        return replace(state, headroom_since=since), None
     # Two steps up in a row: the first was not too early.
-    patience = state.patience if state.climbed_at is None else 1.0
-    state = replace(state, climbed_at=signals.seconds, patience=patience)
+    backoff = state.backoff if state.climbed_at is None else 1.0
+    state = replace(state, climbed_at=signals.seconds, backoff=backoff)
     moved, move = _move(state, state.rung - 1, "there is room again", signals.seconds)
-    return replace(moved, roomy_since=signals.seconds), move
-
-
-_NO_RUNG = "no rung is fast enough for the deadline"
+    return replace(moved, headroom_since=signals.seconds), move
 
 
 def _check(state: ControlState, costs: Sequence[float]) -> None:
@@ -167,51 +168,53 @@ def _check(state: ControlState, costs: Sequence[float]) -> None:
         )
 
 
-def _measure(state: ControlState, signals: Signals, costs: Sequence[float]) -> ControlState:
-    """Take the new tokens' times in."""
-    units = [milliseconds / costs[state.rung] for milliseconds in signals.token_ms]
+def _record_times(
+    state: ControlState, signals: Signals, costs: Sequence[float]
+) -> ControlState:
+    """Record the times of the new tokens."""
+    new = [milliseconds / costs[state.rung] for milliseconds in signals.token_ms]
     return replace(
         state,
-        unit_ms=(*state.unit_ms, *units)[-_WINDOW:],
-        rungs=(*state.rungs, *[state.rung] * len(units))[-_WINDOW:],
-        measured_at=(*state.measured_at, *[signals.seconds] * len(units))[-_WINDOW:],
-        fresh=state.fresh + len(units),
+        full_k_ms=(*state.full_k_ms, *new)[-_WINDOW:],
+        rungs=(*state.rungs, *[state.rung] * len(new))[-_WINDOW:],
+        measured_at=(*state.measured_at, *[signals.seconds] * len(new))[-_WINDOW:],
+        tokens_since_move=state.tokens_since_move + len(new),
     )
 
 
-def _by_deadline(
+def _choose_by_deadline(
     state: ControlState, signals: Signals, costs: Sequence[float], limits: Limits
 ) -> tuple[int, str]:
-    """Return the rung that the deadlines ask for, and why it is not a better one."""
-    allowed = _least(signals)
+    """Return the rung that the deadlines require, and why it is not a better one."""
+    allowed = _tightest_ms(signals)
     if allowed is None:
         return 0, ""
-    if not state.unit_ms:
+    if not state.full_k_ms:
         return state.rung, ""
     now = signals.seconds
     if signals.each_ms is None:
-        return _by_speed(state, now, allowed, 0.5 * limits.headroom, costs, limits)
-    # Single tokens may be as late as they may: how many are is counted.
-    by_speed = _by_speed(state, now, allowed, 0.0, costs, limits)
-    by_spread = _by_spread(state, signals.each_ms, costs, limits)
-    return by_spread if by_spread[0] > by_speed[0] else by_speed
+        return _choose_by_median(state, now, allowed, 0.5 * limits.headroom, costs, limits)
+    # The median may use all of the headroom here: late tokens are counted one by one.
+    by_median = _choose_by_median(state, now, allowed, 0.0, costs, limits)
+    by_late_tokens = _choose_by_late_tokens(state, signals.each_ms, costs, limits)
+    return by_late_tokens if by_late_tokens[0] > by_median[0] else by_median
 
 
-def _least(signals: Signals) -> float | None:
-    """Return what a token may take by every deadline, or None without one."""
+def _tightest_ms(signals: Signals) -> float | None:
+    """Return the time that a token may take by every deadline, or None without one."""
     given = [each for each in (signals.allowed_ms, signals.each_ms) if each is not None]
     return min(given, default=None)
 
 
-def _fits_now(state: ControlState, signals: Signals, cost: float, limits: Limits) -> bool:
-    """Ask whether the latest tokens, too, would leave all of the headroom at a cost."""
-    allowed = _least(signals)
-    if allowed is None or not state.unit_ms:
+def _has_headroom(state: ControlState, signals: Signals, cost: float, limits: Limits) -> bool:
+    """Return whether the latest tokens, too, would leave all of the headroom at a cost."""
+    allowed = _tightest_ms(signals)
+    if allowed is None or not state.full_k_ms:
         return True
-    return _speed(state.unit_ms[-_SAMPLES:]) * cost <= allowed * (1 - limits.headroom)
+    return _typical_ms(state.full_k_ms[-_SAMPLES:]) * cost <= allowed * (1 - limits.headroom)
 
 
-def _by_speed(
+def _choose_by_median(
     state: ControlState,
     now: float,
     allowed_ms: float,
@@ -219,111 +222,117 @@ def _by_speed(
     costs: Sequence[float],
     limits: Limits,
 ) -> tuple[int, str]:
-    """Return the best rung on which tokens of the latest speed are in time.
+    """Return the best rung on which tokens of the latest median time are in time.
 
-    The rung in force is left where tokens leave less than the share ``kept`` of what is
-    allowed, and another entered where they leave all of the headroom: it does not swing.
+    The rung in force is left where tokens leave less than the share `kept` of the allowed
+    time, and another entered where they leave all of the headroom: this hysteresis keeps it
+    from oscillating.
     """
-    unit, last = _speed(state.unit_ms[-_SAMPLES:]), len(costs) - 1
+    full_k_ms, last = _typical_ms(state.full_k_ms[-_SAMPLES:]), len(costs) - 1
     moved = state.moved_at
     waits = moved is not None and now - moved < limits.climb_seconds
-    if state.fresh < (min(_SAMPLES, len(state.unit_ms)) if waits else 1):
-        # What was measured is mostly of the rung before: it waits.
-        return state.rung, _NO_RUNG if unit * costs[last] > allowed_ms else ""
-    # What prompts took minutes ago says nothing of now.
+    if state.tokens_since_move < (min(_SAMPLES, len(state.full_k_ms)) if waits else 1):
+        # Most measurements are still of the rung before.
+        return state.rung, _NO_RUNG if full_k_ms * costs[last] > allowed_ms else ""
+    # Prompt times of minutes ago do not describe the machine now.
     old = sum(at < now - _STEADY_WAITS * limits.climb_seconds for at in state.measured_at)
-    recent = state.unit_ms[max(0, min(old, len(state.unit_ms) - _SAMPLES)) :]
-    steady = _speed(recent[-_STEADY:])
-    why = f"{unit * costs[state.rung]:.1f} ms a token, {allowed_ms:.1f} allowed"
-    if unit * costs[state.rung] > allowed_ms * (1 - kept):
+    recent = state.full_k_ms[max(0, min(old, len(state.full_k_ms) - _SAMPLES)) :]
+    steady = _typical_ms(recent[-_STEADY:])
+    why = f"{full_k_ms * costs[state.rung]:.1f} ms a token, {allowed_ms:.1f} allowed"
+    if full_k_ms * costs[state.rung] > allowed_ms * (1 - kept):
         below = range(state.rung + 1, len(costs))
-        fast = [n for n in below if unit * costs[n] <= allowed_ms * (1 - limits.headroom)]
+        fast = [n for n in below if full_k_ms * costs[n] <= allowed_ms * (1 - limits.headroom)]
         if fast:
             return fast[0], why
-        return last, _NO_RUNG if unit * costs[last] > allowed_ms else why
+        return last, _NO_RUNG if full_k_ms * costs[last] > allowed_ms else why
     above = range(state.rung)
     fast = [n for n in above if steady * costs[n] <= allowed_ms * (1 - limits.headroom)]
     return min(fast, default=state.rung), why
 
 
-def _speed(units: Sequence[float]) -> float:
-    """Return how fast the machine is, in ms of a token at full k, by a few of them."""
-    # The first of all runs may be a cold one.
-    return statistics.median(units) if len(units) >= _SAMPLES else min(units)
+def _typical_ms(times: Sequence[float]) -> float:
+    """Return the typical time of a token at the full k in ms, from a few of them."""
+    # The very first run may be a cold one.
+    return statistics.median(times) if len(times) >= _SAMPLES else min(times)
 
 
-def _by_spread(
+def _choose_by_late_tokens(
     state: ControlState, each_ms: float, costs: Sequence[float], limits: Limits
 ) -> tuple[int, str]:
-    """Return the best rung on which few enough of the last tokens would have been late."""
+    """Return the best rung on which few enough of the latest tokens would have been late."""
     last = len(costs) - 1
-    # What is late on the last rung, too, is no reason to be there.
+    # A token that is late on the last rung, too, is no reason to be there.
     possible = [
         sample
-        for sample in zip(state.unit_ms, state.rungs, strict=True)
+        for sample in zip(state.full_k_ms, state.rungs, strict=True)
         if sample[0] * costs[last] <= each_ms
     ]
-    usual = statistics.median(state.unit_ms)
+    usual = statistics.median(state.full_k_ms)
 
     def count_late(rung: int) -> int:
         return sum(
-            _expect(unit, measured, rung, usual, costs) > each_ms for unit, measured in possible
+            _predict_ms(full_k_ms, measured, rung, usual, costs) > each_ms
+            for full_k_ms, measured in possible
         )
 
-    why = f"{count_late(state.rung)} of the last {len(state.unit_ms)} tokens late"
+    why = f"{count_late(state.rung)} of the last {len(state.full_k_ms)} tokens late"
     for rung in range(last):
         if count_late(rung) <= (1 - limits.in_time) * _WINDOW + 1e-9:
             return rung, why
     return last, why
 
 
-def _expect(
-    unit_ms: float, measured: int, rung: int, usual_ms: float, costs: Sequence[float]
+def _predict_ms(
+    full_k_ms: float, measured: int, rung: int, usual_ms: float, costs: Sequence[float]
 ) -> float:
-    """Say how long a token would have taken on another rung than the one it was measured on."""
-    scaled = unit_ms * costs[rung]
+    """Predict the time of a token on another rung than the one it was measured on."""
+    scaled = full_k_ms * costs[rung]
     if rung >= measured:
         return scaled
-    # A hiccup is no longer where tokens are, so what is beyond the usual does not grow.
-    beyond = (unit_ms - usual_ms) * costs[measured]
+    # A hiccup lasts as long on any rung, so the part beyond the usual time does not scale.
+    beyond = (full_k_ms - usual_ms) * costs[measured]
     return min(scaled, usual_ms * costs[rung] + beyond)
 
 
-def _feel(state: ControlState, signals: Signals, limits: Limits, rungs: int) -> ControlState:
-    """Take a reading in: how many rungs the machine's state takes away, and why."""
+def _update_pressure(
+    state: ControlState, signals: Signals, limits: Limits, rungs: int
+) -> ControlState:
+    """Update how many rungs the machine's state takes away, and why, from a reading."""
     reading = signals.sensors
     if reading is None:
         return state
-    troubles, is_well = examine(reading, state.over_current, limits)
+    alerts, is_clear = find_alerts(reading, state.over_current, limits)
     counted = dict(reading.over_current_events)
-    state = replace(state, troubles=troubles, over_current=counted)
-    since = state.pressed_at
+    state = replace(state, alerts=alerts, over_current=counted)
+    since = state.pressure_at
     waited = float("inf") if since is None else signals.seconds - since
-    if troubles:
-        if state.pressed == 0 or waited >= limits.pressure_seconds:
-            pressed = min(rungs - 1, state.pressed + 1)
-            state = replace(state, pressed=pressed, pressed_at=signals.seconds)
-    elif not is_well:
-        state = replace(state, pressed_at=signals.seconds)
-    elif state.pressed and waited >= limits.relief_seconds:
-        # Whoever answers once a minute has read nothing in between.
+    if alerts:
+        if state.pressure == 0 or waited >= limits.pressure_seconds:
+            pressure = min(rungs - 1, state.pressure + 1)
+            state = replace(state, pressure=pressure, pressure_at=signals.seconds)
+    elif not is_clear:
+        state = replace(state, pressure_at=signals.seconds)
+    elif state.pressure and waited >= limits.relief_seconds:
+        # A session that answers once a minute has read nothing in between.
         back = waited // limits.relief_seconds if limits.relief_seconds else 1
-        pressed = max(0, state.pressed - int(min(back, state.pressed)))
-        state = replace(state, pressed=pressed, pressed_at=signals.seconds)
+        pressure = max(0, state.pressure - int(min(back, state.pressure)))
+        state = replace(state, pressure=pressure, pressure_at=signals.seconds)
     return state
 
 
-def _learn(state: ControlState, seconds: float, limits: Limits) -> ControlState:
-    """Become more patient when the rung above was taken too early, less when it was not."""
+def _update_backoff(state: ControlState, seconds: float, limits: Limits) -> ControlState:
+    """Double the backoff when the rung above was taken too early, halve it when it was not."""
     if state.climbed_at is None:
         return state
-    too_early = seconds - state.climbed_at < 2 * state.patience * limits.climb_seconds
-    patience = state.patience * (2 if too_early else 0.5)
-    return replace(state, patience=min(_MOST_PATIENCE, max(1.0, patience)), climbed_at=None)
+    too_early = seconds - state.climbed_at < 2 * state.backoff * limits.climb_seconds
+    backoff = state.backoff * (2 if too_early else 0.5)
+    return replace(state, backoff=min(_MAX_BACKOFF, max(1.0, backoff)), climbed_at=None)
 
 
 def _move(
     state: ControlState, rung: int, reason: str, seconds: float
 ) -> tuple[ControlState, Move]:
-    moved = replace(state, rung=rung, fresh=0, moved_at=seconds, roomy_since=None)
+    moved = replace(
+        state, rung=rung, tokens_since_move=0, moved_at=seconds, headroom_since=None
+    )
     return moved, Move(state.rung, rung, reason)

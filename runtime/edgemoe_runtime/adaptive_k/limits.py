@@ -1,4 +1,4 @@
-"""What is too much for a session that adapts, and how long it waits."""
+"""Thresholds and waiting times of a session that adapts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from edgemoe_runtime.errors import RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is too much, and how long to wait.
+    """Thresholds and waiting times of a session that adapts.
 
     Attributes:
-        headroom: share of the deadline that a rung must leave, in [0, 0.5).
-        in_time: share of tokens to be in time, of those that some rung can, in (0, 1].
-        climb_seconds: how long the rung above must have left it; up to four times as long
-            when tokens were late soon after the last times.
-        pressure_seconds: how long each rung down lasts at least while the machine suffers.
-        relief_seconds: how long the machine must be well before a rung comes back.
-        trip_margin_celsius: how near a trip point is too near.
-        clear_margin_celsius: how far below that is well again.
-        power_mw: most power of the board (`Sensors.total_power_mw`), or None.
-        memory_bytes: least free memory, or None.
+        headroom: share of the deadline that a rung must leave free, in [0, 0.5).
+        in_time: share of tokens that must be in time, of those that some rung keeps in time,
+            in (0, 1].
+        climb_seconds: time for which the rung above must have left that headroom before it is
+            entered, >= 0; up to four times as long where earlier climbs were too early.
+        pressure_seconds: time between two rungs down while a limit is broken, >= 0.
+        relief_seconds: time for which the machine must be clear of its limits before a rung
+            comes back, >= 0.
+        trip_margin_celsius: distance below a trip point that is too near, in °C, >= 0.
+        clear_margin_celsius: distance below that which is clear again, in °C, >= 0.
+        power_mw: most power of the board in mW (`Sensors.total_power_mw`), or None.
+        memory_bytes: least free memory in bytes, or None.
 
     Raises:
         RequestError: when one is out of range, below 0 or not finite.

@@ -1,7 +1,8 @@
-"""What a token costs on each rung of a ladder, on the engine that will run it."""
+"""Measure the cost of a token on each rung of a ladder, on the engine that will run it."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from dataclasses import replace
@@ -22,7 +23,7 @@ _NEW_TOKENS = 16
 _ROUNDS = 7
 _OFFSET_ROUNDS = 3
 _MOST_OFFSET = 4096.0
-# A rung that saves less than this is not worth its loss, nor told apart from noise.
+# A rung that saves less than this is not worth its loss, and within the noise.
 _LEAST_SAVING = 0.02
 
 
@@ -64,7 +65,7 @@ def measure_costs(
 
 
 def time_rungs(backend: Backend, rungs: Sequence[KRung], vocab_size: int) -> tuple[KRung, ...]:
-    """Time the rungs of a ladder, and leave out those that are not worth having.
+    """Time the rungs of a ladder, and drop those that are not worth having.
 
     Args:
         backend: the engine; what its cache held is lost.
@@ -72,7 +73,7 @@ def time_rungs(backend: Backend, rungs: Sequence[KRung], vocab_size: int) -> tup
         vocab_size: of the model.
 
     Returns:
-        What `without_dominated` keeps, with the costs that were measured.
+        The rungs that `without_dominated` keeps, with their measured costs.
 
     Raises:
         BackendError: when the engine fails.
@@ -85,7 +86,7 @@ def time_rungs(backend: Backend, rungs: Sequence[KRung], vocab_size: int) -> tup
 
 
 def measure_prompt_offset(backend: Backend, rung: KRung, vocab_size: int) -> float:
-    """Measure what a prompt takes whatever its length; the engine is warm afterwards.
+    """Measure the fixed time of a prompt, whatever its length; the engine is warm afterwards.
 
     Args:
         backend: the engine; what its cache held is lost.
@@ -93,8 +94,7 @@ def measure_prompt_offset(backend: Backend, rung: KRung, vocab_size: int) -> flo
         vocab_size: of the model.
 
     Returns:
-        How many tokens' time it is, in [0, 4096]: a prompt of n takes as long as n and so many
-        tokens would, if time grew with nothing but tokens.
+        The fixed time of a prompt over that of one of its tokens, in [0, 4096].
 
     Raises:
         BackendError: when the engine fails.
@@ -115,7 +115,7 @@ def measure_prompt_offset(backend: Backend, rung: KRung, vocab_size: int) -> flo
 
 
 def without_dominated(rungs: Sequence[KRung]) -> tuple[KRung, ...]:
-    """Leave out rungs that another one beats: as fast or faster, and as good or better.
+    """Drop dominated rungs: another one is as fast or faster, and as good or better.
 
     Args:
         rungs: rungs with a cost, the full k first.
@@ -123,8 +123,8 @@ def without_dominated(rungs: Sequence[KRung]) -> tuple[KRung, ...]:
     Returns:
         The first, and those of the others that save time over all that lose less: at least 2%
         of a prompt or of a new token, and never more of either. Where choices are compared, a
-        prompt costs what it takes on the rung, and the share that is asked again at the full
-        k. Of rungs without a quality a later one is taken to lose more.
+        prompt costs its time on the rung, and the share that is escalated to the full k. Of
+        rungs without a quality a later one is assumed to lose more.
     """
     others = list(rungs[1:])
     if all(rung.quality is not None for rung in others):
@@ -137,6 +137,23 @@ def without_dominated(rungs: Sequence[KRung]) -> tuple[KRung, ...]:
             kept.append(rung)
             least = prompt, token
     return tuple(kept)
+
+
+def decreasing_costs(costs: Sequence[float]) -> list[float]:
+    """Return costs that decrease from rung to rung, where they were measured not to.
+
+    Args:
+        costs: time on each rung over that on the first one.
+
+    Returns:
+        As many costs, from 1 on: the running minimum, less a millionth for each rung.
+    """
+    # A rung that is on the ladder for its decode may save nothing on prompts.
+    least = 1e-6
+    return [
+        most * (1 - least * rung)
+        for rung, most in enumerate(itertools.accumulate((1.0, *costs[1:]), min))
+    ]
 
 
 def _time_of(rung: KRung) -> tuple[float, float]:

@@ -24,7 +24,7 @@ _MAX_CHUNK_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class OpenRequest:
-    """What a backend is asked to open.
+    """Arguments of opening an engine.
 
     Attributes:
         bundle: directory of a verified bundle.
@@ -95,12 +95,12 @@ class Backend(Protocol):
         """Append tokens to the cache and compute logits.
 
         Args:
-            token_ids: int64 ``[tokens]``, 1 to `chunk_tokens` of them.
-            k_cap: int64 ``[moe layers]``.
+            token_ids: int64 `[tokens]`, 1 to `chunk_tokens` of them.
+            k_cap: int64 `[moe layers]`.
             rows: which positions' logits are wanted on the host.
 
         Returns:
-            float32 ``[0 | 1 | tokens, vocabulary]``; the next `run` may overwrite it.
+            float32 `[0 | 1 | tokens, vocabulary]`; the next `run` may overwrite it.
 
         Raises:
             BackendError: when the engine fails; the cache is then undefined.
@@ -108,11 +108,11 @@ class Backend(Protocol):
         ...
 
     def experts_used(self) -> TokenArray | None:
-        """Tell how many experts the tokens of the latest `run` used, summed over them.
+        """Return how many experts the tokens of the latest `run` used, summed over them.
 
         Returns:
-            int64 ``[moe layers]``; None where the graph does not say, because every token uses
-            as many as the cap allows.
+            int64 `[moe layers]`; None where the graph has no such output, because every token
+            uses as many as the cap allows.
         """
         ...
 

@@ -32,7 +32,7 @@ class KvBinding(Protocol):
         ...
 
     def mark(self) -> object:
-        """Return the state; None where the length alone tells it.
+        """Return the state; None where the length alone determines it.
 
         After another answer than None the next run must use another IOBinding.
         """

@@ -101,7 +101,7 @@ class OnnxRuntimeBackend:
         return self._logits[0, first:count].astype(np.float32, copy=False)
 
     def experts_used(self) -> TokenArray | None:
-        """Tell how many experts the latest run used; see `Backend.experts_used`."""
+        """Return how many experts the latest run used; see `Backend.experts_used`."""
         return self._used
 
     def mark(self) -> CacheMark:

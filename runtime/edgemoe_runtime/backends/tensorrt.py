@@ -1,7 +1,7 @@
 """Run a TensorRT engine of the bundle's cache; tensorrt and tensorrt_rtx have one API.
 
 Never run on a device by the project's own tests: there is no GPU where they run. What they
-do run is every refusal, and the loop over a stand-in for the engine.
+do run is every refusal, and the loop over a simulated engine.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ class TensorRtBackend:
         return logits.astype(np.float32, copy=False)
 
     def experts_used(self) -> TokenArray | None:
-        """Tell how many experts the latest run used; see `Backend.experts_used`."""
+        """Return how many experts the latest run used; see `Backend.experts_used`."""
         return self._used
 
     def mark(self) -> CacheMark:

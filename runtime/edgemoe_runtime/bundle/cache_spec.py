@@ -1,4 +1,4 @@
-"""What a manifest says of the cache: keys and values, and states of other kinds."""
+"""The cache of a graph: keys and values, and states of other kinds."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class KvCache:
 
     Attributes:
         form: `shared_buffer`: past and present keys and values may be one preallocated buffer,
-            and attention_mask [batch, total] tells the true length; `concat`: present is past
+            and attention_mask [batch, total] gives the true length; `concat`: present is past
             with the new positions appended.
         dtype: of keys and values.
         layers: one entry per decoder layer; None where it keeps no keys and values.
@@ -134,7 +134,7 @@ class KvCache:
         return document
 
     def tensors(self, length: int) -> list[CacheTensor]:
-        """Return everything that is kept.
+        """Return all tensors of the cache.
 
         Args:
             length: cached positions.

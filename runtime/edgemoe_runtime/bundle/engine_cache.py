@@ -39,7 +39,7 @@ ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineKey:
-    """What an engine was built from and for.
+    """Graph, package and device that an engine was built for.
 
     Attributes:
         task: task of the bundle.

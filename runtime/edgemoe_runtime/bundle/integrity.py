@@ -42,13 +42,13 @@ _REMEDY = "Copy the bundle again from where it was exported, or export it again.
 
 @dataclass(frozen=True)
 class VerifiedBundle:
-    """What was checked.
+    """A bundle that passed the check.
 
     Attributes:
-        manifest: of the bundle.
+        manifest: manifest of the bundle.
         tasks: tasks whose graph and weights were checked.
-        hashed_files: files whose digest was compared.
-        hashed_bytes: their size together.
+        hashed_files: number of files whose digest was compared.
+        hashed_bytes: size of those files together.
     """
 
     manifest: Manifest
@@ -64,14 +64,17 @@ def verify_bundle(
     hashes: bool = True,
     manifest: Manifest | None = None,
 ) -> VerifiedBundle:
-    """Check a bundle.
+    """Check a bundle before any engine opens it.
 
     Args:
         directory: the bundle.
         tasks: tasks to check; None for all. Weights and graphs of other tasks are not hashed.
         hashes: whether to compare digests; everything else is always checked.
-        manifest: the bundle's, where it is loaded already: what is used is then what was
-            checked. Files that change after the check are not noticed.
+        manifest: the bundle's, where it is loaded already: the one that is used is then the
+            one that was checked. Files that change after the check are not noticed.
+
+    Returns:
+        The manifest, and counts of the files that were hashed.
 
     Raises:
         ManifestError: when the manifest is missing or malformed.
@@ -92,7 +95,7 @@ def verify_bundle(
         if task not in chosen:
             needed -= {graph_file(task), weights_file(task)}
     for task in chosen:
-        summary = check_graph(root, manifest, task)
+        summary = _check_graph(root, manifest, task)
         needed |= {dict(tensor.entries)["location"] for tensor in summary.external}
     if hashes:
         for name in sorted(needed):
@@ -108,7 +111,7 @@ def verify_bundle(
     )
 
 
-def check_graph(root: Path, manifest: Manifest, task: str) -> GraphSummary:
+def _check_graph(root: Path, manifest: Manifest, task: str) -> GraphSummary:
     """Check one task's graph: external data, operators, inputs and outputs.
 
     Raises:

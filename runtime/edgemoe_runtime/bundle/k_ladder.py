@@ -1,4 +1,4 @@
-"""The k ladder of a manifest: caps of experts per token, what each costs and what it loses."""
+"""The k ladder: caps of experts per token, with the cost and the quality of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RungQuality:
-    """A rung's score on held-out lines, beside that of the first rung.
+    """A rung's score on held-out lines, and its drop from the first rung's.
 
     Attributes:
         metric: `perplexity` or `accuracy`.
@@ -21,11 +21,12 @@ class RungQuality:
             of 1 for accuracy.
         drop_ci95: the 95% interval of that, over pairs of lines.
         lines: lines that were scored.
-        margin: every held-out line whose answer was ahead of the second best by more than so
-            many nats got the answer of the full k: of choices the choice, of texts three
-            quarters of the likeliest tokens, whose mean lead counts. None on the first rung.
-        asked_again: share of the held-out lines that were not so far ahead, which a session
-            asks again at the full k.
+        margin: nats; every held-out line whose answer was ahead of the second best by more
+            than this got the answer of the full k: of choices the choice, of texts three
+            quarters of the most likely tokens, whose mean margin counts. None on the first
+            rung.
+        asked_again: share of the held-out lines with a smaller margin, which a session
+            escalates to the full k.
     """
 
     metric: str
@@ -101,8 +102,8 @@ class KRung:
     Attributes:
         name: unique in its ladder.
         k_cap: cap of experts per token, by MoE layer.
-        quality: what was measured on held-out lines, or None where there were none.
-        cost: what was measured of time, or None where the bundle's target was not at hand.
+        quality: measured on held-out lines, or None where there were none.
+        cost: measured time, or None where the bundle's target was not at hand.
     """
 
     name: str

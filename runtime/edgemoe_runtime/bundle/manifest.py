@@ -38,7 +38,7 @@ _KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a bundle holds.
+    """Content of a bundle: model, graphs by task, their interface and their files.
 
     Attributes:
         created_by: program and version that wrote the bundle, such as "edgemoe 0.1.0".
@@ -74,13 +74,13 @@ class Manifest:
         """Read from JSON; `parse_manifest` also checks what is read.
 
         Args:
-            value: The document.
+            value: the document.
 
         Returns:
-            The manifest.
+            The manifest, unchecked.
 
         Raises:
-            ManifestError: A key is missing or unknown, or a value has another type.
+            ManifestError: when a key is missing or unknown, or a value has another type.
         """
         root = value.fields(*_KEYS)
         return cls(
@@ -103,7 +103,11 @@ class Manifest:
         )
 
     def to_json(self) -> dict[str, Json]:
-        """Return the JSON document; `read` of it gives an equal manifest."""
+        """Convert to JSON.
+
+        Returns:
+            The document of manifest.json; `read` of it gives an equal manifest.
+        """
         return {
             "format": BUNDLE_FORMAT,
             "schema_version": SCHEMA_VERSION,
@@ -122,7 +126,13 @@ class Manifest:
         }
 
     def task(self, name: str | None) -> tuple[str, TaskEntry]:
-        """Return one task; None is allowed where the bundle has a single task.
+        """Return one task.
+
+        Args:
+            name: name of the task; None is allowed where the bundle has a single one.
+
+        Returns:
+            Its name and its entry.
 
         Raises:
             RequestError: when there is no such task, or None is ambiguous.
@@ -141,7 +151,14 @@ class Manifest:
         return name, self.tasks[name]
 
     def ladder(self, task: str) -> tuple[KRung, ...]:
-        """Return the ladder of one task: its own, or what of the bundle's its graph takes."""
+        """Return the k ladder of one task.
+
+        Args:
+            task: name of the task.
+
+        Returns:
+            Its own rungs, or those of the bundle that its graph can run; the full k first.
+        """
         entry = self.tasks[task]
         if entry.k_ladder is not None:
             return entry.k_ladder

@@ -1,4 +1,4 @@
-"""Read what must be checked of an ONNX file without importing onnx.
+"""Read the parts of an ONNX file that must be checked, without importing onnx.
 
 A minimal reader of the protobuf wire format: graph inputs and outputs, operator names, and
 every tensor that points at external data, wherever the format allows a tensor to be
@@ -53,7 +53,7 @@ class GraphTensor:
 
 @dataclass
 class GraphSummary:
-    """What was found in an ONNX file."""
+    """Inputs, outputs, external tensors and operators of an ONNX file."""
 
     inputs: list[GraphTensor] = field(default_factory=list["GraphTensor"])
     outputs: list[GraphTensor] = field(default_factory=list["GraphTensor"])

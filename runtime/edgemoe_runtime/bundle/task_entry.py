@@ -17,7 +17,7 @@ ExpertGroup = int | tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """How far the exported graph is from its reference.
+    """Difference of the exported graph from its reference.
 
     Attributes:
         max_abs_logit_difference: largest absolute difference of any logit.
@@ -118,10 +118,10 @@ class TaskEntry:
         experts_per_layer: experts that each MoE layer of this graph has.
         experts: per MoE layer, which experts of the checkpoint they are; None where all.
         plan: provenance of the plan that chose them, or None.
-        parity: how far the graph is from eager, or None where not measured.
+        parity: difference of the graph from eager, or None where not measured.
         quality: the score before and after, or None where not measured.
-        k_table: for a graph whose tokens choose their number of experts, how many they use on
-            average, by MoE layer and rounded up: what serves where the graph cannot choose.
+        k_table: for a graph whose tokens choose their number of experts, the mean that they
+            use, by MoE layer and rounded up: the fallback where the graph cannot choose.
         k_ladder: steps of the experts-per-token cap for this task, the first one is the full
             k; None where they were not measured.
     """

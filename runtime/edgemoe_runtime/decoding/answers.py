@@ -1,4 +1,4 @@
-"""What a session answers."""
+"""Answers of a session: texts, choices and scores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Generation:
         finish_reason: `stop` (stop string), `eos`, `length` (max_new_tokens), or `max_length`
             (the cache is full).
         deadline_ms: the session's deadline, or None.
-        token_ms: what a new token may take, or None.
+        token_ms: time that a new token may take, or None.
         late_tokens: new tokens that took longer than that.
         k_moves: changes of the cap during this request, with reasons.
     """
@@ -70,7 +70,12 @@ class Generation:
         return self.text
 
     def to_dict(self) -> dict[str, Json]:
-        """Return the JSON object; k_cap is one number where all layers have the same."""
+        """Convert to JSON.
+
+        Returns:
+            One key for each attribute and property; `k_cap` is one number where all layers
+            have the same.
+        """
         return {
             "text": self.text,
             "tokens": list(self.tokens),
@@ -94,7 +99,7 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How likely a completion is after a prompt; `float()` of it is the log-likelihood.
+    """Log-likelihood of a completion after a prompt, which `float()` of it returns.
 
     Attributes:
         log_likelihood: natural logarithm, summed over the completion's tokens.
@@ -121,20 +126,20 @@ class Score:
 
 
 class Classification(str):
-    """The chosen one of the choices: a string that also tells how it was chosen.
+    """The chosen one of the choices: a string, with the scores of all.
 
     Attributes:
         choice_index: position of the choice among the choices.
         choices: all of them.
-        scores: how likely each choice is after the prompt.
-        values: what was compared: the scores in total, or per token or character.
+        scores: log-likelihood of each choice after the prompt.
+        values: values that were compared: scores in total, or per token or character.
         seconds: wall-clock time of the request.
         deadline_ms: the session's deadline, or None.
         experts_per_token: experts that a token ran through per MoE layer, averaged.
         k_cap: cap of experts per token that was in force at the end, by MoE layer.
-        fallbacks: engines that could not be used, answers that were too near to each other,
-            and a deadline that no rung of the k ladder could keep, with reasons.
-        k_moves: changes of the cap before this request, with reasons.
+        fallbacks: engines that could not be used, an answer of low confidence, and a deadline
+            that no rung of the k ladder could keep, with reasons.
+        k_moves: changes of the cap during this request, with reasons.
     """
 
     choice_index: int
@@ -161,7 +166,19 @@ class Classification(str):
         fallbacks: tuple[Fallback, ...],
         k_moves: tuple[KMove, ...],
     ) -> Classification:
-        """Choose the choice with the highest value; the first of equals."""
+        """Choose the choice with the highest value; the first of equals.
+
+        Args:
+            choices: all of them.
+            scores: log-likelihood of each.
+            values: values to compare.
+            seconds: wall-clock time of the request.
+            deadline_ms: the session's deadline, or None.
+            experts_per_token: experts that a token ran through per MoE layer, averaged.
+            k_cap: cap of experts per token at the end, by MoE layer.
+            fallbacks: with reasons.
+            k_moves: changes of the cap, with reasons.
+        """
         best = max(range(len(values)), key=lambda index: values[index])
         answer = super().__new__(cls, choices[best])
         answer.choice_index = best
@@ -190,7 +207,12 @@ class Classification(str):
         return meets_deadline(self.seconds, self.deadline_ms)
 
     def to_dict(self) -> dict[str, Json]:
-        """Return the JSON object."""
+        """Convert to JSON.
+
+        Returns:
+            One key for each attribute and property, with `choice` and `log_likelihoods`;
+            `k_cap` is one number where all layers have the same.
+        """
         return {
             "choice": str(self),
             "choice_index": self.choice_index,

@@ -93,7 +93,7 @@ class Decoder:
             ids: at least one token id.
 
         Returns:
-            float32 ``[vocabulary]``; the next run may overwrite it.
+            float32 `[vocabulary]`; the next run may overwrite it.
 
         Raises:
             RequestError: when the prompt is empty or too long, or an id is unknown.
@@ -107,7 +107,7 @@ class Decoder:
         return row
 
     def step(self, token: int) -> LogitArray:
-        """Run one token and return the logits after it, float32 ``[vocabulary]``."""
+        """Run one token and return the logits after it, float32 `[vocabulary]`."""
         ids = np.array([token], dtype=np.int64)
         row: LogitArray = self._run(ids, "last")[0]
         return row
@@ -123,12 +123,12 @@ class Decoder:
 
         Args:
             mark: state after the prompt.
-            first: float32 ``[vocabulary]``, logits after the prompt, not to be a view of
+            first: float32 `[vocabulary]`, logits after the prompt, not to be a view of
                 the backend's buffer.
             ids: the continuation, at least one token.
 
         Returns:
-            float64 ``[len(ids)]``.
+            float64 `[len(ids)]`.
         """
         self._backend.rewind(mark)
         targets = np.array(ids, dtype=np.int64)
@@ -141,7 +141,7 @@ class Decoder:
         return np.concatenate(likely)
 
     def token_logprobs(self, ids: Sequence[int], start: int) -> FloatArray:
-        """Return log p(ids[t] | ids[:t]) for t from start on, float64 ``[len(ids) - start]``.
+        """Return log p(ids[t] | ids[:t]) for t from start on, float64 `[len(ids) - start]`.
 
         Raises:
             RequestError: when start is outside [1, len(ids)], the ids are too many, or an

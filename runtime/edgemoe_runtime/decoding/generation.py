@@ -1,4 +1,4 @@
-"""The loop that makes text, one piece at a time."""
+"""The generation loop, which yields text piece by piece."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgemoe_runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from edgemoe_runtime.adaptive_k.adaptation import KMove
-    from edgemoe_runtime.adaptive_k.k_controller import Pace
+    from edgemoe_runtime.adaptive_k.k_controller import KController
     from edgemoe_runtime.decoding.answers import Generation
     from edgemoe_runtime.decoding.decoder import Decoder
     from edgemoe_runtime.fallback import Fallback
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """What to generate.
+    """A prompt, with limits and sampling.
 
     Attributes:
         prompt: token ids, at least one.
-        max_new_tokens: most tokens to make, at least 1.
+        max_new_tokens: most tokens to generate, at least 1.
         sampling: how tokens are chosen.
         seed: of the random generator; None takes a new one.
         stop: strings that end the text.
         eos_token_ids: tokens that end the text.
-        watched: whether to measure how far the likeliest tokens are ahead.
+        needs_margin: whether to sum up the margins of the most likely tokens.
     """
 
     prompt: tuple[int, ...]
@@ -42,7 +42,7 @@ class GenerationRequest:
     seed: int | None
     stop: tuple[str, ...]
     eos_token_ids: frozenset[int]
-    watched: bool = False
+    needs_margin: bool = False
 
     def __post_init__(self) -> None:
         most = cast("object", self.max_new_tokens)
@@ -54,11 +54,11 @@ class GenerationRequest:
 
 @dataclass(kw_only=True)
 class GenerationProgress:
-    """What the loop has done so far; the seconds do not count time outside the loop.
+    """Progress of the loop so far; the seconds do not count time outside the loop.
 
-    The lead is that of the likeliest token over the second, in nats, summed over new tokens.
-    What is told of the pace is as it was at the latest token: the decoder may serve another
-    request before this one is told.
+    The margin is that of the most likely token over the second, in nats, summed over new
+    tokens. State of the controller is that at the latest token: the decoder may serve another
+    request before this one is reported.
     """
 
     tokens: list[int]
@@ -67,23 +67,23 @@ class GenerationProgress:
     seconds: float = 0.0
     prefill_seconds: float = 0.0
     experts_per_token: float = 0.0
-    lead: float = 0.0
+    margin_sum: float = 0.0
     k_cap: tuple[int, ...] = ()
     k_moves: tuple[KMove, ...] = ()
     late_tokens: int = 0
     fallbacks: tuple[Fallback, ...] = ()
 
-    def note(self, decoder: Decoder, pace: Pace) -> None:
-        """Take in what ran so far."""
+    def record(self, decoder: Decoder, controller: KController) -> None:
+        """Record the state of decoder and controller."""
         self.experts_per_token = decoder.experts_per_token
-        self.k_cap = pace.rung.k_cap
-        self.k_moves = tuple(pace.request_moves)
-        self.late_tokens = pace.late_tokens
-        self.fallbacks = pace.fallbacks
+        self.k_cap = controller.rung.k_cap
+        self.k_moves = tuple(controller.request_moves)
+        self.late_tokens = controller.late_tokens
+        self.fallbacks = controller.fallbacks
 
 
 class TextStream(Iterator[str]):
-    """Pieces of a text as they become certain; joined they are the whole text.
+    """An iterator of the pieces of a text as they become final; joined they are the whole.
 
     Pieces end at whole characters. A session has one cache, so a stream ends with an error
     when the session takes another request before the stream is exhausted.
@@ -111,7 +111,7 @@ class TextStream(Iterator[str]):
         try:
             piece = next(self._pieces, None)
         except BaseException:
-            # what was made so far is no answer
+            # a part is no answer
             self._failed = True
             raise
         finally:
@@ -127,7 +127,7 @@ class TextStream(Iterator[str]):
         """The whole answer, once the stream is exhausted.
 
         Raises:
-            RequestError: when it is not.
+            RequestError: when the stream is not exhausted.
         """
         if self._generation is None:
             raise RequestError("A stream must be exhausted before its generation is known.")
@@ -139,35 +139,35 @@ def generate_pieces(
     decoder: Decoder,
     tokenizer: Tokenizer,
     progress: GenerationProgress,
-    check_turn: Callable[[], None],
-    pace: Pace,
+    check_claim: Callable[[], None],
+    controller: KController,
 ) -> Iterator[str]:
     """Yield the pieces of a text that are not empty.
 
     Args:
-        request: what to generate.
+        request: prompt, limits and sampling.
         decoder: runs the tokens.
         tokenizer: turns them into text.
         progress: is filled along the way.
-        check_turn: raises when the decoder's cache belongs to another request by now.
-        pace: chooses the rung of the k ladder, of this request from now on.
+        check_claim: raises when the decoder's cache belongs to another request by now.
+        controller: chooses the rung of the k ladder, of this request from now on.
     """
     generator = np.random.default_rng(request.seed)
     text, stop = Detokenizer(tokenizer, request.prompt), StopFilter(request.stop)
-    check_turn()
-    pace.begin(progress.seconds)
+    check_claim()
+    controller.begin(progress.seconds)
     # the first new token comes out of the prompt
     most = min(request.max_new_tokens, decoder.max_length - len(request.prompt) + 1)
-    pace.before_prompt(len(request.prompt), most - 1)
+    controller.before_prompt(len(request.prompt), most - 1)
     begin = time.perf_counter()
     logits = decoder.prefill(request.prompt)
     progress.prefill_seconds = time.perf_counter() - begin
-    pace.after_prompt(len(request.prompt), progress.prefill_seconds)
+    controller.after_prompt(len(request.prompt), progress.prefill_seconds)
     while True:
-        progress.note(decoder, pace)
-        if request.watched:
+        progress.record(decoder, controller)
+        if request.needs_margin:
             second, best = np.partition(logits, -2)[-2:].tolist()
-            progress.lead += best - second
+            progress.margin_sum += best - second
         token = choose_token(logits, request.sampling, generator)
         progress.tokens.append(token)
         if token in request.eos_token_ids:
@@ -175,9 +175,9 @@ def generate_pieces(
             break
         piece = stop.push(text.push(token))
         if piece:
-            pace.pause()
+            controller.pause()
             yield piece
-            pace.resume()
+            controller.resume()
         if stop.stopped:
             break
         if len(progress.tokens) >= request.max_new_tokens:
@@ -185,11 +185,11 @@ def generate_pieces(
         if not decoder.free:
             progress.finish_reason = "max_length"
             break
-        check_turn()
-        pace.before_step(most - len(progress.tokens))
+        check_claim()
+        controller.before_step(most - len(progress.tokens))
         begin = time.perf_counter()
         logits = decoder.step(token)
-        pace.after_step(time.perf_counter() - begin)
+        controller.after_step(time.perf_counter() - begin)
     rest = stop.push(text.flush())
     if stop.stopped:
         progress.finish_reason = "stop"

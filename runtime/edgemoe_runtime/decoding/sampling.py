@@ -19,13 +19,13 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings of the choice of the next token.
 
     Attributes:
         temperature: 0 for the most likely token; else logits are divided by it.
         top_k: keep the k most likely tokens, or None.
-        top_p: keep the smallest set of most likely tokens whose probability reaches it,
-            in (0, 1].
+        top_p: keep the smallest set of most likely tokens whose cumulative probability reaches
+            it, in (0, 1].
     """
 
     temperature: float = 0.0
@@ -48,8 +48,8 @@ def choose_token(logits: LogitArray, sampling: Sampling, generator: np.random.Ge
     """Choose a token.
 
     Args:
-        logits: float32 ``[vocabulary]``.
-        sampling: how to choose.
+        logits: float32 `[vocabulary]`.
+        sampling: settings of the choice.
         generator: source of randomness; not used at temperature 0.
 
     Raises:
@@ -75,11 +75,11 @@ def keep_likely(logits: LogitArray, sampling: Sampling) -> tuple[NDArray[np.int6
     Temperature first, then top-k, then top-p of what top-k left; ties go to the lower id.
 
     Args:
-        logits: float32 ``[vocabulary]``, finite.
-        sampling: how to choose; temperature above 0.
+        logits: float32 `[vocabulary]`, finite.
+        sampling: settings of the choice; temperature above 0.
 
     Returns:
-        int64 ``[kept]`` token ids and float64 ``[kept]`` probabilities that add up to 1.
+        int64 `[kept]` token ids and float64 `[kept]` probabilities that add up to 1.
     """
     scaled = (logits.astype(np.float64) - float(logits.max())) / sampling.temperature
     weights = np.exp(scaled)
@@ -98,8 +98,8 @@ def keep_likely(logits: LogitArray, sampling: Sampling) -> tuple[NDArray[np.int6
     kept = weights[tokens]
     if sampling.top_p < 1.0:
         total = kept.sum() if sampling.top_k is not None else weights.sum()
-        reached = np.cumsum(kept) / total
-        count = int(np.searchsorted(reached, sampling.top_p, side="left")) + 1
+        cumulative = np.cumsum(kept) / total
+        count = int(np.searchsorted(cumulative, sampling.top_p, side="left")) + 1
         tokens, kept = tokens[:count], kept[:count]
     return tokens, kept / kept.sum()
 
@@ -108,11 +108,11 @@ def log_probabilities(logits: LogitArray, tokens: NDArray[np.int64]) -> FloatArr
     """Return the log-likelihood of one token per row.
 
     Args:
-        logits: float32 ``[rows, vocabulary]``.
-        tokens: int64 ``[rows]``.
+        logits: float32 `[rows, vocabulary]`.
+        tokens: int64 `[rows]`.
 
     Returns:
-        float64 ``[rows]``.
+        float64 `[rows]`.
 
     Raises:
         BackendError: when the engine returned logits that are not finite.

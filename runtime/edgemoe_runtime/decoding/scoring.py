@@ -1,4 +1,4 @@
-"""How likely completions are after one prompt, which runs once for all of them."""
+"""Log-likelihoods of completions after one prompt, which runs once for all of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Comparison:
 
     Attributes:
         context: tokens that all begin with, at least one.
-        continuations: what each goes on with, at least one token each.
+        continuations: tokens that each goes on with, at least one.
         characters: characters of each completion.
     """
 
@@ -45,14 +45,14 @@ class Comparison:
 def compare_completions(
     decoder: Decoder, tokenizer: Tokenizer, prompt: str, completions: Sequence[str]
 ) -> Comparison:
-    """Turn completions of a prompt into tokens.
+    """Tokenise completions of a prompt.
 
     Each completion is tokenised together with the prompt, as `edgemoe evaluate` and lm-eval
     do it; the tokens that all begin with run once. White space at the prompt's end counts to
     the completions, and so does a token that crosses the border.
 
     Args:
-        decoder: is to run the tokens.
+        decoder: checks that the tokens fit.
         tokenizer: of the bundle.
         prompt: text before the completions.
         completions: texts, at least one, none empty.
@@ -109,6 +109,21 @@ def score_completions(decoder: Decoder, comparison: Comparison) -> list[Score]:
             comparison.continuations, comparison.characters, strict=True
         )
     ]
+
+
+def margin_over_second(scores: Sequence[Score], best: int) -> float:
+    """Return by how much a choice is more likely than all others.
+
+    Args:
+        scores: one for each choice.
+        best: index of the choice.
+
+    Returns:
+        Nats; below 0 where another one is more likely, infinity for a single choice.
+    """
+    totals = [score.log_likelihood for score in scores]
+    others = totals[:best] + totals[best + 1 :]
+    return totals[best] - max(others) if others else float("inf")
 
 
 def _count_shared(sequences: Sequence[Sequence[int]]) -> int:

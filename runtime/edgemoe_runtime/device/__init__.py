@@ -1,1 +1,1 @@
-"""What this machine is: GPU, Jetson, sensors; reads only."""
+"""This machine: GPU, Jetson, sensors; reads only."""

@@ -1,4 +1,4 @@
-"""The GPU as its driver tells it; neither CUDA nor TensorRT need be installed."""
+"""The GPU as its driver reports it; neither CUDA nor TensorRT need be installed."""
 
 from __future__ import annotations
 

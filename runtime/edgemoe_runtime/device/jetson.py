@@ -1,4 +1,4 @@
-"""Tell a Jetson, its JetPack and its GPU from the files that L4T leaves; reads only."""
+"""Identify a Jetson, its JetPack and its GPU by the files that L4T leaves; reads only."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Jetson:
 
 
 def detect_jetson(root: Path) -> Jetson | None:
-    """Return what Jetson this is, or None where it is another machine.
+    """Return which Jetson this is, or None where it is another machine.
 
     Args:
         root: where the file system starts; "/" but in tests.

@@ -1,4 +1,4 @@
-"""This machine: what is there, what is missing to run bundles on it, and how to get it."""
+"""Inspect this machine: hardware, packages, and what is missing to run bundles on it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What is known of this machine.
+    """Description of this machine.
 
     Attributes:
         machine: processor architecture, such as "aarch64".
@@ -74,7 +74,11 @@ class Device:
     findings: tuple[Finding, ...]
 
     def to_dict(self) -> dict[str, Json]:
-        """Return the JSON object."""
+        """Convert to JSON.
+
+        Returns:
+            One key for each attribute.
+        """
         return {
             "machine": self.machine,
             "cpu_cores": self.cpu_cores,
@@ -89,11 +93,14 @@ class Device:
 
 
 def inspect_device(root: str | os.PathLike[str] = "/") -> Device:
-    """Look at this machine; nothing is changed and nothing needs root.
+    """Inspect this machine; nothing is changed and nothing needs root.
 
     Args:
-        root: where the file system starts. Another one than "/" is a recorded tree: then
-            the GPU is told from the tree alone.
+        root: root of the file system. Another one than "/" is a recorded tree: then the GPU
+            is identified by the tree alone.
+
+    Returns:
+        Hardware, packages, one reading of the sensors, and what is missing.
     """
     tree = Path(root)
     jetson = detect_jetson(tree)
@@ -121,7 +128,15 @@ def find_problems(
     providers: tuple[str, ...],
     sensors: Sensors,
 ) -> list[Finding]:
-    """Return what is wrong or missing, the gravest first."""
+    """Return what is wrong or missing, the gravest first.
+
+    Args:
+        jetson: which Jetson it is, or None.
+        compute_capability: of the GPU, or None.
+        packages: versions of installed packages.
+        providers: onnxruntime's execution providers.
+        sensors: one reading.
+    """
     findings: list[Finding] = []
 
     def add(holds: object, problem: str, remedy: str) -> None:
@@ -214,7 +229,7 @@ def _execution_providers() -> tuple[str, ...]:
 def _compute_capability(jetson: Jetson | None, *, live: bool) -> int | None:
     found = compute_capability() if live else None
     if found is None and jetson is not None and jetson.soc is not None:
-        # without a driver that answers, the chip still tells
+        # without a driver that answers, the chip still identifies it
         return jetson.soc.compute_capability
     return found
 

@@ -200,6 +200,7 @@ def full_ranks(model: MoeModel, number: int) -> tuple[int, int]:
     return min(up), min(down)
 
 
+@pytest.mark.slow
 def test_kills_change_nothing(tmp_path: Path) -> None:
     path = write_tiny_checkpoint("mixtral", tmp_path / "moe", num_hidden_layers=6)
     plan = make_plan(path, "svd-whitened")

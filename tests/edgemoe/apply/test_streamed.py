@@ -117,6 +117,7 @@ def test_a_ragged_checkpoint_is_compressed_again(
     assert twice.provenance["before"]["method"] == "frequency"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_ten_kills_change_nothing(
     make_checkpoint: Callable[..., Path], tmp_path: Path, seed: int

@@ -25,11 +25,12 @@ from edgemoe.calibrate.shards import (
     count_shards,
 )
 from edgemoe.calibrate.statistics import Statistics
-from edgemoe.calibrate.streamed import calibrate_streamed, layers_done
+from edgemoe.calibrate.streamed import calibrate_streamed
 from edgemoe.calibrate.windows import Windows
 from edgemoe.errors import CheckpointError, OutputError, SpreadError
-from edgemoe.parallel.workers import Here, Processes, RayCluster
-from edgemoe.resume import partial_path
+from edgemoe.layerwise.finished_layers import layers_done
+from edgemoe.parallel.workers import InProcess, Processes, RayCluster
+from edgemoe.resume import WorkDirectory, partial_path
 from edgemoe.tasks import TaskFile
 from edgemoe.versions import library_versions
 
@@ -54,25 +55,25 @@ def tasks(tmp_path: Path) -> list[TaskFile]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "place",
+    "executor",
     [
-        Here(),
+        InProcess(),
         Processes(3),
         pytest.param(RayCluster(address="local", count=2), marks=needs_ray),
     ],
-    ids=lambda place: type(place).__name__,
+    ids=lambda executor: type(executor).__name__,
 )
 def test_the_bytes_are_those_of_one_process(
     make_checkpoint: Callable[..., Path],
     tasks: list[TaskFile],
     tmp_path: Path,
-    place: Here | Processes | RayCluster,
+    executor: InProcess | Processes | RayCluster,
 ) -> None:
     path = make_checkpoint("glm4_moe", max_shard_size="30KB")
     one, several = tmp_path / "one", tmp_path / "several"
     calibrate_streamed(path, tasks, one, max_tokens=100)
 
-    found = calibrate_in_shards(path, tasks, several, place, max_tokens=100)
+    found = calibrate_in_shards(path, tasks, several, executor, max_tokens=100)
 
     assert several.read_bytes() == one.read_bytes()
     assert found.sha256 == Statistics.load(one).sha256
@@ -89,7 +90,7 @@ def test_a_killed_worker_is_replaced_and_its_layers_are_kept(
     kept: list[int] = []
 
     def kill_one() -> None:
-        progress = partial_path(partial_path(output) / "shard-00000") / "progress.json"
+        progress = partial_path(partial_path(output) / "shard-00000") / "pass-progress.json"
         end = time.monotonic() + 120
         while not progress.exists() and time.monotonic() < end:
             time.sleep(0.005)
@@ -122,7 +123,8 @@ def test_kills_of_the_command_change_nothing(
     for least in (1, 7):
         with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
             while run.poll() is None and not any(shard.exists() for shard in shards):
-                if sum(map(layers_done, shards)) >= least:
+                works = [WorkDirectory(partial_path(shard)) for shard in shards]
+                if sum(map(layers_done, works)) >= least:
                     break
                 time.sleep(0.002)
             run.kill()
@@ -140,13 +142,13 @@ def test_what_fails_leaves_nothing_and_what_is_finished_stays(
     path = make_checkpoint("mixtral")
     output = tmp_path / "several"
     with pytest.raises(CheckpointError):
-        calibrate_in_shards(tmp_path / "none", tasks, output, Here())
+        calibrate_in_shards(tmp_path / "none", tasks, output, InProcess())
     weights = path / "model.safetensors"
     content = weights.read_bytes()
     # Headers are whole; the last layer's tensors are not.
     weights.write_bytes(content[: len(content) - 10])
     with pytest.raises(CheckpointError):
-        calibrate_in_shards(path, tasks, output, Here())
+        calibrate_in_shards(path, tasks, output, InProcess())
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -184,7 +186,7 @@ def test_other_work_beside_the_output_is_refused(
     (work / "key.json").write_text('{"command": "calibrate shards", "options": []}')
     (work / "shards.json").write_text("{}")
     with pytest.raises(OutputError, match="unfinished work must be finished by the command"):
-        calibrate_in_shards(make_checkpoint("mixtral"), tasks, output, Here())
+        calibrate_in_shards(make_checkpoint("mixtral"), tasks, output, InProcess())
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ def make_sample(line: int = 1) -> TokenSample:
     lengths = (5, 2, 2)
     return TokenSample.of(
         [
-            Window(line=line, start=5 * place, ids=[line, *range(length - 1)], digest=-line)
-            for place, length in enumerate(lengths)
+            Window(line=line, start=5 * executor, ids=[line, *range(length - 1)], digest=-line)
+            for executor, length in enumerate(lengths)
         ]
     )
 

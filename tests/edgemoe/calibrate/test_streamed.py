@@ -78,6 +78,7 @@ def test_streamed_shards_add_up(
     assert whole.tasks.keys() == {"one", "two"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_ten_kills_change_nothing(
     make_checkpoint: Callable[..., Path], tasks: list[TaskFile], tmp_path: Path, seed: int
@@ -136,7 +137,7 @@ def test_finished_layers_are_not_run_again_and_other_work_is_refused(
         ran.append(index)
         return own(decoder, layers, index)
 
-    monkeypatch.setattr("edgemoe.calibrate.streamed.only_layer", count)
+    monkeypatch.setattr("edgemoe.layerwise.runner.only_layer", count)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         calibrate_streamed(path, tasks, output)
     assert ran == [0, 1]

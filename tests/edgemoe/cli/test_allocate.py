@@ -31,6 +31,7 @@ def plan(road: Path, answer: Answer, tmp_path_factory: pytest.TempPathFactory) -
     return folder / "plan.json"
 
 
+@pytest.mark.slow
 @pytest.mark.fused
 @pytest.mark.parametrize(
     ("policy", "options"),
@@ -77,6 +78,7 @@ def test_a_merged_model_follows_the_policy_to_the_device(
     assert ran["experts_per_token"] == pytest.approx(score["experts_per_token"], abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["top-p", "fisher", "ada-k"])
 def test_factored_experts_follow_the_policy_to_every_target(
     road: Path, answer: Answer, tmp_path: Path, policy: str

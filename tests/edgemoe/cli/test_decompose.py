@@ -72,6 +72,7 @@ def test_a_pruned_model_is_factored_and_judged(
     assert score["tokens"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.fused
 def test_experts_between_shared_bases_are_judged_and_exported(
     made: Path, answer: Answer, tmp_path: Path
@@ -98,6 +99,7 @@ def test_experts_between_shared_bases_are_judged_and_exported(
     assert exported["value"] == pytest.approx(eager["value"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.fused
 def test_a_factored_model_is_exported(made: Path, answer: Answer, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"

@@ -250,6 +250,7 @@ def test_statistics_are_known_by_their_content(
     assert invoke("inspect", tmp_path / "text").exit_code == 1
 
 
+@pytest.mark.slow
 @pytest.mark.fused
 @pytest.mark.parametrize("command", ["export", "apply"])
 def test_a_full_disk_leaves_nothing(
@@ -278,6 +279,7 @@ def test_a_full_disk_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.fused
 @pytest.mark.parametrize("interruption", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_nothing(

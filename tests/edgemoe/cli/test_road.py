@@ -38,6 +38,7 @@ def statistics(road: Path, answer: Answer) -> Path:
     return merged
 
 
+@pytest.mark.slow
 def test_workers_give_the_file_of_one_run_and_missing_shards_are_named(
     road: Path, answer: Answer, invoke: Callable[..., Result], tmp_path: Path
 ) -> None:

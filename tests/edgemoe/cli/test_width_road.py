@@ -31,6 +31,7 @@ def statistics(road: Path, answer: Answer) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "keep", "widths"), [("camera", 0.5, [16, 16]), ("heapr", 0.65, None)]
 )

@@ -60,8 +60,8 @@ def test_a_rise_of_perplexity_is_bootstrapped_over_pairs() -> None:
 
     assert found.value == pytest.approx(ratio(before, after, tokens))
     # The same draws, each scoring both models on the lines that it drew.
-    draws = np.random.Generator(np.random.PCG64(0)).integers(80, size=(1000, 80))
-    resampled = [ratio(before[lines], after[lines], tokens[lines]) for lines in draws]
+    stochastic = np.random.Generator(np.random.PCG64(0)).integers(80, size=(1000, 80))
+    resampled = [ratio(before[lines], after[lines], tokens[lines]) for lines in stochastic]
     assert found.ci95 == pytest.approx(
         tuple(np.percentile(resampled, expanded_percentiles(80)))
     )

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from edgemoe.errors import CheckpointError, TaskFileError
 from edgemoe.evaluate.evaluation import evaluate
-from edgemoe.evaluate.requests import build_questions
+from edgemoe.evaluate.requests import build_examples
 from edgemoe.evaluate.scorer import Logprobs, Request
 from edgemoe.evaluate.subject import open_subject
 from edgemoe.tasks import TaskFile
@@ -156,12 +156,12 @@ def test_accuracy_in_total_and_per_character(tmp_path: Path, words: Tokenizer) -
 def test_a_token_across_the_seam_counts_to_every_choice(tmp_path: Path) -> None:
     tokenizer = Tokenizer(BPE({"a": 0, "b": 1, "c": 2, "bc": 3}, [("b", "c")]))
     rows = [{"prompt": "ab", "choices": ["c", "a", "ca"], "answer": 0}]
-    (question,) = build_questions(
+    (question,) = build_examples(
         write_task(tmp_path, rows), tokenizer, max_length=9, max_tokens=None
     )
     assert question.requests == (Request((0,), ((3,), (1, 0), (3, 0))),)
     with pytest.raises(TaskFileError, match=r"t\.jsonl, line 1: .* two or more tokens"):
-        build_questions(
+        build_examples(
             write_task(tmp_path, [{"prompt": "b", "completion": "c"}]),
             tokenizer,
             max_length=9,
@@ -178,7 +178,7 @@ def test_white_space_at_the_prompts_end_counts_to_what_follows(tmp_path: Path) -
         # Nothing else is there to be context.
         {"prompt": " \n", "completion": "a"},
     ]
-    questions = build_questions(
+    questions = build_examples(
         write_task(tmp_path, rows), tokenizer, max_length=9, max_tokens=None
     )
     assert [question.requests for question in questions] == [
@@ -193,16 +193,16 @@ def test_long_prompts_lose_their_beginning_and_long_completions_are_refused(
     tmp_path: Path, words: Tokenizer
 ) -> None:
     task = write_task(tmp_path, [{"prompt": "w1 w2 w3 w4", "completion": " w5 w6"}])
-    (question,) = build_questions(task, words, max_length=3, max_tokens=None)
+    (question,) = build_examples(task, words, max_length=3, max_tokens=None)
     # The last token is never read.
     assert question.requests == (Request((3, 4), ((5, 6),)),)
     rows = [{"prompt": "w1 w2 w3 w4", "choices": [" w5 w6", " w7"], "answer": 1}]
-    (question,) = build_questions(
+    (question,) = build_examples(
         write_task(tmp_path, rows), words, max_length=3, max_tokens=None
     )
     assert question.requests == (Request((3, 4), ((5, 6),)), Request((2, 3, 4), ((7,),)))
     with pytest.raises(TaskFileError, match=r"line 1: .* under 2 tokens, got 2"):
-        build_questions(task, words, max_length=1, max_tokens=None)
+        build_examples(task, words, max_length=1, max_tokens=None)
     with pytest.raises(TaskFileError, match="no context"):
         evaluate(TableScorer(), write_task(tmp_path, [text(3)]), words)
     with pytest.raises(TaskFileError, match="max_tokens"):
@@ -234,7 +234,7 @@ def test_choices_with_nothing_before_them_are_refused(tmp_path: Path) -> None:
     )
     rows = [{"prompt": "a", "choices": ["ba", "ca"], "answer": 0}]
     with pytest.raises(TaskFileError, match=r"line 1: .* begin with the same token"):
-        build_questions(write_task(tmp_path, rows), tokenizer, max_length=9, max_tokens=None)
+        build_examples(write_task(tmp_path, rows), tokenizer, max_length=9, max_tokens=None)
 
 
 def test_checkpoints_are_opened_and_judged_end_to_end(

@@ -14,7 +14,7 @@ from edgemoe.errors import TaskFileError
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.exact_match import count_exact_matches
 from edgemoe.evaluate.intervals import wilson_interval
-from edgemoe.evaluate.requests import build_questions
+from edgemoe.evaluate.requests import build_examples
 from edgemoe.evaluate.subject import open_subject
 from edgemoe.tasks import CompletionRecord, TaskFile
 
@@ -110,7 +110,7 @@ def test_a_space_at_the_prompts_end_belongs_to_the_completion() -> None:
     tokenizer.train_from_iterator(["Answer: bearing"] * 9, trainer)
     record = CompletionRecord(line=1, prompt="Answer: ", completion="bearing")
     task = TaskFile(name="t", path=Path("t"), kind="completion", records=(record,), sha256="")
-    (question,) = build_questions(task, tokenizer, max_length=64, max_tokens=None)
+    (question,) = build_examples(task, tokenizer, max_length=64, max_tokens=None)
     asked: list[tuple[str, int]] = []
 
     def generate(prompt: str, max_new_tokens: int) -> str:

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from edgemoe.cli import main
-from edgemoe.evaluate.requests import build_questions
+from edgemoe.evaluate.requests import build_examples
 from edgemoe.evaluate.rolling import find_prefix_token
 from edgemoe.evaluate.subject import open_subject
 from edgemoe.tasks import TaskFile
@@ -172,7 +172,7 @@ class Job:
         """Of each line and each of its continuations; of a text as a whole."""
         window = int(self.options[1]) if self.options else None
         with open_subject(self.checkpoint) as (scorer, tokenizer, *_):
-            questions = build_questions(
+            questions = build_examples(
                 TaskFile.load(kind, self.file(kind)),
                 tokenizer,
                 max_length=scorer.max_length if window is None else window,

@@ -145,6 +145,7 @@ def test_pruned_layers_of_different_sizes_reload_bit_by_bit(
     assert_same_model(again, small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_factored_experts_of_full_rank_say_the_same_and_reload(
     family: str, tmp_path: Path

@@ -32,7 +32,15 @@ torch.save(logits, sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2", "gpt_oss", "granitemoe"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen3_moe",
+        pytest.param("deepseek_v2", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", marks=pytest.mark.slow),
+        pytest.param("granitemoe", marks=pytest.mark.slow),
+    ],
+)
 def test_a_uniform_plan_gives_a_checkpoint_for_everyone(family: str, tmp_path: Path) -> None:
     model = load_model(write_tiny_checkpoint(family, tmp_path / "whole"))
     for layer in model.layers:

@@ -14,7 +14,7 @@ from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.oracle.ablation import loss_increases
 from edgemoe.oracle.blocks import choose_in_blocks
 from edgemoe.oracle.oracle import LayerOracle
-from edgemoe.oracle.remote import Crew
+from edgemoe.oracle.remote import WorkerPool
 from edgemoe.parallel.opening import open_workers
 from edgemoe.parallel.workers import Processes, RayCluster, Workers
 from tests.edgemoe.oracle.conftest import draw_windows
@@ -45,11 +45,11 @@ def look(oracle: LayerOracle, index: int) -> tuple[int, torch.Tensor]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its second decoder layer is dense."""
-    path = tmp_path_factory.mktemp("crew") / "model"
+    path = tmp_path_factory.mktemp("pool") / "model"
     return write_tiny_checkpoint("qwen2_moe", path, mlp_only_layers=[1])
 
 
-@pytest.fixture(scope="module", params=PLACES, ids=lambda place: type(place).__name__)
+@pytest.fixture(scope="module", params=PLACES, ids=lambda executor: type(executor).__name__)
 def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
     with open_workers(request.param) as opened:
         yield opened
@@ -61,31 +61,32 @@ def spread(workers: Workers, checkpoint: Path) -> Callable[..., LayerOracle]:
 
     def make(**changes: Any) -> LayerOracle:
         given: dict[str, Any] = {"model": checkpoint, "whole": True, "threads": 1}
-        crew = Crew(workers=workers, **{**given, **changes})
-        return LayerOracle(open_layers(checkpoint, limit_bytes=1), draw_windows(), crew)
+        pool = WorkerPool(workers=workers, **{**given, **changes})
+        return LayerOracle(open_layers(checkpoint, limit_bytes=1), draw_windows(), pool)
 
     return make
 
 
+@pytest.mark.slow
 def test_workers_give_the_bits_of_one_process(
     checkpoint: Path, spread: Callable[..., LayerOracle]
 ) -> None:
-    alone, crew = LayerOracle(open_layers(checkpoint), draw_windows()), spread()
-    assert isinstance(crew.provider, StreamedLayers)
-    for one, other in zip(loss_increases(alone), loss_increases(crew), strict=True):
+    alone, pool = LayerOracle(open_layers(checkpoint), draw_windows()), spread()
+    assert isinstance(pool.provider, StreamedLayers)
+    for one, other in zip(loss_increases(alone), loss_increases(pool), strict=True):
         assert one.tolist() == other.tolist()
         assert one.max() > 0
     sets = dict.fromkeys((0, 2, 3), SETS)
     for size in (1, 2):
         chosen = choose_in_blocks(alone, sets, size)
-        assert choose_in_blocks(crew, sets, size) == chosen
+        assert choose_in_blocks(pool, sets, size) == chosen
         assert choose_in_blocks(spread(whole=False), sets, size) == chosen
     # Layers in any order, and fewer tokens than the workers hold.
     order = [3, 0, 2, 0, 3]
     for tokens in (26, 11):
         asked = zip(
             alone.fewer(tokens).map(look, order, ""),
-            crew.fewer(tokens).map(look, order, ""),
+            pool.fewer(tokens).map(look, order, ""),
             strict=True,
         )
         for (index, hidden), (other_index, other_hidden) in asked:

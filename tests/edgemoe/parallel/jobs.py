@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from edgemoe.errors import PlanError
-from edgemoe.parallel.worker_cache import hold
+from edgemoe.parallel.worker_cache import get_or_create
 
 
 def square(number: int) -> int:
@@ -64,4 +64,4 @@ def open_once(key: str) -> int:
         opened[0] += 1
         return opened[0]
 
-    return hold("thing", key, make)
+    return get_or_create("thing", key, make)

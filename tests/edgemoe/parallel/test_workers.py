@@ -17,10 +17,10 @@ from edgemoe.errors import PlanError, SpreadError
 from edgemoe.parallel.cluster import share_out
 from edgemoe.parallel.opening import open_workers
 from edgemoe.parallel.workers import (
-    Here,
+    InProcess,
+    JobProgress,
     Processes,
     RayCluster,
-    Steps,
     Workers,
     WorkerTraceback,
 )
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PLACES = [
-    Here(),
+    InProcess(),
     Processes(2),
     pytest.param(
         RayCluster(address="local", count=2),
@@ -64,7 +64,7 @@ def test_a_cluster_that_does_not_answer_is_one_message() -> None:
         pass
 
 
-@pytest.fixture(scope="module", params=PLACES, ids=lambda place: type(place).__name__)
+@pytest.fixture(scope="module", params=PLACES, ids=lambda executor: type(executor).__name__)
 def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
     with open_workers(request.param) as opened:
         yield opened
@@ -103,7 +103,7 @@ def test_progress_within_jobs_is_asked_for(workers: Workers) -> None:
         asked.append(1)
         return 99
 
-    assert workers.map(jobs.square, [1, 2], "", steps=Steps(4, done)) == [1, 4]
+    assert workers.map(jobs.square, [1, 2], "", steps=JobProgress(4, done)) == [1, 4]
     assert asked
 
 

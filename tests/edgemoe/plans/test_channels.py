@@ -62,7 +62,7 @@ def test_plans_with_neurons_keep_their_bytes_and_those_without_have_no_word_of_t
     assert again == plan
     assert again.to_json() == text
     assert "neurons" not in plan_of(None, None).to_json()
-    assert (plan.is_narrowing, plan_of(None).is_narrowing) == (True, False)
+    assert (plan.prunes_width, plan_of(None).prunes_width) == (True, False)
 
 
 def test_a_layer_is_stored_at_the_next_multiple_of_8_of_its_widest_expert() -> None:

@@ -135,7 +135,7 @@ def test_each_layer_is_judged_on_what_the_pruned_ones_return(
             different |= len(set(kept.sum(axis=1).tolist())) > 1
         view.go_on_with(plan_tensors(view.layer, layer_plan))
     assert different == (widths == "ragged")
-    assert plan.is_narrowing
+    assert plan.prunes_width
 
 
 def test_a_model_larger_than_memory_gives_the_same_plan(measured: Callable[[str], Any]) -> None:

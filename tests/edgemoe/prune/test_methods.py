@@ -173,7 +173,9 @@ def test_random_draws_every_expert_equally_often() -> None:
     assert np.abs(counts - 100).max() < 40
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].runs_layers])
+@pytest.mark.parametrize(
+    "method", [name for name in METHODS if not METHODS[name].needs_forward]
+)
 def test_every_method_obeys_counts_and_is_pure(method: str, tmp_path: Path) -> None:
     statistics = make_statistics([draw(0), draw(1), draw(2)])
     plan = make_plan(statistics, "t", method, [8, 5, 2], seed=3)

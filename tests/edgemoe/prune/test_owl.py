@@ -142,7 +142,7 @@ def test_every_method_that_is_given_counts_follows_them(
     ratios = outlier_ratios(LayerOracle(open_layers(checkpoint), windows), 2.0)
     expected = share_by_outliers(layers, counts, ratios, 0.3)
     assert len(set(expected)) > 1
-    for method in (name for name, made in METHODS.items() if not made.picks_neurons):
+    for method in (name for name, made in METHODS.items() if not made.prunes_width):
         found = plan(method, None, **options)
         assert found.experts_per_layer == expected
         assert found.options.items() >= {"keep_experts": counts, **options}.items()

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 if TYPE_CHECKING:
     from edgemoe.tasks import TaskFile
 
@@ -20,6 +22,7 @@ def read_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_kills_change_nothing(compressed: Any, task: TaskFile, tmp_path: Path) -> None:
     whole, small = compressed("glm4_moe", kind="ragged")
     command = ["recover", str(small), "--teacher", str(whole), "--method", "lora+router-kd"]

@@ -15,7 +15,7 @@ from edgemoe.recover.options import RecoverOptions
 from edgemoe.recover.registry import METHODS
 from edgemoe.recover.samples import Batches, split_task
 from edgemoe.recover.state import TrainingState
-from edgemoe.recover.trainer import Lesson, learning_rate_factor, train
+from edgemoe.recover.trainer import TrainingTask, learning_rate_factor, train
 from edgemoe.resume import WorkDirectory
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 def make_lesson(
     path: Path, task: TaskFile, method: str, teacher: Path | None = None, **given: Any
-) -> tuple[Lesson, MoeModel]:
+) -> tuple[TrainingTask, MoeModel]:
     model = load_model(path)
     options = RecoverOptions(batch_tokens=64, **given)
     options = METHODS[method].settle(options, has_teacher=teacher is not None)
     master = None if teacher is None else load_model(teacher).model
     samples = [split_task(task, load_tokenizer(path), held_out_fraction=0.25, max_length=64)]
-    lesson = Lesson(
+    training_task = TrainingTask(
         method=METHODS[method],
         options=options,
         student=model,
@@ -43,13 +43,13 @@ def make_lesson(
         training=METHODS[method].prepare(model, options),
         before=measure(model.model, master, samples, options),
     )
-    return lesson, model
+    return training_task, model
 
 
-def begin(lesson: Lesson, path: Path) -> TrainingState:
+def begin(training_task: TrainingTask, path: Path) -> TrainingState:
     path.mkdir()
     state = TrainingState(WorkDirectory(path))
-    state.save({"step": 0, "stale": 0, "before": lesson.before.to_dict()})
+    state.save({"step": 0, "stale": 0, "before": training_task.before.to_dict()})
     return state
 
 
@@ -91,7 +91,7 @@ def test_gradients_of_what_loading_sets_are_those_of_eager_in_float64(family: st
 
     eager, loaded = gradients["eager"], gradients[None]
     layers = adapt_model(tiny_model(tiny_config(family))).layers
-    name = f"{layers[0].name}.{layers[0].facts.experts}.down_proj"
+    name = f"{layers[0].name}.{layers[0].spec.experts}.down_proj"
     assert any(not gradient.any() for gradient in eager[name])
     for name, gradient in eager.items():
         if gradient is None:
@@ -107,7 +107,7 @@ def test_a_step_is_that_of_adamw_on_the_mean_over_its_tokens(
     compressed: Any, task: TaskFile, tmp_path: Path
 ) -> None:
     whole, small = compressed("mixtral")
-    lesson, _ = make_lesson(small, task, "router-kd", whole, steps=1, learning_rate=1e-2)
+    training_task, _ = make_lesson(small, task, "router-kd", whole, steps=1, learning_rate=1e-2)
     twin, twin_model = make_lesson(small, task, "router-kd", whole, steps=1)
     requests = Batches(twin.tasks, 64, 0).draw()
     total, tokens = torch.zeros(()), 0
@@ -130,9 +130,9 @@ def test_a_step_is_that_of_adamw_on_the_mean_over_its_tokens(
     torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
     optimizer.step()
 
-    train(lesson, begin(lesson, tmp_path / "work"))
+    train(training_task, begin(training_task, tmp_path / "work"))
 
-    for name, parameter in lesson.training.parameters.items():
+    for name, parameter in training_task.training.parameters.items():
         torch.testing.assert_close(parameter, parameters[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
@@ -140,12 +140,12 @@ def test_uncurl_trains_new_routers_alone_and_then_with_the_experts(
     compressed: Any, task: TaskFile, tmp_path: Path
 ) -> None:
     _, small = compressed("glm4_moe")
-    lesson, model = make_lesson(
+    training_task, model = make_lesson(
         small, task, "uncurl", steps=6, router_steps=4, learning_rate=1e-2
     )
-    assert [phase.steps for phase in lesson.training.phases] == [4, 2]
+    assert [phase.steps for phase in training_task.training.phases] == [4, 2]
     given = copy_state(model)
-    lesson.training.begin()
+    training_task.training.begin()
     drawn = copy_state(model)
     routers = {f"{layer.name}.gate.weight" for layer in model.layers}
     biases = {f"{layer.name}.gate.e_score_correction_bias" for layer in model.layers}
@@ -157,12 +157,13 @@ def test_uncurl_trains_new_routers_alone_and_then_with_the_experts(
     assert changed(model, given) == routers | biases
 
     first = replace(
-        lesson, training=replace(lesson.training, phases=lesson.training.phases[:1])
+        training_task,
+        training=replace(training_task.training, phases=training_task.training.phases[:1]),
     )
-    train(first, begin(lesson, tmp_path / "first"))
+    train(first, begin(training_task, tmp_path / "first"))
     assert changed(model, drawn) == routers
     model.model.load_state_dict(drawn)
-    train(lesson, begin(lesson, tmp_path / "both"))
+    train(training_task, begin(training_task, tmp_path / "both"))
     assert changed(model, drawn) == routers | experts
 
 
@@ -170,22 +171,24 @@ def test_a_training_without_gain_ends_early_and_one_that_explodes_at_once(
     compressed: Any, task: TaskFile, tmp_path: Path
 ) -> None:
     whole, small = compressed("glm4_moe")
-    lesson, _ = make_lesson(small, task, "router-kd", whole, steps=40, learning_rate=0.02)
-    state = begin(lesson, tmp_path / "rough")
-    train(lesson, state)
+    training_task, _ = make_lesson(
+        small, task, "router-kd", whole, steps=40, learning_rate=0.02
+    )
+    state = begin(training_task, tmp_path / "rough")
+    train(training_task, state)
     steps, losses = zip(*state.progress["curve"], strict=True)
     lowest = losses.index(min(losses))
     assert state.progress["ended"] == f"no gain since step {steps[lowest]}"
     assert len(losses) == lowest + 1 + 5
     assert list(steps) == list(range(4, 4 * len(steps) + 1, 4))
-    assert ("best_step" in state.progress) == (min(losses) < lesson.before.loss)
+    assert ("best_step" in state.progress) == (min(losses) < training_task.before.loss)
 
-    lesson, model = make_lesson(small, task, "lora", steps=10)
-    state = begin(lesson, tmp_path / "exploded")
+    training_task, model = make_lesson(small, task, "lora", steps=10)
+    state = begin(training_task, tmp_path / "exploded")
     with torch.no_grad():
-        next(iter(lesson.training.parameters.values())).fill_(math.inf)
+        next(iter(training_task.training.parameters.values())).fill_(math.inf)
     before = copy_state(model)
-    train(lesson, state)
+    train(training_task, state)
     assert state.progress["ended"] == "the loss of step 1 was no number"
     assert state.progress["step"] == 1
     assert "best_step" not in state.progress
@@ -200,25 +203,25 @@ def test_the_state_goes_on_bit_by_bit_from_any_step(
     def run(folder: Path, stops: list[int]) -> dict[str, torch.Tensor]:
         folder.mkdir()
         for stop in stops:
-            lesson, _ = make_lesson(
+            training_task, _ = make_lesson(
                 small, task, "lora+router-kd", whole, steps=12, rank=2, learning_rate=1e-2
             )
             state = TrainingState(WorkDirectory(folder))
             if not state.progress:
-                state.save({"step": 0, "stale": 0, "before": lesson.before.to_dict()})
+                state.save({"step": 0, "stale": 0, "before": training_task.before.to_dict()})
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch.optim.AdamW, "step", stop_before(stop))
                 try:
-                    train(lesson, state, checkpoint_seconds=0)
+                    train(training_task, state, checkpoint_seconds=0)
                 except KeyboardInterrupt:
                     continue
-        state.load_best(lesson.training.parameters)
+        state.load_best(training_task.training.parameters)
         progress = json.loads((folder / "progress.json").read_text())
         assert progress["ended"] == "all steps" or progress["stale"] == 5
         assert {file.name for file in folder.iterdir()} == {
             "progress.json", progress["state_file"], progress["best_file"]
         }  # fmt: skip
-        return {n: p.detach().clone() for n, p in lesson.training.parameters.items()}
+        return {n: p.detach().clone() for n, p in training_task.training.parameters.items()}
 
     original = torch.optim.AdamW.step
 

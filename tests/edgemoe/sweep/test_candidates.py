@@ -13,7 +13,7 @@ from edgemoe.models.checkpoint import load_model, load_tokenizer
 from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.plans.keep_all import keep_all
 from edgemoe.prune.registry import METHODS, make_plan
-from edgemoe.sweep.candidates import hash_decision, list_cuts
+from edgemoe.sweep.candidates import hash_decision, list_candidates
 from edgemoe.sweep.request import SweepRequest, method_of, read_methods
 from edgemoe.tasks import TaskFile
 
@@ -47,8 +47,8 @@ def request_of(path: Path, **changes: Any) -> SweepRequest:
 
 def test_only_methods_that_draw_have_several_seeds(tmp_path: Path) -> None:
     request = request_of(tmp_path, keeps=(0.5, 1.0, 0.25, 0.1), seeds=(4, 7))
-    cuts, impossible = list_cuts(request, SHAPE)
-    assert [cut.name for cut in cuts if cut.task == "one"] == [
+    candidates, impossible = list_candidates(request, SHAPE)
+    assert [candidate.name for candidate in candidates if candidate.task == "one"] == [
         "one-reap-1-0",
         "one-reap-0.5-0",
         "one-random-1-4",
@@ -56,20 +56,20 @@ def test_only_methods_that_draw_have_several_seeds(tmp_path: Path) -> None:
         "one-random-0.5-4",
         "one-random-0.5-7",
     ]
-    assert [cut.name.replace("two", "one") for cut in cuts[6:]] == [
-        cut.name for cut in cuts[:6]
+    assert [candidate.name.replace("two", "one") for candidate in candidates[6:]] == [
+        candidate.name for candidate in candidates[:6]
     ]
     assert [found.keep for found in impossible] == [0.25, 0.1]
     assert "each token uses top_k=3, got 2" in impossible[0].reason
     with pytest.raises(SweepError, match=r"got none in 0.2: layer 0 must keep at least 3"):
-        list_cuts(request_of(tmp_path, keeps=(0.2,)), SHAPE)
+        list_candidates(request_of(tmp_path, keeps=(0.2,)), SHAPE)
 
 
 def test_methods_that_choose_neurons_cut_below_what_a_router_needs(tmp_path: Path) -> None:
     methods = read_methods(["reap,camera"], [])
     request = request_of(tmp_path, methods=methods, keeps=(0.5, 0.25, 0.1))
-    cuts, impossible = list_cuts(request, WIDE)
-    found = {(cut.method, cut.keep): cut.counts for cut in cuts}
+    candidates, impossible = list_candidates(request, WIDE)
+    found = {(candidate.method, candidate.keep): candidate.counts for candidate in candidates}
     assert found == {
         ("reap", 0.5): (4, 4),
         ("camera", 0.5): (32, 32),
@@ -83,11 +83,11 @@ def test_methods_that_choose_neurons_cut_below_what_a_router_needs(tmp_path: Pat
 def test_options_make_another_cut_and_are_the_methods_own(tmp_path: Path) -> None:
     methods = read_methods(["moe-i2", "reap"], ["moe-i2:population=12"])
     assert methods == {"moe-i2": {"population": 12}, "reap": {}}
-    cuts, _ = list_cuts(request_of(tmp_path, methods=methods), SHAPE)
-    others, _ = list_cuts(
+    candidates, _ = list_candidates(request_of(tmp_path, methods=methods), SHAPE)
+    others, _ = list_candidates(
         request_of(tmp_path, methods=read_methods(["moe-i2,reap"], [])), SHAPE
     )
-    pairs = list(zip(cuts, others, strict=True))
+    pairs = list(zip(candidates, others, strict=True))
     assert all(one.name == other.name for one, other in pairs)
     assert all((one.key != other.key) == (one.method == "moe-i2") for one, other in pairs)
     with pytest.raises(PlanError, match="must be one of camera, frequency"):
@@ -110,13 +110,13 @@ def test_layers_in_both_ways_sweep_a_method_twice(tmp_path: Path) -> None:
         "reap+owl": {"layers": "owl", "owl_range": 0.2},
         "moe-i2": {"population": 12},
     }
-    cuts, _ = list_cuts(request_of(tmp_path, methods=methods, keeps=(0.5,)), SHAPE)
-    assert [cut.name for cut in cuts if cut.task == "one"] == [
+    candidates, _ = list_candidates(request_of(tmp_path, methods=methods, keeps=(0.5,)), SHAPE)
+    assert [candidate.name for candidate in candidates if candidate.task == "one"] == [
         "one-reap-0.5-0",
         "one-reap+owl-0.5-0",
         "one-moe-i2-0.5-0",
     ]
-    assert {method_of(cut.method) for cut in cuts} == {"reap", "moe-i2"}
+    assert {method_of(candidate.method) for candidate in candidates} == {"reap", "moe-i2"}
     given = read_methods(["moe-i2"], ["moe-i2:ratios=given"], ["owl", "uniform"])
     assert list(given) == ["moe-i2+owl", "moe-i2"]
     assert read_methods(["reap"], ["reap:layers=owl"]) == {"reap+owl": {"layers": "owl"}}
@@ -160,14 +160,14 @@ def test_methods_that_do_not_draw_decide_the_same_with_every_seed(
     file.write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
     model = load_model(path)
     statistics = collect(model, [TaskFile.load("t", file)], load_tokenizer(path))
-    cheap = [name for name, method in METHODS.items() if not method.runs_layers]
+    cheap = [name for name, method in METHODS.items() if not method.needs_forward]
     assert len(cheap) >= 5
     for name in cheap:
         decisions = {
             hash_decision(make_plan(statistics, "t", name, (5, 5, 5), seed=seed))
             for seed in range(2)
         }
-        assert len(decisions) == 1 or METHODS[name].draws, name
+        assert len(decisions) == 1 or METHODS[name].stochastic, name
         # Keeping all is the same decision, whoever takes it.
         whole = make_plan(statistics, "t", name, (8, 8, 8), seed=3)
         assert hash_decision(whole) == hash_decision(keep_all(model.shape))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from edgemoe.parallel.workers import Here
+from edgemoe.parallel.workers import InProcess
 from edgemoe.sweep import plot
 from edgemoe.sweep.request import SweepRequest, read_methods
 from edgemoe.sweep.sweep import run_sweep
@@ -40,7 +40,7 @@ def test_a_panel_per_task_and_a_line_per_method(folder: Path, tmp_path: Path) ->
             max_drop=2.0,
             threads=1,
         )
-        run_sweep(request, Here())
+        run_sweep(request, InProcess())
         pictures.append(image.imread(request.output / "sweep.png"))
     one, two = pictures
     width, height = (int(inches * plot._DPI) for inches in plot._PANEL_INCHES)

@@ -16,7 +16,7 @@ from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models.checkpoint import load_model, load_tokenizer
 from edgemoe.models.saving import save_model
-from edgemoe.parallel.workers import Here, Processes
+from edgemoe.parallel.workers import InProcess, Processes
 from edgemoe.plans.plan import Plan
 from edgemoe.recover.options import RecoverOptions
 from edgemoe.recover.recovery import recover_checkpoint
@@ -55,7 +55,7 @@ def request_of(folder: Path, output: Path, **changes: Any) -> SweepRequest:
 @pytest.fixture(scope="module")
 def swept(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("recovered") / "report"
-    run_sweep(request_of(folder, output), Here())
+    run_sweep(request_of(folder, output), InProcess())
     return output
 
 
@@ -64,6 +64,7 @@ def read_rows(report: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_checkpoints_recovered_by_hand(
     folder: Path, swept: Path, tmp_path: Path
 ) -> None:
@@ -126,7 +127,7 @@ def test_the_threshold_of_a_method_and_of_its_recoveries_stand_apart(
         recoveries=read_recoveries(["least-squares"]),
         max_drop=1000.0,
     )
-    outcome = run_sweep(request, Here())
+    outcome = run_sweep(request, InProcess())
     for name, threshold in outcome.thresholds.items():
         assert list(threshold.by_method) == ["random", "random, then least-squares"]
         for series, point in threshold.by_method.items():
@@ -162,7 +163,7 @@ def test_interrupted_and_on_workers_it_writes_the_same(
 
     monkeypatch.setattr("edgemoe.sweep.sweep.run_recover_job", recover_some)
     with pytest.raises(ResumableInterrupt):
-        run_sweep(request_of(folder, output), Here())
+        run_sweep(request_of(folder, output), InProcess())
     monkeypatch.undo()
     kept = {
         file: file.stat().st_mtime_ns
@@ -193,5 +194,5 @@ def test_what_is_wrong_is_refused(folder: Path, tmp_path: Path) -> None:
         read_recoveries(["lora", "lora:rank=4"])
     output = tmp_path / "report"
     with pytest.raises(SweepError, match="--recover must have a model that fits"):
-        run_sweep(replace(request_of(folder, output), memory_limit_bytes=1000), Here())
+        run_sweep(replace(request_of(folder, output), memory_limit_bytes=1000), InProcess())
     assert not list(tmp_path.iterdir())

@@ -27,7 +27,7 @@ from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe.models.checkpoint import load_model, load_tokenizer
 from edgemoe.oracle.oracle import LayerOracle
-from edgemoe.parallel.workers import Here, Processes, RayCluster
+from edgemoe.parallel.workers import InProcess, Processes, RayCluster
 from edgemoe.plans.plan import Plan
 from edgemoe.prune.registry import count_for, make_plan
 from edgemoe.resume import ResumableInterrupt, partial_path
@@ -74,7 +74,7 @@ def swept(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("edgemoe.sweep.sweep.run_judge_job", judge)
-        run_sweep(request_of(folder, output), Here())
+        run_sweep(request_of(folder, output), InProcess())
     assert not partial_path(output).exists()
     return output, judged
 
@@ -147,19 +147,19 @@ def test_equal_decisions_are_judged_once(swept: tuple[Path, list[str]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "place",
+    "executor",
     [Processes(2), pytest.param(RayCluster(address="local", count=2), marks=needs_ray)],
-    ids=lambda place: type(place).__name__,
+    ids=lambda executor: type(executor).__name__,
 )
 def test_workers_write_the_report_of_one_process(
     folder: Path,
     swept: tuple[Path, Any],
     tmp_path: Path,
     read_report: Read,
-    place: Processes | RayCluster,
+    executor: Processes | RayCluster,
 ) -> None:
     output = tmp_path / "report"
-    run_sweep(request_of(folder, output), place)
+    run_sweep(request_of(folder, output), executor)
     assert read_report(output) == read_report(swept[0])
 
 
@@ -167,7 +167,7 @@ def test_a_model_larger_than_memory_gives_the_same_scores(
     folder: Path, swept: tuple[Path, Any], tmp_path: Path, read_report: Read
 ) -> None:
     output = tmp_path / "report"
-    outcome = run_sweep(request_of(folder, output, memory_limit_bytes=1000), Here())
+    outcome = run_sweep(request_of(folder, output, memory_limit_bytes=1000), InProcess())
     assert not outcome.whole
     assert "one decoder layer at a time" in outcome.notes[-1]
     one, other = read_report(output), read_report(swept[0])
@@ -187,7 +187,7 @@ def test_an_interrupted_sweep_goes_on_with_more_methods(
     done: list[str] = []
 
     def make_counted(job: PlanJob) -> None:
-        done.append(job.cut.name)
+        done.append(job.candidate.name)
         run_plan_job(job)
 
     def judge_some(job: JudgeJob) -> None:
@@ -201,16 +201,16 @@ def test_an_interrupted_sweep_goes_on_with_more_methods(
     plans = 2 * 3
     first = request_of(folder, output, methods={"reap": {}})
     with pytest.raises(ResumableInterrupt, match="the same command goes on from there"):
-        run_sweep(first, Here())
+        run_sweep(first, InProcess())
     assert len(done) == plans + left
     assert not output.exists()
     # Other lines are other work, and the finished work of these is safe from it.
     with pytest.raises(OutputError, match="with another options"):
-        run_sweep(replace(first, held_out_tokens=40), Here())
+        run_sweep(replace(first, held_out_tokens=40), InProcess())
 
     done.clear()
     plans, left = 2 * 6, 99
-    run_sweep(request_of(folder, output), Here())
+    run_sweep(request_of(folder, output), InProcess())
     assert read_report(output) == read_report(swept[0])
     assert [name for name in done[:plans] if "-random-" not in name] == []
     # Four cuts of reap and two of each seed, of which three were judged before, with the whole.
@@ -260,7 +260,7 @@ def test_accuracy_is_judged_in_points_beside_perplexity(folder: Path, tmp_path: 
     tasks = {"pick": tmp_path / "pick.jsonl", "low": folder / "low.jsonl"}
     outcome = run_sweep(
         request_of(folder, tmp_path / "report", tasks=tasks, methods={"reap": {}}, seeds=(0,)),
-        Here(),
+        InProcess(),
     )
     before = outcome.unpruned.scores["pick"]
     assert (before.metric, before.n) == ("accuracy", 12)
@@ -289,14 +289,14 @@ def test_what_cannot_be_done_is_refused_before_anything_is_measured(
         run_sweep(request, Processes(3))
     write_rows(tmp_path / "short.jsonl", [{"text": f"w{n} w4"} for n in range(7)])
     with pytest.raises(TaskFileError, match="8 lines or more"):
-        run_sweep(replace(request, tasks={"short": tmp_path / "short.jsonl"}), Here())
+        run_sweep(replace(request, tasks={"short": tmp_path / "short.jsonl"}), InProcess())
     with pytest.raises(TaskFileError, match=r"2 lines or more.*Raise --held-out-tokens"):
-        run_sweep(replace(request, held_out_tokens=15), Here())
+        run_sweep(replace(request, held_out_tokens=15), InProcess())
     output.mkdir()
     with pytest.raises(OutputError, match="must not exist"):
-        run_sweep(request, Here())
+        run_sweep(request, InProcess())
     with pytest.raises(OutputError, match="must not contain what is read"):
-        run_sweep(replace(request, output=folder, force=True), Here())
+        run_sweep(replace(request, output=folder, force=True), InProcess())
     output.rmdir()
     assert [file.name for file in tmp_path.iterdir()] == ["short.jsonl"]
 
@@ -325,7 +325,7 @@ def test_what_fractions_share_is_measured_once_for_each_task(
         ["moe-i2:population=4", "moe-i2:generations=1", "moe-i2:importance-tokens=20"],
         ["uniform", "owl"],
     )
-    run_sweep(request_of(folder, tmp_path / "report", methods=methods, seeds=(0,)), Here())
+    run_sweep(request_of(folder, tmp_path / "report", methods=methods, seeds=(0,)), InProcess())
     assert Counter(measured) == dict.fromkeys(
         ["importances", "loss_increases", "outlier_ratios"], 2
     )

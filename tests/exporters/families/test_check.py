@@ -8,6 +8,7 @@ from edgemoe_exporters.families.table import render_table
 GRAPHS = ["ort", "tensorrt"]
 
 
+@pytest.mark.slow
 @pytest.mark.fused
 def test_a_family_is_tried_from_checkpoint_to_graphs() -> None:
     report = check_family("deepseek_v2", engine=False)

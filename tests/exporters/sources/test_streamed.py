@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import edgemoe.layerwise.replay
-from edgemoe.models.checkpoint import load_model
-from edgemoe.models.fingerprint import FileHashes
+from edgemoe.models.checkpoint import Checkpoint, load_model
 from edgemoe.models.opening import open_larger, open_streamed
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.plans.keep_all import keep_all
@@ -20,8 +19,7 @@ from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.bundle.task_experts import lay_out_plans
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
-from edgemoe_exporters.sources.in_memory import SourceInMemory
-from edgemoe_exporters.sources.streamed import StreamedSource
+from edgemoe_exporters.sources.opening import ModelSource
 from edgemoe_exporters.tracing.trace import trace
 
 if TYPE_CHECKING:
@@ -97,6 +95,7 @@ def compare(request: ExportRequest, tmp_path: Path) -> None:
 PLAN_FILES = [f"{name}.json" for name in PLANS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "precision"),
     [("cpu", "fp32"), ("jetson-orin", "fp16")],
@@ -110,6 +109,7 @@ def test_one_task_gives_the_same_bundle(
     compare(request, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "precision"), [("cpu", "int4"), ("jetson-orin", "fp32")])
 def test_two_plans_give_the_same_bundle(
     checkpoint: Path, tmp_path: Path, target: str, precision: str
@@ -126,7 +126,7 @@ def test_two_plans_give_the_same_bundle(
     compare(request, tmp_path)
 
 
-def test_two_tasks_are_calibrated_and_judged_alike(
+def test_two_tasks_are_calibrated_and_evaluated_alike(
     checkpoint: Path, tasks: dict[str, Path], tmp_path: Path
 ) -> None:
     request = ExportRequest(
@@ -160,13 +160,14 @@ def test_a_streamed_pass_says_what_the_model_says(
         return own(decoder, layers, index)
 
     def ask() -> list[EagerRun]:
-        streamed = open_larger(checkpoint, NOTHING)
+        model = Checkpoint(checkpoint)
+        streamed = open_larger(model, NOTHING)
         assert streamed is not None
-        source = StreamedSource(streamed, checkpoint, work, FileHashes(checkpoint))
+        source = ModelSource(model, streamed, work)
         with source.of_task(plan, layouts, "model") as task:
             return task.run_eager(range(60))
 
-    whole = SourceInMemory(load_model(checkpoint))
+    whole = ModelSource(Checkpoint(checkpoint))
     plan = keep_all(whole.moe.shape)
     layouts = lay_out_plans({"model": plan}, whole.moe.shape)
     monkeypatch.setattr("edgemoe.layerwise.runner.only_layer", stop)
@@ -185,9 +186,10 @@ def test_a_streamed_pass_says_what_the_model_says(
         assert np.array_equal(one.decided, other.decided)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 def test_the_trace_does_not_depend_on_weights(family: str, tmp_path: Path) -> None:
-    write_tiny_checkpoint(family, tmp_path / "tiny")
+    write_tiny_checkpoint(family, tmp_path / "tiny", num_hidden_layers=2)
     graphs = [
         trace(model)
         for model in (load_model(tmp_path / "tiny"), open_streamed(tmp_path / "tiny").moe)

@@ -104,7 +104,7 @@ def test_who_adapts(build_bundle: Any, hot: Path, options: Any, moves: int) -> N
 
 
 @pytest.mark.parametrize(("margin", "again"), [(0.0, False), (1e6, True), (None, False)])
-def test_an_answer_that_is_too_near_to_another_is_asked_again(
+def test_a_choice_of_low_confidence_is_escalated(
     build_bundle: Any, hot: Path, margin: float | None, again: bool
 ) -> None:
     low = replace(LOW, quality=replace(QUALITY, margin=margin))
@@ -128,7 +128,7 @@ def test_an_answer_that_is_too_near_to_another_is_asked_again(
 
 
 @pytest.mark.parametrize(("margin", "again"), [(-1.0, False), (1e6, True), (None, False)])
-def test_a_text_that_is_in_doubt_is_made_again(
+def test_a_text_of_low_confidence_is_escalated(
     build_bundle: Any, hot: Path, margin: float | None, again: bool
 ) -> None:
     low = replace(LOW, quality=replace(QUALITY, metric="perplexity", margin=margin))
@@ -158,7 +158,7 @@ def test_a_text_that_is_in_doubt_is_made_again(
         assert "more than 1e+06 needed: asked again at full k" in fallback.reason
 
 
-def test_a_deadline_that_no_rung_can_keep_is_told(
+def test_a_deadline_that_no_rung_can_keep_is_reported(
     build_bundle: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = with_ladder(build_bundle(), FULL, LOW)
@@ -191,8 +191,8 @@ def test_rungs_without_a_cost_are_timed_where_they_run(
     build_bundle: Any, monkeypatch: pytest.MonkeyPatch, costs: Any, ladder: int
 ) -> None:
     # A model this small takes as long on each rung.
-    told = [RungCost(cost, cost) for cost in costs]
-    monkeypatch.setattr(rung_cost, "measure_costs", lambda *_: told)
+    measured = [RungCost(cost, cost) for cost in costs]
+    monkeypatch.setattr(rung_cost, "measure_costs", lambda *_: measured)
     rungs = (replace(FULL, cost=None), replace(LOW, cost=None))
     folder = with_ladder(build_bundle(), *rungs)
     with Session.open(folder, token_ms=1e6) as session:
@@ -202,7 +202,7 @@ def test_rungs_without_a_cost_are_timed_where_they_run(
         assert session.generate("It hums", max_new_tokens=5).tokens == answer.tokens
 
 
-def test_an_answer_is_in_doubt_if_any_of_it_ran_on_a_lower_rung(
+def test_an_answer_is_of_low_confidence_if_any_of_it_ran_on_a_lower_rung(
     build_bundle: Any, hot: Path
 ) -> None:
     low = replace(LOW, quality=replace(QUALITY, metric="perplexity", margin=1e6))
@@ -212,18 +212,18 @@ def test_an_answer_is_in_doubt_if_any_of_it_ran_on_a_lower_rung(
         expected = session.generate("It hums", max_new_tokens=20).tokens
     state = hot / "sys/class/thermal/cooling_device0/cur_state"
     with Session.open(folder, sensors_root=hot, limits=limits) as session:
-        pace = session._service.pace
+        controller = session._service.state.controller
         # It cools down in the middle of the answer, and is read with every token.
-        read, reads = pace._pacing.read, iter(range(1000))
+        read, reads = controller._config.read, iter(range(1000))
         assert read is not None
 
         def cool() -> Any:
-            pace._read_at = None
+            controller._read_at = None
             if next(reads) == 8:
                 state.write_text("0\n")
             return read()
 
-        pace._pacing = replace(pace._pacing, read=cool)
+        controller._config = replace(controller._config, read=cool)
         answer = session.generate("It hums", max_new_tokens=20)
     assert [f.kind for f in answer.fallbacks] == ["confidence"]
     assert answer.fallbacks[0].backend == "low"
@@ -240,7 +240,9 @@ def test_a_second_answer_that_would_be_late_is_given_up(
     with Session.open(folder, deadline_ms=60_000, sensors_root=hot) as session:
         # There is time for the prompt and as many tokens, as it seems, and then there is none.
         answers = iter([True, True, True, False])
-        monkeypatch.setattr(session._service.pace, "full_fits", lambda *_: next(answers))
+        monkeypatch.setattr(
+            session._service.state.controller, "full_k_fits", lambda *_: next(answers)
+        )
         answer = session.generate("It hums", max_new_tokens=6)
         assert session.explain().asked_again == 0
     assert (answer.tokens, answer.text) == (expected.tokens, expected.text)
@@ -250,7 +252,7 @@ def test_a_second_answer_that_would_be_late_is_given_up(
     assert "no time for full k" in fallback.reason
 
 
-def test_choices_by_token_are_in_doubt_where_totals_disagree(
+def test_choices_by_token_are_of_low_confidence_where_totals_disagree(
     build_bundle: Any, hot: Path
 ) -> None:
     low = replace(LOW, quality=replace(QUALITY, margin=0.0))
@@ -265,7 +267,7 @@ def test_choices_by_token_are_in_doubt_where_totals_disagree(
     assert [f.kind for f in token.fallbacks] == ["confidence"]
 
 
-def test_a_stream_tells_of_itself_alone(build_bundle: Any, hot: Path) -> None:
+def test_a_stream_reports_itself_alone(build_bundle: Any, hot: Path) -> None:
     folder = with_ladder(build_bundle(), FULL, LOW)
     with Session.open(folder, deadline_ms=0.001) as session:
         session.generate("It hums", max_new_tokens=3)
@@ -280,7 +282,7 @@ def test_a_stream_tells_of_itself_alone(build_bundle: Any, hot: Path) -> None:
     assert stream.generation.fallbacks == state == ()
 
 
-def test_a_deadline_that_was_met_was_not_impossible(build_bundle: Any) -> None:
+def test_a_deadline_that_was_met_was_not_infeasible(build_bundle: Any) -> None:
     folder = with_ladder(build_bundle(), FULL, LOW)
     with Session.open(folder, deadline_ms=60_000) as session:
         # A million tokens do not fit into the cache, let alone into a minute.
@@ -303,7 +305,7 @@ def test_late_tokens_are_counted(build_bundle: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_run_asks_again_but_for_a_stream(
+def test_run_escalates_but_for_a_stream(
     build_bundle: Any, hot: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     low = replace(LOW, quality=replace(QUALITY, metric="perplexity", margin=1e6))
@@ -319,7 +321,7 @@ def test_run_asks_again_but_for_a_stream(
     assert answer["experts_per_token"] == (1.0 if stream else 3.0)
 
 
-def test_a_table_stands_in_for_an_allocator_that_is_missing(build_bundle: Any) -> None:
+def test_the_fallback_table_replaces_a_missing_choice_of_k(build_bundle: Any) -> None:
     folder = with_ladder(build_bundle(), FULL, LOW, k_table=(2, 1))
     with Session.open(folder, k_cap=[2, 1]) as session:
         expected = session.generate("It hums", max_new_tokens=5)
@@ -333,7 +335,7 @@ def test_a_table_stands_in_for_an_allocator_that_is_missing(build_bundle: Any) -
     assert "no output experts_used" in fallback.reason
 
 
-def test_time_is_told_by_finished_request(build_bundle: Any) -> None:
+def test_times_are_those_of_finished_requests(build_bundle: Any) -> None:
     with Session.open(build_bundle()) as session:
         answers = [session.generate("It hums", max_new_tokens=count) for count in (3, 5)]
         explanation = session.explain()

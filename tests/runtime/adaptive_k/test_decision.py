@@ -35,7 +35,7 @@ NOTHING = Sensors(
 
 @dataclass
 class Run:
-    """What came of a simulation."""
+    """Tokens, moves and last state of a simulation."""
 
     tokens: list[tuple[float, float, int]] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
@@ -43,8 +43,8 @@ class Run:
 
     def kept(self, deadline: float, possible: Callable[[float], bool]) -> float:
         """Share of tokens in time, of those for which some rung is fast enough."""
-        told = [ms <= deadline for at, ms, _ in self.tokens if possible(at)]
-        return sum(told) / len(told)
+        in_time = [ms <= deadline for at, ms, _ in self.tokens if possible(at)]
+        return sum(in_time) / len(in_time)
 
 
 def simulate(
@@ -59,7 +59,7 @@ def simulate(
     controlled: bool = True,
     costs: Sequence[float] = COSTS,
 ) -> Run:
-    """Make tokens one after the other; ``unit_of`` tells what one takes at full k, in ms."""
+    """Make tokens one after the other; `unit_of` is the time of one at the full k, in ms."""
     draw = random.Random(0)
     run, clock = Run(), 0.0
     while clock < seconds:
@@ -89,7 +89,7 @@ def test_a_slower_clock_is_answered_and_full_k_comes_back() -> None:
     alone = simulate(unit, 100, 12.0, controlled=False)
     assert run.kept(12.0, lambda _: True) > 0.995
     assert alone.kept(12.0, lambda _: True) < 0.8
-    # Down once, and up rung by rung: nothing swings.
+    # Down once, and up rung by rung: nothing oscillates.
     assert len(run.moves) <= 6
     assert run.state.rung == 0
     back = next(at for at, _, rung in run.tokens if at > 60 and rung == 0)
@@ -151,7 +151,10 @@ def test_no_rung_is_kept_that_was_late_too_often(
 ) -> None:
     seen = units[-100:]
     state = ControlState(
-        rung=rung, unit_ms=tuple(seen), rungs=(rung,) * len(seen), fresh=len(units)
+        rung=rung,
+        full_k_ms=tuple(seen),
+        rungs=(rung,) * len(seen),
+        tokens_since_move=len(units),
     )
     limits = Limits(in_time=share)
     after, _ = decide(state, Signals(seconds=1.0, each_ms=each), COSTS, limits)
@@ -225,15 +228,15 @@ def test_who_answers_once_a_minute_does_not_wait_a_minute_for_each_rung() -> Non
     state = ControlState()
     for second in range(10):
         state, _ = decide(state, Signals(seconds=second, sensors=hot), COSTS, Limits())
-    assert state.pressed == len(COSTS) - 1
+    assert state.pressure == len(COSTS) - 1
     state, _ = decide(state, Signals(seconds=70.0, sensors=NOTHING), COSTS, Limits())
-    assert state.pressed == 0
-    assert state.troubles == ()
+    assert state.pressure == 0
+    assert state.alerts == ()
 
 
-def test_patience_ends_when_climbing_was_not_too_early() -> None:
+def test_the_backoff_ends_when_climbing_was_not_too_early() -> None:
     costs, limits = (1.0, 0.5), Limits()
-    state, at = ControlState(patience=4.0), 0.0
+    state, at = ControlState(backoff=4.0), 0.0
     # Slow for a while, well for long, slow again: nothing was too early.
     for unit, seconds in [(30.0, 20), (10.0, 120)] * 3:
         end = at + seconds
@@ -242,15 +245,15 @@ def test_patience_ends_when_climbing_was_not_too_early() -> None:
             at += took / 1000
             signals = Signals(seconds=at, token_ms=(took,), allowed_ms=20.0)
             state, _ = decide(state, signals, costs, limits)
-    assert state.patience == 1.0
+    assert state.backoff == 1.0
 
 
-def test_what_no_rung_can_do_is_told() -> None:
+def test_a_deadline_that_no_rung_can_keep_is_infeasible() -> None:
     run = simulate(lambda _: 40.0, 5, 10.0)
-    assert run.state.impossible
+    assert run.state.infeasible
     assert run.state.rung == len(COSTS) - 1
     assert run.moves[-1].reason == "no rung is fast enough for the deadline"
-    assert not simulate(lambda _: 10.0, 5, 12.0).state.impossible
+    assert not simulate(lambda _: 10.0, 5, 12.0).state.infeasible
 
 
 def hot_machine(ambient: Callable[[float], float]) -> Any:

@@ -1,6 +1,6 @@
 """The controller on a recording: every token of a session while two processes took its cores.
 
-The recording is of benchmarks/adaptive_k/under_load.py (``--record``), 2026-11-24, 2 x86-64
+The recording is of benchmarks/adaptive_k/under_load.py (`--record`), 2026-11-24, 2 x86-64
 cores: 8 seconds free, 8 with two busy processes, 8 free; the full k, 15.5 ms a token when free.
 """
 

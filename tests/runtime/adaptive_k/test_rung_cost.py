@@ -80,7 +80,7 @@ def test_what_is_asked_again_costs_time() -> None:
     for again, length in ((0.25, 2), (0.35, 1)):
         quality = replace(low.quality, metric="accuracy", asked_again=again)
         assert len(without_dominated([full, replace(low, quality=quality)])) == length
-        # Texts may be streamed, which are never asked again.
+        # Texts may be streamed, which are never escalated.
         quality = replace(quality, metric="perplexity")
         assert len(without_dominated([full, replace(low, quality=quality)])) == 2
 

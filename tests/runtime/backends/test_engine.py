@@ -133,7 +133,7 @@ def test_longer_chunks_than_the_next_engine_takes_are_cut(bundle: Path, install:
             assert engine.length == len(IDS)
 
 
-def test_when_nothing_is_left_the_reason_is_told(bundle: Path, install: Any) -> None:
+def test_when_nothing_is_left_the_reason_is_given(bundle: Path, install: Any) -> None:
     install(1, last=False)
     with (
         Session.open(bundle) as session,
@@ -142,7 +142,7 @@ def test_when_nothing_is_left_the_reason_is_told(bundle: Path, install: Any) -> 
         session.generate("A spindle", max_new_tokens=4)
 
 
-def test_when_the_rest_of_the_chain_cannot_be_opened_both_reasons_are_told(
+def test_when_the_rest_of_the_chain_cannot_be_opened_both_reasons_are_given(
     bundle: Path, install: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(1, 0, last=False)

@@ -1,4 +1,4 @@
-"""The TensorRT loop over a stand-in: device memory is host memory, the engine is a graph.
+"""The TensorRT loop with a simulated engine: a graph, with host memory for device memory.
 
 No GPU runs this project's tests, so what is checked here is the bookkeeping: shapes,
 addresses, the roles of the cache buffers, marks, and every refusal.
@@ -98,7 +98,7 @@ class GraphContext:
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def simulated_engine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module: Any = ModuleType("tensorrt_rtx")
     module.__version__ = "9.9.9"
 
@@ -160,10 +160,10 @@ def folder(build_bundle: Build) -> Path:
 
 @pytest.mark.parametrize("location", ["device", "host"])
 def test_answers_equal_those_of_onnxruntime(
-    folder: Path, stand_in: Any, location: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, simulated_engine: Any, location: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_engine(folder)
-    stand_in.location["k_cap"] = location
+    simulated_engine.location["k_cap"] = location
     bind = GraphContext.set_tensor_address
 
     def check(self: GraphContext, name: str, address: int) -> bool:
@@ -192,7 +192,7 @@ def test_answers_equal_those_of_onnxruntime(
 
 
 @pytest.mark.states
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("simulated_engine")
 def test_states_begin_anew_with_each_text(tmp_path: Path) -> None:
     write_tiny_checkpoint("qwen3_next", tmp_path / "model")
     folder = tmp_path / "bundle"
@@ -213,7 +213,7 @@ def test_states_begin_anew_with_each_text(tmp_path: Path) -> None:
             assert found.values == pytest.approx(expected_choice.values, abs=1e-4)
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("simulated_engine")
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -234,7 +234,7 @@ def test_only_a_fitting_engine_is_loaded(
         Session.open(folder, backend="tensorrt_rtx")
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("simulated_engine")
 def test_an_engine_limits_what_a_session_takes(folder: Path) -> None:
     shapes = {
         "input_ids": ((1, 1), (1, 4), (1, 8)),
@@ -255,7 +255,7 @@ def test_an_engine_limits_what_a_session_takes(folder: Path) -> None:
     assert "24 tokens at most" in explained.fallbacks[0].reason
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("simulated_engine")
 @pytest.mark.parametrize("failing", range(0, 13, 3))
 def test_too_little_device_memory_is_a_step_down_and_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, failing: int
@@ -276,18 +276,18 @@ def test_too_little_device_memory_is_a_step_down_and_leaves_nothing(
     assert HostCuda.last.alive == {}  # type: ignore[attr-defined]
 
 
-def test_what_the_bindings_raise_is_a_step_down(folder: Path, stand_in: Any) -> None:
+def test_what_the_bindings_raise_is_a_step_down(folder: Path, simulated_engine: Any) -> None:
     add_engine(folder)
 
     def explode(*_: object) -> None:
         raise RuntimeError("the driver is too old")
 
-    stand_in.Runtime = explode
+    simulated_engine.Runtime = explode
     with Session.open(folder) as session:
         assert "the driver is too old" in session.explain().fallbacks[0].reason
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.usefixtures("simulated_engine")
 def test_refusals_name_what_to_do(folder: Path) -> None:
     with pytest.raises(BackendError, match=r"the folder holds none.*edgemoe compile"):
         Session.open(folder, backend="tensorrt_rtx")

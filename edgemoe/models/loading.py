@@ -1,0 +1,121 @@
+"""Load weights with transformers: in silence, and refusing what does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from edgemoe.errors import CheckpointError, EdgemoeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+_ALIGNMENT_BYTES = 64
+# What torch and transformers raise when weights and configuration contradict each other.
+_MISFITS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def check_fit(report: Mapping[str, Any], path: Path) -> None:
+    """Refuse weights that left a part of the model at random values.
+
+    Args:
+        report: What ``from_pretrained`` with ``output_loading_info`` told.
+        path: The checkpoint.
+
+    Raises:
+        CheckpointError: Tensors are missing, or have another shape than the configuration says.
+    """
+    unfit = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
+    if unfit:
+        raise CheckpointError(
+            f"the weights in {path} must fit its config.json, got {len(unfit)} tensors missing "
+            f"or of another shape, such as {unfit[0]}. Copy the checkpoint again."
+        )
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the progress bars of transformers: they draw even where nobody watches.
+
+    Yields:
+        Nothing.
+    """
+    from transformers.utils import logging
+
+    drew = logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    # What its report would say is refused here, or does not matter.
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if drew:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def refusing_misfits(path: Path) -> Iterator[None]:
+    """Turn what torch and transformers raise on inconsistent checkpoints into a refusal.
+
+    Args:
+        path: The checkpoint.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CheckpointError: Weights and configuration contradict each other.
+    """
+    try:
+        yield
+    except EdgemoeError:
+        raise
+    except _MISFITS as error:
+        raise CheckpointError(
+            f"the weights in {path} must fit its config.json, got: {error}. Copy the "
+            "checkpoint again, or correct config.json."
+        ) from error
+
+
+def align_tensors(model: PreTrainedModel) -> None:
+    """Move tensors to aligned memory.
+
+    Matrix products round differently on memory that is mapped from a file at an odd offset, so
+    the same weights in two files would give logits that differ in the last bits.
+
+    Args:
+        model: The model that they are of.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT_BYTES:
+            tensor.data = tensor.data.clone()
+
+
+def stored_dtype(config: Any) -> torch.dtype | None:
+    """Return the floating type that a configuration says the weights are stored in.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        The type; None where it names none.
+    """
+    found = getattr(config, "dtype", None)
+    if isinstance(found, str):
+        found = getattr(torch, found, None)
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else None
