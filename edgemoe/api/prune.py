@@ -70,7 +70,8 @@ def prune(
         keep: Fraction of each layer's experts to keep, in (0, 1]; of the intermediate channels
             of all experts with `camera` and `heapr`. Exactly one of `keep` and `keep_experts`
             must be given.
-        keep_experts: Experts to keep in each MoE layer: one number, or one for each layer.
+        keep_experts: Experts to keep in each MoE layer, in [top_k, experts of the layer]: one
+            number, or one for each layer.
         layers: `owl` keeps as many experts in all, but more of them in layers whose weights
             have more outliers on the task.
         seed: Seed of methods that draw, in [0, inf).

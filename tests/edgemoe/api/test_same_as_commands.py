@@ -6,6 +6,7 @@ import json
 import logging
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from click.testing import CliRunner
 
 import edgemoe
@@ -15,8 +16,6 @@ from edgemoe.cli import main
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
     from edgemoe.progress import ProgressEvent
 
@@ -110,6 +109,7 @@ def test_decompose_and_allocate(folder: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "k") == content(tmp_path / "also")
 
 
+@pytest.mark.slow
 def test_recover_carve_and_sweep(folder: Path, tmp_path: Path) -> None:
     moe, data = folder / "moe", folder / "code.jsonl"
     edgemoe.recover(
