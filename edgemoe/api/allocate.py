@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.api.arguments import (
+    as_float,
     as_path,
     check_at_least_one,
     files_of,
@@ -134,7 +135,7 @@ def allocate(
             policy,
             start,
             target,
-            mean_k=mean_k,
+            mean_k=as_float(mean_k),
             chosen=chosen,
             max_tokens=max_tokens,
             seed=seed,

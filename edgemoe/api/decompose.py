@@ -99,7 +99,7 @@ def decompose(
             load_statistics(statistics, path, sha256, "factored"),
             task,
             method,
-            param_ratio,
+            float(param_ratio),
             open_layers=lambda: open_layers(checkpoint),
             prepare=planned_tensors,
             options=chosen,

@@ -70,7 +70,8 @@ def prune(
         keep: Fraction of each layer's experts to keep, in (0, 1]; of the intermediate channels
             of all experts with `camera` and `heapr`. Exactly one of `keep` and `keep_experts`
             must be given.
-        keep_experts: Experts to keep in each MoE layer: one number, or one for each layer.
+        keep_experts: Experts to keep in each MoE layer, in [top_k, experts of the layer]: one
+            number, or one for each layer.
         layers: `owl` keeps as many experts in all, but more of them in layers whose weights
             have more outliers on the task.
         seed: Seed of methods that draw, in [0, inf).
@@ -120,6 +121,7 @@ def prune(
             refuse_existing(target, force=force, directory=False)
             refuse_inputs_inside(target, path, *files_of(statistics))
         asked = keep_experts
+        weights = task if isinstance(task, str) else {n: float(w) for n, w in task.items()}
         texts = [*_layers_option(layers, asked), *option_texts(options)]
         chosen = read_options(method, texts)
         spread = workers is not None or ray is not None
@@ -135,10 +137,10 @@ def prune(
         measured = load_statistics(statistics, path, checkpoint.sha256, "pruned")
         with contextlib.ExitStack() as stack:
             executor = choose_executor(workers, ray)
-            pool = stack.enter_context(_open_crew(executor, path, threads)) if spread else None
+            pool = stack.enter_context(_open_pool(executor, path, threads)) if spread else None
             plan = make_plan(
                 measured,
-                task,
+                weights,
                 method,
                 counts,
                 seed=seed,
@@ -191,7 +193,7 @@ def _open(model: Checkpoint, pool: WorkerPool | None) -> LayerProvider:
 
 
 @contextlib.contextmanager
-def _open_crew(
+def _open_pool(
     executor: ExecutorConfig, model: Path, threads: int | None
 ) -> Iterator[WorkerPool]:
     from edgemoe.oracle.remote import WorkerPool

@@ -1,8 +1,8 @@
-"""Where an export writes, and what its finished steps gave.
+"""Checkpointing of an export: its staged directory, and the results of its finished steps.
 
 An export from memory takes minutes and leaves nothing when it is interrupted. One of a
-checkpoint that is larger takes hours: what it has finished is kept in ``<output>.partial``, and
-the same command goes on from there. Whatever it takes up again, it gives the same bytes.
+checkpoint that is larger takes hours: finished steps are kept in `<output>.partial`, and the
+same command resumes from there. A resumed export gives the same bytes.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Steps:
-    """An export under way.
+class ExportCheckpointing:
+    """The directories of a running export, and the results of its finished steps.
 
     Attributes:
         staged: The directory that becomes the bundle.
-        work: Where what is finished is kept; None where nothing is.
+        work: Where results of finished steps are kept; None where none are.
     """
 
     staged: Path
@@ -55,17 +55,17 @@ class Steps:
 
     @property
     def journal(self) -> Path | None:
-        """Where the weights that were written are noted."""
+        """Where the weights that were written are recorded."""
         return None if self.work is None else self.work.path / "weights.jsonl"
 
     def fingerprint(self, hashes: FileHashes) -> str:
-        """Hash the checkpoint, unless that was done.
+        """Hash the checkpoint, or return the hash of an earlier run.
 
         Args:
             hashes: Of its files, as far as they are known.
 
         Returns:
-            As :func:`edgemoe.models.fingerprint.fingerprint_checkpoint`.
+            As `edgemoe.models.fingerprint.fingerprint_checkpoint`.
         """
         if self.work is None:
             return hashes.fingerprint()
@@ -73,11 +73,11 @@ class Steps:
         return hashes.fingerprint()
 
     def statistics(self, task: str, collect: Callable[[], Statistics]) -> Statistics:
-        """Measure a task, unless that was done.
+        """Collect statistics of a task, or load those of an earlier run.
 
         Args:
             task: The task.
-            collect: Measures it.
+            collect: Collects them.
 
         Returns:
             Its statistics.
@@ -92,12 +92,12 @@ class Steps:
     def evaluation(
         self, task: str, when: str, evaluate: Callable[[], Evaluation]
     ) -> Evaluation:
-        """Score a task, unless that was done.
+        """Evaluate a task, or load the score of an earlier run.
 
         Args:
             task: The task.
-            when: ``before`` or ``after``.
-            evaluate: Scores it.
+            when: `before` or `after`.
+            evaluate: Evaluates it.
 
         Returns:
             Its score.
@@ -111,26 +111,26 @@ class Steps:
         return score
 
     def eager(self, task: str, run: Callable[[], list[EagerRun]]) -> list[EagerRun]:
-        """Ask the eager model, unless that was done.
+        """Run the eager model, or load the logits of an earlier run.
 
         Args:
             task: Whose experts it has.
-            run: Asks it.
+            run: Runs it.
 
         Returns:
-            What it says.
+            Its logits.
         """
         return self._kept(f"{task}.eager", run, runs_to_bytes, runs_from_bytes)
 
     def parity(self, task: str, measure: Callable[[], Parity]) -> Parity:
-        """Compare a graph with the eager model, unless that was done.
+        """Compare a graph with the eager model, or load the result of an earlier run.
 
         Args:
             task: Whose graph it is.
             measure: Compares them.
 
         Returns:
-            How far they are apart.
+            Their differences.
         """
         parity: Parity = self._kept(
             f"{task}.parity.json",
@@ -141,7 +141,7 @@ class Steps:
         return parity
 
     def written_bytes(self) -> int:
-        """Return how much of the bundle is on the disk."""
+        """Return the bytes of the bundle that are on the disk."""
         return sum(path.stat().st_size for path in self.staged.rglob("*") if path.is_file())
 
     def _kept(
@@ -162,14 +162,14 @@ class Steps:
 
 
 @contextlib.contextmanager
-def open_steps(
+def open_checkpointing(
     request: ExportRequest, key: Mapping[str, Any], *, kept: bool
-) -> Iterator[Steps]:
-    """Make the directory of an export, or find that of an interrupted one.
+) -> Iterator[ExportCheckpointing]:
+    """Make the directory of an export, or open that of an interrupted one.
 
     Args:
         request: The export.
-        key: What decides its result, as JSON values.
+        key: Everything that decides its result, as JSON values.
         kept: Whether finished steps are kept.
 
     Yields:
@@ -181,7 +181,7 @@ def open_steps(
     """
     if not kept:
         with staged_directory(request.output, force=request.force) as staged:
-            yield Steps(staged, None)
+            yield ExportCheckpointing(staged, None)
         return
     recover(request.output)
     with resumable(request.output, key, f"{_STEPS}/**/*.*", force=request.force) as whole:
@@ -190,10 +190,10 @@ def open_steps(
         staged = whole.path / _BUNDLE
         staged.mkdir(exist_ok=True)
         try:
-            yield Steps(staged, WorkDirectory(steps))
+            yield ExportCheckpointing(staged, WorkDirectory(steps))
         except EdgemoeError as error:
             if not isinstance(error, OutputError):
-                # What is refused once will be refused again.
+                # A refused export will be refused again.
                 whole.remove(_STEPS)
             raise
         publish(staged, request.output, force=request.force)
@@ -206,17 +206,17 @@ def key_of(
     tasks: Mapping[str, TaskFile],
     plans: Mapping[str, Plan],
 ) -> dict[str, Any]:
-    """Say what decides the result of an export.
+    """Return everything that decides the result of an export.
 
     Args:
         request: The export.
         precision: Of its weights.
         checkpoint: The checkpoint.
-        tasks: All lines of each task.
+        tasks: The task files, with all examples.
         plans: Plans that were given.
 
     Returns:
-        JSON values, for :func:`open_steps`.
+        JSON values, for `open_checkpointing`.
     """
     return resume_key(
         "export",

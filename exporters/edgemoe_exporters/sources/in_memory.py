@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def task_in_memory(
     moe: MoeModel, plan: Plan, layouts: Mapping[int, StackLayout], task: str
 ) -> Iterator[TaskInMemory]:
-    """Give a model the experts of one task.
+    """Yield a model with the experts of one task.
 
     Args:
         moe: The model, in float32.
@@ -33,7 +33,7 @@ def task_in_memory(
         task: The task.
 
     Yields:
-        The model with those; when the block ends it is as it was.
+        The model with those; it is as before when the block ends.
     """
     with compressed(moe, plan, layouts, task) as small:
         yield TaskInMemory(small)
@@ -43,7 +43,7 @@ class TaskInMemory:
     """The model with one task's experts; a `sources.task_source.TaskSource`."""
 
     def __init__(self, small: MoeModel) -> None:
-        """Take the compressed model.
+        """Wrap the compressed model.
 
         Args:
             small: The model.
@@ -51,7 +51,7 @@ class TaskInMemory:
         self._small = small
 
     def bind(self, traced: ir.Model) -> ir.Model:
-        """Give a graph this task's weights."""
+        """Bind this task's weights to a graph."""
         return bind_experts(traced, self._small)
 
     def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:

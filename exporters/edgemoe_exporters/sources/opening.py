@@ -1,6 +1,6 @@
-"""Where an export takes its model from: memory, or a checkpoint that is larger than it.
+"""The source of the model of an export: memory, or a checkpoint that is larger than it.
 
-What fits into the limit is loaded whole, which is fastest where several passes read it; the
+A model within the limit is loaded whole, which is fastest where several passes read it; the
 weights of a larger one are read when they are written, and passes run one decoder layer at a
 time. Both give the same bytes.
 """
@@ -51,12 +51,12 @@ class ModelSource:
         streamed: StreamedModel | None = None,
         work: WorkDirectory | None = None,
     ) -> None:
-        """Take a checkpoint, and load it where it is not streamed.
+        """Load a checkpoint, unless it is streamed.
 
         Args:
             checkpoint: The checkpoint.
             streamed: The same, open layer by layer because it is larger than memory, or None.
-            work: Where a streamed export keeps what is finished.
+            work: Where a streamed export keeps finished steps.
         """
         self._streamed, self._work = streamed, work
         self.layers: LayerProvider
@@ -65,7 +65,7 @@ class ModelSource:
             return
         self.layers = StreamedLayers(streamed, checkpoint.hashes)
         if (checkpoint.path / _GENERATION).exists():
-            # A skeleton knows the configuration of the model only.
+            # A skeleton has the configuration of the model only.
             found = GenerationConfig.from_pretrained(str(checkpoint.path))
             streamed.moe.model.generation_config = found
 
@@ -80,10 +80,10 @@ class ModelSource:
         return not self.layers.is_whole
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
-        """Measure a task, as `edgemoe.calibrate.collect.collect`."""
+        """Collect statistics of a task, as `edgemoe.calibrate.collect.collect`."""
         if self._work is None:
             return collect(self.layers, [task], tokenizer, max_tokens=max_tokens)
-        # What an interrupted export left there is of the task that comes next.
+        # An interrupted export left statistics of the next task there.
         folder = self._work.path / f"calibration-{task.name}"
         folder.mkdir(exist_ok=True)
         work = WorkDirectory(folder)
@@ -92,13 +92,13 @@ class ModelSource:
         return found
 
     def scorer(self) -> TorchScorer:
-        """Return what scores with the whole model."""
+        """Return a scorer of the whole model."""
         return TorchScorer(self.layers, work=self._work)
 
     def of_task(
         self, plan: Plan, layouts: Mapping[int, StackLayout], task: str
     ) -> AbstractContextManager[TaskSource]:
-        """Give the model the experts of one task.
+        """Return a context with the experts of one task.
 
         Args:
             plan: The task's plan.
@@ -106,7 +106,7 @@ class ModelSource:
             task: The task.
 
         Returns:
-            A context; the task's model serves inside it.
+            A context manager; the task's model is valid inside it.
         """
         if self._streamed is None:
             return task_in_memory(self.moe, plan, layouts, task)

@@ -21,7 +21,7 @@ from edgemoe.models.k_policy import following
 from edgemoe.models.layer_width import widened_shapes
 from edgemoe.plans.layer_plan import stored_width
 from edgemoe_exporters.bundle.task_experts import order_experts
-from edgemoe_exporters.graph.lazy_weights import Deferred, Latest
+from edgemoe_exporters.graph.lazy_weights import LatestResult, LazyWeight
 from edgemoe_exporters.lowering.k_policy import bind_policy
 from edgemoe_exporters.sources.eager_run import run_eager
 
@@ -47,17 +47,17 @@ def streamed_task(
     task: str,
     work: WorkDirectory,
 ) -> Iterator[StreamedTask]:
-    """Give a checkpoint that is read as needed the experts of one task.
+    """Yield a checkpoint that is read as needed with the experts of one task.
 
     Args:
         streamed: The checkpoint.
         plan: The task's plan.
         layouts: The order of the experts by decoder layer.
         task: The task.
-        work: For what layers returned; nothing is left there.
+        work: Keeps outputs of layers; nothing is left there.
 
     Yields:
-        The checkpoint with those; when the block ends it is as it was.
+        The checkpoint with those; it is as before when the block ends.
 
     Raises:
         PlanError: The plan does not fit the model.
@@ -84,12 +84,12 @@ class StreamedTask:
         work: WorkDirectory,
         name: str,
     ) -> None:
-        """Take a checkpoint and what to do to it.
+        """Wrap a checkpoint and the experts of one task.
 
         Args:
             streamed: The checkpoint.
             experts: By decoder layer, in the order of the graph.
-            work: For what layers returned.
+            work: Keeps outputs of layers.
             name: The task.
         """
         self._streamed = streamed
@@ -100,10 +100,10 @@ class StreamedTask:
             for layer in streamed.moe.layers
             if not _is_unchanged(layer, experts[layer.index])
         }
-        self._latest = Latest()
+        self._latest = LatestResult()
 
     def bind(self, traced: ir.Model) -> ir.Model:
-        """Give a graph this task's weights; they are read when they are written."""
+        """Bind this task's weights to a graph; they are read when they are written."""
         graph = traced.clone()
         model = self._streamed.moe.model
         present = dict(model.named_parameters(remove_duplicate=False))
@@ -124,7 +124,7 @@ class StreamedTask:
                 index, spec_name = changed[name]
                 shape = shapes[index][spec_name]
                 read = partial(self._read_planned, index, spec_name)
-            tensor = Deferred(shape, from_torch_dtype(stored.dtype), read).tensor(name)
+            tensor = LazyWeight(shape, from_torch_dtype(stored.dtype), read).tensor(name)
             value.const_value = tensor
             value.shape = ir.Shape(shape)
         bind_policy(graph, self._streamed.moe.k_policy)
@@ -137,7 +137,7 @@ class StreamedTask:
 
     @contextlib.contextmanager
     def _changed(self, index: int) -> Iterator[None]:
-        """Give a layer that is in memory this task's experts."""
+        """Replace the experts of a layer that is in memory by this task's."""
         if index not in self._changes:
             yield
             return
@@ -147,7 +147,7 @@ class StreamedTask:
             new = expert_tensors(layer, experts)
         layer.replace(new)
         del new
-        # The layer's own tensors are let go of meanwhile: only their places are kept.
+        # The layer's own tensors are freed meanwhile: only their shapes are kept.
         empty = {
             name: torch.empty_like(tensor, device="meta") for name, tensor in whole.items()
         }
@@ -165,7 +165,7 @@ class StreamedTask:
         width = stored_width(experts, layer.intermediate_size)
         if width != layer.intermediate_size:
             for name, shape in widened_shapes(layer, width).items():
-                # Experts are on the first axis of what has neurons.
+                # Tensors with intermediate channels have experts on the first axis.
                 shapes[name] = (shapes[name][0], *shape[1:])
         return shapes
 

@@ -1,4 +1,4 @@
-"""What the stages of an export ask of the model with one task's experts."""
+"""The protocol of a model with one task's experts, as the stages of an export use it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class TaskSource(Protocol):
     """The model with the experts of one task."""
 
     def bind(self, traced: ir.Model) -> ir.Model:
-        """Give a graph of the whole model this task's weights; it is not changed.
+        """Bind this task's weights to a graph of the whole model, which is not changed.
 
         Args:
-            traced: What `edgemoe_exporters.tracing.trace.trace` made of the model.
+            traced: The model's graph, as `tracing.trace.trace` returned it.
 
         Returns:
             A new graph.
@@ -27,5 +27,5 @@ class TaskSource(Protocol):
         ...
 
     def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:
-        """Run the eager model, as `edgemoe_exporters.sources.eager_run.run_eager`."""
+        """Run the eager model, as `sources.eager_run.run_eager`."""
         ...
