@@ -61,7 +61,11 @@ class FileHashes:
         Raises:
             CheckpointError: Weights are missing, or are not safetensors.
         """
-        settings = [path / name for name in _DEFINING if (path / name).exists()]
+        settings = [
+            path / name
+            for name in _DEFINING
+            if ((path / name).exists() if read is None else read(name) is not None)
+        ]
         self.files = sorted([*settings, *(check_weights(path) if weights is None else weights)])
         self._read = read
         self._hashes: dict[str, str] = {}
