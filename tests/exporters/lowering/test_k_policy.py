@@ -17,7 +17,7 @@ from edgemoe.calibrate.sample import Window
 from edgemoe.k_policy import KPolicy
 from edgemoe.k_rule import KRule
 from edgemoe.models import limit_k, load_model, read_shape
-from edgemoe.models.checkpoint import read_structure
+from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.k_policy import following, most_slots
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.plans.keep_all import keep_all
@@ -73,7 +73,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 def policy_for(path: Path, kind: str) -> KPolicy:
-    layers = read_structure(path).layers
+    layers = Checkpoint(path).structure.layers
     random = torch.Generator().manual_seed(2)
     rules = []
     for layer in layers:
