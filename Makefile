@@ -26,7 +26,7 @@ export TOKENIZERS_PARALLELISM := false
 help:
 	@echo "make demo      carve, prune, export and run a Mixture-of-Experts model; results in demo/"
 	@echo "make test      run all tests"
-	@echo "make test-fast run those that take no more than ten seconds, in three minutes"
+	@echo "make test-fast run those that are not marked slow, in three minutes"
 	@echo "make lint      ruff, mypy, pyright, import-linter"
 	@echo "make bench     speed of the demo's bundle beside transformers"
 	@echo "make families  try all model families, and write docs/families.md"

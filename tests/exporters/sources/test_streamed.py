@@ -128,6 +128,7 @@ def test_two_plans_give_the_same_bundle(
     compare(request, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_tasks_are_calibrated_and_judged_alike(
     checkpoint: Path, tasks: dict[str, Path], tmp_path: Path
 ) -> None:
