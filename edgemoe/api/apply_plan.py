@@ -13,6 +13,7 @@ from edgemoe.errors import ArgumentError
 
 if TYPE_CHECKING:
     from edgemoe.api.arguments import StrPath
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe.models.contract import MoeModel
     from edgemoe.plans.plan import Plan
     from edgemoe.progress import OnProgress
@@ -106,7 +107,8 @@ def apply_plan(
     path = Path(model)
     with running("export", on_progress=on_progress):
         from edgemoe.apply.in_memory import apply_plan as apply_in_memory
-        from edgemoe.models import load_model, read_shape
+        from edgemoe.models import load_model
+        from edgemoe.models.checkpoint import Checkpoint
         from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
         if output is None:
@@ -115,15 +117,18 @@ def apply_plan(
         refuse_existing(target, force=force, directory=True)
         refuse_inputs_inside(target, path, *files_of(plan))
         decision = load_plan(plan)
-        shape = read_shape(path)
+        checkpoint = Checkpoint(path)
+        shape = checkpoint.shape
         decision.validate(shape)
-        family = _write(path, decision, target, int(max_shard_gb * 1e9), force=force)
+        family = _write(checkpoint, decision, target, int(max_shard_gb * 1e9), force=force)
         return ApplyReport(
             output=target, family=family, plan=decision, widths_per_layer=decision.widths(shape)
         )
 
 
-def _write(model: Path, plan: Plan, output: Path, max_shard_bytes: int, *, force: bool) -> str:
+def _write(
+    model: Checkpoint, plan: Plan, output: Path, max_shard_bytes: int, *, force: bool
+) -> str:
     """Write layer by layer, or whole where that cannot be done; return the family."""
     from edgemoe.apply.in_memory import apply_plan as apply_in_memory
     from edgemoe.apply.streamed import apply_streamed
@@ -139,5 +144,5 @@ def _write(model: Path, plan: Plan, output: Path, max_shard_bytes: int, *, force
         _LOG.info("%s The whole model is loaded instead.", error)
     applied = apply_in_memory(load_model(model), plan)
     with staged_directory(output, force=force) as staged:
-        save_model(applied, staged, source=model)
+        save_model(applied, staged, source=model.path)
     return applied.family

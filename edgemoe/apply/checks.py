@@ -110,9 +110,9 @@ def refuse_width_pruning(layer: MoeLayer, family: str) -> None:
             f"layer {layer.index} must have whole experts for neurons to be chosen, got "
             "factored ones. Start from the checkpoint that they were made from."
         )
-    prefix = f"{layer.facts.experts}."
+    prefix = f"{layer.spec.experts}."
     shared = [
-        spec.name for spec in layer.facts.tensors if spec.name.startswith(prefix) and spec.tail
+        spec.name for spec in layer.spec.tensors if spec.name.startswith(prefix) and spec.tail
     ]
     if shared:
         raise PlanError(

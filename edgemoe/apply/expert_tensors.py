@@ -93,15 +93,15 @@ def expert_tensors(
     Args:
         layer: The layer; it is not changed.
         experts: The experts.
-        names: Which of ``facts.tensors`` to make; all by default. Of the experts module all or
+        names: Which of ``spec.tensors`` to make; all by default. Of the experts module all or
             none are asked for where experts are merged.
 
     Returns:
         What :meth:`edgemoe.models.layer.MoeLayer.replace` takes.
     """
     groups = tuple(expert.members for expert in experts)
-    prefix = f"{layer.facts.experts}."
-    wanted = [spec for spec in layer.facts.tensors if names is None or spec.name in names]
+    prefix = f"{layer.spec.experts}."
+    wanted = [spec for spec in layer.spec.tensors if names is None or spec.name in names]
     merged = {
         position: _merge(layer, expert)
         for position, expert in enumerate(experts)
@@ -145,7 +145,7 @@ def _merge(layer: MoeLayer, expert: MergedExpert) -> dict[str, torch.Tensor]:
     members = list(expert.members)
     experts = {
         name: layer.layout.to_canonical(
-            name, layer.tensor(f"{layer.facts.experts}.{name}")[members].float()
+            name, layer.tensor(f"{layer.spec.experts}.{name}")[members].float()
         )
         for name in layer.layout.names
     }

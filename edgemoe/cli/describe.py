@@ -1,4 +1,4 @@
-"""What any file of the road is: its kind, sizes, shapes and provenance."""
+"""What any file of the pipeline is: its kind, sizes, shapes and provenance."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def expert_matrices(layer: MoeLayer, expert: int) -> tuple[torch.Tensor, torch.T
         The first product's [2 * intermediate, hidden], or [intermediate, hidden] without a
         gate, and the second's [hidden, intermediate]; in the type of the layer.
     """
-    prefix, layout = layer.facts.experts, layer.layout
+    prefix, layout = layer.spec.experts, layer.layout
     up, down = (
         layer.tensor(f"{prefix}.{name}")[expert] for name in (layout.gate_up_name, "down_proj")
     )
@@ -61,7 +61,7 @@ def gather_factors(
     Returns:
         The layer's factors.
     """
-    dtype = layer.tensor(f"{layer.facts.experts}.down_proj").dtype
+    dtype = layer.tensor(f"{layer.spec.experts}.down_proj").dtype
     pairs: tuple[list[tuple[torch.Tensor, torch.Tensor]], ...] = ([], [])
     lost = [0.0, 0.0]
     for products in experts:

@@ -143,7 +143,7 @@ def share_basis(
             f"layer {layer.index} must have whole experts of the full hidden size to get "
             "shared bases. Start from the checkpoint that it was made from."
         )
-    layout, prefix = layer.layout, layer.facts.experts
+    layout, prefix = layer.layout, layer.spec.experts
     tensors = {name: layer.tensor(f"{prefix}.{name}") for name in layout.names}
 
     def wide(name: str) -> Iterator[torch.Tensor]:

@@ -79,7 +79,7 @@ def _activations(
     layer, layout = view.layer, view.layer.layout
     bias = None
     if layout.has_bias:
-        bias = layer.tensor(f"{layer.facts.experts}.{layout.gate_up_name}_bias")[expert]
+        bias = layer.tensor(f"{layer.spec.experts}.{layout.gate_up_name}_bias")[expert]
     inner, outer = (factor.to(hidden.dtype) for factor in (first.inner, first.outer))
     thin = nn.functional.linear(hidden, inner)
     return layer.activate(nn.functional.linear(thin, outer, bias))

@@ -16,7 +16,7 @@ from edgemoe.errors import TaskFileError
 from edgemoe_runtime.bundle.names import MANIFEST_FILE
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from edgemoe.tasks import TaskFile
@@ -25,23 +25,26 @@ POLICIES = ("refuse", "skip", "warn")
 _KEYS = ("calibration_lines", "training_lines")
 
 
-def lines_behind(path: Path, task: str) -> frozenset[int]:
+def examples_seen(
+    path: Path, task: str, read: Callable[[str], bytes | None] | None = None
+) -> frozenset[int]:
     """Find the lines that a checkpoint or a bundle was made from.
 
     Args:
         path: A checkpoint directory, or a bundle.
         task: The task; a bundle of several has lines of its own for each.
+        read: Reads a file of it by its name, where somebody may have read it already.
 
     Returns:
         Their digests; none where edgemoe did not make it, or not from lines.
     """
-    manifest = _read(path / MANIFEST_FILE)
+    manifest = _read(path / MANIFEST_FILE, read)
     if manifest:
         tasks = manifest.get("tasks")
         entries = tasks if isinstance(tasks, dict) else {}
         entry = entries.get(task) if len(entries) > 1 else next(iter(entries.values()), None)
         return _digests(entry.get("plan")) if isinstance(entry, dict) else frozenset()
-    note = _read(path / "config.json").get("edgemoe")
+    note = _read(path / "config.json", read).get("edgemoe")
     return _digests(note.get("provenance")) if isinstance(note, dict) else frozenset()
 
 
@@ -96,10 +99,11 @@ def _digests(provenance: Any) -> frozenset[int]:
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, read: Callable[[str], bytes | None] | None) -> dict[str, Any]:
     # What is broken is refused, with its reason, by those who open it.
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        found = path.read_bytes() if read is None else read(path.name) or b""
+        content = json.loads(found.decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

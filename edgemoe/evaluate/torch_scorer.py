@@ -76,6 +76,7 @@ class TorchScorer:
             EdgemoeError: `k_cap` is out of range.
         """
         self._moe: MoeModel | None = None
+        self._layers: LayerProvider
         if isinstance(model, MoeModel):
             self._moe, self._layers = model, InMemoryLayers(model)
         elif isinstance(model, torch.nn.Module):

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 from edgemoe.errors import StreamingError
-from edgemoe.models.checkpoint import load_model
+from edgemoe.models.checkpoint import Checkpoint, load_model
 from edgemoe.models.contract import MoeModel
 from edgemoe.models.decoder import find_layers
 from edgemoe.models.opening import open_larger
@@ -108,7 +108,8 @@ class InMemoryLayers:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     def outer(self) -> AbstractContextManager[object]:
         """Hold what belongs to no layer."""
@@ -160,11 +161,11 @@ class StreamedLayers:
         return self._skeleton.head()
 
 
-def open_layers(path: Path, limit_bytes: int | None = None) -> LayerProvider:
+def open_layers(path: Path | Checkpoint, limit_bytes: int | None = None) -> LayerProvider:
     """Open a checkpoint, whole where it fits into memory.
 
     Args:
-        path: Checkpoint directory.
+        path: The checkpoint.
         limit_bytes: As in `edgemoe.models.opening.open_larger`.
 
     Returns:
@@ -174,8 +175,9 @@ def open_layers(path: Path, limit_bytes: int | None = None) -> LayerProvider:
         CheckpointError: The checkpoint is missing, unsafe or inconsistent.
         FamilyError: The family is not supported.
     """
-    larger = open_larger(path, limit_bytes)
-    return InMemoryLayers(load_model(path)) if larger is None else StreamedLayers(larger)
+    checkpoint = Checkpoint.open(path)
+    larger = open_larger(checkpoint, limit_bytes)
+    return InMemoryLayers(load_model(checkpoint)) if larger is None else StreamedLayers(larger)
 
 
 def whole_model(provider: LayerProvider, what: str) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from edgemoe.errors import CheckpointError
 from edgemoe.models.contract import MoeModel
 from edgemoe.models.discovery import discover
-from edgemoe.models.factored_layer import factored_facts
+from edgemoe.models.factored_layer import factored_spec
 from edgemoe.models.layer import MoeLayer
 from edgemoe.models.registry import find_family
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from edgemoe.models.discovery import ModelFacts
+    from edgemoe.models.discovery import ModelSpec
 
 
 def adapt_model(
     model: PreTrainedModel,
     path: Path | None = None,
     stored_dtype: torch.dtype | None = None,
-    facts: ModelFacts | None = None,
+    spec: ModelSpec | None = None,
 ) -> MoeModel:
     """View a transformers model as the kit does; it is put in eval mode, without gradients.
 
@@ -32,7 +32,7 @@ def adapt_model(
         model: A language model with experts.
         path: The checkpoint that its weights equal, if any.
         stored_dtype: Floating type to store it in; that of the model by default.
-        facts: How its layers are built; found out by default.
+        spec: How its layers are built; found out by default.
 
     Returns:
         The view.
@@ -41,8 +41,8 @@ def adapt_model(
         FamilyError: The family is not supported.
         CheckpointError: The model has no MoE layer, or one with fewer experts than top_k.
     """
-    if facts is None:
-        facts = discover(find_family(model.config.model_type), model.config)
+    if spec is None:
+        spec = discover(find_family(model.config.model_type), model.config)
     model.eval()
     model.requires_grad_(False)
     note = getattr(model.config, "edgemoe", None)
@@ -50,20 +50,20 @@ def adapt_model(
         model=model,
         config=model.config,
         family=str(model.config.model_type),
-        layers=view_layers(model, facts),
+        layers=view_layers(model, spec),
         path=path,
         stored_dtype=stored_dtype or model.dtype,
         provenance=note.get("provenance") if isinstance(note, dict) else None,
-        count_entries=facts.count_entries,
+        count_entries=spec.count_entries,
     )
 
 
-def view_layers(model: PreTrainedModel, facts: ModelFacts) -> list[MoeLayer]:
+def view_layers(model: PreTrainedModel, spec: ModelSpec) -> list[MoeLayer]:
     """List the MoE layers of a model; dense decoder layers are left out.
 
     Args:
         model: A language model, possibly on the meta device.
-        facts: How its layers are built.
+        spec: How its layers are built.
 
     Returns:
         Views of its MoE layers, in order.
@@ -73,15 +73,15 @@ def view_layers(model: PreTrainedModel, facts: ModelFacts) -> list[MoeLayer]:
     """
     layers = [
         MoeLayer(
-            facts=layer,
+            spec=layer,
             block=model.get_submodule(layer.block),
-            count_entries=facts.count_entries,
+            count_entries=spec.count_entries,
         )
-        for layer in facts.layers
+        for layer in spec.layers
     ]
     for layer in layers:
         if layer.is_factored:
-            layer.facts = factored_facts(layer.facts)
+            layer.spec = factored_spec(layer.spec)
         shape = layer.shape
         if layer.num_experts < shape.min_experts or layer.num_experts % shape.n_group:
             raise CheckpointError(

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from edgemoe.k_policy import KPolicy
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.discovery import ModelFacts
+    from edgemoe.models.discovery import ModelSpec
     from edgemoe.models.ragged import RaggedNote
     from edgemoe.models.registry import Family
     from edgemoe.models.shapes import ModelShape
@@ -53,7 +53,7 @@ _CONFIG = "config.json"
 class Checkpoint:
     """A checkpoint directory that is open; what was read of it is not read again.
 
-    What it hands out belongs to whoever asked and may be changed, but for `structure`, `facts`
+    What it hands out belongs to whoever asked and may be changed, but for `structure`, `spec`
     and `tokenizer`, which are the same objects each time.
 
     Attributes:
@@ -146,7 +146,7 @@ class Checkpoint:
         return check_weights(self.path)
 
     @property
-    def facts(self) -> ModelFacts:
+    def spec(self) -> ModelSpec:
         """How its MoE layers are built."""
         with refusing_misfits(self.path):
             return discover(self.family, self.config)
@@ -154,12 +154,12 @@ class Checkpoint:
     @cached_property
     def structure(self) -> MoeModel:
         """A view of the model on the meta device; weights are not loaded."""
-        family, facts, note = self.family, self.facts, self.note
+        family, spec, note = self.family, self.spec, self.note
         with refusing_misfits(self.path):
             skeleton = build_skeleton(family, self.config)
             if note is not None:
-                resize_layers(skeleton, facts, note)
-            found = adapt_model(skeleton, facts=facts)
+                resize_layers(skeleton, spec, note)
+            found = adapt_model(skeleton, spec=spec)
         put_k_policy(found, self.k_policy)
         return found
 
@@ -212,7 +212,7 @@ class Checkpoint:
         """The class that its weights fit into; `family.causal_lm` is what runs."""
         base = self.family.causal_lm
         return (
-            base if self.note is None else make_ragged_class(self.family, self.note, self.facts)
+            base if self.note is None else make_ragged_class(self.family, self.note, self.spec)
         )
 
     def adapt(self, model: PreTrainedModel, stored_dtype: torch.dtype) -> MoeModel:
@@ -226,7 +226,7 @@ class Checkpoint:
             The view.
         """
         model.__class__ = self.family.causal_lm
-        found = adapt_model(model, self.path, stored_dtype, self.facts)
+        found = adapt_model(model, self.path, stored_dtype, self.spec)
         found.hashes = self.hashes
         put_k_policy(found, self.k_policy)
         return found

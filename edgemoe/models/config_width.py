@@ -38,7 +38,7 @@ def width_entries(model: MoeModel, widths: Sequence[int]) -> tuple[dict[str, int
         Entries to set: the largest width, so that stock transformers refuses narrower layers
         instead of misreading them. And whether config.json then says all there is to say.
     """
-    if list(widths) == [layer.facts.width for layer in model.layers]:
+    if list(widths) == [layer.spec.width for layer in model.layers]:
         return {}, True
     entries = find_width_entries(find_family(model.config.model_type), model.config)
     return dict.fromkeys(entries, max(widths)), bool(entries) and len(set(widths)) == 1

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
     from edgemoe.models.activation import Activation
     from edgemoe.models.registry import Family
-    from edgemoe.models.router_identification import RouterFacts
+    from edgemoe.models.router_identification import RouterSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerFacts:
+class LayerSpec:
     """Structure of one MoE layer.
 
     Attributes:
@@ -56,12 +56,12 @@ class LayerFacts:
     activation: Activation | None
     tensors: tuple[ExpertTensor, ...]
     counts: tuple[CountAttribute, ...]
-    routing: RouterFacts
+    routing: RouterSpec
     width: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFacts:
+class ModelSpec:
     """Structure of a model's MoE layers.
 
     Attributes:
@@ -72,15 +72,15 @@ class ModelFacts:
 
     count_entries: tuple[str, ...]
     num_experts: int
-    layers: tuple[LayerFacts, ...]
+    layers: tuple[LayerSpec, ...]
 
 
 _SCALARS = (int, float, str, bool)
 
-_known: dict[tuple[str, str], ModelFacts] = {}
+_known: dict[tuple[str, str], ModelSpec] = {}
 
 
-def discover(family: Family, config: PreTrainedConfig) -> ModelFacts:
+def discover(family: Family, config: PreTrainedConfig) -> ModelSpec:
     """Find out how a model's MoE layers are built; no weight is needed.
 
     Args:
@@ -88,7 +88,7 @@ def discover(family: Family, config: PreTrainedConfig) -> ModelFacts:
         config: Its configuration.
 
     Returns:
-        The facts; the same object for the same configuration.
+        The structure; the same object for the same configuration.
 
     Raises:
         FamilyError: A layer is built in a way that edgemoe cannot change safely.
@@ -117,7 +117,7 @@ def build_skeleton(family: Family, config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def _discover(family: Family, config: PreTrainedConfig) -> ModelFacts:
+def _discover(family: Family, config: PreTrainedConfig) -> ModelSpec:
     skeleton = build_skeleton(family, config)
     found = _experts_modules(skeleton)
     if not found:
@@ -136,7 +136,7 @@ def _discover(family: Family, config: PreTrainedConfig) -> ModelFacts:
     entries, larger = _enlarge(family, config, experts)
     tensors = _expert_tensors(skeleton, larger, experts)
     decoder = _decoder_layers(skeleton)
-    asked: dict[str, RouterFacts] = {}
+    asked: dict[str, RouterSpec] = {}
     layers = []
     for name, module in found.items():
         owner = next((index for prefix, index in decoder if name.startswith(prefix)), None)
@@ -156,7 +156,7 @@ def _discover(family: Family, config: PreTrainedConfig) -> ModelFacts:
             jitter = float(getattr(config, "router_jitter_noise", None) or 0.0)
             asked[signature] = identify_router(probe, experts, jitter)
         layers.append(
-            LayerFacts(
+            LayerSpec(
                 index=owner,
                 block=block_name,
                 experts=attribute,
@@ -177,7 +177,7 @@ def _discover(family: Family, config: PreTrainedConfig) -> ModelFacts:
             "only MoE blocks may have tensors with one entry per expert, got "
             f"{sorted(left)[0]}. This way of building {family.model_type} is not supported."
         )
-    return ModelFacts(count_entries=entries, num_experts=experts, layers=tuple(layers))
+    return ModelSpec(count_entries=entries, num_experts=experts, layers=tuple(layers))
 
 
 def _experts_modules(model: nn.Module) -> dict[str, nn.Module]:

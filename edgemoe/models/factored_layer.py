@@ -20,7 +20,7 @@ from edgemoe.models.transformers_internals import mark_initialised
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from edgemoe.models.discovery import LayerFacts
+    from edgemoe.models.discovery import LayerSpec
     from edgemoe.models.layer import MoeLayer
 
 
@@ -78,7 +78,7 @@ def factor_layer(layer: MoeLayer, factors: Mapping[str, torch.Tensor]) -> None:
     mark_initialised(experts)
     family_class: Any = type(experts)
     experts.__class__ = factored_class(family_class)
-    layer.facts = factored_facts(layer.facts)
+    layer.spec = factored_spec(layer.spec)
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def factored(layer: MoeLayer, factors: Mapping[str, torch.Tensor]) -> Iterator[N
     Raises:
         CheckpointError: As `factor_layer`.
     """
-    experts, facts = layer.experts, layer.facts
+    experts, spec = layer.experts, layer.spec
     family_class, parameters = type(experts), dict(experts._parameters)
     factor_layer(layer, factors)
     try:
@@ -104,7 +104,7 @@ def factored(layer: MoeLayer, factors: Mapping[str, torch.Tensor]) -> Iterator[N
         experts._parameters.clear()
         experts._parameters.update(parameters)
         experts.__class__ = family_class
-        layer.facts = facts
+        layer.spec = spec
 
 
 def split_by_svd(layer: MoeLayer, rank: int) -> dict[str, torch.Tensor]:
@@ -118,7 +118,7 @@ def split_by_svd(layer: MoeLayer, rank: int) -> dict[str, torch.Tensor]:
         What `factor_layer` takes; the nearest factors of that rank in Frobenius norm
         (Eckart and Young), singular values shared evenly between both.
     """
-    prefix, layout = layer.facts.experts, layer.layout
+    prefix, layout = layer.spec.experts, layer.layout
     found = {}
     for part, name in (("up", layout.gate_up_name), ("down", "down_proj")):
         weight = layer.tensor(f"{prefix}.{name}")
@@ -132,17 +132,17 @@ def split_by_svd(layer: MoeLayer, rank: int) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-def factored_facts(facts: LayerFacts) -> LayerFacts:
+def factored_spec(spec: LayerSpec) -> LayerSpec:
     """Return the structure of a layer once it is factored."""
-    weights = {f"{facts.experts}.{name}" for name in facts.layout.names[:2]}
-    kept = [spec for spec in facts.tensors if spec.name not in weights]
-    factors = [ExpertTensor(name=f"{facts.experts}.{name}") for name in FACTOR_NAMES]
-    return replace(facts, tensors=(*factors, *kept))
+    weights = {f"{spec.experts}.{name}" for name in spec.layout.names[:2]}
+    kept = [tensor for tensor in spec.tensors if tensor.name not in weights]
+    factors = [ExpertTensor(name=f"{spec.experts}.{name}") for name in FACTOR_NAMES]
+    return replace(spec, tensors=(*factors, *kept))
 
 
 def empty_factors(layer: MoeLayer, ranks: Ranks) -> dict[str, torch.Tensor]:
     """Allocate a layer's factors, on the device and in the type of its weights."""
-    like = layer.tensor(f"{layer.facts.experts}.down_proj")
+    like = layer.tensor(f"{layer.spec.experts}.down_proj")
     return {name: like.new_empty(shape) for name, shape in _shapes(layer, ranks).items()}
 
 

@@ -63,7 +63,7 @@ def _observe_layer(layer: MoeLayer, callback: Observer, stack: contextlib.ExitSt
 
 def _logits_module(layer: MoeLayer) -> nn.Module:
     """Return what computes the logits: the router, or a submodule where it returns others."""
-    roles = layer.facts.routing.tensors
+    roles = layer.spec.routing.tensors
     if roles is None or not roles.projection:
         return layer.router
     return layer.router.get_submodule(roles.projection)

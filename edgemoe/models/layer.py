@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from edgemoe.k_rule import KRule
     from edgemoe.models.activation import Activation
-    from edgemoe.models.discovery import LayerFacts
+    from edgemoe.models.discovery import LayerSpec
     from edgemoe.models.expert_tensors import ExpertTensor
     from edgemoe.models.experts import ExpertsLayout
     from edgemoe.models.router_rule import RouterRule
@@ -34,13 +34,13 @@ class MoeLayer:
     """Live view of one MoE layer; reading goes to the modules, nothing is copied.
 
     Attributes:
-        facts: How the family builds the layer.
+        spec: How the family builds the layer.
         block: The MoE block.
         count_entries: Entries of the configuration that say how many experts there are.
         k_rule: How many experts each token uses; None where it is always `top_k`.
     """
 
-    facts: LayerFacts
+    spec: LayerSpec
     block: nn.Module
     count_entries: tuple[str, ...] = ()
     k_rule: KRule | None = None
@@ -48,32 +48,32 @@ class MoeLayer:
     @property
     def index(self) -> int:
         """Index of the decoder layer."""
-        return self.facts.index
+        return self.spec.index
 
     @property
     def name(self) -> str:
         """Name of the block in the model, such as `model.layers.3.mlp`."""
-        return self.facts.block
+        return self.spec.block
 
     @property
     def experts(self) -> nn.Module:
         """The experts module."""
-        return self.block.get_submodule(self.facts.experts)
+        return self.block.get_submodule(self.spec.experts)
 
     @property
     def router(self) -> nn.Module:
         """The router."""
-        return self.block.get_submodule(self.facts.router)
+        return self.block.get_submodule(self.spec.router)
 
     @property
     def rule(self) -> RouterRule | None:
         """How the router chooses; None where it follows none of the rules that are known."""
-        return self.facts.routing.rule
+        return self.spec.routing.rule
 
     @property
     def top_k(self) -> int:
         """Experts per token."""
-        return self.facts.routing.top_k
+        return self.spec.routing.top_k
 
     @property
     def slots(self) -> int:
@@ -83,12 +83,12 @@ class MoeLayer:
     @property
     def layout(self) -> ExpertsLayout:
         """How the experts module stores its weights."""
-        return self.facts.layout
+        return self.spec.layout
 
     @property
     def activation(self) -> Activation | None:
         """What experts do between their two products; None where it is not known."""
-        return self.facts.activation
+        return self.spec.activation
 
     @property
     def is_factored(self) -> bool:
@@ -148,7 +148,7 @@ class MoeLayer:
     def hidden_size(self) -> int:
         """Width of the experts' input and output."""
         if self.is_factored:
-            return int(self.tensor(f"{self.facts.experts}.down_out").shape[1])
+            return int(self.tensor(f"{self.spec.experts}.down_out").shape[1])
         if self.is_based:
             return int(self._basis(INPUT_BASIS).shape[1])
         return int(self.down.shape[1])
@@ -157,7 +157,7 @@ class MoeLayer:
     def intermediate_size(self) -> int:
         """Width of one expert."""
         if self.is_factored:
-            return int(self.tensor(f"{self.facts.experts}.down_in").shape[2])
+            return int(self.tensor(f"{self.spec.experts}.down_in").shape[2])
         return int(self.down.shape[2])
 
     @property
@@ -167,15 +167,15 @@ class MoeLayer:
             layer=self.index,
             num_experts=self.num_experts,
             top_k=self.top_k,
-            n_group=self.facts.routing.multiple,
-            min_group_size=self.facts.routing.least,
+            n_group=self.spec.routing.multiple,
+            min_group_size=self.spec.routing.least,
         )
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return one of the tensors with an entry per expert.
 
         Args:
-            name: From the block on, see `facts.tensors`.
+            name: From the block on, see `spec.tensors`.
 
         Returns:
             The parameter or buffer itself.
@@ -185,18 +185,18 @@ class MoeLayer:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return everything with an entry per expert, by its name from the block on."""
-        return {spec.name: self.tensor(spec.name) for spec in self.facts.tensors}
+        return {spec.name: self.tensor(spec.name) for spec in self.spec.tensors}
 
     def width_axis(self, name: str) -> int | None:
         """Return which axis of a tensor holds intermediate channels, where they may change.
 
         Args:
-            name: From the block on, see `facts.tensors`.
+            name: From the block on, see `spec.tensors`.
 
         Returns:
             The axis; None for a tensor without them, and where the layer is factored.
         """
-        return None if self.is_factored else width_axis(self.facts, name)
+        return None if self.is_factored else width_axis(self.spec, name)
 
     def expert_output(self, expert: int, hidden: torch.Tensor) -> torch.Tensor:
         """Run one expert, without its gate.
@@ -271,7 +271,7 @@ class MoeLayer:
         groups = tuple((int(expert),) for expert in ids)
         return {
             spec.name: self.regroup(spec, groups, lambda value: value[chosen])
-            for spec in self.facts.tensors
+            for spec in self.spec.tensors
         }
 
     def regroup(
@@ -305,7 +305,7 @@ class MoeLayer:
         Experts that are not factored may be wider or narrower than those before.
 
         Args:
-            tensors: All of `facts.tensors`, by name, in the layout of the module.
+            tensors: All of `spec.tensors`, by name, in the layout of the module.
 
         Raises:
             CheckpointError: The tensors do not fit together, or the experts are fewer than
@@ -313,7 +313,7 @@ class MoeLayer:
         """
         experts = int(tensors[self.counting].shape[0])
         width_before, width = self.intermediate_size, self._width_in(tensors)
-        for spec in self.facts.tensors:
+        for spec in self.spec.tensors:
             value, before = tensors.get(spec.name), self.tensor(spec.name)
             expected = list(before.shape)
             if not spec.holds_ids:
@@ -332,10 +332,10 @@ class MoeLayer:
                 f"{self.name}: a layer must have at least {self.shape.min_experts} experts "
                 f"(top_k={self.top_k}), got {experts}. Keep more experts."
             )
-        for spec in self.facts.tensors:
+        for spec in self.spec.tensors:
             self._set(spec.name, tensors[spec.name])
         follow_width(self.experts, width_before, width)
-        for count in self.facts.counts:
+        for count in self.spec.counts:
             module = self.block.get_submodule(count.module)
             setattr(module, count.name, experts + count.tail)
         # Some routers ask the configuration, which all layers share.
@@ -365,7 +365,7 @@ class MoeLayer:
     def counting(self) -> str:
         """A tensor that has one entry per expert, and nothing else, on its first axis."""
         part = "down_out" if self.is_factored else "down_proj"
-        return f"{self.facts.experts}.{part}"
+        return f"{self.spec.experts}.{part}"
 
     def _width_in(self, tensors: Mapping[str, torch.Tensor]) -> int:
         """Width of the experts that the layer is about to get; its own where nothing says."""
@@ -376,7 +376,7 @@ class MoeLayer:
 
     def _product_of(self, expert: int, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One expert's matrix [outputs, inputs], in the family's order of outputs, and bias."""
-        prefix = self.facts.experts
+        prefix = self.spec.experts
         weight = self.tensor(f"{prefix}.{name}")[expert]
         bias = self.tensor(f"{prefix}.{name}_bias")[expert] if self.layout.has_bias else None
         return (weight.T if self.layout.is_transposed else weight), bias
@@ -392,14 +392,14 @@ class MoeLayer:
         setattr(module, attribute, value)
 
     def _canonical(self, name: str) -> torch.Tensor:
-        tensor = self.tensor(f"{self.facts.experts}.{name}")
+        tensor = self.tensor(f"{self.spec.experts}.{name}")
         return tensor if self.layout.is_canonical else self.layout.to_canonical(name, tensor)
 
     def _optional(self, role: str) -> torch.Tensor | None:
-        roles = self.facts.routing.tensors
+        roles = self.spec.routing.tensors
         return None if roles is None or getattr(roles, role) is None else self._role(role)
 
     def _role(self, role: str) -> torch.Tensor:
-        name: str = getattr(self.facts.routing.tensors, role)
+        name: str = getattr(self.spec.routing.tensors, role)
         tensor = self.tensor(name)
         return tensor if role == "weight" else tensor.reshape(-1)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from edgemoe.models.discovery import ModelFacts
+    from edgemoe.models.discovery import ModelSpec
     from edgemoe.models.registry import Family
 
 FILE_NAME = "edgemoe.json"
@@ -202,7 +202,7 @@ def _counts(file: Path, content: dict[str, Any], key: str, *, least: int) -> tup
     return tuple(found)
 
 
-def make_ragged_class(family: Family, note: RaggedNote, facts: ModelFacts) -> type[Any]:
+def make_ragged_class(family: Family, note: RaggedNote, spec: ModelSpec) -> type[Any]:
     """Derive the family's language model with the right number of experts in each layer.
 
     Transformers then loads the weights by its own conversion rules, into these shapes.
@@ -210,7 +210,7 @@ def make_ragged_class(family: Family, note: RaggedNote, facts: ModelFacts) -> ty
     Args:
         family: The family.
         note: What `edgemoe.json` says.
-        facts: How its layers are built.
+        spec: How its layers are built.
 
     Returns:
         A subclass; set an instance's class back to the base once it is loaded.
@@ -221,23 +221,23 @@ def make_ragged_class(family: Family, note: RaggedNote, facts: ModelFacts) -> ty
         self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
     ) -> None:
         base.__init__(self, config, *args, **kwargs)
-        resize_layers(self, facts, note)
+        resize_layers(self, spec, note)
 
     return type(base.__name__, (base,), {"__init__": build, "__module__": base.__module__})
 
 
-def resize_layers(model: PreTrainedModel, facts: ModelFacts, note: RaggedNote) -> None:
+def resize_layers(model: PreTrainedModel, spec: ModelSpec, note: RaggedNote) -> None:
     """Allocate each MoE layer's experts; their contents are undefined.
 
     Args:
         model: A model that is being built.
-        facts: How its layers are built.
+        spec: How its layers are built.
         note: What `edgemoe.json` says.
 
     Raises:
         CheckpointError: The model has other MoE layers.
     """
-    layers = view_layers(model, facts)
+    layers = view_layers(model, spec)
     moe_layers, counts = note.moe_layers, note.experts_per_layer
     if [layer.index for layer in layers] != list(moe_layers) or len(counts) != len(layers):
         raise CheckpointError(

@@ -31,7 +31,7 @@ _FILLS = (float("-inf"), 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterFacts:
+class RouterSpec:
     """Behaviour of a router, as found by probing.
 
     Attributes:
@@ -49,7 +49,7 @@ class RouterFacts:
     least: int
 
 
-def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterFacts:
+def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterSpec:
     """Find out what a router does.
 
     Args:
@@ -58,7 +58,7 @@ def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterFa
         jitter: What config.json says of its noise, which one rule computes with.
 
     Returns:
-        The facts.
+        What was found.
     """
     try:
         answer = probe.ask()
@@ -75,7 +75,7 @@ def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterFa
         )
     multiple = _multiple(probe, experts, top_k)
     least = _least(probe, experts, multiple, top_k)
-    facts = RouterFacts(top_k=top_k, rule=None, tensors=None, multiple=multiple, least=least)
+    spec = RouterSpec(top_k=top_k, rule=None, tensors=None, multiple=multiple, least=least)
     for logits, tensors in _logits(probe, answer, experts):
         for correction, scale in _roles(probe, tensors):
             rule = _explain(probe, logits, answer, experts, correction, scale, jitter)
@@ -85,8 +85,8 @@ def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterFa
                 rule = replace(rule, n_group=multiple, topk_group=multiple)
             rule = replace(rule, min_group_size=least)
             roles = replace(tensors, correction_bias=correction, expert_scale=scale)
-            return replace(facts, rule=rule, tensors=roles)
-    return facts
+            return replace(spec, rule=rule, tensors=roles)
+    return spec
 
 
 def _multiple(probe: RouterProbe, experts: int, top_k: int) -> int:

@@ -232,9 +232,9 @@ def float32_names(model: MoeModel) -> set[str]:
         Names in the model.
     """
     return {
-        f"{layer.name}.{layer.facts.routing.tensors.correction_bias}"
+        f"{layer.name}.{layer.spec.routing.tensors.correction_bias}"
         for layer in model.layers
-        if layer.facts.routing.tensors is not None
+        if layer.spec.routing.tensors is not None
     }
 
 

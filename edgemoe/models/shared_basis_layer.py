@@ -26,7 +26,7 @@ def to_shared_basis(layer: MoeLayer, tensors: Mapping[str, torch.Tensor]) -> Non
     """Put bases, and experts between them, in the place of a layer's; the router stays.
 
     Args:
-        layer: The layer; its `facts` hold as before.
+        layer: The layer; its `spec` hold as before.
         tensors: `input_basis` [R, H] and `output_basis` [H, R] with R in [1, H], and what
             `based_names` lists, as the family stores it, with R in the place of H.
 
@@ -107,7 +107,7 @@ def empty_bases(layer: MoeLayer, rank: int) -> dict[str, torch.Tensor]:
     Returns:
         Tensors without contents.
     """
-    like = layer.tensor(f"{layer.facts.experts}.down_proj")
+    like = layer.tensor(f"{layer.spec.experts}.down_proj")
     return {name: like.new_empty(shape) for name, shape in _shapes(layer, rank).items()}
 
 

@@ -78,7 +78,7 @@ def _tensors_without(layer: MoeLayer, expert: int) -> dict[str, torch.Tensor]:
         return layer.select([other for other in range(layer.num_experts) if other != expert])
     tensors = dict(layer.tensors())
     last = "down_out" if layer.is_factored else "down_proj"
-    for name in (f"{layer.facts.experts}.{last}", f"{layer.facts.experts}.down_proj_bias"):
+    for name in (f"{layer.spec.experts}.{last}", f"{layer.spec.experts}.down_proj_bias"):
         if name in tensors:
             tensors[name] = tensors[name].clone()
             tensors[name][expert] = 0

@@ -115,4 +115,4 @@ def _weights(layer: MoeLayer) -> list[str]:
             "Use router-kd or uncurl."
         )
     names = FACTOR_NAMES if layer.is_factored else layer.layout.names[:2]
-    return [f"{layer.facts.experts}.{name}" for name in names]
+    return [f"{layer.spec.experts}.{name}" for name in names]

@@ -31,7 +31,7 @@ _SHARED_NAME = "down_proj"
 def routed_tensor(layer: MoeLayer) -> torch.Tensor:
     """Return the down projections of the routed experts, as the family stores them."""
     return layer.tensor(
-        f"{layer.facts.experts}.{'down_out' if layer.is_factored else 'down_proj'}"
+        f"{layer.spec.experts}.{'down_out' if layer.is_factored else 'down_proj'}"
     )
 
 

@@ -55,10 +55,10 @@ def expert_parameters(model: MoeModel) -> dict[str, nn.Parameter]:
 
 
 def _names(layer: MoeLayer, *, of_experts: bool) -> list[str]:
-    prefix = f"{layer.facts.experts}."
+    prefix = f"{layer.spec.experts}."
     return [
         spec.name
-        for spec in layer.facts.tensors
+        for spec in layer.spec.tensors
         if not spec.holds_ids and spec.name.startswith(prefix) == of_experts
     ]
 

@@ -59,8 +59,8 @@ class Sizes:
         routed = 0
         wide = widths or [layer.intermediate_size for layer in model.layers]
         for layer, count, width in zip(model.layers, counts, wide, strict=True):
-            prefix = f"{layer.facts.experts}."
-            for spec in layer.facts.tensors:
+            prefix = f"{layer.spec.experts}."
+            for spec in layer.spec.tensors:
                 if spec.holds_ids:
                     continue
                 tensor = layer.tensor(spec.name)

@@ -1,136 +1,52 @@
-"""The export pipeline, end to end: checkpoint in, checked bundle out, or nothing."""
+"""Export a checkpoint as a bundle: the Python function of `edgemoe export`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from edgemoe.apply.checks import check_width_pruning, refuse_changes, refuse_k_policy
-from edgemoe.models.checkpoint import load_tokenizer, read_structure
-from edgemoe.models.fingerprint import FileHashes
-from edgemoe.models.memory_budget import default_limit
-from edgemoe.models.opening import open_larger
-from edgemoe.prune.registry import count_for
-from edgemoe.staging import require_space
-from edgemoe_exporters.bundle.task_experts import (
-    count_least_parameters,
-    count_parameters,
-    kept_here,
-    lay_out_plans,
-    refuse_factors,
-)
-from edgemoe_exporters.bundle.writer import copy_model_files
-from edgemoe_exporters.precision import PRECISIONS, check_block_sizes
-from edgemoe_exporters.request import ExportReport, ExportRequest
-from edgemoe_exporters.resumable_export import key_of, open_steps
-from edgemoe_exporters.sources.opening import open_source
-from edgemoe_exporters.stages import ExportStages, OnStage
-from edgemoe_exporters.task_data import TaskData
-from edgemoe_exporters.tracing.prepare.model import check_exportable
-from edgemoe_exporters.validation.graph_runner import check_engine
-from edgemoe_runtime.bundle.integrity import verify_bundle
+from edgemoe.api.running import running
 
-# Bytes of a graph for each parameter, at most: embeddings stay wider than 4 bits.
-_BYTES_PER_PARAMETER = {"fp32": 4.1, "fp16": 2.1, "int8": 1.5, "int4": 1.2}
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edgemoe.progress import OnProgress
+    from edgemoe_exporters.request import ExportReport, ExportRequest
 
 
 def export_bundle(
-    request: ExportRequest, *, on_stage: OnStage = lambda _: None
+    request: ExportRequest,
+    *,
+    on_stage: Callable[[str], None] = lambda _: None,
+    on_progress: OnProgress | None = None,
 ) -> ExportReport:
     """Export a checkpoint for one or more tasks.
 
     Without tasks the model is exported as it is. For a task without a plan, experts are chosen
-    on three quarters of its lines; scores before and after are those of the remaining lines.
-    Every graph is compared with the eager model that has the same experts.
+    on three quarters of its examples; scores before and after are those of the others. Every
+    graph is compared with the eager model that has the same experts.
 
     Args:
-        request: What to export.
+        request: What to export, and where to.
         on_stage: Called with a short text at the beginning of each stage.
+        on_progress: Called with an `edgemoe.progress.ProgressEvent` as work inside a stage goes
+            on; None draws bars where stderr is a terminal.
 
     Returns:
-        Sizes, parity and quality.
+        Sizes in bytes, parity with the eager model, and quality before and after.
 
     Raises:
-        EdgemoeError: Something is refused, a graph disagrees with eager, or a score fell more
-            than allowed; the output is then as it was before.
+        MissingDependencyError: The extra `export` or `ort` is not installed.
+        ExportError: An option breaks a rule, or the model has no graph.
+        CheckpointError: The checkpoint is missing, unsafe or inconsistent.
+        TaskFileError: A task file breaks its format, or is too short to be split.
+        PlanError: A plan breaks its format, or does not fit the checkpoint.
+        ParityError: A graph disagrees with the eager model.
+        QualityGateError: A score fell by more than `max_drop`.
+        OutputError: The output exists and `force` is false, or the disk refuses. After every
+            error the output is as it was before.
     """
-    target, precision = request.check()
-    check_engine(target.flavour)
-    data = TaskData.load(request)
-    structure = read_structure(request.model)
-    shape = structure.shape
-    check_exportable(request.model, precision)
-    # What no later stage could carry out is refused before anything is loaded or calibrated.
-    for name, plan in data.plans.items():
-        plan.validate(shape)
-        refuse_factors(name, plan)
-        check_width_pruning(plan, structure)
-        refuse_k_policy(plan, structure)
-    if request.pruned_here and request.keep_or_default < 1:
-        refuse_changes(structure)
-    if target.flavour == "ort":
-        check_block_sizes(shape, precision)
-    counts = (
-        count_for(request.method, shape, request.keep_or_default) if request.pruned_here else ()
-    )
-    tokenizer = load_tokenizer(request.model)
-    limit = request.memory_limit_bytes
-    limit = default_limit() if limit is None else limit
-    on_stage("open the checkpoint")
-    larger = open_larger(request.model, limit)
-    hashes = FileHashes(request.model)
-    key = key_of(request, precision, hashes, data.files, data.plans)
-    with open_steps(request, key, kept=larger is not None) as steps:
-        checkpoint = steps.fingerprint(hashes) if data.plans else None
-        for plan in data.plans.values():
-            plan.validate(shape, checkpoint)
-        copy_model_files(request.model, steps.staged)
-        source = open_source(request.model, larger, steps.work, hashes)
-        parameters = sum(parameter.numel() for parameter in source.moe.model.parameters())
-        bytes_per_parameter = _BYTES_PER_PARAMETER[precision]
-        written = steps.written_bytes()
-        multiple = PRECISIONS[precision].block if PRECISIONS[precision].bits else 1
-        kept = [
-            tuple(zip(given.experts_per_layer, given.widths(shape), strict=True))
-            if (given := data.plans.get(name)) is not None
-            else kept_here(request.method, shape, counts)
-            for name in request.names
-        ]
-        least = count_least_parameters(source.moe, kept, multiple) * bytes_per_parameter
-        require_space(steps.staged, int(least) - written)
-        stages = ExportStages(
-            request, target, precision, steps, source, tokenizer, data, on_stage, limit
-        )
-        plans = stages.choose_plans(counts)
-        before = stages.evaluate_before()
-        layouts = lay_out_plans(plans, shape)
-        parameters_stored = count_parameters(source.moe, plans, layouts, multiple)
-        needed = parameters_stored * bytes_per_parameter
-        # Several tasks' weights lie in one file until it is known who reads what, and what was
-        # quantised is remembered in another.
-        require_space(steps.staged, int(needed * (3 if len(plans) > 1 else 1)) - written)
-        graphs = stages.write_graphs(plans, layouts)
-        reports = {
-            name: stages.judge(name, plan, graphs.eager[name], before)
-            for name, plan in plans.items()
-        }
-        # Reading a large checkpoint only to hash it takes as long as copying it.
-        source.moe.sha256 = steps.fingerprint(hashes)
-        manifest = stages.write_manifest(plans, layouts, graphs, reports)
-        on_stage("verify the bundle")
-        verify_bundle(steps.staged, hashes=False)
-    return ExportReport(
-        output=request.output,
-        target=target.name,
-        flavour=target.flavour,
-        precision=precision,
-        experts_before=shape.experts_per_layer,
-        checkpoint_bytes=parameters * 4,
-        streamed=source.is_streamed,
-        size=graphs.size,
-        tasks={
-            name: replace(report, k_ladder=manifest.tasks[name].k_ladder)
-            for name, report in reports.items()
-        },
-        separate_stacks=graphs.separate_stacks,
-        remarks=data.remarks,
-    )
+    with running("export", "ort", on_progress=on_progress):
+        # Imported here: the name of this function costs no torch.
+        from edgemoe_exporters.pipeline import run_export
+
+        return run_export(request, on_stage)

@@ -1,4 +1,4 @@
-"""What a precision means for an onnxruntime graph: types, bits and blocks."""
+"""Precisions of a graph: types, bits and blocks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """How numbers are stored.
+    """A number format of weights and activations.
 
     Attributes:
-        name: What ``--precision`` calls it.
+        name: Its name, as given to `--precision`.
         dtype: Type of activations, of the cache and of weights that are not quantised.
         bits: Bits of a quantised weight; 0 for none.
         sensitive_bits: Bits of those matrices that would lose most with fewer.
@@ -49,7 +49,7 @@ class Precision:
         return self.dtype == ir.DataType.FLOAT and not self.bits
 
     def of(self, sensitive: bool) -> Precision:
-        """Return what this precision means for one matrix.
+        """Return this precision for one matrix.
 
         Args:
             sensitive: Whether the matrix is one of those that would lose most.
@@ -101,9 +101,9 @@ PRECISIONS: dict[str, Precision] = {
 
 
 def check_block_sizes(shape: ModelShape, name: str) -> None:
-    """Refuse experts whose rows are no whole number of quantisation blocks.
+    """Check that experts' rows are a whole number of quantisation blocks.
 
-    How wide they are does not matter: neurons of zeros are added up to a whole number.
+    Their width does not matter: intermediate channels of zeros fill the last block.
 
     Args:
         shape: The model.
@@ -124,10 +124,10 @@ def find_precision(name: str) -> Precision:
     """Find a precision by its name.
 
     Args:
-        name: What ``--precision`` was given.
+        name: Its name, as given to `--precision`.
 
     Returns:
-        What it means.
+        The precision.
 
     Raises:
         ExportError: There is none of that name.

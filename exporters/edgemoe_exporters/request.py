@@ -1,21 +1,21 @@
-"""What an export is asked for, checked before any work, and what it answers."""
+"""The request of an export, checked before any work, and its report."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.errors import ExportError
-from edgemoe.prune.registry import find_method
+from edgemoe.api.arguments import check_at_least_one
+from edgemoe.errors import ArgumentError, ExportError
 from edgemoe.staging import refuse_existing, refuse_inputs_inside
-from edgemoe_exporters.bundle.writer import check_task_names
+from edgemoe_exporters.bundle.task_names import check_task_names
 from edgemoe_exporters.targets import Target, choose_precision, find_target
 from edgemoe_runtime.bundle.names import UNNAMED_TASK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from edgemoe_exporters.validation.parity import Parity
     from edgemoe_runtime.bundle.file_entry import SizeReport
@@ -28,15 +28,15 @@ DEFAULT_METHOD = "reap"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """One call of ``edgemoe export``.
+    """Options of one export.
 
     Attributes:
-        model: The checkpoint.
+        model: The checkpoint. Paths may be given as text.
         output: The bundle to write.
-        target: One of :data:`edgemoe_exporters.targets.TARGETS`.
-        precision: One of ``PRECISIONS``, or None for the target's own.
-        tasks: Task files by task name. Without a plan, three quarters of the lines choose the
-            experts and one quarter judges them; with a plan, all lines judge.
+        target: One of `targets.TARGETS`.
+        precision: One of `PRECISIONS`, or None for the target's own.
+        tasks: Task files by task name. Without a plan, three quarters of the examples
+            choose the experts and one quarter evaluates them; with a plan, all evaluate.
         plans: Plan files by task name.
         keep: Fraction of each layer's experts to keep for tasks without a plan, in (0, 1];
             None for 0.75.
@@ -46,14 +46,14 @@ class ExportRequest:
         method: Pruning method for tasks without a plan.
         seed: Its seed.
         calibration_tokens: Most tokens of each task that choose experts.
-        held_out_tokens: Most tokens of each task that judge; the same before and after.
+        held_out_tokens: Most tokens of each task that evaluate; the same before and after.
         memory_limit_bytes: Largest model, in float32, and largest graph that are opened as a
-            whole, in [0, inf); others are read layer by layer and run slice by slice. None for
-            half of the memory that this process may use.
-        ladder: Whether to measure a k ladder for tasks that have lines to judge by. Times are
+            whole, in bytes, [0, inf); larger ones are read layer by layer and run slice by
+            slice. None for half of the memory that this process may use.
+        ladder: Whether to measure a k ladder for tasks with examples to evaluate. Times are
             measured for it, so a bundle with one is not the same bytes every time.
-        static_shapes: Whether no shape inside a TensorRT graph may follow how many experts
-            tokens use; a smaller k saves no time then.
+        static_shapes: Whether a TensorRT graph must have no data-dependent shapes, which follow
+            how many experts tokens use; a smaller k then saves no time.
     """
 
     model: Path
@@ -72,6 +72,13 @@ class ExportRequest:
     memory_limit_bytes: int | None = None
     ladder: bool = True
     static_shapes: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("model", "output"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
+        for name in ("tasks", "plans"):
+            files = getattr(self, name)
+            object.__setattr__(self, name, {task: Path(file) for task, file in files.items()})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,8 +103,16 @@ class ExportRequest:
 
         Raises:
             ExportError: An option breaks a rule, or two do not fit together.
-            OutputError: The output exists and ``force`` is false, or holds an input.
+            ArgumentError: A number of tokens is below 1, or the memory limit below 0.
+            OutputError: The output exists and `force` is false, or holds an input.
         """
+        check_at_least_one(
+            calibration_tokens=self.calibration_tokens, held_out_tokens=self.held_out_tokens
+        )
+        if self.memory_limit_bytes is not None and self.memory_limit_bytes < 0:
+            raise ArgumentError(
+                f"memory_limit_bytes must be in [0, inf), got {self.memory_limit_bytes}."
+            )
         target = find_target(self.target)
         precision = choose_precision(target, self.precision)
         if self.static_shapes and target.flavour != "tensorrt":
@@ -107,6 +122,9 @@ class ExportRequest:
             )
         check_task_names(self.names)
         if self.pruned_here:
+            # Imported here: who only makes a request need not load torch.
+            from edgemoe.prune.registry import find_method
+
             find_method(self.method)
         if self.seed < 0:
             raise ExportError(f"the seed must be in [0, inf), got {self.seed}.")
@@ -142,13 +160,13 @@ class ExportRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskReport:
-    """What became of one task.
+    """Results of one task.
 
     Attributes:
         parity: How far the graph is from the eager model with the same experts.
-        quality: Scores before and after, where there were lines to judge by.
+        quality: Scores before and after, where there were examples to evaluate.
         k_table: Mean experts per token by MoE layer, rounded up, where tokens choose.
-        k_ladder: Rungs that lose little enough, where there were lines to judge by.
+        k_ladder: Rungs that lose little enough, where there were examples to evaluate.
     """
 
     parity: Parity
@@ -159,21 +177,21 @@ class TaskReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What an export made.
+    """Results of an export.
 
     Attributes:
         output: The bundle.
         target: Its target.
-        flavour: Whose operators the graphs use: ``ort`` or ``tensorrt``.
+        flavour: Whose operators the graphs use: `ort` or `tensorrt`.
         precision: Of the weights.
         experts_before: Experts of each MoE layer of the checkpoint.
         checkpoint_bytes: Size of the checkpoint's weights as the model holds them in float32.
         size: Bytes on disk.
-        tasks: What became of each task.
+        tasks: Results by task.
         separate_stacks: Tensors of experts that were stored apart although tasks share them.
         streamed: Whether the checkpoint was read one decoder layer at a time, because it is
             larger than memory.
-        remarks: What to warn of, each in a sentence.
+        remarks: Warnings, each in a sentence.
     """
 
     output: Path
@@ -190,7 +208,7 @@ class ExportReport:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What whoever exported should know, each in a sentence."""
+        """Notes on the export, each in a sentence."""
         notes = list(self.remarks)
         if self.streamed:
             notes.append(

@@ -1,8 +1,8 @@
-"""Where an export writes, and what its finished steps gave.
+"""Checkpointing of an export: its staged directory, and the results of its finished steps.
 
 An export from memory takes minutes and leaves nothing when it is interrupted. One of a
-checkpoint that is larger takes hours: what it has finished is kept in ``<output>.partial``, and
-the same command goes on from there. Whatever it takes up again, it gives the same bytes.
+checkpoint that is larger takes hours: finished steps are kept in `<output>.partial`, and the
+same command resumes from there. A resumed export gives the same bytes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import onnxruntime
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import EdgemoeError, OutputError
 from edgemoe.evaluate.evaluation import Evaluation
-from edgemoe.models.fingerprint import hash_file
-from edgemoe.resume import WorkDirectory, publish, resumable
+from edgemoe.resume import WorkDirectory, publish, resumable, resume_key
 from edgemoe.staging import recover, staged_directory
-from edgemoe.versions import library_versions
 from edgemoe_exporters.sources.eager_run import runs_from_bytes, runs_to_bytes
 from edgemoe_exporters.validation.parity import Parity
 
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe.models.fingerprint import FileHashes
     from edgemoe.plans.plan import Plan
     from edgemoe.tasks import TaskFile
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from edgemoe_exporters.sources.eager_run import EagerRun
 
 _STEPS = "steps"
-_HASHES = "hashes.json"
 _BUNDLE = "bundle"
 _LIBRARIES = ("onnx", "onnx-ir", "onnxscript")
 
@@ -44,12 +42,12 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Steps:
-    """An export under way.
+class ExportCheckpointing:
+    """The directories of a running export, and the results of its finished steps.
 
     Attributes:
         staged: The directory that becomes the bundle.
-        work: Where what is finished is kept; None where nothing is.
+        work: Where results of finished steps are kept; None where none are.
     """
 
     staged: Path
@@ -57,31 +55,29 @@ class Steps:
 
     @property
     def journal(self) -> Path | None:
-        """Where the weights that were written are noted."""
+        """Where the weights that were written are recorded."""
         return None if self.work is None else self.work.path / "weights.jsonl"
 
     def fingerprint(self, hashes: FileHashes) -> str:
-        """Hash the checkpoint, unless that was done.
+        """Hash the checkpoint, or return the hash of an earlier run.
 
         Args:
             hashes: Of its files, as far as they are known.
 
         Returns:
-            As :func:`edgemoe.models.fingerprint.fingerprint_checkpoint`.
+            As `edgemoe.models.fingerprint.fingerprint_checkpoint`.
         """
         if self.work is None:
             return hashes.fingerprint()
-        hashes.recall(self.work.read(_HASHES) or {})
-        sha256 = hashes.fingerprint()
-        self.work.write(_HASHES, hashes.as_dict())
-        return sha256
+        hashes.remember(self.work)
+        return hashes.fingerprint()
 
     def statistics(self, task: str, collect: Callable[[], Statistics]) -> Statistics:
-        """Measure a task, unless that was done.
+        """Collect statistics of a task, or load those of an earlier run.
 
         Args:
             task: The task.
-            collect: Measures it.
+            collect: Collects them.
 
         Returns:
             Its statistics.
@@ -96,12 +92,12 @@ class Steps:
     def evaluation(
         self, task: str, when: str, evaluate: Callable[[], Evaluation]
     ) -> Evaluation:
-        """Score a task, unless that was done.
+        """Evaluate a task, or load the score of an earlier run.
 
         Args:
             task: The task.
-            when: ``before`` or ``after``.
-            evaluate: Scores it.
+            when: `before` or `after`.
+            evaluate: Evaluates it.
 
         Returns:
             Its score.
@@ -115,26 +111,26 @@ class Steps:
         return score
 
     def eager(self, task: str, run: Callable[[], list[EagerRun]]) -> list[EagerRun]:
-        """Ask the eager model, unless that was done.
+        """Run the eager model, or load the logits of an earlier run.
 
         Args:
             task: Whose experts it has.
-            run: Asks it.
+            run: Runs it.
 
         Returns:
-            What it says.
+            Its logits.
         """
         return self._kept(f"{task}.eager", run, runs_to_bytes, runs_from_bytes)
 
     def parity(self, task: str, measure: Callable[[], Parity]) -> Parity:
-        """Compare a graph with the eager model, unless that was done.
+        """Compare a graph with the eager model, or load the result of an earlier run.
 
         Args:
             task: Whose graph it is.
             measure: Compares them.
 
         Returns:
-            How far they are apart.
+            Their differences.
         """
         parity: Parity = self._kept(
             f"{task}.parity.json",
@@ -145,7 +141,7 @@ class Steps:
         return parity
 
     def written_bytes(self) -> int:
-        """Return how much of the bundle is on the disk."""
+        """Return the bytes of the bundle that are on the disk."""
         return sum(path.stat().st_size for path in self.staged.rglob("*") if path.is_file())
 
     def _kept(
@@ -166,14 +162,14 @@ class Steps:
 
 
 @contextlib.contextmanager
-def open_steps(
+def open_checkpointing(
     request: ExportRequest, key: Mapping[str, Any], *, kept: bool
-) -> Iterator[Steps]:
-    """Make the directory of an export, or find that of an interrupted one.
+) -> Iterator[ExportCheckpointing]:
+    """Make the directory of an export, or open that of an interrupted one.
 
     Args:
         request: The export.
-        key: What decides its result, as JSON values.
+        key: Everything that decides its result, as JSON values.
         kept: Whether finished steps are kept.
 
     Yields:
@@ -185,7 +181,7 @@ def open_steps(
     """
     if not kept:
         with staged_directory(request.output, force=request.force) as staged:
-            yield Steps(staged, None)
+            yield ExportCheckpointing(staged, None)
         return
     recover(request.output)
     with resumable(request.output, key, f"{_STEPS}/**/*.*", force=request.force) as whole:
@@ -194,10 +190,10 @@ def open_steps(
         staged = whole.path / _BUNDLE
         staged.mkdir(exist_ok=True)
         try:
-            yield Steps(staged, WorkDirectory(steps))
+            yield ExportCheckpointing(staged, WorkDirectory(steps))
         except EdgemoeError as error:
             if not isinstance(error, OutputError):
-                # What is refused once will be refused again.
+                # A refused export will be refused again.
                 whole.remove(_STEPS)
             raise
         publish(staged, request.output, force=request.force)
@@ -206,29 +202,29 @@ def open_steps(
 def key_of(
     request: ExportRequest,
     precision: str,
-    hashes: FileHashes,
+    checkpoint: Checkpoint,
     tasks: Mapping[str, TaskFile],
     plans: Mapping[str, Plan],
 ) -> dict[str, Any]:
-    """Say what decides the result of an export.
+    """Return everything that decides the result of an export.
 
     Args:
         request: The export.
         precision: Of its weights.
-        hashes: Those of the checkpoint.
-        tasks: All lines of each task.
+        checkpoint: The checkpoint.
+        tasks: The task files, with all examples.
         plans: Plans that were given.
 
     Returns:
-        JSON values, for :func:`open_steps`.
+        JSON values, for `open_checkpointing`.
     """
-    return {
-        "command": "export",
-        "checkpoint": hashes.stamps(),
-        "tokenizer": hash_file(request.model / "tokenizer.json"),
-        "tasks": {name: task.sha256 for name, task in tasks.items()},
-        "plans": {name: plan.sha256 for name, plan in plans.items()},
-        "options": [
+    return resume_key(
+        "export",
+        checkpoint,
+        tokenizer=checkpoint.tokenizer_sha256,
+        tasks=tasks,
+        plans=plans,
+        options=[
             list(request.names),
             request.target,
             precision,
@@ -240,12 +236,11 @@ def key_of(
             request.ladder,
             request.static_shapes,
         ],
-        "versions": {
-            **library_versions(),
+        versions={
             **{name: version(name) for name in _LIBRARIES},
             "onnxruntime": onnxruntime.__version__,
         },
-    }
+    )
 
 
 def _as_json(value: Any) -> bytes:

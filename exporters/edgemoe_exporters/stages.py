@@ -17,7 +17,7 @@ from edgemoe_exporters.bundle.manifest import (
     describe_model,
     describe_plan,
 )
-from edgemoe_exporters.bundle.task_experts import kept_here, list_experts
+from edgemoe_exporters.bundle.task_experts import list_experts, sizes_after_pruning
 from edgemoe_exporters.bundle.writer import (
     BundleWriter,
     list_files,
@@ -27,7 +27,7 @@ from edgemoe_exporters.bundle.writer import (
 from edgemoe_exporters.lowering import onnxruntime as lower_ort
 from edgemoe_exporters.lowering import tensorrt as lower_tensorrt
 from edgemoe_exporters.lowering.k_policy import count_experts_used, full_k, has_policies
-from edgemoe_exporters.lowering.quantize_once import remembering
+from edgemoe_exporters.lowering.quantize_once import quantization_cache
 from edgemoe_exporters.request import TaskReport
 from edgemoe_exporters.tracing.trace import trace
 from edgemoe_exporters.validation.graph_runner import GraphRunner
@@ -35,12 +35,12 @@ from edgemoe_exporters.validation.graph_scorer import GraphScorer
 from edgemoe_exporters.validation.k_ladder import (
     LadderTask,
     floor_of,
-    judge_rungs,
+    measure_rungs,
     time_ladders,
 )
 from edgemoe_exporters.validation.parity import check_parity, measure_parity
 from edgemoe_exporters.validation.parity_text import sample_tokens
-from edgemoe_exporters.validation.quality_gate import judge_quality
+from edgemoe_exporters.validation.quality_gate import check_quality
 from edgemoe_exporters.validation.sliced_runner import SlicedRunner, weight_bytes
 from edgemoe_runtime.bundle.k_ladder import KRung
 from edgemoe_runtime.bundle.manifest import Manifest
@@ -62,9 +62,9 @@ if TYPE_CHECKING:
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.bundle.expert_layout import StackLayout
     from edgemoe_exporters.request import ExportRequest
-    from edgemoe_exporters.resumable_export import Steps
+    from edgemoe_exporters.resumable_export import ExportCheckpointing
     from edgemoe_exporters.sources.eager_run import EagerRun
-    from edgemoe_exporters.sources.protocol import ModelSource
+    from edgemoe_exporters.sources.opening import ModelSource
     from edgemoe_exporters.targets import Target
     from edgemoe_exporters.task_data import TaskData
     from edgemoe_exporters.validation.graph_calls import Runner
@@ -105,7 +105,7 @@ class ExportStages:
         request: What to export.
         target: Its target.
         precision: Its precision.
-        steps: Where it writes, and what its finished steps gave.
+        checkpointing: Where it writes, and what its finished steps gave.
         source: The checkpoint.
         tokenizer: The model's.
         data: Task files and plans.
@@ -116,7 +116,7 @@ class ExportStages:
     request: ExportRequest
     target: Target
     precision: str
-    steps: Steps
+    checkpointing: ExportCheckpointing
     source: ModelSource
     tokenizer: Tokenizer
     data: TaskData
@@ -131,32 +131,32 @@ class ExportStages:
     def choose_plans(self, counts: tuple[int, ...]) -> dict[str, Plan]:
         """Return the plan of every task, in the order of the request."""
         plans = {}
-        whole = kept_here(self.request.method, self.model.shape, ())
-        cuts = kept_here(self.request.method, self.model.shape, counts) != whole
+        whole = sizes_after_pruning(self.request.method, self.model.shape, ())
+        cuts = sizes_after_pruning(self.request.method, self.model.shape, counts) != whole
         for name in self.request.names:
             if name in self.data.plans:
                 plans[name] = self.data.plans[name]
             elif name in self.data.calibration and cuts:
                 self.on_stage(f"choose the experts for {name}")
-                statistics = self.steps.statistics(name, partial(self._collect, name))
+                statistics = self.checkpointing.statistics(name, partial(self._collect, name))
                 plans[name] = make_plan(
                     statistics,
                     name,
                     self.request.method,
                     counts,
                     seed=self.request.seed,
-                    open_oracle=lambda windows: LayerOracle(self.source.home(), windows),
+                    open_oracle=lambda windows: LayerOracle(self.source.layers, windows),
                 )
             else:
                 plans[name] = keep_all(self.model.shape)
         return plans
 
     def evaluate_before(self) -> dict[str, Evaluation]:
-        """Return the score of the whole model on each task's held-out lines."""
+        """Return the score of the whole model on each task's held-out examples."""
         scores = {}
         for name, held_out in self.data.held_out.items():
             self.on_stage(f"evaluate the checkpoint on {name}")
-            scores[name] = self.steps.evaluation(
+            scores[name] = self.checkpointing.evaluation(
                 name, "before", partial(self._evaluate, self.source.scorer(), held_out)
             )
         return scores
@@ -172,15 +172,19 @@ class ExportStages:
         self.on_stage("trace the model")
         traced = trace(self.model)
         several = len(plans) > 1
-        memory = remembering(self.steps.staged) if several else contextlib.nullcontext()
+        memory = (
+            quantization_cache(self.checkpointing.staged)
+            if several
+            else contextlib.nullcontext()
+        )
         writing = BundleWriter(
-            self.steps.staged, tuple(plans), layouts, journal=self.steps.journal
+            self.checkpointing.staged, tuple(plans), layouts, journal=self.checkpointing.journal
         )
         with memory, writing as writer:
             for name, plan in plans.items():
                 self.on_stage(f"make the graph of {name}")
                 with self.source.of_task(plan, layouts, name) as small:
-                    eager[name] = self.steps.eager(
+                    eager[name] = self.checkpointing.eager(
                         name, partial(small.run_eager, self._sample(name))
                     )
                     bound = small.bind(traced)
@@ -206,14 +210,14 @@ class ExportStages:
                 separate_stacks=tuple(writer.separate_stacks),
             )
 
-    def judge(
+    def validate(
         self, name: str, plan: Plan, eager: list[EagerRun], before: Mapping[str, Evaluation]
     ) -> TaskReport:
         """Compare a written graph with the eager model, and its score with the one before."""
         most = full_k(self.model, plan)
         self.on_stage(f"compare the graph of {name} with the eager model")
-        runner = self._open_graph(self.steps.staged / f"{name}.onnx")
-        parity = self.steps.parity(name, partial(measure_parity, runner, eager, most))
+        runner = self._open_graph(self.checkpointing.staged / f"{name}.onnx")
+        parity = self.checkpointing.parity(name, partial(measure_parity, runner, eager, most))
         check_parity(parity, self.precision, name)
         quality, table, ladder = None, None, None
         whole = runner if isinstance(runner, GraphRunner) else None
@@ -224,26 +228,26 @@ class ExportStages:
             held_out = self.data.held_out[name]
             longest = int(self.model.config.max_position_embeddings)
             scorer = GraphScorer(runner, most, longest)
-            after = self.steps.evaluation(
+            after = self.checkpointing.evaluation(
                 name, "after", partial(self._evaluate, scorer, held_out)
             )
-            quality = judge_quality(held_out, before[name], after, self.request.max_drop)
+            quality = check_quality(held_out, before[name], after, self.request.max_drop)
             if self.request.ladder and most and whole is not None:
                 self.on_stage(f"judge the k ladder of {name}")
-                judges = LadderTask(
+                ladder_task = LadderTask(
                     held_out, self.tokenizer, longest, self.request.held_out_tokens
                 )
                 floor = floor_of(self.request.max_drop, before[name], after)
                 policy = plan.k_policy or self.model.k_policy
-                ladder = judge_rungs(whole, judges, most, floor, policy)
+                ladder = measure_rungs(whole, ladder_task, most, floor, policy)
         return TaskReport(parity=parity, quality=quality, k_table=table, k_ladder=ladder)
 
     def _open_graph(self, path: Path) -> Runner:
-        """Open a written graph as a whole, or in slices where it is too large for that."""
+        """Open a written graph as a whole, or in slices where it is too large."""
         if weight_bytes(path) <= self.limit:
             return GraphRunner(path)
         # Kernels may keep a second copy of a slice's matrices.
-        return SlicedRunner(path, self.limit // 4, self.steps.work)
+        return SlicedRunner(path, self.limit // 4, self.checkpointing.work)
 
     def write_manifest(
         self,
@@ -278,11 +282,11 @@ class ExportStages:
             outputs=graphs.outputs,
             k_ladder=(KRung(name="full", k_cap=full_k(self.model, *plans.values())),),
             size=graphs.size,
-            files=list_files(self.steps.staged),
+            files=list_files(self.checkpointing.staged),
         )
         if self.target.name == "cpu":
-            manifest = time_ladders(self.steps.staged, manifest, self.on_stage)
-        save_manifest(manifest, self.steps.staged)
+            manifest = time_ladders(self.checkpointing.staged, manifest, self.on_stage)
+        save_manifest(manifest, self.checkpointing.staged)
         return manifest
 
     def _experts(

@@ -1,7 +1,6 @@
-"""What each ``--target`` means for a graph: one literal table.
+"""Targets of an export and their precisions: one literal table.
 
-Which GPUs and packages an engine is compiled for is in
-:mod:`edgemoe_exporters.compiler.targets`.
+The GPUs and packages that engines are compiled for are in `compiler.targets`.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ class Target:
     """One kind of machine that a bundle is made for.
 
     Attributes:
-        name: What ``--target`` says.
+        name: Its name, as given to `--target`.
         flavour: Whose operators the graphs use.
-        precision: What is used without ``--precision``.
-        precisions: What ``--precision`` may say.
+        precision: The default precision.
+        precisions: The precisions that it can run.
     """
 
     name: str
@@ -72,7 +71,7 @@ def find_target(name: str) -> Target:
     """Find a target by name.
 
     Args:
-        name: What ``--target`` says.
+        name: Its name, as given to `--target`.
 
     Returns:
         The target.
@@ -90,10 +89,10 @@ def choose_precision(target: Target, precision: str | None) -> str:
 
     Args:
         target: The target.
-        precision: What was asked for, or None for the target's own.
+        precision: The requested one, or None for the target's default.
 
     Returns:
-        One of ``PRECISIONS``.
+        One of `PRECISIONS`.
 
     Raises:
         ExportError: There is no such precision, or the target cannot run it.

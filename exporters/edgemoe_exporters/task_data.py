@@ -1,4 +1,4 @@
-"""The task files and plans of an export, and which lines choose, and which judge."""
+"""The task files and plans of an export, split into calibration and held-out examples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe.data_provenance import read_digests
-from edgemoe.evaluate.contamination import keep_held_out, lines_behind
+from edgemoe.evaluate.contamination import examples_seen, keep_held_out
 from edgemoe.plans.plan import Plan
 from edgemoe.tasks import TaskFile
 from edgemoe_exporters.validation.quality_gate import split_task
@@ -14,6 +14,7 @@ from edgemoe_exporters.validation.quality_gate import split_task
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe_exporters.request import ExportRequest
 
 
@@ -23,10 +24,10 @@ class TaskData:
 
     Attributes:
         files: Task files by task name.
-        calibration: Their lines that choose experts, of tasks without a plan.
-        held_out: Their lines that judge.
+        calibration: Examples that choose experts, of tasks without a plan.
+        held_out: Examples that evaluate.
         plans: Plans by task name.
-        remarks: What to warn of, each in a sentence.
+        remarks: Warnings, each in a sentence.
     """
 
     files: Mapping[str, TaskFile]
@@ -36,14 +37,15 @@ class TaskData:
     remarks: tuple[str, ...]
 
     @classmethod
-    def load(cls, request: ExportRequest) -> TaskData:
+    def load(cls, request: ExportRequest, checkpoint: Checkpoint) -> TaskData:
         """Read the files.
 
         Args:
             request: The request, which was checked.
+            checkpoint: The checkpoint to export.
 
         Returns:
-            What they hold.
+            Their content.
 
         Raises:
             TaskFileError: A task file breaks the format, or is too short to be split.
@@ -52,13 +54,13 @@ class TaskData:
         files = {name: TaskFile.load(name, path) for name, path in request.tasks.items()}
         splits = {name: split_task(files[name]) for name in request.pruned_here}
         plans = {name: Plan.load(path) for name, path in request.plans.items()}
-        judged = {
+        evaluated = {
             name: splits[name][1] if name in splits else file for name, file in files.items()
         }
-        # What earlier compression of the checkpoint read must not judge it either.
-        before = lines_behind(request.model, "")
+        # Examples that earlier compression of the checkpoint read must not evaluate it either.
+        before = examples_seen(request.model, "", checkpoint.read)
         remarks = []
-        for name, file in judged.items():
+        for name, file in evaluated.items():
             chosen_on = plans[name].calibration_lines if name in plans else None
             made_from = read_digests(chosen_on or "")
             lines = made_from | before
@@ -67,7 +69,7 @@ class TaskData:
         return cls(
             files=files,
             calibration={name: split[0] for name, split in splits.items()},
-            held_out=judged,
+            held_out=evaluated,
             plans=plans,
             remarks=tuple(remarks),
         )

@@ -1,4 +1,4 @@
-"""The whole road on tiny random models: what is written, what it says, what is refused."""
+"""The export pipeline, end to end, on tiny random models: output, report, refusals."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_what_cuda_cannot_run_is_told(whole: ExportReport, pruned: ExportReport)
     assert "high: layers.0.down" in apart.notes[0]
 
 
-def test_plan_is_judged_by_all_lines_of_its_task(
+def test_plan_is_evaluated_on_all_examples_of_its_task(
     checkpoint: Path, tmp_path: Path, tasks: dict[str, Path]
 ) -> None:
     RAGGED.save(tmp_path / "a.json")

@@ -1,4 +1,4 @@
-"""Where each task's experts lie in the stack of weights that the tasks share.
+"""Lay out the experts of several tasks in one stack of weights, each task's contiguous.
 
 A fused MoE op wants the experts of its task stacked in one tensor, and ONNX external data
 may point at overlapping ranges of one file. So a layer's experts are stored as one row of
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from edgemoe.errors import ExportError
 
 ExpertKey = Hashable
-"""What makes two experts the same one: an original id, or how a merged one was made."""
+"""Identity of an expert: an original id, or how a merged one was made."""
 
 _EXHAUSTIVE_TASKS = 6  # 720 orders of the tasks
 
@@ -32,7 +32,7 @@ _Bags = tuple[tuple[ExpertKey, ...], ...]
 
 @dataclass(frozen=True)
 class Window:
-    """The contiguous slots of one task: ``[start, start + count)``."""
+    """The contiguous slots of one task: `[start, start + count)`."""
 
     start: int
     count: int
@@ -45,7 +45,7 @@ class Window:
 
 @dataclass(frozen=True)
 class StackLayout:
-    """The order in which one MoE layer's experts are stored, and who reads which.
+    """The order in which one MoE layer's experts are stored, and which task reads which.
 
     Attributes:
         slots: The expert stored in each slot; one that appears twice is stored twice.
@@ -56,7 +56,7 @@ class StackLayout:
     windows: Mapping[str, Window]
 
     def experts_of(self, task: str) -> tuple[ExpertKey, ...]:
-        """Return the experts of ``task`` in the order its graph must have them."""
+        """Return the experts of `task` in the order its graph must have them."""
         window = self.windows[task]
         return self.slots[window.start : window.stop]
 
@@ -126,7 +126,7 @@ def _task_orders(selections: Mapping[str, Sequence[ExpertKey]]) -> list[tuple[st
 
 
 def _place(bags: _Bags, wanted: frozenset[ExpertKey], rank: Mapping[ExpertKey, int]) -> _Bags:
-    """Add a window for ``wanted``; a bag is a run of slots whose order is still free."""
+    """Add a window for `wanted`; a bag is a run of slots whose order is still free."""
     inside = _split_inside(bags, wanted)
     if inside is not None:
         return inside
@@ -148,7 +148,7 @@ def _place(bags: _Bags, wanted: frozenset[ExpertKey], rank: Mapping[ExpertKey, i
 
 
 def _split_inside(bags: _Bags, wanted: frozenset[ExpertKey]) -> _Bags | None:
-    """Split the outer bags so that ``wanted`` is contiguous, where all of it is there."""
+    """Split the outer bags so that `wanted` is contiguous, where all of it is there."""
     for start in range(len(bags)):
         covered: set[ExpertKey] = set()
         for stop in range(start + 1, len(bags) + 1):

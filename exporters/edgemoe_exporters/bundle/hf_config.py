@@ -1,11 +1,11 @@
-"""A bundle's config.json: the checkpoint's, in words that optimum understands.
+"""Write a bundle's config.json: the checkpoint's, in terms that optimum understands.
 
 optimum-onnx 0.1.0 makes the first, empty cache itself, from config.json and not from the graph.
-For a ``model_type`` that it has no rule for, it takes every query head for a key head and
-``hidden_size / num_attention_heads`` for the size of a head. Where a model differs, config.json
-says ``"model_type": "gpt_oss"``, the type of Mixture-of-Experts models whose
-``num_key_value_heads`` and ``head_dim`` optimum reads; nothing else of that type is used. The
-model's own type is then under ``edgemoe``. The runtime reads manifest.json alone.
+For a `model_type` that it has no rule for, it takes every query head for a key head and
+`hidden_size / num_attention_heads` for the size of a head. Where a model differs, config.json
+has `"model_type": "gpt_oss"`, the type of Mixture-of-Experts models whose
+`num_key_value_heads` and `head_dim` optimum reads; nothing else of that type is used. The
+model's own type is then under `edgemoe`. The runtime reads manifest.json alone.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 UNDERSTOOD_TYPE = "gpt_oss"
 
 
-def write_config(source: Path, target: Path) -> None:
+def write_config(content: bytes, target: Path) -> None:
     """Write a bundle's config.json.
 
     Args:
-        source: The checkpoint's config.json.
+        content: The checkpoint's config.json.
         target: The bundle's.
     """
-    text = source.read_text(encoding="utf-8")
+    text = content.decode("utf-8").replace("\r\n", "\n")
     config = json.loads(text)
     adapted = adapt_config(config)
     if adapted != config:
@@ -35,14 +35,14 @@ def write_config(source: Path, target: Path) -> None:
 
 
 def adapt_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Say a model's cache in words that optimum understands.
+    """Describe a model's cache in terms that optimum understands.
 
     Args:
         config: Content of a checkpoint's config.json.
 
     Returns:
-        The same, or with another ``model_type`` and with ``head_dim`` and
-        ``num_key_value_heads``.
+        The same, or with another `model_type` and with `head_dim` and
+        `num_key_value_heads`.
     """
     heads = config.get("num_attention_heads")
     hidden = config.get("hidden_size")

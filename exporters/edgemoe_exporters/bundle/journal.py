@@ -1,9 +1,9 @@
-"""What has been written of a bundle's weights, so that an interrupted export goes on there.
+"""Record which weights of a bundle were written, so that an interrupted export can resume.
 
 Where a tensor lies in the spool follows from the lengths and hashes of those before it, and
 from nothing else. The journal keeps these, one line of JSON for each tensor in the order of
-writing; an export that goes on takes them instead of reading, changing and quantising weights
-again. A line is written once the bytes that it speaks of have reached the disk.
+writing; a resumed export takes them instead of reading, changing and quantising weights
+again. A line is written once the bytes that it describes have reached the disk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SYNC_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Contents:
-    """What a tensor's bytes are.
+    """Length and hashes of a tensor's bytes.
 
     Attributes:
         length: Their number.
@@ -39,7 +39,7 @@ class Contents:
         """Hash a tensor's bytes.
 
         Args:
-            data: uint8 ``[length]``.
+            data: uint8 `[length]`.
             parts: Their number; divides the length.
 
         Returns:
@@ -56,7 +56,7 @@ class Contents:
 
     @property
     def key(self) -> tuple[int, bytes]:
-        """What tells these bytes from others."""
+        """Length and one hash: equal for equal bytes only."""
         if len(self.digests) == 1:
             return self.length, self.digests[0]
         return self.length, hashlib.sha256(b"".join(self.digests)).digest()
@@ -80,7 +80,7 @@ class WeightJournal:
 
     @property
     def is_kept(self) -> bool:
-        """Whether another process may go on."""
+        """Whether the export can be resumed."""
         return self._path is not None
 
     @property
@@ -113,7 +113,7 @@ class WeightJournal:
         return contents
 
     def note(self, task: str, name: str, contents: Contents, spool: BinaryIO) -> None:
-        """Keep a tensor that was written.
+        """Record a tensor that was written.
 
         Args:
             task: Whose tensor it is.
@@ -131,7 +131,7 @@ class WeightJournal:
             self.sync(spool)
 
     def sync(self, spool: BinaryIO) -> None:
-        """Let what was noted reach the disk.
+        """Flush what was recorded to the disk.
 
         Args:
             spool: Where the tensors were written.

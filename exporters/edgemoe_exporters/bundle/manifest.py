@@ -1,4 +1,4 @@
-"""The manifest of a bundle, from the model and the graphs that were written."""
+"""Describe a model and its written graphs for the manifest of a bundle."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def describe_model(model: MoeModel, name: str) -> ModelInfo:
 
     Args:
         model: The whole model.
-        name: What people call it.
+        name: Name shown to people.
 
     Returns:
-        What the manifest says of it.
+        Its entry in the manifest.
     """
     config: Any = model.config
     generation: Any = getattr(model.model, "generation_config", None) or config
@@ -63,7 +63,7 @@ def describe_cache(graph: ir.Graph, inputs: tuple[TensorSpec, ...], num_layers: 
         num_layers: Decoder layers of the model.
 
     Returns:
-        What the manifest says of it.
+        Its entry in the manifest.
 
     Raises:
         ExportError: Keys and values are no pairs of one type.
@@ -107,7 +107,7 @@ def describe_cache(graph: ir.Graph, inputs: tuple[TensorSpec, ...], num_layers: 
 
 
 def describe_plan(plan: Plan, model: MoeModel) -> dict[str, Json] | None:
-    """Say where a task's experts come from.
+    """Describe where a task's experts come from.
 
     Args:
         plan: The task's plan.
@@ -115,7 +115,7 @@ def describe_plan(plan: Plan, model: MoeModel) -> dict[str, Json] | None:
 
     Returns:
         Its provenance as JSON values, that of a checkpoint which was compressed before under
-        ``before``; of a plan that keeps all the checkpoint's only, or None.
+        `before`; of a plan that keeps all the checkpoint's only, or None.
     """
     before: Any = None if model.provenance is None else dict(model.provenance)
     if plan.method == KEEP_ALL and plan.factors is None:

@@ -1,4 +1,4 @@
-"""The experts of each task in one model: chosen by a plan, put in the order of the bundle."""
+"""Apply each task's plan to one model, experts in the order of the bundle."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def refuse_factors(name: str, plan: Plan) -> None:
 def lay_out_plans(plans: Mapping[str, Plan], shape: ModelShape) -> dict[int, StackLayout]:
     """Order the experts of every layer so that the tasks share what they have in common.
 
-    A layer whose router compares experts in groups keeps its order, and is not stacked: there
-    an expert's place tells its group. Nor is one that tasks store at different widths.
+    A layer whose router compares experts in groups keeps its order, and is not stacked: the
+    position of an expert decides its group. Nor is one that tasks store at different widths.
 
     Args:
         plans: The plan of each task.
@@ -71,15 +71,15 @@ def lay_out_plans(plans: Mapping[str, Plan], shape: ModelShape) -> dict[int, Sta
     }
 
 
-def kept_here(
+def sizes_after_pruning(
     method: str, shape: ModelShape, counts: Sequence[int]
 ) -> tuple[tuple[int, int], ...]:
-    """Say what an export that chooses experts itself leaves of each MoE layer.
+    """Return experts and width of each MoE layer after an export that prunes itself.
 
     Args:
-        method: How it chooses.
+        method: Pruning method.
         shape: The model.
-        counts: Experts to keep, or neurons of each expert; none where all stay.
+        counts: Experts to keep, or intermediate channels of each expert; empty where all stay.
 
     Returns:
         Experts and their width per MoE layer.
@@ -104,7 +104,7 @@ def count_parameters(
         model: The whole model, possibly on the meta device.
         plans: The plan of each task.
         layouts: The order of the experts by decoder layer.
-        multiple: What their widths are padded to a multiple of.
+        multiple: Their widths are padded to a multiple of this.
 
     Returns:
         Those of the backbone once, and those of each expert as often as it is stored.
@@ -129,7 +129,7 @@ def _stored(layer: MoeLayer, experts: int, width: int, multiple: int) -> int:
     if layer.is_factored:
         return _present(layer) * experts // layer.num_experts
     return experts * sum(
-        entry_size(layer, spec, padded) for spec in layer.facts.tensors if not spec.holds_ids
+        entry_size(layer, spec, padded) for spec in layer.spec.tensors if not spec.holds_ids
     )
 
 
@@ -145,7 +145,7 @@ def count_least_parameters(
     Args:
         model: The whole model, possibly on the meta device.
         kept: Experts of each MoE layer that each task keeps, and how wide they are.
-        multiple: What their widths are padded to a multiple of.
+        multiple: Their widths are padded to a multiple of this.
 
     Returns:
         Those of the backbone, and in each layer those of the task that keeps most.
@@ -170,13 +170,13 @@ def compressed(
         task: The task.
 
     Yields:
-        The task's model; it shares all other weights with ``model``.
+        The task's model; it shares all other weights with `model`.
 
     Raises:
         PlanError: The plan does not fit the model.
     """
     whole = [layer.tensors() for layer in model.layers]
-    # What a plan makes of the model must not be left behind with it.
+    # The k policy of a plan must not stay with the model.
     small = None
     try:
         small = apply_plan(model, plan)
@@ -194,17 +194,17 @@ def compressed(
 
 
 def bind_experts(traced: ir.Model, model: MoeModel) -> ir.Model:
-    """Give the graph of the whole model the experts of one task.
+    """Bind the experts of one task to the graph of the whole model.
 
-    The opaque ops do not say how many experts there are, only the weights do: one trace
-    serves every task.
+    The custom ops do not fix the number of experts, only the weights do: one trace serves
+    every task.
 
     Args:
         traced: Graph of the whole model; it is not changed.
         model: The task's model.
 
     Returns:
-        A graph that has the weights of ``model`` and shares their memory.
+        A graph that has the weights of `model` and shares their memory.
     """
     graph = traced.clone()
     tensors = {**dict(model.model.named_parameters()), **dict(model.model.named_buffers())}
@@ -262,7 +262,7 @@ def list_experts(
 
 
 def _key(expert: MergedExpert) -> ExpertKey:
-    """Tell apart experts whose weights differ."""
+    """Return a key that differs where weights differ."""
     if expert.neurons is not None:
         return expert.members[0], expert.neurons
     if len(expert.members) == 1:

@@ -1,8 +1,8 @@
-"""Weights of several graphs in few files: every byte once, graphs read ranges of them.
+"""The weights of several graphs in few files: every byte once, graphs read ranges of them.
 
 Tensors arrive one graph at a time and go to one spool file on disk at once, so that only one
 graph's weights are in memory. Once all graphs were seen it is known which tasks read what,
-and the spool becomes ``shared.onnx.data`` and one ``<task>.onnx.data`` per task: by a rename
+and the spool becomes `shared.onnx.data` and one `<task>.onnx.data` per task: by a rename
 where all of it belongs in one file, which is the usual case, and by a copy otherwise.
 """
 
@@ -28,8 +28,8 @@ _COPY_BYTES = 8 << 20  # 8 MiB
 
 
 @dataclass(frozen=True)
-class Extent:
-    """Bytes ``[start, start + length)`` of one segment of the spool."""
+class ByteRange:
+    """Bytes `[start, start + length)` of one segment of the spool."""
 
     segment: int
     start: int
@@ -37,8 +37,8 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an extent ended up: bytes ``[offset, offset + length)`` of ``file``."""
+class FileRange:
+    """Bytes `[offset, offset + length)` of `file`."""
 
     file: str
     offset: int
@@ -58,7 +58,7 @@ class _Segment:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Section:
     """A run of one segment that goes to one file."""
 
     segment: int
@@ -67,8 +67,8 @@ class _Piece:
     tasks: frozenset[str]
 
 
-class WeightSpool:
-    """Collects tensors of all tasks; use as a context manager around :meth:`finish`.
+class WeightStore:
+    """Stores tensors of all tasks; a context manager around `finish`.
 
     Args:
         directory: Where the files are written.
@@ -89,7 +89,7 @@ class WeightSpool:
         # Closed with this object.
         self._file: BinaryIO = path.open("r+b" if journal.has_earlier else "w+b")
 
-    def __enter__(self) -> WeightSpool:
+    def __enter__(self) -> WeightStore:
         return self
 
     def __exit__(
@@ -102,22 +102,24 @@ class WeightSpool:
         if not self._journal.is_kept:
             self._path.unlink(missing_ok=True)
 
-    def put(self, task: str, name: str, contents: Contents, data: memoryview | None) -> Extent:
-        """Store a tensor of ``task``, unless the same bytes are stored already.
+    def put(
+        self, task: str, name: str, contents: Contents, data: memoryview | None
+    ) -> ByteRange:
+        """Store a tensor of `task`, unless the same bytes are stored already.
 
         Args:
             task: Whose tensor it is.
             name: Its name.
-            contents: What its bytes are.
-            data: The bytes, uint8 ``[length]``, at least one; None where an earlier process
+            contents: Length and hashes of its bytes.
+            data: The bytes, uint8 `[length]`, at least one; None where an earlier process
                 wrote them.
 
         Returns:
             Where it is in the spool.
         """
-        extent = self._put(task, contents, data)
+        byte_range = self._put(task, contents, data)
         self._note(task, name, contents, data)
-        return extent
+        return byte_range
 
     def put_stack(
         self,
@@ -126,14 +128,14 @@ class WeightSpool:
         contents: Contents,
         data: memoryview | None,
         layout: StackLayout,
-    ) -> tuple[Extent, bool]:
-        """Store a tensor whose first axis are the experts of ``task``, in the layout's order.
+    ) -> tuple[ByteRange, bool]:
+        """Store a tensor whose first axis are the experts of `task`, in the layout's order.
 
         Args:
             task: Whose tensor it is.
-            name: What makes it the same tensor in another task's graph.
-            contents: What its bytes are, in a part for each expert.
-            data: The bytes, uint8 ``[length]``; None where an earlier process wrote them.
+            name: Its name, the same in every task's graph.
+            contents: Length and hashes of its bytes, one hash per expert.
+            data: The bytes, uint8 `[length]`; None where an earlier process wrote them.
             layout: How the experts of this layer are stored.
 
         Returns:
@@ -159,40 +161,42 @@ class WeightSpool:
         segment.slot_digests[window.start : window.stop] = contents.digests
         segment.use(task, window.start * size, contents.length)
         self._note(task, name, contents, data)
-        return Extent(index, window.start * size, contents.length), True
+        return ByteRange(index, window.start * size, contents.length), True
 
     def sync(self) -> None:
-        """Let all that was stored reach the disk, where an interrupted export can go on."""
+        """Flush all that was stored to the disk, where the export can be resumed."""
         self._journal.sync(self._file)
 
-    def finish(self) -> Places:
+    def finish(self) -> FileLayout:
         """Write the final files.
 
         Returns:
-            Where each extent is.
+            Where the bytes of each range are.
 
         Raises:
             OutputError: An earlier process wrote them, and they are not what it wrote.
         """
-        places = Places(self._pieces(), [segment.spool_offset for segment in self._segments])
+        files = FileLayout(
+            self._sections(), [segment.spool_offset for segment in self._segments]
+        )
         if self._is_finished:
-            self._check(places)
-            return places
+            self._check(files)
+            return files
         self._file.flush()
-        if places.unmoved and places.sizes:
-            (name,) = places.sizes
-            self._file.truncate(places.sizes[name])
+        if files.unmoved and files.sizes:
+            (name,) = files.sizes
+            self._file.truncate(files.sizes[name])
             self._file.flush()
             self._path.rename(self._directory / name)
         else:
             # The spool stays until its copies are whole.
-            require_space(self._directory, sum(places.sizes.values()))
-            for name in places.sizes:
-                self._copy(name, places)
+            require_space(self._directory, sum(files.sizes.values()))
+            for name in files.sizes:
+                self._copy(name, files)
             self._path.unlink()
-        return places
+        return files
 
-    def _put(self, task: str, contents: Contents, data: memoryview | None) -> Extent:
+    def _put(self, task: str, contents: Contents, data: memoryview | None) -> ByteRange:
         index = self._by_content.get(contents.key)
         if index is None:
             index = self._reserve(contents.length, data)
@@ -200,14 +204,14 @@ class WeightSpool:
             if data is not None:
                 self._write(self._segments[index].spool_offset, data)
         self._segments[index].use(task, 0, contents.length)
-        return Extent(index, 0, contents.length)
+        return ByteRange(index, 0, contents.length)
 
     def _note(self, task: str, name: str, contents: Contents, data: memoryview | None) -> None:
         if data is not None:
             self._journal.note(task, name, contents, self._file)
 
-    def _check(self, places: Places) -> None:
-        for name, size in places.sizes.items():
+    def _check(self, files: FileLayout) -> None:
+        for name, size in files.sizes.items():
             path = self._directory / name
             if not path.exists() or path.stat().st_size != size:
                 raise OutputError(
@@ -227,74 +231,76 @@ class WeightSpool:
         self._file.seek(offset)
         self._file.write(data)
 
-    def _pieces(self) -> list[_Piece]:
-        """Cut each segment where no task reads across."""
-        pieces: list[_Piece] = []
+    def _sections(self) -> list[_Section]:
+        """Split each segment where no task reads across."""
+        sections: list[_Section] = []
         for index, segment in enumerate(self._segments):
-            open_piece: _Piece | None = None
+            open_section: _Section | None = None
             for task, (start, stop) in sorted(
                 segment.ranges.items(), key=lambda item: (item[1], item[0])
             ):
-                if open_piece is not None and start < open_piece.stop:
-                    open_piece = _Piece(
+                if open_section is not None and start < open_section.stop:
+                    open_section = _Section(
                         index,
-                        open_piece.start,
-                        max(stop, open_piece.stop),
-                        open_piece.tasks | {task},
+                        open_section.start,
+                        max(stop, open_section.stop),
+                        open_section.tasks | {task},
                     )
-                    pieces[-1] = open_piece
+                    sections[-1] = open_section
                 else:
-                    open_piece = _Piece(index, start, stop, frozenset({task}))
-                    pieces.append(open_piece)
-        return pieces
+                    open_section = _Section(index, start, stop, frozenset({task}))
+                    sections.append(open_section)
+        return sections
 
-    def _copy(self, name: str, places: Places) -> None:
+    def _copy(self, name: str, files: FileLayout) -> None:
         with (self._directory / name).open("wb") as target:
-            for piece, offset in places.pieces_of(name):
+            for section, offset in files.sections_of(name):
                 target.seek(offset)
-                self._file.seek(self._segments[piece.segment].spool_offset + piece.start)
-                left = piece.stop - piece.start
+                self._file.seek(self._segments[section.segment].spool_offset + section.start)
+                left = section.stop - section.start
                 while left:
                     left -= target.write(self._file.read(min(left, _COPY_BYTES)))
             target.flush()
             os.fsync(target.fileno())
 
 
-class Places:
-    """The final files: their sizes and what is where.
+class FileLayout:
+    """The final files: their sizes, and where each section is.
 
     Attributes:
         sizes: Bytes of each file.
         unmoved: Whether all is in one file, at the offsets of the spool.
     """
 
-    def __init__(self, pieces: list[_Piece], spool_offsets: list[int]) -> None:
+    def __init__(self, sections: list[_Section], spool_offsets: list[int]) -> None:
         self.sizes: dict[str, int] = {}
-        self._placed: list[tuple[_Piece, str, int]] = []
-        for piece in pieces:
-            (*others, last) = sorted(piece.tasks)
+        self._placed: list[tuple[_Section, str, int]] = []
+        for section in sections:
+            (*others, last) = sorted(section.tasks)
             name = SHARED_WEIGHTS_FILE if others else weights_file(last)
             offset = _aligned(self.sizes.get(name, 0))
-            self.sizes[name] = offset + piece.stop - piece.start
-            self._placed.append((piece, name, offset))
+            self.sizes[name] = offset + section.stop - section.start
+            self._placed.append((section, name, offset))
         self.unmoved = len(self.sizes) == 1 and all(
-            offset == spool_offsets[piece.segment] + piece.start
-            for piece, _, offset in self._placed
+            offset == spool_offsets[section.segment] + section.start
+            for section, _, offset in self._placed
         )
-        self._by_segment: dict[int, list[tuple[_Piece, str, int]]] = {}
+        self._by_segment: dict[int, list[tuple[_Section, str, int]]] = {}
         for placed in self._placed:
             self._by_segment.setdefault(placed[0].segment, []).append(placed)
 
-    def find(self, extent: Extent) -> Place:
-        """Return where an extent is."""
-        for piece, name, offset in self._by_segment[extent.segment]:
-            if piece.start <= extent.start and extent.start + extent.length <= piece.stop:
-                return Place(name, offset + extent.start - piece.start, extent.length)
-        raise KeyError(extent)
+    def find(self, byte_range: ByteRange) -> FileRange:
+        """Return where the bytes of a range are."""
+        for section, name, offset in self._by_segment[byte_range.segment]:
+            stop = byte_range.start + byte_range.length
+            if section.start <= byte_range.start and stop <= section.stop:
+                start = offset + byte_range.start - section.start
+                return FileRange(name, start, byte_range.length)
+        raise KeyError(byte_range)
 
-    def pieces_of(self, name: str) -> list[tuple[_Piece, int]]:
-        """Return the pieces of one file with their offsets."""
-        return [(piece, offset) for piece, file, offset in self._placed if file == name]
+    def sections_of(self, name: str) -> list[tuple[_Section, int]]:
+        """Return the sections of one file with their offsets."""
+        return [(section, offset) for section, file, offset in self._placed if file == name]
 
 
 def _aligned(offset: int) -> int:

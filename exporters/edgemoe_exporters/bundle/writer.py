@@ -5,11 +5,11 @@
       shared.onnx.data    what two or more tasks read; a stack of experts is here as a whole
                           where any of it is common, since each task's must be contiguous
       <task>.onnx.data    what only that task reads
-      config.json ...     those of the checkpoint (config.json: see config_file)
+      config.json ...     those of the checkpoint (config.json: see hf_config)
       manifest.json       written last, by the caller
 
 The graphs' tensors point at (offset, length) ranges, which overlap where tasks share experts.
-The same graphs give the same bytes: nothing here depends on time, place or machine.
+The same graphs give the same bytes: nothing here depends on time, file_range or machine.
 """
 
 from __future__ import annotations
@@ -23,10 +23,17 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemoe.errors import ExportError
+from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.progress import track
 from edgemoe_exporters.bundle.hf_config import write_config
 from edgemoe_exporters.bundle.journal import Contents, WeightJournal
-from edgemoe_exporters.bundle.weight_store import ALIGNMENT_BYTES, Extent, Places, WeightSpool
+from edgemoe_exporters.bundle.task_names import check_task_names
+from edgemoe_exporters.bundle.weight_store import (
+    ALIGNMENT_BYTES,
+    ByteRange,
+    FileLayout,
+    WeightStore,
+)
 from edgemoe_exporters.graph.metadata import (
     KEY_PREFIX,
     SAME_BYTES,
@@ -37,10 +44,7 @@ from edgemoe_runtime.bundle.file_entry import FileEntry, SizeReport
 from edgemoe_runtime.bundle.graph_spec import TensorSpec
 from edgemoe_runtime.bundle.names import (
     MANIFEST_FILE,
-    RESERVED_TASK_NAME,
     SHARED_WEIGHTS_FILE,
-    TASK_NAME_RULE,
-    is_task_name,
 )
 
 if TYPE_CHECKING:
@@ -87,9 +91,9 @@ class BundleWriter:
         self._directory = directory
         self._tasks = tuple(tasks)
         self._layouts = dict(layouts or {})
-        self._graphs: dict[str, tuple[ir.Model, list[tuple[ir.Value, Extent]]]] = {}
+        self._graphs: dict[str, tuple[ir.Model, list[tuple[ir.Value, ByteRange]]]] = {}
         self._journal = WeightJournal(journal)
-        self._spool = WeightSpool(directory, self._journal)
+        self._weights = WeightStore(directory, self._journal)
         self.separate_stacks: list[str] = []
 
     def __enter__(self) -> BundleWriter:
@@ -101,17 +105,17 @@ class BundleWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._spool.__exit__(kind, error, traceback)
+        self._weights.__exit__(kind, error, traceback)
 
     def add_graph(self, task: str, model: ir.Model) -> None:
-        """Write the weights of one task's graph and forget them; the model is taken over.
+        """Write the weights of one task's graph and free them; the model is changed.
 
-        Tensors with metadata ``edgemoe.expert_axis`` 0 have the experts of the layer
-        ``edgemoe.layer`` as first axis, in the order of that layer's layout.
+        Tensors with metadata `edgemoe.expert_axis` 0 have the experts of the layer
+        `edgemoe.layer` as first axis, in the order of that layer's layout.
 
         Args:
             task: One of the tasks.
-            model: Its graph; each weight is asked for its content once, and let go of.
+            model: Its graph; each weight is computed once, written and freed.
 
         Raises:
             OutputError: The disk has no room for the weights.
@@ -131,18 +135,18 @@ class BundleWriter:
             if isinstance(value.const_value, ir.LazyTensor) and not _is_large(_tensor(value)):
                 # What stays inline is read before the source of the weights is closed.
                 value.const_value = ir.tensor(_tensor(value).numpy(), name=value.name)
-        extents = []
-        stored: dict[str, Extent] = {}
+        ranges = []
+        stored: dict[str, ByteRange] = {}
         for value in track(values, f"write the weights of {task}"):
             tensor = _tensor(value)
-            extent = stored.get(tensor.metadata_props.get(SAME_BYTES, ""))
-            if extent is None:
-                extent = self._store(task, value, tensor)
-            stored[str(value.name)] = extent
-            extents.append((value, extent))
-            _point(value, tensor, "weights.spool", 0, extent.length)
-        self._spool.sync()
-        self._graphs[task] = (model, extents)
+            byte_range = stored.get(tensor.metadata_props.get(SAME_BYTES, ""))
+            if byte_range is None:
+                byte_range = self._store(task, value, tensor)
+            stored[str(value.name)] = byte_range
+            ranges.append((value, byte_range))
+            _point(value, tensor, "weights.spool", 0, byte_range.length)
+        self._weights.sync()
+        self._graphs[task] = (model, ranges)
 
     def finish(self) -> SizeReport:
         """Write the weight files and the graphs.
@@ -157,11 +161,11 @@ class BundleWriter:
         missing = [task for task in self._tasks if task not in self._graphs]
         if missing:
             raise ExportError(f"every task must have a graph, got none for {missing}.")
-        places = self._spool.finish()
-        for task, (model, extents) in self._graphs.items():
-            self._write_graph(task, model, extents, places)
+        files = self._weights.finish()
+        for task, (model, ranges) in self._graphs.items():
+            self._write_graph(task, model, ranges, files)
         own = {
-            task: places.sizes.get(f"{task}.onnx.data", 0)
+            task: files.sizes.get(f"{task}.onnx.data", 0)
             + (self._directory / f"{task}.onnx").stat().st_size
             for task in self._tasks
         }
@@ -169,11 +173,11 @@ class BundleWriter:
             total_bytes=sum(
                 path.stat().st_size for path in self._directory.rglob("*") if path.is_file()
             ),
-            shared_bytes=places.sizes.get(SHARED_WEIGHTS_FILE, 0),
+            shared_bytes=files.sizes.get(SHARED_WEIGHTS_FILE, 0),
             task_bytes=own,
         )
 
-    def _store(self, task: str, value: ir.Value, tensor: ir.TensorProtocol) -> Extent:
+    def _store(self, task: str, value: ir.Value, tensor: ir.TensorProtocol) -> ByteRange:
         name = str(value.name)
         contents = self._journal.recall(task, name)
         data = None if contents is not None else _bytes_of(tensor)
@@ -196,51 +200,29 @@ class BundleWriter:
             assert data is not None
             contents = Contents.of(data, parts)
         if layout is None or not is_stack:
-            return self._spool.put(task, name, contents, data)
-        extent, stacked = self._spool.put_stack(task, name, contents, data, layout)
+            return self._weights.put(task, name, contents, data)
+        byte_range, stacked = self._weights.put_stack(task, name, contents, data, layout)
         if not stacked:
             self.separate_stacks.append(f"{task}: {name}")
-        return extent
+        return byte_range
 
     def _write_graph(
         self,
         task: str,
         model: ir.Model,
-        extents: Sequence[tuple[ir.Value, Extent]],
-        places: Places,
+        ranges: Sequence[tuple[ir.Value, ByteRange]],
+        files: FileLayout,
     ) -> None:
-        for value, extent in extents:
-            place = places.find(extent)
-            _point(value, _tensor(value), place.file, place.offset, place.length)
+        for value, byte_range in ranges:
+            file_range = files.find(byte_range)
+            _point(value, _tensor(value), file_range.file, file_range.offset, file_range.length)
         proto = ir.to_proto(model)
         (self._directory / f"{task}.onnx").write_bytes(
             proto.SerializeToString(deterministic=True)
         )
 
 
-def check_task_names(tasks: Sequence[str]) -> None:
-    """Check that every task's name can be a file's name, and that no two are the same.
-
-    Args:
-        tasks: The names.
-
-    Raises:
-        ExportError: One breaks the rule.
-    """
-    for task in tasks:
-        if not is_task_name(task) or task == RESERVED_TASK_NAME:
-            raise ExportError(
-                f"a task's name must be {TASK_NAME_RULE}, and not "
-                f"'{RESERVED_TASK_NAME}', got {task!r}. Rename it in --task NAME=FILE."
-            )
-    if not tasks or len({task.lower() for task in tasks}) != len(tasks):
-        raise ExportError(
-            f"tasks must be at least one, and distinct in lower case too, got {list(tasks)}. "
-            "Name each task once."
-        )
-
-
-def copy_model_files(source: Path, directory: Path) -> None:
+def copy_model_files(source: Path | Checkpoint, directory: Path) -> None:
     """Copy configuration, tokenizer and chat template of a checkpoint into a bundle.
 
     Args:
@@ -250,16 +232,17 @@ def copy_model_files(source: Path, directory: Path) -> None:
     Raises:
         ExportError: The checkpoint has no config.json or no tokenizer.json.
     """
+    checkpoint = Checkpoint.open(source)
     for name in _MODEL_FILES:
-        path = source / name
-        if path.is_file() and name == "config.json":
-            write_config(path, directory / name)
+        path = checkpoint.path / name
+        if name == "config.json" and (content := checkpoint.read(name)) is not None:
+            write_config(content, directory / name)
         elif path.is_file():
             shutil.copyfile(path, directory / name)
         elif name in {"config.json", "tokenizer.json"}:
             raise ExportError(
-                f"a checkpoint must have {name} to be exported, got none in {source}. Save the "
-                "model with its (fast) tokenizer: tokenizer.save_pretrained(...)."
+                f"a checkpoint must have {name} to be exported, got none in {checkpoint.path}. "
+                "Save the model with its (fast) tokenizer: tokenizer.save_pretrained(...)."
             )
 
 
@@ -270,7 +253,7 @@ def list_files(directory: Path) -> dict[str, FileEntry]:
         directory: The bundle.
 
     Returns:
-        Digest and size by POSIX path relative to ``directory``, sorted.
+        Digest and size by POSIX path relative to `directory`, sorted.
     """
     entries = {}
     for path in sorted(directory.rglob("*")):
@@ -320,12 +303,12 @@ def tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
 
 
 def set_default_input(model: ir.Model, name: str, values: Sequence[int]) -> None:
-    """Let callers leave an int64 vector input out, as those who do not know it must.
+    """Make an int64 vector input optional, for callers that do not know it.
 
     Args:
         model: A graph for onnxruntime; other parsers take such an input for a constant.
-        name: The input, int64 ``[len(values)]``.
-        values: What it is where it is left out.
+        name: The input, int64 `[len(values)]`.
+        values: Its value where it is left out.
 
     Raises:
         ExportError: The graph has no such input.
@@ -370,7 +353,7 @@ def _point(
 
 
 def _strip_origins(model: ir.Model) -> None:
-    """Drop what the tracer noted about source files: it differs from machine to machine."""
+    """Drop the tracer's notes on source files, which differ from machine to machine."""
     model.doc_string = None
     for graph in model.graphs():
         graph.doc_string = None

@@ -1,4 +1,4 @@
-"""The Python API that tensorrt and tensorrt_rtx share, and where they differ."""
+"""The Python API that tensorrt and tensorrt_rtx share, and its differences."""
 
 from __future__ import annotations
 

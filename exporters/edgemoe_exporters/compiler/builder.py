@@ -55,7 +55,7 @@ def build_engine(
         graph: ONNX file; it and its external data must have been verified, because the
             parser opens whatever the file names.
         compute_capability: GPU to build for.
-        profile: Shapes of the dynamic inputs, values of those that set shapes.
+        profile: Shapes of the dynamic inputs, values of those that shapes depend on.
         flags: Builder settings.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Keep engines in the bundle: look up by key, write whole or not at all."""
+"""Cache engines in the bundle: look up by key, write whole or not at all."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def look_up(engine: Path, wanted: EngineKey) -> EngineKey | str:
 
     Args:
         engine: Where it is kept.
-        wanted: What it must have been built from; its digest and size of the engine are
+        wanted: The key it must have been built from; its digest and size of the engine are
             not looked at.
     """
     if not engine.exists():
@@ -70,7 +70,7 @@ def store(engine: Path, content: memoryview, wanted: EngineKey, script: str) -> 
     Args:
         engine: Where to keep it.
         content: The serialised engine.
-        wanted: What it was built from.
+        wanted: The key it was built from.
         script: The script that builds it by hand.
 
     Returns:

@@ -60,7 +60,7 @@ def build_command(
 
 
 def build_script(engine: str, command: str) -> str:
-    """Return a shell script that runs a command of :func:`build_command` from anywhere."""
+    """Return a shell script that runs a command of `build_command` from anywhere."""
     return (
         "#!/bin/sh\n"
         f"# Builds {engine} as edgemoe did, with the tool that comes with TensorRT.\n"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.errors import CompileError
-from edgemoe.progress import track
+from edgemoe.progress import reporting_to, track
 from edgemoe_exporters.compiler.api import TensorrtApi, load_api
 from edgemoe_exporters.compiler.builder import BuilderFlags, build_engine
 from edgemoe_exporters.compiler.cache import engine_path, look_up, script_path, store
@@ -19,9 +20,10 @@ from edgemoe_runtime.bundle.integrity import verify_bundle
 from edgemoe_runtime.bundle.manifest_file import load_manifest
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
-    from pathlib import Path
 
+    from edgemoe.progress import OnProgress
     from edgemoe_exporters.compiler.profiles import Profile
     from edgemoe_exporters.compiler.targets import CompileTarget
     from edgemoe_runtime.bundle.manifest import Manifest
@@ -57,7 +59,7 @@ class CompiledEngine:
 
 
 def compile_bundle(
-    bundle: Path,
+    bundle: str | os.PathLike[str],
     target: str,
     *,
     task: str | None = None,
@@ -67,6 +69,7 @@ def compile_bundle(
     max_length: int | None = None,
     force: bool = False,
     machine: Machine | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[CompiledEngine]:
     """Build the engines of a bundle that its cache does not hold yet.
 
@@ -74,12 +77,15 @@ def compile_bundle(
         bundle: Directory that `edgemoe export` wrote with a TensorRT target.
         target: `tensorrt-rtx`, `tensorrt`, `jetson-orin` or `jetson-thor`.
         task: Task to compile; all where None.
-        compute_capabilities: GPUs to build for; all of the target where None.
-        max_batch: Largest batch; by default 1, which is what the runtime uses.
+        compute_capabilities: GPUs to build for, such as 86 for SM 8.6; all of the target where
+            None.
+        max_batch: Largest batch in rows; by default 1, which is what the runtime uses.
         max_sequence: Most new tokens in one call; by default 256.
-        max_length: Most tokens of a row; by default the model's, at most 2048.
+        max_length: Most tokens of a row, past and new; by default the model's, at most 2048.
         force: Whether to build even what the cache holds.
         machine: The machine that compiles; this one where None.
+        on_progress: Called with an `edgemoe.progress.ProgressEvent` after each engine; None
+            draws a bar where stderr is a terminal.
 
     Returns:
         One entry per task and compute capability.
@@ -90,6 +96,7 @@ def compile_bundle(
         BundleError: The bundle is damaged or unsafe.
         OutputError: The engine cannot be written.
     """
+    bundle = Path(bundle)
     wanted = find_target(target)
     manifest = load_manifest(bundle)
     tasks = sorted(manifest.tasks) if task is None else [manifest.task(task)[0]]
@@ -118,10 +125,11 @@ def compile_bundle(
     # The parser opens whatever file a graph names, so nothing unverified may reach it.
     verify_bundle(bundle, tasks=tasks)
     jobs = [(name, capability) for name in tasks for capability in capabilities]
-    return [
-        _compile(api, bundle, manifest, name, capability, profile, force=force)
-        for name, capability in track(jobs, "Building engines")
-    ]
+    with reporting_to(on_progress):
+        return [
+            _compile(api, bundle, manifest, name, capability, profile, force=force)
+            for name, capability in track(jobs, "Building engines")
+        ]
 
 
 def _compile(

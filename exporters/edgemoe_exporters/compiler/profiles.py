@@ -1,4 +1,4 @@
-"""The optimisation profile: what an engine accepts, and what it is tuned for."""
+"""The optimisation profile: shapes that an engine accepts, and those it is tuned for."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ DEFAULT_MAX_BATCH = 1
 DEFAULT_MAX_SEQUENCE = 256
 DEFAULT_MAX_LENGTH = 2048
 
-# Of TensorRT's TopK.
+# Limit of TensorRT's TopK.
 MOST_ORDERED = 3839
 
 Profile = dict[str, "ShapeRange"]
-"""Smallest, optimal and largest shape of each input that has a dynamic dimension, and values of
-each that sets shapes: trtexec writes both alike."""
+"""Smallest, optimal and largest shape of each input with a dynamic dimension, and values of
+each input that shapes depend on: trtexec writes both alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class ShapeLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Extent:
+class _SizeRange:
     minimum: int
     optimum: int
     maximum: int
@@ -95,21 +95,21 @@ def make_profile(manifest: Manifest, limits: ShapeLimits) -> Profile:
         limits: The largest shapes.
 
     Returns:
-        Shapes of each input that has a dynamic dimension, values of each that sets shapes.
+        Shapes of each input that has a dynamic dimension, values of each that shapes depend on.
 
     Raises:
         CompileError: An input's dynamic dimension is not one that the interface has, or a call
-            may have more tokens than TensorRT puts in order.
+            may have more tokens than TensorRT sorts.
     """
-    batch = _Extent(minimum=1, optimum=1, maximum=limits.max_batch)
-    sequence = _Extent(minimum=1, optimum=1, maximum=limits.max_sequence)
-    past = _Extent(minimum=0, optimum=limits.max_length // 4, maximum=limits.max_length - 1)
-    total = _Extent(
+    batch = _SizeRange(minimum=1, optimum=1, maximum=limits.max_batch)
+    sequence = _SizeRange(minimum=1, optimum=1, maximum=limits.max_sequence)
+    past = _SizeRange(minimum=0, optimum=limits.max_length // 4, maximum=limits.max_length - 1)
+    total = _SizeRange(
         minimum=past.minimum + sequence.minimum,
         optimum=past.optimum + sequence.optimum,
         maximum=limits.max_length,
     )
-    extents = {
+    named_sizes = {
         "input_ids": (batch, sequence),
         "position_ids": (batch, sequence),
         "attention_mask": (batch, total),
@@ -124,14 +124,14 @@ def make_profile(manifest: Manifest, limits: ShapeLimits) -> Profile:
         if all(isinstance(size, int) for size in spec.shape):
             continue
         cached = spec.name.startswith("past_key_values.")
-        # Of the cache, what follows the batch and is not fixed is its length.
-        named = (batch, past, past) if cached else extents.get(spec.name, ())
+        # Of the cache, the dynamic dimension after the batch is its length.
+        named = (batch, past, past) if cached else named_sizes.get(spec.name, ())
         profile[spec.name] = _shape_range(spec, named)
     return profile
 
 
 def _check_order(limits: ShapeLimits) -> None:
-    """Refuse more tokens than TensorRT puts in order, which a graph does for its experts."""
+    """Check that a call has no more tokens than TensorRT sorts, as dispatch to experts must."""
     tokens = limits.max_batch * limits.max_sequence
     if tokens > MOST_ORDERED:
         raise CompileError(
@@ -140,19 +140,19 @@ def _check_order(limits: ShapeLimits) -> None:
         )
 
 
-def _shape_range(spec: TensorSpec, named: tuple[_Extent | None, ...]) -> ShapeRange:
+def _shape_range(spec: TensorSpec, named: tuple[_SizeRange | None, ...]) -> ShapeRange:
     sizes = []
     for axis, size in enumerate(spec.shape):
-        extent = named[axis] if axis < len(named) else None
+        size_range = named[axis] if axis < len(named) else None
         if isinstance(size, int):
-            sizes.append(_Extent(minimum=size, optimum=size, maximum=size))
-        elif extent is None:
+            sizes.append(_SizeRange(minimum=size, optimum=size, maximum=size))
+        elif size_range is None:
             raise CompileError(
                 f"dimension {axis} of input {spec.name} must have a fixed size, got {size!r}. "
                 "Export the bundle again with this edgemoe."
             )
         else:
-            sizes.append(extent)
+            sizes.append(size_range)
     return (
         tuple(size.minimum for size in sizes),
         tuple(size.optimum for size in sizes),

@@ -1,4 +1,4 @@
-"""What a compile target needs: which TensorRT, which GPUs, which machine."""
+"""Compile targets: which TensorRT, which GPUs, which machine each needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CompileTarget:
     Attributes:
         name: As on the command line.
         package: `tensorrt` or `tensorrt_rtx`.
-        capabilities: Compute capabilities that can be asked for; empty: that of the GPU here.
+        capabilities: Compute capabilities that can be requested; empty: that of this GPU.
         place: Where it has to be compiled, for people.
         on_jetson: Whether only a Jetson of this target can compile it.
     """
@@ -73,7 +73,7 @@ class Machine:
 
     @classmethod
     def detect(cls) -> Machine:
-        """Look at this machine: its device tree and its CUDA driver."""
+        """Detect this machine from its device tree and its CUDA driver."""
         jetson = detect_jetson(Path("/"))
         return cls(
             jetson_target=None if jetson is None or jetson.soc is None else jetson.soc.target,
@@ -102,14 +102,14 @@ def choose_capabilities(
 
     Args:
         target: The compile target.
-        asked: What the caller wants, or None for all that make sense.
+        asked: Requested capabilities, or None for all of the target.
         machine: This machine.
 
     Returns:
         Capabilities, ascending and distinct.
 
     Raises:
-        CompileError: One that was asked for cannot be built for, or there is no GPU.
+        CompileError: A requested one cannot be built for, or there is no GPU.
     """
     known = target.capabilities
     if not known:

@@ -1,1 +1,1 @@
-"""Try model families end to end, and write the table of those that work."""
+"""Check model families end to end, and write the table of those that work."""

@@ -1,4 +1,4 @@
-"""Try a family on a tiny random checkpoint: prune, save, reload, export, build an engine."""
+"""Check a family on a tiny random checkpoint: prune, save, reload, export, build an engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _CAPABILITY = 86
 _LINES, _WORDS = 12, 20
 _RANK = 12
 
-# What is tried, in order; the last four are graphs.
+# The steps, in order; the last four are graphs.
 STEPS: dict[str, str] = {
     "identity": "all experts kept give the same logits, bit by bit",
     "uniform": "as many experts in each layer, opened by plain transformers: same weights",
@@ -55,11 +55,11 @@ STEPS: dict[str, str] = {
 
 @dataclass
 class FamilyReport:
-    """What held for one family.
+    """Results of one family.
 
     Attributes:
         family: Its name in config.json.
-        results: For each of :data:`STEPS` that was tried ``yes``, a number, or ``no: reason``.
+        results: For each of `STEPS` that ran `yes`, a number, or `no: reason`.
         seconds: How long it took.
     """
 
@@ -69,7 +69,7 @@ class FamilyReport:
 
     @property
     def failed(self) -> list[str]:
-        """Steps that did not hold, other than graphs that are refused by name."""
+        """ExportCheckpointing that did not hold, other than graphs that are refused by name."""
         return [
             name
             for name, result in self.results.items()
@@ -78,15 +78,15 @@ class FamilyReport:
 
 
 def check_family(family: str, *, graphs: bool = True, engine: bool = True) -> FamilyReport:
-    """Try one family.
+    """Check one family.
 
     Args:
         family: Its name in config.json.
         graphs: Whether to export.
-        engine: Whether to build an engine, too; needs ``tensorrt-rtx``.
+        engine: Whether to build an engine, too; needs `tensorrt-rtx`.
 
     Returns:
-        What held. A step that fails is reported, not raised.
+        The results. A step that fails is reported, not raised.
     """
     began = time.perf_counter()
     report = FamilyReport(family)
@@ -183,7 +183,7 @@ class _Trial:
             )
         )
         for file in sorted(report.output.iterdir()):
-            # The manifest says how the graph was compared.
+            # The manifest records how the graph was compared.
             other = self.folder / "cpu-fp32" / file.name
             if file.name != MANIFEST_FILE and file.read_bytes() != other.read_bytes():
                 raise EdgemoeError(f"{file.name} must have the same bytes, got others.")

@@ -43,7 +43,7 @@ _VERBS = {
 
 
 def render_table(reports: Sequence[FamilyReport]) -> str:
-    """Write what held for each family.
+    """Render the results of each family as Markdown.
 
     Args:
         reports: One per family.

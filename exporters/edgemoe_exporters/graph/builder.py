@@ -1,4 +1,4 @@
-"""Write basic ops in the place of an opaque node; shared by the TensorRT lowerings."""
+"""Build the primitive ops that replace a custom op; for the lowerings of both flavours."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Emitter:
     Args:
         graph: The main graph, which owns the constants.
         compute: Type of activations and weights; router, norms and softmax are float32.
-        prefix: What the names of the nodes start with.
+        prefix: Prefix of the nodes' names.
     """
 
     def __init__(self, graph: ir.Graph, compute: ir.DataType, prefix: str) -> None:
@@ -66,11 +66,11 @@ class Emitter:
         return self._constant(name, lambda: np.array(value, dtype=dtype.numpy()))
 
     def wide(self, value: ir.Value) -> ir.Value:
-        """Return ``value`` as float32."""
+        """Return `value` as float32."""
         return value if self.compute == FLOAT32 else self.call("Cast", value, to=FLOAT32)
 
     def narrow(self, value: ir.Value) -> ir.Value:
-        """Return a float32 ``value`` in the type of activations."""
+        """Return a float32 `value` in the type of activations."""
         return value if self.compute == FLOAT32 else self.call("Cast", value, to=self.compute)
 
     def branch(self, name: str) -> Emitter:

@@ -1,4 +1,8 @@
-"""Read and rewrite a graph: the few moves that every lowering needs."""
+"""Read and rewrite a graph: the few operations that every lowering needs.
+
+onnx_ir has no search for the producer or the sole consumer of an op, and its
+`replace_nodes_and_values` renames every new value; here only graph outputs keep their names.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgemoe.errors import ExportError
 from edgemoe_exporters.graph.initializers import add_initializer
-from edgemoe_exporters.graph.lazy_weights import Latest
+from edgemoe_exporters.graph.lazy_weights import LatestResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,15 +27,15 @@ class Editor:
     """One graph being rewritten.
 
     Attributes:
-        model: What the graph is in.
+        model: The model that the graph is in.
         graph: The graph.
-        latest: What was quantised last, for the several tensors that come from it.
+        latest: The weight that was quantised last, for the several tensors made of it.
     """
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.graph = model.graph
-        self.latest = Latest()
+        self.latest = LatestResult()
 
     def nodes(self, op_type: str, domain: str = "") -> Iterator[ir.Node]:
         """Yield the nodes of one op; the graph may change meanwhile.
@@ -75,7 +79,7 @@ class Editor:
         return tuple(node.outputs)
 
     def constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-        """Return the initializer ``name``, made from ``array`` where it does not exist.
+        """Return the initializer `name`, made from `array` where it does not exist.
 
         Args:
             name: Name of the initializer; one name always has one content.
@@ -104,7 +108,7 @@ class Editor:
         return add_initializer(self.graph, name, tensor, metadata)
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
-        """Let everything that reads ``old`` read ``new``, which takes over its name and type.
+        """Replace all uses of `old` by `new`, which takes over its name and type.
 
         Args:
             old: An output of a node that is no longer wanted.
@@ -182,7 +186,7 @@ def array_of(value: ir.Value) -> np.ndarray[Any, Any]:
 
 
 def producer_of(value: ir.Value | None, op_type: str, domain: str = "") -> ir.Node | None:
-    """Return the node that makes ``value``, where it is of the given op.
+    """Return the node that makes `value`, where it is of the given op.
 
     Args:
         value: Any value.
@@ -199,7 +203,7 @@ def producer_of(value: ir.Value | None, op_type: str, domain: str = "") -> ir.No
 
 
 def sole_consumer(value: ir.Value, op_type: str, domain: str = "") -> ir.Node | None:
-    """Return the only node that reads ``value``, where it is of the given op.
+    """Return the only node that reads `value`, where it is of the given op.
 
     Args:
         value: Any value.

@@ -11,7 +11,7 @@ from edgemoe.errors import ExportError
 if TYPE_CHECKING:
     import numpy as np
 
-    from edgemoe_exporters.graph.lazy_weights import Deferred
+    from edgemoe_exporters.graph.lazy_weights import LazyWeight
 
 
 def add_initializer(
@@ -47,8 +47,8 @@ def weight_of(value: ir.Value) -> np.ndarray[Any, Any]:
     return value.const_value.numpy()
 
 
-def set_weight(value: ir.Value, content: Deferred, dtype: ir.DataType | None = None) -> None:
-    """Give an initializer another content, in another floating type where asked for.
+def set_weight(value: ir.Value, content: LazyWeight, dtype: ir.DataType | None = None) -> None:
+    """Replace the content of an initializer, converted to a floating type where one is given.
 
     Args:
         value: The initializer.

@@ -2,7 +2,7 @@
 
 A graph of a model that is larger than memory names its weights long before they are read. What
 a lowering does to a weight (another layout, another type, blocks of 4 bits) is kept as a
-function, and :class:`edgemoe_exporters.bundle.writer.BundleWriter` calls it when it writes the
+function, and `bundle.writer.BundleWriter` calls it when it writes the
 bytes.
 """
 
@@ -24,13 +24,13 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Deferred:
-    """An array that does not exist yet.
+class LazyWeight:
+    """An array that is computed when it is read.
 
     Attributes:
         shape: Its shape.
         dtype: Its type.
-        compute: Makes it, each time anew.
+        compute: Computes it, each time anew.
     """
 
     shape: tuple[int, ...]
@@ -38,8 +38,8 @@ class Deferred:
     compute: Callable[[], np.ndarray[Any, Any]]
 
     @classmethod
-    def of(cls, value: ir.Value) -> Deferred:
-        """Take an initializer's content as it is now; it may be replaced afterwards.
+    def of(cls, value: ir.Value) -> LazyWeight:
+        """Return an initializer's content as it is now; it may be replaced afterwards.
 
         Raises:
             ExportError: It is computed in the graph.
@@ -59,8 +59,8 @@ class Deferred:
         change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
         shape: Sequence[int] | None = None,
         dtype: ir.DataType | None = None,
-    ) -> Deferred:
-        """Return what ``change`` makes of the array.
+    ) -> LazyWeight:
+        """Return the array after a change.
 
         Args:
             change: The function.
@@ -68,9 +68,9 @@ class Deferred:
             dtype: Type of its result; that of the array by default.
 
         Returns:
-            Its result, which does not exist yet either.
+            Its result, computed when it is read.
         """
-        return Deferred(
+        return LazyWeight(
             self.shape if shape is None else tuple(shape),
             self.dtype if dtype is None else dtype,
             lambda: change(self.compute()),
@@ -82,10 +82,10 @@ class Deferred:
         Args:
             name: Its name.
             dtype: A floating type to convert to; numbers beyond it end in an
-                :class:`edgemoe.errors.ExportError` when the tensor is written.
+                `edgemoe.errors.ExportError` when the tensor is written.
 
         Returns:
-            A tensor that computes its content each time that it is asked for it.
+            A tensor that computes its content each time that it is read.
         """
         wanted = self.dtype if dtype is None else dtype
 
@@ -97,7 +97,7 @@ class Deferred:
         return ir.LazyTensor(make, wanted, ir.Shape(self.shape), name=name)
 
 
-class Latest:
+class LatestResult:
     """The result that was computed last: tensors made of it are written one after the other."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from edgemoe.models.experts import ExpertsLayout
 from edgemoe.models.router_rule import RouterRule, Scoring
 from edgemoe_exporters.graph.editor import required
 from edgemoe_exporters.graph.initializers import weight_of
-from edgemoe_exporters.graph.lazy_weights import Deferred
+from edgemoe_exporters.graph.lazy_weights import LazyWeight
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,19 +24,19 @@ class RouteNode:
     """A Route node.
 
     Attributes:
-        hidden: float ``[T, H]``.
-        weight: Router rows, float ``[E, H]``.
-        logit_bias: float ``[E]``.
-        correction_bias: float ``[E]``, where it is not the same for all experts.
-        expert_scale: float ``[E]``.
-        k_cap: int64 ``[L]``.
-        k_cap_index: Which element of ``k_cap`` is this layer's.
+        hidden: float `[T, H]`.
+        weight: Router rows, float `[E, H]`.
+        logit_bias: float `[E]`.
+        correction_bias: float `[E]`, where it is not the same for all experts.
+        expert_scale: float `[E]`.
+        k_cap: int64 `[L]`.
+        k_cap_index: Which element of `k_cap` is this layer's.
         top_k: Most experts of a token without a cap.
         rule: How experts are chosen.
-        top_p: Share of the router's mass that a token's experts must reach; 0 asks for none.
-        allocator: Rows that say how many experts a token uses, float32 ``[top_k, H]``.
-        allocator_bias: What is added to their products, float32 ``[top_k]``.
-        counts: Whether it also tells how many experts its tokens use.
+        top_p: Cumulative router probability that a token's experts must reach; 0 for no limit.
+        allocator: Weights of the linear head that sets a token's k, float32 `[top_k, H]`.
+        allocator_bias: Bias of that head, float32 `[top_k]`.
+        counts: Whether it also outputs how many experts its tokens use.
     """
 
     hidden: ir.Value
@@ -56,7 +56,7 @@ class RouteNode:
     @classmethod
     def of(cls, node: ir.Node) -> RouteNode:
         """Read a node."""
-        # What comes after the cap is what a policy added.
+        # Inputs after the cap were added by a k policy.
         hidden, weight, logit_bias, correction, scale, k_cap, *rest = node.inputs
         attributes = node.attributes
         top_p = attributes.get("top_p")
@@ -100,11 +100,11 @@ class RouteNode:
     @property
     def experts(self) -> int:
         """Number of experts."""
-        return Deferred.of(self.weight).shape[0]
+        return LazyWeight.of(self.weight).shape[0]
 
 
 def activation_of(node: ir.Node) -> Activation:
-    """Read what Experts or FactoredExperts do between their two products."""
+    """Read the activation between the two products of Experts or FactoredExperts."""
     attributes = node.attributes
     return Activation(
         kind=attributes["activation"].as_string(),
@@ -120,15 +120,15 @@ class ExpertsNode:
     """An Experts node.
 
     Attributes:
-        hidden: float ``[T, H]``.
-        indices: int64 ``[T, k]``.
-        weights: float ``[T, k]``.
+        hidden: float `[T, H]`.
+        indices: int64 `[T, k]`.
+        weights: float `[T, k]`.
         gate_up: First product, as the family stores it.
         down: Second product, as the family stores it.
-        gate_up_bias: float ``[E, 2I]``.
-        down_bias: float ``[E, H]``.
+        gate_up_bias: float `[E, 2I]`.
+        down_bias: float `[E, H]`.
         layout: How the family stores them.
-        activation: What is between the two products.
+        activation: The activation between the two products.
     """
 
     hidden: ir.Value
@@ -165,26 +165,26 @@ class ExpertsNode:
             activation=activation_of(node),
         )
 
-    def gate_up_array(self) -> Deferred:
-        """Return gate rows, then up rows ``[E, 2I, H]``; up rows only without a gate."""
+    def gate_up_array(self) -> LazyWeight:
+        """Return gate rows, then up rows `[E, 2I, H]`; up rows only without a gate."""
         return self._canonical(self.layout.gate_up_name, self.gate_up)
 
-    def down_array(self) -> Deferred:
-        """Return ``[E, H, I]``."""
+    def down_array(self) -> LazyWeight:
+        """Return `[E, H, I]`."""
         return self._canonical("down_proj", self.down)
 
-    def gate_up_bias_array(self) -> Deferred | None:
-        """Return ``[E, 2I]``, where there is one."""
+    def gate_up_bias_array(self) -> LazyWeight | None:
+        """Return `[E, 2I]`, where there is one."""
         if self.gate_up_bias is None:
             return None
         return self._canonical(f"{self.layout.gate_up_name}_bias", self.gate_up_bias)
 
-    def down_bias_array(self) -> Deferred | None:
-        """Return ``[E, H]``, where there is one."""
-        return None if self.down_bias is None else Deferred.of(self.down_bias)
+    def down_bias_array(self) -> LazyWeight | None:
+        """Return `[E, H]`, where there is one."""
+        return None if self.down_bias is None else LazyWeight.of(self.down_bias)
 
-    def _canonical(self, name: str, value: ir.Value) -> Deferred:
-        stored, layout = Deferred.of(value), self.layout
+    def _canonical(self, name: str, value: ir.Value) -> LazyWeight:
+        stored, layout = LazyWeight.of(value), self.layout
         if layout.is_canonical:
             return stored
 

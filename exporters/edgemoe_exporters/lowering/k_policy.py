@@ -1,9 +1,8 @@
-"""Give a traced graph what says how many experts its tokens use, and let it tell.
+"""Bind a task's k policy to a traced graph, and count the experts that its tokens use.
 
 One trace serves every task, so routers are traced without a policy; a Route node gets the
-number of slots, the share of mass and the allocator's rows of the task afterwards. Where k
-depends on the token, nobody but the graph knows what a request really used: a further output
-says so.
+task's number of slots, top-p and allocator afterwards. Where k depends on the token, only the
+graph knows how many experts a request used: a further output counts them.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def full_k(model: MoeModel, *plans: Plan) -> tuple[int, ...]:
-    """Say how many experts tokens may use when nothing caps them.
+    """Return how many experts tokens may use when nothing caps them.
 
     Args:
         model: The whole model.
@@ -45,7 +44,7 @@ def full_k(model: MoeModel, *plans: Plan) -> tuple[int, ...]:
 
 
 def has_policies(model: MoeModel, plans: Iterable[Plan]) -> bool:
-    """Ask whether tokens of any task may use another number than the router's top_k.
+    """Return whether tokens of any task may use another number than the router's top_k.
 
     Args:
         model: The whole model.
@@ -59,7 +58,7 @@ def has_policies(model: MoeModel, plans: Iterable[Plan]) -> bool:
 
 
 def bind_policy(graph: ir.Model, policy: KPolicy | None) -> None:
-    """Put a policy into a traced graph.
+    """Bind a policy to a traced graph.
 
     Args:
         graph: The graph, with Route nodes; it is changed.
@@ -73,11 +72,11 @@ def bind_policy(graph: ir.Model, policy: KPolicy | None) -> None:
 
 
 def count_experts_used(graph: ir.Model) -> None:
-    """Add the output ``experts_used``: experts that the tokens of a call used.
+    """Add the output `experts_used`: experts that the tokens of a call used.
 
     Args:
         graph: The graph, with Route nodes, each of which gets a third output: the sum over the
-            call's tokens, int64 ``[1]``. The new output has them all, int64 ``[MoE layers]``.
+            call's tokens, int64 `[1]`. The new output has them all, int64 `[MoE layers]`.
     """
     counts: dict[int, ir.Value] = {}
     for node in _routes(graph):

@@ -1,7 +1,7 @@
 """Lower a traced model to ops of onnxruntime 1.28 or later, on a CPU or on CUDA.
 
-Past and present of a layer may be one buffer ``[B, heads, slots, size]``: the attention mask
-``[B, total]`` says how many slots are in use. A batch of more than one row cannot read several
+Past and present of a layer may be one buffer `[B, heads, slots, size]`: the attention mask
+`[B, total]` says how many slots are in use. A batch of more than one row cannot read several
 new tokens after a past (a limit of GroupQueryAttention on a CPU): read prompts whole.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from edgemoe_exporters.precision import Precision
 
-# In this order: types first, then what is recognised by the plain ops around it.
+# In this order: types first, then ops recognised by the standard ops around them.
 _STEPS: dict[str, Callable[[Editor, Precision], None]] = {
     "half": convert_to_half,
     "linears": lower_linears,
@@ -46,12 +46,11 @@ def lower(model: ir.Model, precision: str) -> ir.Model:
     """Lower a traced model.
 
     Args:
-        model: What :func:`edgemoe_exporters.tracing.trace.trace` returned; it is not changed.
-        precision: ``fp32``, ``fp16``, ``int8`` or ``int4``.
+        model: What `tracing.trace.trace` returned; it is not changed.
+        precision: `fp32`, `fp16`, `int8` or `int4`.
 
     Returns:
-        A new graph. Initializers with experts along an axis say so in ``metadata_props``:
-        ``edgemoe.expert_axis`` (always 0) and ``edgemoe.layer``, the decoder layer.
+        A new graph. Initializers with experts along an axis are marked, see `graph.metadata`.
 
     Raises:
         ExportError: The precision is unknown, or a traced op has no lowering.
@@ -68,7 +67,7 @@ def lower(model: ir.Model, precision: str) -> ir.Model:
             f"every traced op must have a lowering for onnxruntime, got {', '.join(left)}. "
             "Choose another target."
         )
-    # What all layers share is computed first, from what may be computed itself.
+    # Values that all layers share come first, after the nodes that compute their inputs.
     TopologicalSortPass()(lowered)
     lowered.opset_imports.pop(DOMAIN, None)
     lowered.opset_imports[MICROSOFT] = 1

@@ -1,7 +1,7 @@
 """Block-wise quantisation of weights to 4 or 8 bits, in onnxruntime's layout.
 
 A block of consecutive weights of a row shares a scale s and a zero point z: a weight is
-``(q - z) * s`` with an integer q. Scale and zero point of each block are searched for the
+`(q - z) * s` with an integer q. Scale and zero point of each block are searched for the
 smallest squared error, because the range that its extremes span is seldom the best one.
 """
 
@@ -26,12 +26,12 @@ _CHUNK = 8192
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised tensor ``[..., rows, columns]``.
+    """A quantised tensor `[..., rows, columns]`.
 
     Attributes:
-        packed: uint8 ``[..., rows, columns * bits / 8]``, the first weight in the low bits.
-        scales: float32 ``[..., rows, blocks]``.
-        zero_points: uint8 ``[..., rows, ceil(blocks * bits / 8)]``, packed like the weights;
+        packed: uint8 `[..., rows, columns * bits / 8]`, the first weight in the low bits.
+        scales: float32 `[..., rows, blocks]`.
+        zero_points: uint8 `[..., rows, ceil(blocks * bits / 8)]`, packed like the weights;
             None for the middle of the range.
     """
 
@@ -46,7 +46,7 @@ def quantize_blocks(
     """Quantise along the last axis.
 
     Args:
-        weight: float ``[..., rows, columns]``; ``block`` divides columns.
+        weight: float `[..., rows, columns]`; `block` divides columns.
         bits: 4 or 8.
         block: Weights that share a scale.
         symmetric: Whether the zero point is fixed to the middle of the range.
@@ -55,7 +55,7 @@ def quantize_blocks(
         The quantised tensor.
 
     Raises:
-        ValueError: ``block`` does not divide the columns, or ``bits`` is neither 4 nor 8.
+        ValueError: `block` does not divide the columns, or `bits` is neither 4 nor 8.
     """
     if bits not in {4, 8} or weight.shape[-1] % block:
         raise ValueError(
@@ -81,7 +81,7 @@ def quantize_blocks(
 
 @contextlib.contextmanager
 def _pool() -> Iterator[ThreadPoolExecutor]:
-    """Make threads that take a piece each: torch's own would share one, and wait for it."""
+    """Make threads that take a chunk each: torch's own would share one, and wait for it."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
         try:
@@ -91,7 +91,7 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def _chunks(blocks: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-    """Cut into pieces that stay in a core's cache: several times as fast."""
+    """Split into chunks that stay in a core's cache: several times as fast."""
     for start in range(0, blocks.shape[0], _CHUNK):
         yield blocks[start : start + _CHUNK]
 
@@ -99,7 +99,7 @@ def _chunks(blocks: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
 def _search(
     blocks: torch.Tensor, bits: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return levels uint8 ``[n, block]``, scales float32 ``[n]``, zero points uint8 ``[n]``."""
+    """Return levels uint8 `[n, block]`, scales float32 `[n]`, zero points uint8 `[n]`."""
     top = (1 << bits) - 1
     candidates = _symmetric(blocks, bits) if symmetric else _asymmetric(blocks, bits)
     best = torch.full((blocks.shape[0],), torch.inf)

@@ -1,9 +1,9 @@
-"""Quantise what several tasks share once: the search for scales is most of an int4 export.
+"""Quantise what several tasks share only once: the search for scales dominates an int4 export.
 
-Tasks have the same backbone and many of the same experts. Inside :func:`remembering`, a
+Tasks have the same backbone and many of the same experts. Inside `quantization_cache`, a
 matrix that was quantised before is recognised by the sha256 of its bytes; experts are
-looked up one by one, since their stacks differ between tasks. What was found is kept in a
-file, since all of it together is as large as a graph.
+looked up one by one, since their stacks differ between tasks. Results are cached in a file,
+since all of them together are as large as a graph.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import onnx_ir as ir
 
-from edgemoe_exporters.graph.lazy_weights import Deferred
+from edgemoe_exporters.graph.lazy_weights import LazyWeight
 from edgemoe_exporters.lowering.quantize import Quantized, quantize_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from edgemoe_exporters.graph.lazy_weights import Latest
+    from edgemoe_exporters.graph.lazy_weights import LatestResult
 
 _Key = tuple[bytes, tuple[int, ...], str, int, int, bool]
 
 
-class _Memory:
-    """What was quantised, in a file."""
+class _QuantizationCache:
+    """Quantised matrices in a file, by the hash of their content."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._places: dict[_Key, tuple[int, list[tuple[tuple[int, ...], str]]]] = {}
+        self._entries: dict[_Key, tuple[int, list[tuple[tuple[int, ...], str]]]] = {}
 
     def look_up(self, key: _Key, make: Callable[[], Quantized]) -> Quantized:
-        if key not in self._places:
+        if key not in self._entries:
             found = make()
             begin = self._file.seek(0, os.SEEK_END)
             forms = []
@@ -47,9 +47,9 @@ class _Memory:
                 if part is not None:
                     self._file.write(np.ascontiguousarray(part).data)
                     forms.append((part.shape, part.dtype.str))
-            self._places[key] = begin, forms
+            self._entries[key] = begin, forms
             return found
-        begin, forms = self._places[key]
+        begin, forms = self._entries[key]
         self._file.seek(begin)
         parts = []
         for shape, dtype in forms:
@@ -59,12 +59,12 @@ class _Memory:
         return Quantized(parts[0], parts[1], parts[2] if len(parts) == 3 else None)
 
 
-_memory: ContextVar[_Memory | None] = ContextVar("quantised", default=None)
+_memory: ContextVar[_QuantizationCache | None] = ContextVar("quantised", default=None)
 
 
 @contextlib.contextmanager
-def remembering(directory: Path | None = None) -> Iterator[None]:
-    """Keep what is quantised until the block ends.
+def quantization_cache(directory: Path | None = None) -> Iterator[None]:
+    """Cache quantised matrices until the block ends.
 
     Args:
         directory: Where the file is made; that for temporary files by default. It has no
@@ -74,7 +74,7 @@ def remembering(directory: Path | None = None) -> Iterator[None]:
         Nothing.
     """
     with tempfile.TemporaryFile(dir=directory) as file:
-        token = _memory.set(_Memory(file))
+        token = _memory.set(_QuantizationCache(file))
         try:
             yield
         finally:
@@ -84,10 +84,10 @@ def remembering(directory: Path | None = None) -> Iterator[None]:
 def quantize(weight: np.ndarray[Any, Any], bits: int, block: int, symmetric: bool) -> Quantized:
     """Quantise along the last axis.
 
-    As :func:`edgemoe_exporters.lowering.quantize.quantize_blocks` does.
+    As `lowering.quantize.quantize_blocks` does.
 
     Args:
-        weight: float ``[rows, columns]`` or ``[experts, rows, columns]``.
+        weight: float `[rows, columns]` or `[experts, rows, columns]`.
         bits: 4 or 8.
         block: Weights that share a scale.
         symmetric: Whether the zero point is fixed to the middle of the range.
@@ -111,20 +111,20 @@ def quantize(weight: np.ndarray[Any, Any], bits: int, block: int, symmetric: boo
 
 
 def quantize_later(
-    latest: Latest, weight: Deferred, bits: int, block: int, symmetric: bool
-) -> dict[str, Deferred]:
+    latest: LatestResult, weight: LazyWeight, bits: int, block: int, symmetric: bool
+) -> dict[str, LazyWeight]:
     """Quantise a weight when one of its parts is written.
 
     Args:
         latest: Keeps the parts until another weight is quantised.
-        weight: float ``[..., rows, columns]``; ``block`` divides columns.
-        bits: As in :func:`quantize`.
+        weight: float `[..., rows, columns]`; `block` divides columns.
+        bits: As in `quantize`.
         block: As there.
         symmetric: As there.
 
     Returns:
-        The attributes of :class:`edgemoe_exporters.lowering.quantize.Quantized` by name; no
-        ``zero_points`` where they are the middle of the range.
+        The attributes of `lowering.quantize.Quantized` by name; no
+        `zero_points` where they are the middle of the range.
     """
     *leading, columns = weight.shape
     count = columns // block
@@ -144,13 +144,13 @@ def quantize_later(
         return found
 
     return {
-        name: Deferred(shape, dtype, partial(part, name))
+        name: LazyWeight(shape, dtype, partial(part, name))
         for name, (dtype, shape) in shapes.items()
     }
 
 
 def _look_up(
-    memory: _Memory,
+    memory: _QuantizationCache,
     matrix: np.ndarray[Any, Any],
     bits: int,
     block: int,

@@ -1,4 +1,4 @@
-"""Lower a traced model to a graph that TensorRT builds: basic ops, opset 20 at most.
+"""Lower a traced model to a graph that TensorRT builds: primitive ops, opset 20 at most.
 
 The graph is strongly typed. In fp16, weights and activations are float16; router, norms,
 softmax and angles are float32, and so are the logits. The cache grows by Concat.
@@ -15,7 +15,7 @@ from edgemoe.errors import ExportError
 from edgemoe_exporters.graph.builder import FLOAT32, Emitter, size_of
 from edgemoe_exporters.graph.editor import required
 from edgemoe_exporters.graph.initializers import narrow_attributes, set_weight, state_values
-from edgemoe_exporters.graph.lazy_weights import Deferred
+from edgemoe_exporters.graph.lazy_weights import LazyWeight
 from edgemoe_exporters.graph.metadata import DOMAIN, SETS_SHAPES
 from edgemoe_exporters.graph.nodes import ExpertsNode, RouteNode
 from edgemoe_exporters.lowering.primitive.attention import Shared
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAX_OPSET = 20
 _IR_VERSION = 10
 _COMPUTE = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
-# Inputs of opaque nodes that stay float32, by position.
+# Inputs of custom ops that stay float32, by position.
 _WIDE_INPUTS = {
     "Route": (1, 2, 3, 4, 6, 7),
     "RotaryEmbedding": (2,),
@@ -43,14 +43,15 @@ _LOGITS = "logits"
 
 
 def lower(model: ir.Model, precision: str, *, static_shapes: bool = False) -> ir.Model:
-    """Replace the opaque nodes of a traced model by ops that TensorRT builds.
+    """Decompose the custom ops of a traced model into primitive ops that TensorRT builds.
 
     Args:
-        model: What :func:`edgemoe_exporters.tracing.trace.trace` made; it is taken over.
-        precision: ``fp32`` or ``fp16``.
-        static_shapes: Whether no shape may follow how many experts tokens use. It costs the
-            time that a smaller k would save, and is for a TensorRT that refuses the rest. None
-            may in graphs of models with recurrent layers, nor of more than 64 MoE layers.
+        model: What `tracing.trace.trace` made; it is changed.
+        precision: `fp32` or `fp16`.
+        static_shapes: Whether to avoid shapes that depend on how many experts tokens use. It
+            costs the time that a smaller k would save, and is for a TensorRT that refuses the
+            other graph. Graphs with recurrent layers, or with more than 64 MoE layers, never
+            have such shapes.
 
     Returns:
         The same model, lowered.
@@ -81,7 +82,7 @@ def lower(model: ir.Model, precision: str, *, static_shapes: bool = False) -> ir
 
 
 def _narrow(graph: ir.Graph, compute: ir.DataType) -> None:
-    """Make float weights, cache and the float part of the graph ``compute``."""
+    """Convert float weights, cache and the float part of the graph to `compute`."""
     kept = {
         node.inputs[index]
         for node in graph
@@ -91,7 +92,7 @@ def _narrow(graph: ir.Graph, compute: ir.DataType) -> None:
     } | state_values(graph)
     for value in graph.initializers.values():
         if value.dtype == FLOAT32 and value not in kept:
-            set_weight(value, Deferred.of(value), compute)
+            set_weight(value, LazyWeight.of(value), compute)
     for value in graph.inputs:
         if value.dtype == FLOAT32 and value not in kept:
             value.dtype = compute
@@ -104,8 +105,8 @@ def _narrow(graph: ir.Graph, compute: ir.DataType) -> None:
 
 def _lower_nodes(graph: ir.Graph, compute: ir.DataType, *, static_shapes: bool) -> None:
     shared = Shared()
-    # TensorRT for RTX 1.7 has an internal error where both shapes follow values and a Scan is.
-    may_follow = not static_shapes and not any(n.op_type == "LinearAttention" for n in graph)
+    # TensorRT for RTX 1.7 has an internal error with data-dependent shapes beside a Scan.
+    allow_dynamic = not static_shapes and not any(n.op_type == "LinearAttention" for n in graph)
     chosen: dict[ir.Value, Slots] = {}
     for node in list(graph):
         if node.domain != DOMAIN:
@@ -113,12 +114,14 @@ def _lower_nodes(graph: ir.Graph, compute: ir.DataType, *, static_shapes: bool) 
         emit = Emitter(graph, compute, str(node.name or node.op_type))
         if node.op_type == "Route":
             route = RouteNode.of(node)
-            outputs, most = lower_route(emit, route)
+            outputs, max_used = lower_route(emit, route)
             gates, indices, *_ = outputs
-            follows = may_follow and size_of(route.k_cap, 0) <= MAX_SHAPE_NUMBERS
-            if follows:
+            dynamic = allow_dynamic and size_of(route.k_cap, 0) <= MAX_SHAPE_NUMBERS
+            if dynamic:
                 route.k_cap.metadata_props[SETS_SHAPES] = "1"
-            chosen[gates] = Slots(indices=indices, gates=gates, most=most if follows else None)
+            chosen[gates] = Slots(
+                indices=indices, gates=gates, max_used=max_used if dynamic else None
+            )
         elif node.op_type in ("Experts", "FactoredExperts"):
             slots = chosen.get(required(node.inputs[2]))
             if slots is None:
@@ -150,7 +153,7 @@ def _replace(
 
 
 def _restore_logits(graph: ir.Graph) -> None:
-    """Give the logits in float32, as every sampler wants them."""
+    """Cast the logits to float32, as every sampler wants them."""
     for index, value in enumerate(graph.outputs):
         if value.name == _LOGITS and value.dtype != FLOAT32:
             node = ir.node("Cast", [value], attributes={"to": FLOAT32}, name="logits/Cast")

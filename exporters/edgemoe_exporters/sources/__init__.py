@@ -1,1 +1,1 @@
-"""Where an export takes its model from: memory, or a checkpoint that is larger than it."""
+"""Sources of the model of an export: memory, or a checkpoint that is larger than it."""

@@ -1,4 +1,4 @@
-"""Ask the eager model what a graph must agree with."""
+"""Run the eager model: the logits that a graph must agree with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.numpy import load, save
 from edgemoe.layerwise.batch import Batch
 from edgemoe.layerwise.runner import LayerTask, run_batches
 from edgemoe.models.hooks import observe
-from edgemoe.models.routers import is_near_tie, mass_of, select
+from edgemoe.models.routers import is_near_tie, probability_of, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ _SCHEDULES = ((1, (16, 1, 1, 1, 1)), (1, (5, 4, 3)), (2, (7, 1, 1)))
 
 @dataclass(frozen=True)
 class EagerRun:
-    """What the eager model says of one batch of rows.
+    """Logits of the eager model for one batch of rows.
 
     Attributes:
         ids: Token ids, int64 `[batch, tokens]`.
@@ -48,7 +48,7 @@ class EagerRun:
 
 
 class EagerRows(LayerTask):
-    """Rows of real tokens for the eager model, and what it says of them.
+    """Rows of real tokens for the eager model, and its logits.
 
     Args:
         ids: Tokens of some text; repeated where they are few.
@@ -83,7 +83,7 @@ class EagerRows(LayerTask):
     def note_ties(
         self, layer: MoeLayer, hidden: torch.Tensor, routing: Routing, _: object
     ) -> None:
-        """Watch a layer; for `edgemoe.models.hooks.observe`."""
+        """Record the near ties of a layer; for `edgemoe.models.hooks.observe`."""
         if layer.rule is None:
             return
         used = (routing.indices < layer.num_experts).sum(dim=-1)
@@ -92,12 +92,12 @@ class EagerRows(LayerTask):
             chosen = select(
                 routing.logits, layer.correction_bias, layer.rule, layer.slots
             ).indices
-            mass = mass_of(routing.logits, layer.rule).gather(-1, chosen)
+            mass = probability_of(routing.logits, layer.rule).gather(-1, chosen)
             tied |= layer.k_rule.is_near_tie(hidden, mass)
         self._tied[self.current] |= tied
 
     def before_batch(self, number: int) -> None:
-        """Be told which batch runs next."""
+        """Note the index of the batch that runs next."""
         self.current = number
 
     def state(self, index: int) -> dict[str, torch.Tensor]:
@@ -106,23 +106,23 @@ class EagerRows(LayerTask):
         return {str(number): tied for number, tied in enumerate(self._tied)}
 
     def restore(self, index: int, read: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        """Take the ties that an earlier process noted."""
+        """Restore the ties that an earlier process recorded."""
         del index
         tensors = read()
         self._tied = [tensors[str(number)].clone() for number in range(len(self.rows))]
 
     def take(self, number: int, logits: torch.Tensor) -> None:
-        """Take the logits of the next batch.
+        """Add the logits of the next batch.
 
         Args:
-            number: Which it is.
+            number: Its index.
             logits: `[batch, tokens, vocabulary]`.
         """
         assert number == len(self._logits)
         self._logits.append(logits.float().numpy())
 
     def runs(self) -> list[EagerRun]:
-        """Return what the model said of each batch."""
+        """Return the logits of each batch."""
         return [
             EagerRun(
                 rows,
@@ -137,7 +137,7 @@ class EagerRows(LayerTask):
 
 
 def runs_to_bytes(runs: Sequence[EagerRun]) -> bytes:
-    """Store runs.
+    """Serialise runs.
 
     Args:
         runs: The runs.
@@ -159,7 +159,7 @@ def runs_to_bytes(runs: Sequence[EagerRun]) -> bytes:
 
 
 def runs_from_bytes(content: bytes) -> list[EagerRun]:
-    """Read what `runs_to_bytes` stored.
+    """Read runs that `runs_to_bytes` serialised.
 
     Args:
         content: A safetensors file.
@@ -187,14 +187,14 @@ def run_eager(
     name: str = "",
     inside: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> list[EagerRun]:
-    """Ask the eager model about rows of real tokens.
+    """Run the eager model on rows of real tokens.
 
     Args:
         provider: The model, in float32.
         ids: Tokens of some text; repeated where they are few.
-        work: For what layers that are read one by one returned; nothing is left there.
-        name: What tells the model from others that are asked there.
-        inside: Makes a context that each of those layers runs in, from its index.
+        work: Keeps outputs of layers that are read one by one; nothing is left there.
+        name: Distinguishes the model from others that use the same directory.
+        inside: Returns the context that a layer runs in, from its index.
 
     Returns:
         Its logits for each schedule of calls.

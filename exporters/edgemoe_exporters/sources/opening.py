@@ -1,37 +1,114 @@
-"""Open the checkpoint of an export: in memory, or layer by layer where it is larger."""
+"""The source of the model of an export: memory, or a checkpoint that is larger than it.
+
+A model within the limit is loaded whole, which is fastest where several passes read it; the
+weights of a larger one are read when they are written, and passes run one decoder layer at a
+time. Both give the same bytes.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from transformers import GenerationConfig
+
+from edgemoe.calibrate.collect import collect
+from edgemoe.evaluate.torch_scorer import TorchScorer
+from edgemoe.layerwise.provider import InMemoryLayers, StreamedLayers
 from edgemoe.models.checkpoint import load_model
-from edgemoe_exporters.sources.in_memory import SourceInMemory
-from edgemoe_exporters.sources.streamed import StreamedSource
+from edgemoe.resume import WorkDirectory
+from edgemoe_exporters.sources.in_memory import task_in_memory
+from edgemoe_exporters.sources.streamed import streamed_task
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Mapping
+    from contextlib import AbstractContextManager
 
-    from edgemoe.models.fingerprint import FileHashes
+    from tokenizers import Tokenizer
+
+    from edgemoe.calibrate.statistics import Statistics
+    from edgemoe.layerwise.provider import LayerProvider
+    from edgemoe.models.checkpoint import Checkpoint
+    from edgemoe.models.contract import MoeModel
     from edgemoe.models.opening import StreamedModel
-    from edgemoe.resume import WorkDirectory
-    from edgemoe_exporters.sources.protocol import ModelSource
+    from edgemoe.plans.plan import Plan
+    from edgemoe.tasks import TaskFile
+    from edgemoe_exporters.bundle.expert_layout import StackLayout
+    from edgemoe_exporters.sources.task_source import TaskSource
+
+_GENERATION = "generation_config.json"
 
 
-def open_source(
-    path: Path, larger: StreamedModel | None, work: WorkDirectory | None, hashes: FileHashes
-) -> ModelSource:
-    """Open a checkpoint.
+class ModelSource:
+    """A checkpoint to export.
 
-    Args:
-        path: The checkpoint.
-        larger: The same, opened layer by layer because it is larger than memory, or None.
-        work: Where a streamed export keeps what is finished.
-        hashes: Of the checkpoint's files.
-
-    Returns:
-        What an export reads.
+    Attributes:
+        layers: Its decoder layers, for methods that run them.
     """
-    if larger is None:
-        return SourceInMemory(load_model(path))
-    assert work is not None
-    return StreamedSource(larger, path, work, hashes)
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        streamed: StreamedModel | None = None,
+        work: WorkDirectory | None = None,
+    ) -> None:
+        """Load a checkpoint, unless it is streamed.
+
+        Args:
+            checkpoint: The checkpoint.
+            streamed: The same, open layer by layer because it is larger than memory, or None.
+            work: Where a streamed export keeps finished steps.
+        """
+        self._streamed, self._work = streamed, work
+        self.layers: LayerProvider
+        if streamed is None:
+            self.layers = InMemoryLayers(load_model(checkpoint))
+            return
+        self.layers = StreamedLayers(streamed, checkpoint.hashes)
+        if (checkpoint.path / _GENERATION).exists():
+            # A skeleton has the configuration of the model only.
+            found = GenerationConfig.from_pretrained(str(checkpoint.path))
+            streamed.moe.model.generation_config = found
+
+    @property
+    def moe(self) -> MoeModel:
+        """The whole model; without contents where it is streamed."""
+        return self.layers.moe
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether its decoder layers are in memory one at a time."""
+        return not self.layers.is_whole
+
+    def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
+        """Collect statistics of a task, as `edgemoe.calibrate.collect.collect`."""
+        if self._work is None:
+            return collect(self.layers, [task], tokenizer, max_tokens=max_tokens)
+        # An interrupted export left statistics of the next task there.
+        folder = self._work.path / f"calibration-{task.name}"
+        folder.mkdir(exist_ok=True)
+        work = WorkDirectory(folder)
+        found = collect(self.layers, [task], tokenizer, max_tokens=max_tokens, work=work)
+        self._work.remove(folder.name)
+        return found
+
+    def scorer(self) -> TorchScorer:
+        """Return a scorer of the whole model."""
+        return TorchScorer(self.layers, work=self._work)
+
+    def of_task(
+        self, plan: Plan, layouts: Mapping[int, StackLayout], task: str
+    ) -> AbstractContextManager[TaskSource]:
+        """Return a context with the experts of one task.
+
+        Args:
+            plan: The task's plan.
+            layouts: The order of the experts by decoder layer.
+            task: The task.
+
+        Returns:
+            A context manager; the task's model is valid inside it.
+        """
+        if self._streamed is None:
+            return task_in_memory(self.moe, plan, layouts, task)
+        assert self._work is not None
+        return streamed_task(self._streamed, plan, layouts, task, self._work)

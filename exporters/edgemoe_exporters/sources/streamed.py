@@ -1,4 +1,7 @@
-"""A model whose weights are read when they are written, and whose layers run one at a time."""
+"""One task's experts in a checkpoint that is larger than memory.
+
+Weights are read when they are written, and layers run one at a time.
+"""
 
 from __future__ import annotations
 
@@ -9,109 +12,70 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import from_torch_dtype
-from transformers import GenerationConfig
 
 from edgemoe.apply.checks import check_width_pruning, refuse_k_policy
 from edgemoe.apply.expert_tensors import expert_tensors
-from edgemoe.calibrate.streamed import collect_streamed
 from edgemoe.errors import ExportError
-from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.layerwise.provider import StreamedLayers
 from edgemoe.models.k_policy import following
 from edgemoe.models.layer_width import widened_shapes
 from edgemoe.plans.layer_plan import stored_width
-from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.bundle.task_experts import order_experts
-from edgemoe_exporters.graph.lazy_weights import Deferred, Latest
+from edgemoe_exporters.graph.lazy_weights import LatestResult, LazyWeight
 from edgemoe_exporters.lowering.k_policy import bind_policy
 from edgemoe_exporters.sources.eager_run import run_eager
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     import numpy as np
-    from tokenizers import Tokenizer
 
-    from edgemoe.calibrate.statistics import Statistics
     from edgemoe.models.expert_tensors import ExpertTensor
-    from edgemoe.models.fingerprint import FileHashes
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
     from edgemoe.plans.plan import MergedExpert, Plan
-    from edgemoe.tasks import TaskFile
+    from edgemoe.resume import WorkDirectory
     from edgemoe_exporters.bundle.expert_layout import StackLayout
     from edgemoe_exporters.sources.eager_run import EagerRun
 
-_GENERATION = "generation_config.json"
 
+@contextlib.contextmanager
+def streamed_task(
+    streamed: StreamedModel,
+    plan: Plan,
+    layouts: Mapping[int, StackLayout],
+    task: str,
+    work: WorkDirectory,
+) -> Iterator[StreamedTask]:
+    """Yield a checkpoint that is read as needed with the experts of one task.
 
-class StreamedSource:
-    """A checkpoint that is read as needed; a `sources.protocol.ModelSource`."""
+    Args:
+        streamed: The checkpoint.
+        plan: The task's plan.
+        layouts: The order of the experts by decoder layer.
+        task: The task.
+        work: Keeps outputs of layers; nothing is left there.
 
-    is_streamed = True
+    Yields:
+        The checkpoint with those; it is as before when the block ends.
 
-    def __init__(
-        self, streamed: StreamedModel, path: Path, work: WorkDirectory, hashes: FileHashes
-    ) -> None:
-        """Take an open checkpoint.
-
-        Args:
-            streamed: The checkpoint.
-            path: Its directory.
-            work: For what layers returned; nothing is left there.
-            hashes: Of its files, as far as they are known.
-        """
-        self.moe = streamed.moe
-        self._streamed = streamed
-        self._work = work
-        self._hashes = hashes
-        if (path / _GENERATION).exists():
-            # A skeleton knows the configuration of the model only.
-            self.moe.model.generation_config = GenerationConfig.from_pretrained(str(path))
-
-    def home(self) -> StreamedLayers:
-        """Return where its layers are."""
-        return StreamedLayers(self._streamed)
-
-    def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
-        """Measure a task."""
-        # What an interrupted export left there is of the task that comes next.
-        folder = self._work.path / f"calibration-{task.name}"
-        folder.mkdir(exist_ok=True)
-        statistics = collect_streamed(
-            self._streamed,
-            [task],
-            tokenizer,
-            WorkDirectory(folder),
-            self._hashes,
-            max_tokens=max_tokens,
-        )
-        self._work.remove(folder.name)
-        return statistics
-
-    def scorer(self) -> TorchScorer:
-        """Return what scores with the model."""
-        return TorchScorer(self.home(), work=self._work)
-
-    @contextlib.contextmanager
-    def of_task(
-        self, plan: Plan, layouts: Mapping[int, StackLayout], task: str
-    ) -> Iterator[StreamedTask]:
-        """Give the model the experts of one task."""
-        plan.validate(self.moe.shape)
-        check_width_pruning(plan, self.moe)
-        experts = {
-            layer.index: order_experts(layer_plan, layouts.get(layer.index), task)
-            for layer, layer_plan in zip(self.moe.layers, plan.layers, strict=True)
-        }
-        refuse_k_policy(plan, self.moe)
-        with following(self.moe, plan.k_policy or self.moe.k_policy):
-            yield StreamedTask(self._streamed, experts, self._work, task)
+    Raises:
+        PlanError: The plan does not fit the model.
+    """
+    moe = streamed.moe
+    plan.validate(moe.shape)
+    check_width_pruning(plan, moe)
+    experts = {
+        layer.index: order_experts(layer_plan, layouts.get(layer.index), task)
+        for layer, layer_plan in zip(moe.layers, plan.layers, strict=True)
+    }
+    refuse_k_policy(plan, moe)
+    with following(moe, plan.k_policy or moe.k_policy):
+        yield StreamedTask(streamed, experts, work, task)
 
 
 class StreamedTask:
-    """The checkpoint with one task's experts; a `sources.protocol.TaskSource`."""
+    """The checkpoint with one task's experts; a `sources.task_source.TaskSource`."""
 
     def __init__(
         self,
@@ -120,12 +84,12 @@ class StreamedTask:
         work: WorkDirectory,
         name: str,
     ) -> None:
-        """Take a checkpoint and what to do to it.
+        """Wrap a checkpoint and the experts of one task.
 
         Args:
             streamed: The checkpoint.
             experts: By decoder layer, in the order of the graph.
-            work: For what layers returned.
+            work: Keeps outputs of layers.
             name: The task.
         """
         self._streamed = streamed
@@ -136,10 +100,10 @@ class StreamedTask:
             for layer in streamed.moe.layers
             if not _is_unchanged(layer, experts[layer.index])
         }
-        self._latest = Latest()
+        self._latest = LatestResult()
 
     def bind(self, traced: ir.Model) -> ir.Model:
-        """Give a graph this task's weights; they are read when they are written."""
+        """Bind this task's weights to a graph; they are read when they are written."""
         graph = traced.clone()
         model = self._streamed.moe.model
         present = dict(model.named_parameters(remove_duplicate=False))
@@ -147,7 +111,7 @@ class StreamedTask:
         changed = {
             f"{layer.name}.{spec.name}": (layer.index, spec.name)
             for layer, _ in self._changes.values()
-            for spec in layer.facts.tensors
+            for spec in layer.spec.tensors
         }
         shapes = {index: self._planned_shapes(index) for index in self._changes}
         for name, value in graph.graph.initializers.items():
@@ -160,7 +124,7 @@ class StreamedTask:
                 index, spec_name = changed[name]
                 shape = shapes[index][spec_name]
                 read = partial(self._read_planned, index, spec_name)
-            tensor = Deferred(shape, from_torch_dtype(stored.dtype), read).tensor(name)
+            tensor = LazyWeight(shape, from_torch_dtype(stored.dtype), read).tensor(name)
             value.const_value = tensor
             value.shape = ir.Shape(shape)
         bind_policy(graph, self._streamed.moe.k_policy)
@@ -173,7 +137,7 @@ class StreamedTask:
 
     @contextlib.contextmanager
     def _changed(self, index: int) -> Iterator[None]:
-        """Give a layer that is in memory this task's experts."""
+        """Replace the experts of a layer that is in memory by this task's."""
         if index not in self._changes:
             yield
             return
@@ -183,7 +147,7 @@ class StreamedTask:
             new = expert_tensors(layer, experts)
         layer.replace(new)
         del new
-        # The layer's own tensors are let go of meanwhile: only their places are kept.
+        # The layer's own tensors are freed meanwhile: only their shapes are kept.
         empty = {
             name: torch.empty_like(tensor, device="meta") for name, tensor in whole.items()
         }
@@ -196,12 +160,12 @@ class StreamedTask:
     def _planned_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         layer, experts = self._changes[index]
         shapes = {
-            spec.name: _planned_shape(layer, spec, len(experts)) for spec in layer.facts.tensors
+            spec.name: _planned_shape(layer, spec, len(experts)) for spec in layer.spec.tensors
         }
         width = stored_width(experts, layer.intermediate_size)
         if width != layer.intermediate_size:
             for name, shape in widened_shapes(layer, width).items():
-                # Experts are on the first axis of what has neurons.
+                # Tensors with intermediate channels have experts on the first axis.
                 shapes[name] = (shapes[name][0], *shape[1:])
         return shapes
 
@@ -212,8 +176,8 @@ class StreamedTask:
         layer, experts = self._changes[index]
         matrices = [
             spec.name
-            for spec in layer.facts.tensors
-            if spec.name.startswith(f"{layer.facts.experts}.")
+            for spec in layer.spec.tensors
+            if spec.name.startswith(f"{layer.spec.experts}.")
         ]
         if name not in matrices or all(len(expert.members) == 1 for expert in experts):
             return _to_numpy(self._make(layer, experts, [name])[name])

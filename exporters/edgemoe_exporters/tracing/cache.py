@@ -1,8 +1,8 @@
-"""The cache of a trace: what transformers' layers keep becomes inputs and outputs of the graph.
+"""The cache of a trace: tensors that layers cache become inputs and outputs of the graph.
 
-Layers keep what grows with the text, keys and values and the keys by which those are found, or
-states of a fixed size: the latest positions of a convolution, and what linear attention knows.
-A layer may keep several of one kind, or nothing.
+Layers cache tensors that grow with the text (keys, values and the keys of an indexer) or states
+of a fixed size: the latest positions of a convolution, and the state of linear attention. A
+layer may cache several of one kind, or nothing.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 KEY, VALUE, INDEXER = "key", "value", "indexer_key"
 CONV, RECURRENT = "conv_state", "recurrent_state"
 _ORDER = (KEY, VALUE, INDEXER, CONV, RECURRENT)
-# What grows with the text, along the axis before its last.
+# These grow with the text, along the axis before the last.
 _GROWING = frozenset({KEY, VALUE, INDEXER})
 
 
 @dataclass(frozen=True)
 class CacheTensor:
-    """One tensor that a decoder layer keeps.
+    """One tensor that a decoder layer caches.
 
     Attributes:
         layer: Index of the decoder layer.
-        kind: ``key``, ``value``, ``indexer_key``, ``conv_state`` or ``recurrent_state``; with a
+        kind: `key`, `value`, `indexer_key`, `conv_state` or `recurrent_state`; with a
             number behind it where it is not the layer's first of its kind.
         shape: Without the batch; None is the number of cached positions.
     """
@@ -43,7 +43,7 @@ class CacheTensor:
 
     @property
     def name(self) -> str:
-        """What its input and output are called, behind a prefix."""
+        """Name of its input and output, without their prefix."""
         return f"{self.layer}.{self.kind}"
 
     def zeros(self, batch: int, past: int, dtype: torch.dtype) -> torch.Tensor:
@@ -55,7 +55,7 @@ class CacheTensor:
             dtype: Of keys and values.
 
         Returns:
-            ``[batch, *shape]``; states are float32.
+            `[batch, *shape]`; states are float32.
         """
         sizes = [past if size is None else size for size in self.shape]
         return torch.zeros(batch, *sizes, dtype=dtype if None in self.shape else torch.float32)
@@ -65,11 +65,11 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """A cache whose content is the graph's inputs and outputs.
 
     Args:
-        past: What is cached, by name; empty in a rehearsal.
-        joined: Layers that compute keys and values from what is cached.
+        past: Cached tensors by name; empty in a dry run.
+        joined: Layers that compute keys and values from cached tensors.
 
     Attributes:
-        given: Keys and values by layer, as the layer's attention is to get them.
+        given: Keys and values by layer, as passed to the layer's attention.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self.joined = joined
         self.given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._present: dict[tuple[int, str], torch.Tensor] = {}
-        self._asked: set[tuple[int, str]] = set()
-        self._turns: dict[str, tuple[int, str]] = {}
+        self._requests: set[tuple[int, str]] = set()
+        self._latest_request: dict[str, tuple[int, str]] = {}
 
     def update(
         self,
@@ -91,13 +91,13 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
         *_: Any,
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take new positions, and return what the layer attends to."""
+        """Add new positions, and return the keys and values that the layer attends to."""
         if layer_idx in self.joined:
             past_key, past_value = self.past_pair(layer_idx, key_states, value_states)
             key_states = torch.cat([past_key, key_states], dim=2)
             value_states = torch.cat([past_value, value_states], dim=2)
             self.keep_pair(layer_idx, key_states, value_states)
-        self._ask(layer_idx, KEY, 0)
+        self._request(layer_idx, KEY, 0)
         self.given[layer_idx] = key_states, value_states
         return key_states, value_states
 
@@ -110,101 +110,103 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
         return self.past[f"{layer}.{KEY}"], self.past[f"{layer}.{VALUE}"]
 
     def keep_pair(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Take keys and values of all positions."""
+        """Store keys and values of all positions."""
         self._present[layer, KEY], self._present[layer, VALUE] = key, value
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        """Return the index keys of all positions, ``[B, ..., P + S, D]``."""
+        """Return the index keys of all positions, `[B, ..., P + S, D]`."""
         past = self.past.get(f"{layer_idx}.{INDEXER}", indexer_key_states[..., :0, :])
         joined = torch.cat([past, indexer_key_states], dim=-2)
         self._present[layer_idx, INDEXER] = joined
         return joined
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Say nothing is cached: positions and masks are inputs of the graph."""
+        """Return 0: positions and masks are inputs of the graph."""
         return 0
 
     def has_previous_state(self, *_: Any, **__: Any) -> bool:
-        """Say no: so a layer treats new tokens as it does a prompt."""
+        """Return False, so that a layer treats new tokens as it does a prompt."""
         return False
 
     def is_recording_past(self, *_: Any, **__: Any) -> bool:
-        """Say no: a graph does not go back."""
+        """Return False: a graph does not go back."""
         return False
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
-        """Note whose turn it is, and have the layer treat new tokens as it does a prompt."""
-        self._ask(layer_idx, CONV, state_idx)
+        """Record the request; None makes the layer treat new tokens as it does a prompt."""
+        self._request(layer_idx, CONV, state_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
-        """Note whose turn it is, and have the layer treat new tokens as it does a prompt."""
-        self._ask(layer_idx, RECURRENT, state_idx)
+        """Record the request; None makes the layer treat new tokens as it does a prompt."""
+        self._request(layer_idx, RECURRENT, state_idx)
 
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any
     ) -> torch.Tensor:
         """Return the new positions: the op CausalConv knows those before."""
-        self._ask(layer_idx, CONV, state_idx)
+        self._request(layer_idx, CONV, state_idx)
         return conv_states
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> torch.Tensor:
-        """Do nothing: the op LinearAttention has given the state already."""
+        """Return the state unchanged: the op LinearAttention has updated it."""
         return recurrent_states
 
-    def take_turn(self, kind: str, empty: torch.Tensor) -> tuple[tuple[int, str], torch.Tensor]:
-        """Return the state that was asked for last.
+    def take_state(
+        self, kind: str, empty: torch.Tensor
+    ) -> tuple[tuple[int, str], torch.Tensor]:
+        """Return the state that was requested last.
 
         Args:
-            kind: :data:`CONV` or :data:`RECURRENT`.
-            empty: What it is at the start.
+            kind: `CONV` or `RECURRENT`.
+            empty: Its value at the start.
 
         Returns:
-            For :meth:`keep`, and the state.
+            Its layer and kind, for `put_state`, and the state.
 
         Raises:
-            ExportError: None was asked for.
+            ExportError: None was requested.
         """
-        if kind not in self._turns:
+        if kind not in self._latest_request:
             raise ExportError(
                 f"a layer must ask its cache for its {kind} before it uses it, got none: "
                 f"transformers does so from 5.23 on, this is {version('transformers')}. Update "
                 "it (Python 3.10 gets 5.20 at most); in 5.23 the layer is not supported."
             )
-        place = self._turns[kind]
-        return place, self.past.get(f"{place[0]}.{place[1]}", empty)
+        key = self._latest_request[kind]
+        return key, self.past.get(f"{key[0]}.{key[1]}", empty)
 
-    def keep(self, place: tuple[int, str], state: torch.Tensor) -> None:
-        """Take a new state.
+    def put_state(self, key: tuple[int, str], state: torch.Tensor) -> None:
+        """Store a new state.
 
         Args:
-            place: What :meth:`take_turn` returned.
+            key: Its layer and kind, as `take_state` returned them.
             state: The state.
 
         Raises:
             ExportError: There is one of this run already.
         """
-        if place in self._present:
+        if key in self._present:
             raise ExportError(
-                f"a layer must use its {place[1]} once per run, got twice in layer {place[0]}. "
+                f"a layer must use its {key[1]} once per run, got twice in layer {key[0]}. "
                 "This kind of layer is not supported."
             )
-        self._present[place] = state
+        self._present[key] = state
 
     def tensors(self) -> tuple[CacheTensor, ...]:
-        """Describe the cache, after a rehearsal.
+        """Describe the cache, after a dry run.
 
         Returns:
-            What each layer keeps, in the order of the graph's inputs.
+            The tensors of each layer, in the order of the graph's inputs.
 
         Raises:
-            ExportError: A layer has asked for a state and not used it in an op.
+            ExportError: A layer has requested a state and not used it in an op.
         """
-        unanswered = sorted(self._asked - set(self._present))
+        unused = sorted(self._requests - set(self._present))
         # A layer that attends some other way has keys but no op, too.
-        if unanswered:
-            layer, kind = unanswered[0]
+        if unused:
+            layer, kind = unused[0]
             raise ExportError(
                 f"what a layer keeps must go into an op of the graph, got the {kind} of layer "
                 f"{layer}, which the family's code uses itself. This kind of layer is not "
@@ -212,32 +214,32 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
             )
         found = dict(self._present)
         for layer, pair in self.given.items():
-            # What attention got is what is cached, but where the layer computed it from that.
+            # Attention's tensors are cached, unless the layer computed them from cached ones.
             found[layer, KEY], found[layer, VALUE] = pair
         return tuple(
             CacheTensor(layer, kind, _shape_of(kind, found[layer, kind]))
-            for layer, kind in sorted(found, key=_place)
+            for layer, kind in sorted(found, key=_order)
         )
 
     def present(self, tensors: Iterable[CacheTensor]) -> list[torch.Tensor]:
-        """Return what is to be cached now.
+        """Return the tensors to cache now.
 
         Args:
-            tensors: In this order.
+            tensors: Their order.
 
         Returns:
             The tensors.
         """
         return [self._present[tensor.layer, tensor.kind] for tensor in tensors]
 
-    def _ask(self, layer: int, kind: str, index: int) -> None:
-        place = layer, f"{kind}_{index}" if index else kind
-        self._asked.add(place)
-        self._turns[kind] = place
+    def _request(self, layer: int, kind: str, index: int) -> None:
+        key = layer, f"{kind}_{index}" if index else kind
+        self._requests.add(key)
+        self._latest_request[kind] = key
 
 
-def _place(place: tuple[int, str]) -> tuple[int, int, str]:
-    layer, kind = place
+def _order(key: tuple[int, str]) -> tuple[int, int, str]:
+    layer, kind = key
     base = next(base for base in _ORDER if kind.startswith(base))
     return layer, _ORDER.index(base), kind
 

@@ -1,4 +1,4 @@
-"""ONNX schemas of the ``edgemoe`` domain and how torch's exporter reaches them."""
+"""ONNX schemas of the `edgemoe` domain and how torch's exporter reaches them."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ _TORCH_NAMES = {
 
 
 def register() -> None:
-    """Make onnx know the ops; doing it again changes nothing."""
+    """Register the ops' schemas with onnx; idempotent."""
     for name, (inputs, outputs, attributes) in _OPS.items():
         if onnx.defs.has(name, DOMAIN):
             continue
@@ -208,7 +208,7 @@ def register() -> None:
                 name,
                 DOMAIN,
                 VERSION,
-                doc=f"Opaque {name} of a traced model; see edgemoe_exporters.tracing.ops.",
+                doc=f"Custom op {name} of a traced model; see edgemoe_exporters.tracing.ops.",
                 inputs=[_formal(*parameter) for parameter in inputs],
                 outputs=[_formal(*parameter) for parameter in outputs],
                 type_constraints=[
@@ -227,7 +227,7 @@ def _formal(name: str, kind: str) -> onnx.defs.OpSchema.FormalParameter:
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return what ``torch.onnx.export`` takes as ``custom_translation_table``.
+    """Return the `custom_translation_table` of `torch.onnx.export`.
 
     Every torch op has the inputs of its ONNX op, then its attributes, in the same order.
     """

@@ -1,4 +1,4 @@
-"""Clean up after torch's exporter: what engines cannot read, and what is computed in vain."""
+"""Clean up after torch's exporter: ops that engines cannot read, repeated arithmetic."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FOLDED_NUMBERS = 64
 
 
 def tidy(traced: ir.Model) -> None:
-    """Remove what the exporter left: source paths, constants, sequences, repeated arithmetic.
+    """Remove source paths, constants, sequences and repeated arithmetic.
 
     Args:
         traced: A traced model; it is changed.
@@ -43,7 +43,7 @@ def tidy(traced: ir.Model) -> None:
 
 
 def _skip_whole_slice(node: ir.Node) -> None:
-    """Go round a forward slice that takes everything, such as ``hidden[:, 0:]``."""
+    """Bypass a forward slice that takes everything, such as `hidden[:, 0:]`."""
     data, output = node.inputs[0], node.outputs[0]
     if data is not None and data.shape is not None and data.shape == output.shape:
         output.replace_all_uses_with(data)
@@ -70,7 +70,7 @@ def _fix_shape(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _fold(graph: ir.Graph, node: ir.Node) -> None:
-    """Compute the shape of a small constant now: TensorRT wants axes that are constants."""
+    """Fold a Reshape of a small constant: TensorRT wants axes that are constants."""
     data, shape = (_small(value) for value in node.inputs)
     if data is None or shape is None:
         return
@@ -83,9 +83,14 @@ def _split_directly(graph: ir.Graph, node: ir.Node) -> None:
     data, sizes = node.inputs
     axis = node.attributes["axis"].as_int()
     readers = [reader for reader, _ in node.outputs[0].uses()]
-    places = [_small(reader.inputs[1]) for reader in readers]
+    indices = [_small(reader.inputs[1]) for reader in readers]
     given = _small(sizes)
-    if data is None or data.shape is None or given is None or any(p is None for p in places):
+    if (
+        data is None
+        or data.shape is None
+        or given is None
+        or any(index is None for index in indices)
+    ):
         return
     if given.ndim == 0:
         whole, part = data.shape[axis], int(given)
@@ -108,9 +113,9 @@ def _split_directly(graph: ir.Graph, node: ir.Node) -> None:
         shape[axis] = int(given[position])
         output.shape = ir.Shape(shape)
     graph.insert_before(node, [split])
-    for reader, place in zip(readers, places, strict=True):
-        assert place is not None
-        reader.outputs[0].replace_all_uses_with(split.outputs[int(place)])
+    for reader, index in zip(readers, indices, strict=True):
+        assert index is not None
+        reader.outputs[0].replace_all_uses_with(split.outputs[int(index)])
 
 
 def _small(value: ir.Value | None) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]] | None:

@@ -1,8 +1,8 @@
-"""Trace a model once, to an ONNX graph with opaque nodes that every flavour lowers.
+"""Trace a model once, to an ONNX graph with custom ops that every flavour lowers.
 
 The graph's inputs and outputs are those of a bundle; initializers have the names of the
-checkpoint's tensors; nodes of the domain ``edgemoe`` are those of
-:mod:`edgemoe_exporters.tracing.ops`.
+checkpoint's tensors; nodes of the domain `edgemoe` are those of
+`tracing.ops`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PREFIX = "lm."
 
 
 def trace(model: MoeModel) -> ir.Model:
-    """Trace ``model`` with dynamic batch, sequence and past.
+    """Trace `model` with dynamic batch, sequence and past.
 
     Args:
         model: The model, in memory or on the meta device; it is as before when this returns.
@@ -64,8 +64,8 @@ def trace(model: MoeModel) -> ir.Model:
 
 @contextlib.contextmanager
 def _on_one_device(model: torch.nn.Module) -> Iterator[None]:
-    """Take what has memory away from a model whose weights have none, such as angles."""
-    places: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    """Move tensors with memory, such as angles, to the meta device if the weights are there."""
+    moved: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     try:
         if any(parameter.is_meta for parameter in model.parameters()):
             for module in model.modules():
@@ -73,14 +73,14 @@ def _on_one_device(model: torch.nn.Module) -> Iterator[None]:
                 for table in cast("Any", (module._parameters, module._buffers)):
                     for name, tensor in table.items():
                         if tensor is not None and not tensor.is_meta:
-                            places.append((table, name, tensor))
-        for table, name, tensor in places:
+                            moved.append((table, name, tensor))
+        for table, name, tensor in moved:
             empty = torch.empty_like(tensor, device="meta")
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             table[name] = torch.nn.Parameter(empty, False) if is_parameter else empty
         yield
     finally:
-        for table, name, tensor in places:
+        for table, name, tensor in moved:
             table[name] = tensor
 
 
@@ -143,7 +143,7 @@ def _dynamic_axes(tensor: CacheTensor, batch: Any, past: Any) -> dict[int, Any]:
 
 
 def _rename_initializers(traced: ir.Model, model: MoeModel) -> None:
-    """Give initializers the names of the checkpoint; a tied head is the embedding."""
+    """Name initializers as in the checkpoint; a tied head is the embedding."""
     head = model.model.get_output_embeddings()
     embedding = model.model.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight
@@ -156,9 +156,9 @@ def _rename_initializers(traced: ir.Model, model: MoeModel) -> None:
 
 
 def _mark_experts(traced: ir.Model, model: MoeModel) -> None:
-    """Say which initializers have experts along an axis, and of which decoder layer."""
+    """Mark the initializers that have experts along an axis, with their decoder layer."""
     for layer in model.layers:
-        for spec in layer.facts.tensors:
+        for spec in layer.spec.tensors:
             value = traced.graph.initializers.get(f"{layer.name}.{spec.name}")
             if value is not None:
                 mark_experts(value, spec.axis, layer.index)

@@ -1,1 +1,1 @@
-"""Whether what was written is right: parity, quality gate, and the measured k ladder."""
+"""Validate what was written: parity, quality gate, and the measured k ladder."""

@@ -1,4 +1,4 @@
-"""Calls of a written graph, some of which go on from others' caches."""
+"""Calls of a written graph, some of which continue from the caches of others."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Call:
     """New tokens of some rows.
 
     Attributes:
-        ids: Token ids, int64 ``[batch, tokens]``.
-        after: Number of an earlier call whose cache these go on from; None for no cache.
+        ids: Token ids, int64 `[batch, tokens]`.
+        after: Index of an earlier call whose cache this one continues; None for no cache.
     """
 
     ids: np.ndarray[Any, np.dtype[np.int64]]
@@ -25,7 +25,7 @@ class Call:
 
 
 class Runner(Protocol):
-    """A written graph that can be asked."""
+    """A written graph that can be run."""
 
     @property
     def slice_count(self) -> int:
@@ -41,10 +41,10 @@ class Runner(Protocol):
         """Run calls.
 
         Args:
-            calls: The calls; each comes after the one that it goes on from.
+            calls: The calls; each comes after the one that it continues.
             k_cap: Most experts per token, for each MoE layer.
-            take: Called with each call's number and logits, float32
-                ``[batch, tokens, vocabulary]``, in the order of the calls.
+            take: Called with each call's index and logits, float32
+                `[batch, tokens, vocabulary]`, in the order of the calls.
 
         Raises:
             ExportError: onnxruntime cannot run the graph.
@@ -69,13 +69,13 @@ def count_tokens(calls: Sequence[Call]) -> list[int]:
 
 
 def last_uses(calls: Sequence[Call]) -> dict[int, int]:
-    """Tell which call is the last to go on from another's cache.
+    """Find the last call that continues from each cache.
 
     Args:
         calls: The calls.
 
     Returns:
-        By the number of a call that is continued the number of the last that does.
+        By the index of a call that is continued, the index of the last that does.
     """
     return {call.after: number for number, call in enumerate(calls) if call.after is not None}
 
@@ -84,8 +84,8 @@ def cache_shape(dimensions: Sequence[object], batch: int, length: int) -> tuple[
     """Return the shape of one input of a graph's cache.
 
     Args:
-        dimensions: As the graph says them: the batch, then sizes, anything but a positive
-            number being cached positions.
+        dimensions: As in the graph: the batch, then sizes; anything but a positive number
+            stands for cached positions.
         batch: Rows.
         length: Cached positions.
 

@@ -35,9 +35,9 @@ class GraphRunner:
         threads: Threads to compute with; onnxruntime's choice by default.
 
     Attributes:
-        state: Tokens seen and the cache, by input; may be kept and put back.
+        state: Tokens seen and the cache, by input; may be saved and restored.
         experts_used: How many experts the tokens of the latest call used, int64
-            ``[MoE layers]``; None where the graph does not tell.
+            `[MoE layers]`; None where the graph does not count them.
         slice_count: 1: the graph runs as a whole.
 
     Raises:
@@ -69,10 +69,10 @@ class GraphRunner:
         self.experts_used: np.ndarray[Any, Any] | None = None
 
     def start(self, batch: int, k_cap: Sequence[int]) -> None:
-        """Forget what was seen.
+        """Reset the cache.
 
         Args:
-            batch: Rows of the following calls.
+            batch: Rows of the next calls.
             k_cap: Most experts per token, for each MoE layer.
         """
         self._k_cap = np.asarray(k_cap, dtype=np.int64)
@@ -89,10 +89,10 @@ class GraphRunner:
         """Continue the rows.
 
         Args:
-            ids: Next tokens, int64 ``[batch, tokens]``.
+            ids: Next tokens, int64 `[batch, tokens]`.
 
         Returns:
-            Logits, float32 ``[batch, tokens, vocabulary]``.
+            Logits, float32 `[batch, tokens, vocabulary]`.
 
         Raises:
             ExportError: onnxruntime cannot run the graph.
@@ -131,7 +131,7 @@ class GraphRunner:
 
         Returns:
             For each MoE layer the mean over the tokens, rounded up; None where the graph does
-            not tell.
+            not count them.
         """
         if EXPERTS_USED not in self._outputs:
             return None
@@ -147,7 +147,7 @@ class GraphRunner:
         k_cap: Sequence[int],
         take: Callable[[int, np.ndarray[Any, np.dtype[np.float32]]], None],
     ) -> None:
-        """Run calls; see :class:`edgemoe_exporters.validation.graph_calls.Runner`."""
+        """Run calls; see `validation.graph_calls.Runner`."""
         states: dict[int, tuple[int, dict[str, np.ndarray[Any, Any]]]] = {}
         last = last_uses(calls)
         for number, call in enumerate(track(calls, "run the graph")):
@@ -164,10 +164,10 @@ class GraphRunner:
 
 
 def check_engine(flavour: str) -> None:
-    """Refuse to make a graph that the installed onnxruntime would compute wrongly.
+    """Check that the installed onnxruntime computes the graphs of a flavour correctly.
 
     Args:
-        flavour: ``ort`` or ``tensorrt``; only the former has fused experts.
+        flavour: `ort` or `tensorrt`; only the former has fused experts.
 
     Raises:
         ExportError: onnxruntime is too old.

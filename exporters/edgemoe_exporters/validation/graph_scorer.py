@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class GraphScorer:
-    """Log-probabilities by a written graph, as :class:`edgemoe.evaluate.scorer.Scorer`.
+    """Log-probabilities by a written graph, as `edgemoe.evaluate.scorer.Scorer`.
 
     Args:
         runner: The graph.
@@ -38,14 +38,14 @@ class GraphScorer:
         """Score every continuation of every request; a context is read once.
 
         Args:
-            requests: What to score.
+            requests: The requests.
 
         Returns:
             For each request and each of its continuations log p(token | all before it), in
-            nats, float64 ``[tokens of the continuation]``.
+            nats, float64 `[tokens of the continuation]`.
         """
         calls: list[Call] = []
-        # By call the request, the positions before the continuation, and the continuation.
+        # By call: the request, the positions before the continuation, and the continuation.
         wanted: dict[int, tuple[int, int, tuple[int, ...]]] = {}
         for index, request in enumerate(requests):
             cut = len(request.context) - 1
@@ -66,18 +66,20 @@ class GraphScorer:
             if number in wanted:
                 index, skipped, continuation = wanted[number]
                 rows = logits[0, skipped:]
-                self.see(requests[index], rows)
+                self.on_logits(requests[index], rows)
                 answers[index].append(_pick(rows, np.array(continuation)))
 
         self._runner.run_calls(calls, self._k_cap, take)
         return answers
 
-    def see(self, request: Request, logits: np.ndarray[Any, np.dtype[np.float32]]) -> None:
-        """Look at the logits of a continuation's positions.
+    def on_logits(
+        self, request: Request, logits: np.ndarray[Any, np.dtype[np.float32]]
+    ) -> None:
+        """Receive the logits of a continuation's positions; does nothing here.
 
         Args:
-            request: Whose continuation it is.
-            logits: Float32 ``[tokens of the continuation, vocabulary]``.
+            request: The request of the continuation.
+            logits: Float32 `[tokens of the continuation, vocabulary]`.
         """
 
 

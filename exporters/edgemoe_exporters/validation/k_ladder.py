@@ -1,9 +1,8 @@
-"""The k ladder of a task: which caps of experts per token are worth having, measured.
+"""Measure the k ladder of a task: caps of experts per token with their quality and time.
 
-A rung costs time and quality, and both are measured here, offline, so that the runtime never
-guesses: quality on held-out lines with the graph that ships, time on the engine of the target
-where that is at hand. A cap that loses more than is allowed ends the ladder; one that another
-beats in both is left out.
+Both are measured offline, so that the runtime never guesses: quality on held-out examples with
+the graph that ships, time on the engine of the target where that is available. A cap that loses
+more than is allowed ends the ladder; one that another beats in both is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +16,11 @@ from edgemoe.allocate.alloc_l import share_out
 from edgemoe.evaluate.drop import measure_drop, paired_drop
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.requests import build_examples
-from edgemoe_exporters.validation.margins import WatchingScorer, answers_of_choices, find_margin
+from edgemoe_exporters.validation.margins import (
+    RecordingScorer,
+    answers_of_choices,
+    find_margin,
+)
 from edgemoe_exporters.validation.quality_gate import ROUNDING
 from edgemoe_runtime.adaptive_k.rung_cost import time_rungs
 from edgemoe_runtime.bundle.k_ladder import KRung, RungQuality
@@ -39,23 +42,23 @@ if TYPE_CHECKING:
     from edgemoe_runtime.bundle.task_entry import TaskEntry
 
 DEFAULT_FLOOR = 0.1
-"""Most that the last rung may lose against the first where there is no ``--max-drop``."""
+"""Most that the last rung may lose against the first where there is no `--max-drop`."""
 
 _MOST_RUNGS = 8
-_JUDGED_TOKENS = 2048
-_LEAST_LINES = 30
+_RUNG_TOKENS = 2048
+_MIN_EXAMPLES = 30
 
 
 @dataclass(frozen=True)
 class LadderTask:
-    """The lines that judge a task's rungs.
+    """The examples that evaluate a task's rungs.
 
     Attributes:
-        held_out: The lines; calibration never saw them.
+        held_out: The examples; calibration never saw them.
         tokenizer: The model's.
         max_length: Longest sequence in tokens.
-        max_tokens: Most tokens that judge an export; a rung is judged by 2048 at most, or as
-            many more as 30 completions or choices take.
+        max_tokens: Most tokens that evaluate an export; a rung is evaluated on 2048 at most, or
+            as many more as 30 completions or choices take.
     """
 
     held_out: TaskFile
@@ -63,26 +66,26 @@ class LadderTask:
     max_length: int
     max_tokens: int
 
-    def judge(self, runner: Runner, k_cap: Sequence[int]) -> tuple[Evaluation, Answers]:
-        """Score a graph under a cap, and see what it answers."""
-        scorer = WatchingScorer(runner, k_cap, self.max_length)
-        tokens = self.tokens_of_a_rung()
+    def evaluate(self, runner: Runner, k_cap: Sequence[int]) -> tuple[Evaluation, Answers]:
+        """Score a graph under a cap, and return its answers with their margins."""
+        scorer = RecordingScorer(runner, k_cap, self.max_length)
+        tokens = self.rung_tokens()
         score = evaluate(scorer, self.held_out, self.tokenizer, max_tokens=tokens)
         if self.held_out.kind == "choice":
             return score, answers_of_choices(score)
-        asked = build_examples(
+        examples = build_examples(
             self.held_out, self.tokenizer, max_length=self.max_length, max_tokens=tokens
         )
-        return score, scorer.answers(asked)
+        return score, scorer.answers(examples)
 
-    def tokens_of_a_rung(self) -> int:
-        """Say how many tokens judge a rung, at most."""
-        tokens = min(self.max_tokens, _JUDGED_TOKENS)
+    def rung_tokens(self) -> int:
+        """Return the most tokens that evaluate a rung."""
+        tokens = min(self.max_tokens, _RUNG_TOKENS)
         while tokens < self.max_tokens and self.held_out.kind != "text":
-            lines = build_examples(
+            examples = build_examples(
                 self.held_out, self.tokenizer, max_length=self.max_length, max_tokens=tokens
             )
-            if len(lines) >= min(_LEAST_LINES, len(self.held_out.records)):
+            if len(examples) >= min(_MIN_EXAMPLES, len(self.held_out.records)):
                 break
             tokens = min(2 * tokens, self.max_tokens)
         return tokens
@@ -91,15 +94,15 @@ class LadderTask:
 def list_caps(
     full: Sequence[int], needs: Sequence[Sequence[float]] | None = None
 ) -> list[tuple[int, ...]]:
-    """List the caps that are tried, the full k first.
+    """List the caps to try, the full k first.
 
     Args:
         full: Most experts per token at full quality, for each MoE layer.
-        needs: Perplexity with 1, 2, ... experts in each layer, where ``alloc-l`` measured it.
+        needs: Perplexity with 1, 2, ... experts in each layer, where `alloc-l` measured it.
 
     Returns:
         At most eight caps, evenly spread down to 1. With needs they are the tables of
-        ``alloc-l`` for as many budgets. Without, they are uniform, from one below the largest;
+        `alloc-l` for as many budgets. Without, they are uniform, from one below the largest;
         a layer keeps its own k where that is less.
     """
     if needs is not None:
@@ -113,10 +116,10 @@ def list_caps(
 
 
 def needs_of(policy: KPolicy | None) -> list[tuple[float, ...]] | None:
-    """Return what a k policy has measured of every layer's need, if it has.
+    """Return the needs of every layer that a k policy measured, if it did.
 
     Args:
-        policy: The policy; None for none.
+        policy: The policy; None where there is none.
 
     Returns:
         Perplexity with 1, 2, ... experts, layer by layer.
@@ -126,38 +129,38 @@ def needs_of(policy: KPolicy | None) -> list[tuple[float, ...]] | None:
     return needs if needs and len(needs) == len(found) else None
 
 
-def judge_rungs(
+def measure_rungs(
     runner: Runner,
     task: LadderTask,
     full: Sequence[int],
     floor: float,
     policy: KPolicy | None = None,
 ) -> tuple[KRung, ...]:
-    """Measure what rungs lose, from the full k down to the floor.
+    """Measure the quality of rungs, from the full k down to the floor.
 
     Args:
         runner: The task's graph.
-        task: What judges it.
+        task: The examples that evaluate it.
         full: Most experts per token at full quality, for each MoE layer.
         floor: Most that a rung may lose against the first: relative for perplexity, in points
             of 1 for accuracy.
-        policy: The graph's k policy, if it has one: one of ``alloc-l`` knows what layers need.
+        policy: The graph's k policy, if it has one: one of `alloc-l` knows what layers need.
 
     Returns:
         The rungs above the floor, with their quality; the first is the full k.
     """
     needs = needs_of(policy)
     caps = list_caps(full, needs)
-    best, expected = task.judge(runner, caps[0])
+    best, expected = task.evaluate(runner, caps[0])
     itself = replace(_quality(best, best), drop=0.0, drop_ci95=(0.0, 0.0))
     rungs = [KRung(name="full", k_cap=caps[0], quality=itself)]
     for cap in caps[1:]:
-        score, answers = task.judge(runner, cap)
+        score, answers = task.evaluate(runner, cap)
         quality = _quality(best, score)
         if not quality.drop <= floor + ROUNDING:
             break
         margin = find_margin(expected, answers)
-        again = float(np.mean(answers.leads <= margin))
+        again = float(np.mean(answers.margins <= margin))
         quality = replace(quality, margin=margin, asked_again=again)
         name = f"k{max(cap)}" if needs is None else f"k{np.mean(cap):.2f}"
         rungs.append(KRung(name=name, k_cap=cap, quality=quality))
@@ -165,15 +168,15 @@ def judge_rungs(
 
 
 def floor_of(max_drop: float | None, before: Evaluation, after: Evaluation) -> float:
-    """Say how much a rung may lose against the first, of what the task may lose in all.
+    """Return how much a rung may lose against the first, of what the task may lose in all.
 
     Args:
-        max_drop: What the exported task may lose against the checkpoint; None for any.
+        max_drop: Most that the exported task may lose against the checkpoint; None for any.
         before: Score of the checkpoint.
         after: Score of the exported task at the full k.
 
     Returns:
-        The loss, in the units of ``max_drop``: relative losses of a perplexity multiply, points
+        The loss, in the units of `max_drop`: relative losses of a perplexity multiply, points
         of an accuracy add up.
     """
     if max_drop is None:
@@ -182,13 +185,13 @@ def floor_of(max_drop: float | None, before: Evaluation, after: Evaluation) -> f
     return (1 + max_drop) / (1 + lost) - 1 if after.metric == "perplexity" else max_drop - lost
 
 
-def time_ladders(staged: Path, manifest: Manifest, say: Callable[[str], None]) -> Manifest:
-    """Measure what the rungs of every task cost on this machine's CPU.
+def time_ladders(staged: Path, manifest: Manifest, on_stage: Callable[[str], None]) -> Manifest:
+    """Measure the time of every task's rungs on this machine's CPU.
 
     Args:
         staged: The bundle, whole but for its manifest.
-        manifest: The manifest, of target ``cpu``, with rungs that have a quality.
-        say: Is told what comes.
+        manifest: The manifest, of target `cpu`, with rungs whose quality was measured.
+        on_stage: Called with a short text before each task.
 
     Returns:
         The manifest with costs, without rungs that another one beats in both.
@@ -199,7 +202,7 @@ def time_ladders(staged: Path, manifest: Manifest, say: Callable[[str], None]) -
         tasks[name] = entry
         if entry.k_ladder is None or len(entry.k_ladder) < 2:
             continue
-        say(f"time the rungs of {name}")
+        on_stage(f"time the rungs of {name}")
         # The digests were made of these very files a moment ago.
         opened = open_task(staged, name, verify=False)
         with opened.engine as engine:

@@ -9,9 +9,9 @@ What is allowed:
 - fp32: largest absolute difference of a logit at most 1e-4, times the largest logit where
   that is above 1 (both sides round; logits of language models reach 20 to 40).
 - fp16, int8, int4: weights differ, so logits do; the mean Kullback-Leibler divergence of the
-  next-token distributions, eager to graph, must be below ``MAX_MEAN_KL``. That bound tells a
+  next-token distributions, eager to graph, must be below `MAX_MEAN_KL`. That bound separates a
   broken graph (measured: 5 and more) from a quantised one; what quantisation costs the task
-  is judged by its score (``--max-drop``).
+  is measured by its score (`--max-drop`).
 
 An expert is chosen by comparing router scores, so where two are equal up to rounding, two
 engines may choose differently and both be right. A row is compared in fp32 up to the first
@@ -41,7 +41,7 @@ MAX_MEAN_KL = {"fp32": 0.01, "fp16": 0.05, "int8": 0.3, "int4": 2.0}  # nats
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How far a graph is from eager.
+    """Differences between a graph and the eager model.
 
     Attributes:
         max_abs_logit_difference: Largest absolute difference of any logit of a token whose
@@ -63,7 +63,7 @@ class Parity:
     slices: int = 1
 
     def to_report(self) -> ParityReport:
-        """Return what the manifest records."""
+        """Return its entry in the manifest."""
         way = f"; the graph ran in {self.slices} slices" if self.slices > 1 else ""
         return ParityReport(
             max_abs_logit_difference=self.max_abs_logit_difference,
@@ -81,7 +81,7 @@ def measure_parity(runner: Runner, runs: Sequence[EagerRun], k_cap: Sequence[int
 
     Args:
         runner: The graph.
-        runs: What the eager model said.
+        runs: The eager model's logits.
         k_cap: Full k of each MoE layer.
 
     Returns:
@@ -123,12 +123,12 @@ def measure_parity(runner: Runner, runs: Sequence[EagerRun], k_cap: Sequence[int
 
 
 def check_parity(parity: Parity, precision: str, task: str) -> None:
-    """Refuse a graph that is further from eager than its precision explains.
+    """Check that a graph is as close to eager as its precision allows.
 
     Args:
-        parity: What was measured.
-        precision: Of the graph.
-        task: Whose graph it is.
+        parity: The measured differences.
+        precision: The graph's.
+        task: The graph's task.
 
     Raises:
         ParityError: It is too far.

@@ -1,4 +1,4 @@
-"""Tokens that a graph is tried on: of the task's lines, or of a text of our own."""
+"""Tokens to compare a graph on: from the task's examples, or from a built-in text."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _TEXT = (
 
 
 def sample_tokens(task: TaskFile | None, tokenizer: Tokenizer, vocabulary: int) -> list[int]:
-    """Return tokens to try a graph on.
+    """Return tokens to compare a graph on.
 
     Args:
-        task: Lines whose first ones are taken; None for a text of prose and code.
+        task: Its first examples are used; None for a text of prose and code.
         tokenizer: The model's tokenizer.
-        vocabulary: Tokens that the model knows.
+        vocabulary: Size of the model's vocabulary.
 
     Returns:
         Token ids, in [0, vocabulary).

@@ -1,4 +1,4 @@
-"""What an export cost: scores before and after, and the gate between them."""
+"""The quality gate of an export: scores before and after, and the allowed drop."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 
 ROUNDING = 1e-6
-"""What a drop may exceed its limit by: an engine's sums round, and 0.8 - 0.75 is not 0.05."""
+"""Tolerance of a drop's limit: an engine's sums round, and 0.8 - 0.75 is not 0.05."""
 
 
 def split_task(task: TaskFile) -> tuple[TaskFile, TaskFile]:
-    """Split a task's lines into those to calibrate on and those to judge by.
+    """Split a task's examples into those for calibration and those for evaluation.
 
     Args:
         task: The task.
 
     Returns:
-        What :func:`edgemoe.evaluate.held_out.hold_out` returns.
+        Calibration and held-out examples, as `edgemoe.evaluate.held_out.hold_out`.
 
     Raises:
         TaskFileError: The file has too few lines for both.
@@ -33,20 +33,20 @@ def split_task(task: TaskFile) -> tuple[TaskFile, TaskFile]:
     return hold_out(task, remedy=f"Add lines, or give a plan too: --plan {task.name}=PLAN.")
 
 
-def judge_quality(
+def check_quality(
     task: TaskFile, before: Evaluation, after: Evaluation, max_drop: float | None
 ) -> QualityReport:
-    """Compare scores, and refuse what lost too much.
+    """Compare scores, and check that the drop is within its limit.
 
     Args:
-        task: The held-out lines.
+        task: The held-out examples.
         before: Score of the checkpoint.
         after: Score of the exported graph.
-        max_drop: Largest drop allowed, as :func:`edgemoe.evaluate.drop.measure_drop` counts
+        max_drop: Largest drop allowed, as `edgemoe.evaluate.drop.measure_drop` counts
             it; None for any.
 
     Returns:
-        What the manifest records.
+        The entry of the manifest.
 
     Raises:
         QualityGateError: The drop is larger.

@@ -2,7 +2,7 @@
 
 A slice is a run of nodes of the graph as it was written, in its order; its weights stay in the
 graph's own file. It is cut where the fewest tensors that weights went into are alive, which is
-between a residual addition and what comes next, and holds as many weights as its budget
+between a residual addition and the next node, and holds as many weights as its budget
 allows. Every call runs through one slice before the next slice is opened; a call's cache of
 the slice's layers lives as long as the slice.
 """
@@ -58,11 +58,11 @@ class SlicedRunner:
     Args:
         path: The graph; its weights lie beside it.
         budget_bytes: Weights of a slice; one that cannot be cut may have more.
-        work: Where what slices gave is kept, so that calls that were interrupted go on after
-            the last finished one; nothing is left there when they have ended.
+        work: Where outputs of finished slices are kept, so that interrupted calls resume after
+            the last one; nothing is left there when they have ended.
 
     Attributes:
-        slices: How it is cut.
+        slices: The slices.
         slice_count: Their number.
     """
 
@@ -91,14 +91,14 @@ class SlicedRunner:
         k_cap: Sequence[int],
         take: Callable[[int, np.ndarray[Any, np.dtype[np.float32]]], None],
     ) -> None:
-        """Run calls; see :class:`edgemoe_exporters.validation.graph_calls.Runner`."""
+        """Run calls; see `validation.graph_calls.Runner`."""
         totals = count_tokens(calls)
         given = [
             self._inputs_of(call, total, k_cap)
             for call, total in zip(calls, totals, strict=True)
         ]
         last = last_uses(calls)
-        kept = _Kept(self._work, self._digest(calls, k_cap))
+        kept = _SliceProgress(self._work, self._digest(calls, k_cap))
         first, given = kept.recall(given)
         slices = self.slices[first:]
         with counting(len(slices) * len(calls), "run the graph in slices") as advance:
@@ -203,7 +203,7 @@ class SlicedRunner:
         return slices
 
     def _find_cuts(self) -> set[int]:
-        """Return positions after which a cut hands on least, and the last one."""
+        """Return positions after which a cut passes on fewest tensors, and the last one."""
         heavy: set[str] = {
             name for name, tensor in self._initializers.items() if _file_bytes(tensor)
         }
@@ -276,15 +276,15 @@ class SlicedRunner:
             ) from error
 
 
-class _Kept:
-    """What finished slices hand on, in files."""
+class _SliceProgress:
+    """Outputs of finished slices, in files."""
 
     def __init__(self, work: WorkDirectory | None, digest: str) -> None:
         self._work = work
         self._digest = digest
 
     def recall(self, given: list[Arrays]) -> tuple[int, list[Arrays]]:
-        """Return how many slices are finished, and what the next one is given."""
+        """Return how many slices are finished, and the inputs of the next one."""
         done = None if self._work is None else self._work.read(_PROGRESS)
         if self._work is None or done is None or done["digest"] != self._digest:
             self.remove()
@@ -298,7 +298,7 @@ class _Kept:
         return count, recalled
 
     def keep(self, count: int, given: list[Arrays]) -> None:
-        """Note that so many slices are finished."""
+        """Record the inputs of the next slice."""
         if self._work is None:
             return
         name = _given_name(count)
@@ -314,7 +314,7 @@ class _Kept:
         self._work.remove(_given_name(count - 1))
 
     def remove(self) -> None:
-        """Forget the calls."""
+        """Remove the record."""
         if self._work is not None:
             self._work.remove(_PROGRESS)
             for path in self._work.path.glob(f"{_PREFIX}*"):
@@ -332,7 +332,7 @@ def weight_bytes(path: Path) -> int:
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Yield what a node reads, its branches included, in so far as it comes from outside."""
+    """Yield the names that a node and its branches read from outside."""
     yield from (name for name in node.input if name)
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):

@@ -95,7 +95,7 @@ def verify_bundle(
         if task not in chosen:
             needed -= {graph_file(task), weights_file(task)}
     for task in chosen:
-        summary = check_graph(root, manifest, task)
+        summary = _check_graph(root, manifest, task)
         needed |= {dict(tensor.entries)["location"] for tensor in summary.external}
     if hashes:
         for name in sorted(needed):
@@ -111,7 +111,7 @@ def verify_bundle(
     )
 
 
-def check_graph(root: Path, manifest: Manifest, task: str) -> GraphSummary:
+def _check_graph(root: Path, manifest: Manifest, task: str) -> GraphSummary:
     """Check one task's graph: external data, operators, inputs and outputs.
 
     Raises:

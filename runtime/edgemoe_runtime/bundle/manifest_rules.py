@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from edgemoe_runtime.bundle.manifest import Manifest
     from edgemoe_runtime.bundle.task_entry import TaskEntry
 
-KV_FORMS = ("shared_buffer", "concat")
-CACHE_DTYPES = ("float32", "float16", "bfloat16")
-DTYPES = ("int64", "int32", "float32", "float16", "bfloat16")
+_KV_FORMS = ("shared_buffer", "concat")
+_CACHE_DTYPES = ("float32", "float16", "bfloat16")
+_DTYPES = ("int64", "int32", "float32", "float16", "bfloat16")
 
 _REMEDY = "Export the bundle again."
 
@@ -49,12 +49,12 @@ def check_manifest(manifest: Manifest) -> None:
     _check_tensors(manifest)
     _check_ladders(manifest)
     for path in manifest.files:
-        check_relative_path(path)
+        _check_relative_path(path)
     unknown = sorted(set(manifest.size.task_bytes) - set(manifest.tasks))
     _require(not unknown, "size.task_bytes must name tasks of the bundle", unknown)
 
 
-def check_relative_path(path: str) -> None:
+def _check_relative_path(path: str) -> None:
     """Check that a file name of the manifest stays inside the bundle.
 
     Raises:
@@ -81,9 +81,9 @@ def _check_names(manifest: Manifest) -> None:
         ("target", manifest.target, TARGETS),
         ("flavour", manifest.flavour, FLAVOURS),
         ("precision", manifest.precision, PRECISIONS),
-        ("kv_cache.form", manifest.kv_cache.form, KV_FORMS),
-        ("kv_cache.dtype", manifest.kv_cache.dtype, CACHE_DTYPES),
-        *(("kv_cache.states.dtype", s.dtype, CACHE_DTYPES) for s in manifest.kv_cache.states),
+        ("kv_cache.form", manifest.kv_cache.form, _KV_FORMS),
+        ("kv_cache.dtype", manifest.kv_cache.dtype, _CACHE_DTYPES),
+        *(("kv_cache.states.dtype", s.dtype, _CACHE_DTYPES) for s in manifest.kv_cache.states),
     ):
         _require(value in names, f"{key} must be one of {', '.join(names)}", value)
 
@@ -164,8 +164,8 @@ def _check_tensors(manifest: Manifest) -> None:
         )
         for spec in specs:
             _require(
-                spec.dtype in DTYPES,
-                f"dtype of {spec.name} must be one of {', '.join(DTYPES)}",
+                spec.dtype in _DTYPES,
+                f"dtype of {spec.name} must be one of {', '.join(_DTYPES)}",
                 spec.dtype,
             )
     _check_sizes(manifest)

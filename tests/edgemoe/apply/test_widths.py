@@ -65,7 +65,7 @@ def plan_for(path: Path, counts: tuple[int, ...]) -> Plan:
 def switch_off(model: MoeModel, plan: Plan) -> None:
     """Set the down columns of all other neurons to zero."""
     for layer, layer_plan in zip(model.layers, plan.layers, strict=True):
-        down = layer.tensor(f"{layer.facts.experts}.down_proj")
+        down = layer.tensor(f"{layer.spec.experts}.down_proj")
         columns = down.transpose(1, 2) if layer.layout.is_transposed else down
         for number, expert in enumerate(layer_plan.experts):
             gone = set(range(layer.intermediate_size)) - set(read_mask(str(expert.neurons)))
@@ -240,10 +240,10 @@ def test_experts_that_share_a_tensor_with_others_are_refused_by_name(tmp_path: P
     path = write_tiny_checkpoint("qwen3_moe", tmp_path / "whole")
     model = load_model(path)
     layer = model.layers[1]
-    first, *rest = layer.facts.tensors
+    first, *rest = layer.spec.tensors
     assert first.name.startswith("experts.")
     # No family is built so today: what discovery would say of one that is.
-    layer.facts = replace(layer.facts, tensors=(replace(first, tail=1), *rest))
+    layer.spec = replace(layer.spec, tensors=(replace(first, tail=1), *rest))
     with pytest.raises(
         PlanError, match=r"got qwen3_moe, where experts\.\w+ also holds experts"
     ):

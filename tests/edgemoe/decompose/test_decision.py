@@ -85,7 +85,7 @@ def routed_parameters(model: MoeModel) -> int:
     for layer in model.layers:
         names = FACTOR_NAMES if layer.is_factored else layer.layout.names[:2]
         names = (*names, *layer.layout.names[2:])
-        found += sum(layer.tensor(f"{layer.facts.experts}.{name}").numel() for name in names)
+        found += sum(layer.tensor(f"{layer.spec.experts}.{name}").numel() for name in names)
     return found
 
 

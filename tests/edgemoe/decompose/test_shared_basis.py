@@ -88,7 +88,7 @@ def test_between_bases_are_the_experts_projected(family: str) -> None:
     layer = first_layer(family)
     found = share_basis(layer, 24, shares=range(8))
     reads, writes = (found.tensors[f"{name}_basis"] for name in ("input", "output"))
-    biases = layer.tensors().get(f"{layer.facts.experts}.down_proj_bias")
+    biases = layer.tensors().get(f"{layer.spec.experts}.down_proj_bias")
     gate_up, down = layer.gate_up, layer.down
     moment = output_second_moment(down, biases=biases, shares=range(8))
 
@@ -99,7 +99,7 @@ def test_between_bases_are_the_experts_projected(family: str) -> None:
     kept = (writes.T.double() @ moment @ writes.double()).trace() / moment.trace()
     assert found.output_lost == pytest.approx(1 - float(kept), abs=1e-6)
     if biases is not None:
-        reduced = layer.tensor(f"{layer.facts.experts}.down_proj_bias")
+        reduced = layer.tensor(f"{layer.spec.experts}.down_proj_bias")
         torch.testing.assert_close(reduced, biases @ writes, rtol=1e-4, atol=1e-5)
         alone = output_second_moment(down, shares=range(8))
         assert not torch.allclose(alone, moment)

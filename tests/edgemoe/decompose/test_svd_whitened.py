@@ -54,7 +54,7 @@ def second_inputs(
     units = hidden @ factors["up_in"][expert].T @ factors["up_out"][expert].T
     bias = f"{layer.layout.gate_up_name}_bias"
     if layer.layout.has_bias:
-        units = units + layer.tensor(f"{layer.facts.experts}.{bias}")[expert]
+        units = units + layer.tensor(f"{layer.spec.experts}.{bias}")[expert]
     # Gate before up, by the activation as the kit knows it.
     assert layer.activation is not None
     units = layer.layout.to_canonical(bias, units)

@@ -57,7 +57,7 @@ def write_out(layer: MoeLayer) -> dict[str, torch.Tensor]:
     }
     if layer.layout.has_bias:
         whole["down_proj_bias"] = torch.einsum("er,hr->eh", experts.down_proj_bias, writes)
-    return {f"{layer.name}.{layer.facts.experts}.{name}": t for name, t in whole.items()}
+    return {f"{layer.name}.{layer.spec.experts}.{name}": t for name, t in whole.items()}
 
 
 def written_out(based: MoeModel, whole: MoeModel) -> MoeModel:

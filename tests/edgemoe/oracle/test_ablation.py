@@ -44,7 +44,7 @@ def test_increases_are_those_of_the_whole_model(
             else:
                 # Groups must stay equal: the expert is there and gives nothing.
                 tensors = {name: tensor.clone() for name, tensor in layer.tensors().items()}
-                tensors[f"{layer.facts.experts}.down_proj"][expert] = 0
+                tensors[f"{layer.spec.experts}.down_proj"][expert] = 0
             with layer.changed(tensors):
                 expected = loss_of(model, oracle.windows) - base
             assert increases[expert] == pytest.approx(max(0.0, expected), abs=2e-6)

@@ -55,7 +55,7 @@ def test_router_kd_changes_routers_only_and_comes_nearer_to_the_teacher(
     before, after = load_model(small), load_model(tmp_path / "out")
     changed = differing(before, after)
     routers = {
-        f"{layer.name}.{layer.facts.router}.{name}"
+        f"{layer.name}.{layer.spec.router}.{name}"
         for layer in before.layers
         for name, _ in layer.router.named_parameters()
     }

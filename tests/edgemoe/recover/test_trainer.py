@@ -91,7 +91,7 @@ def test_gradients_of_what_loading_sets_are_those_of_eager_in_float64(family: st
 
     eager, loaded = gradients["eager"], gradients[None]
     layers = adapt_model(tiny_model(tiny_config(family))).layers
-    name = f"{layers[0].name}.{layers[0].facts.experts}.down_proj"
+    name = f"{layers[0].name}.{layers[0].spec.experts}.down_proj"
     assert any(not gradient.any() for gradient in eager[name])
     for name, gradient in eager.items():
         if gradient is None:

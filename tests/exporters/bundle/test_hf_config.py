@@ -28,7 +28,7 @@ PLAIN = {"model_type": "mixtral", "hidden_size": 64, "num_attention_heads": 4}
 def test_what_optimum_understands_is_copied(tmp_path: Path, extra: dict[str, object]) -> None:
     source = tmp_path / "config.json"
     source.write_text(json.dumps({**PLAIN, **extra}, indent=7))
-    write_config(source, tmp_path / "copy.json")
+    write_config(source.read_bytes(), tmp_path / "copy.json")
     assert (tmp_path / "copy.json").read_bytes() == source.read_bytes()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from edgemoe.errors import ExportError
 from edgemoe.models.memory_budget import default_limit
-from edgemoe_exporters.graph.lazy_weights import Deferred, Latest
+from edgemoe_exporters.graph.lazy_weights import LatestResult, LazyWeight
 from edgemoe_exporters.lowering.quantize import quantize_blocks
 from edgemoe_exporters.lowering.quantize_once import quantize_later
 
@@ -23,7 +23,7 @@ def test_nothing_is_computed_before_it_is_asked_for() -> None:
         return np.ones((2, 3), np.float32)
 
     tensor = (
-        Deferred((2, 3), ir.DataType.FLOAT, compute)
+        LazyWeight((2, 3), ir.DataType.FLOAT, compute)
         .map(lambda array: array.T * 2, (3, 2))
         .tensor("weight", ir.DataType.FLOAT16)
     )
@@ -36,7 +36,7 @@ def test_nothing_is_computed_before_it_is_asked_for() -> None:
 
 
 def test_numbers_beyond_the_type_are_refused_when_written() -> None:
-    tensor = Deferred((1,), ir.DataType.FLOAT, lambda: np.array([1e6], np.float32)).tensor(
+    tensor = LazyWeight((1,), ir.DataType.FLOAT, lambda: np.array([1e6], np.float32)).tensor(
         "model.w", ir.DataType.FLOAT16
     )
     with pytest.raises(ExportError, match=r"range of float16, got 1e\+06 in model\.w"):
@@ -45,7 +45,7 @@ def test_numbers_beyond_the_type_are_refused_when_written() -> None:
 
 def test_a_computed_value_is_no_weight() -> None:
     with pytest.raises(ExportError, match="must be a weight"):
-        Deferred.of(ir.Value(name="sum"))
+        LazyWeight.of(ir.Value(name="sum"))
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (8, False), (4, True)])
@@ -57,8 +57,8 @@ def test_parts_of_a_quantised_weight_are_made_together(bits: int, symmetric: boo
         calls.append(1)
         return array
 
-    latest = Latest()
-    weight = Deferred(array.shape, ir.DataType.FLOAT, compute)
+    latest = LatestResult()
+    weight = LazyWeight(array.shape, ir.DataType.FLOAT, compute)
     parts = quantize_later(latest, weight, bits, 32, symmetric)
     expected = quantize_blocks(array, bits, 32, symmetric)
     assert ("zero_points" in parts) == (not symmetric)
@@ -84,5 +84,7 @@ def test_a_limit_on_the_process_limits_what_is_opened_whole() -> None:
 
 
 def test_a_scalar_stays_one() -> None:
-    tensor = Deferred((), ir.DataType.FLOAT, lambda: np.array(8.0, np.float32)).tensor("scale")
+    tensor = LazyWeight((), ir.DataType.FLOAT, lambda: np.array(8.0, np.float32)).tensor(
+        "scale"
+    )
     assert tensor.numpy().shape == ()

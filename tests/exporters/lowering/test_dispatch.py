@@ -15,10 +15,10 @@ from onnx_ir.passes.common import TopologicalSortPass
 from edgemoe.models.activation import Activation
 from edgemoe_exporters.graph.builder import Emitter
 from edgemoe_exporters.lowering.primitive.dispatch import (
+    Dispatch,
     Grouped,
-    Places,
     Slots,
-    run_following,
+    run_dynamic,
     run_static,
 )
 from edgemoe_exporters.lowering.primitive.moe import Layer
@@ -87,9 +87,9 @@ def run(
         "hidden": ["T", HIDDEN],
         "indices": ["T", top_k],
         "gates": ["T", top_k],
-        "most": [1],
+        "max_used": [1],
     }
-    kinds = {"indices": ir.DataType.INT64, "most": ir.DataType.INT64}
+    kinds = {"indices": ir.DataType.INT64, "max_used": ir.DataType.INT64}
     inputs = [
         ir.Value(
             name=name,
@@ -101,7 +101,7 @@ def run(
     graph = ir.Graph(inputs, [], nodes=[], opset_imports={"": 20}, name="layer")
     emit = Emitter(graph, ir.DataType.FLOAT, "layer")
     layer, static, arrays = make_layers(emit, experts, biased=biased)
-    slots = Slots(indices=inputs[1], gates=inputs[2], most=inputs[3])
+    slots = Slots(indices=inputs[1], gates=inputs[2], max_used=inputs[3])
     outputs = lower(emit, layer, static, slots)
     graph.extend(emit.nodes)
     graph.outputs.extend(outputs)
@@ -128,7 +128,7 @@ def draw_feeds(seed: int, tokens: int, experts: int, top_k: int) -> Arrays:
         "hidden": random.normal(size=(tokens, HIDDEN)).astype(np.float32),
         "indices": indices.astype(np.int64),
         "gates": gates.astype(np.float32),
-        "most": np.array([used.max()]),
+        "max_used": np.array([used.max()]),
     }
 
 
@@ -165,11 +165,11 @@ def test_every_token_gets_what_its_experts_give(
         emit: Emitter, layer: Layer, static: StaticLayer, slots: Slots
     ) -> list[ir.Value]:
         used = slots.in_use(emit)
-        places = Places.of(emit, layer.hidden, used, experts)
+        dispatch = Dispatch.of(emit, layer.hidden, used, experts)
         return [
-            run_following(emit, layer, slots),
+            run_dynamic(emit, layer, slots),
             layer.gather(emit, used),
-            layer.grouped(emit, places),
+            layer.grouped(emit, dispatch),
             run_static(emit, static, slots),
             static.gather(emit, slots),
             static.dense(emit, slots),
@@ -195,12 +195,12 @@ def test_what_no_token_uses_has_no_row(
 
     def rows(emit: Emitter, layer: Layer, _: StaticLayer, slots: Slots) -> list[ir.Value]:
         used = slots.in_use(emit)
-        return [used.indices, Places.of(emit, layer.hidden, used, experts).rows]
+        return [used.indices, Dispatch.of(emit, layer.hidden, used, experts).rows]
 
     (indices, placed), _ = run(experts, top_k, rows, feeds)
-    taken = feeds["gates"] != 0
-    loads = np.bincount(feeds["indices"][taken], minlength=experts)
-    assert indices.shape == (tokens, feeds["most"][0])
+    is_dispatched = feeds["gates"] != 0
+    loads = np.bincount(feeds["indices"][is_dispatched], minlength=experts)
+    assert indices.shape == (tokens, feeds["max_used"][0])
     assert placed.shape == (experts, max(loads.max(), 1), HIDDEN)
 
 
@@ -212,10 +212,10 @@ def test_experts_are_copied_while_that_moves_less(tokens: int, used: int, copies
     feeds = draw_feeds(7, tokens, experts, top_k)
     gates = np.where(np.arange(top_k) < used, 0.5, 0).astype(np.float32)
     feeds["gates"] = np.tile(gates, (tokens, 1))
-    feeds["most"] = np.array([used])
+    feeds["max_used"] = np.array([used])
 
     class Told:
-        """Says which way was taken, in the place of an answer."""
+        """Says which way was is_dispatched, in the place of an answer."""
 
         def __init__(self, layer: Grouped) -> None:
             self.hidden, self.experts = layer.hidden, layer.experts
@@ -224,12 +224,12 @@ def test_experts_are_copied_while_that_moves_less(tokens: int, used: int, copies
             del slots
             return emit.call("Mul", self.hidden, emit.number(1.0))
 
-        def grouped(self, emit: Emitter, places: Places) -> ir.Value:
-            del places
+        def grouped(self, emit: Emitter, dispatch: Dispatch) -> ir.Value:
+            del dispatch
             return emit.call("Mul", self.hidden, emit.number(0.0))
 
     def told(emit: Emitter, layer: Layer, _: StaticLayer, slots: Slots) -> list[ir.Value]:
-        return [run_following(emit, Told(layer), slots)]
+        return [run_dynamic(emit, Told(layer), slots)]
 
     found, _ = run(experts, top_k, told, feeds)
     assert bool(found[0].any()) == copies

@@ -7,7 +7,7 @@ import pytest
 
 from edgemoe_exporters.lowering import quantize_once
 from edgemoe_exporters.lowering.quantize import Quantized, quantize_blocks
-from edgemoe_exporters.lowering.quantize_once import quantize, remembering
+from edgemoe_exporters.lowering.quantize_once import quantization_cache, quantize
 
 EXPERTS = np.random.default_rng(0).standard_normal((5, 6, 64)).astype(np.float32)
 
@@ -28,7 +28,7 @@ def test_numbers_are_those_of_quantize_blocks(
 ) -> None:
     want = quantize_blocks(weight, bits, 32, symmetric)
     assert_equal(quantize(weight, bits, 32, symmetric), want)
-    with remembering():
+    with quantization_cache():
         assert_equal(quantize(weight, bits, 32, symmetric), want)
         assert_equal(quantize(weight, bits, 32, symmetric), want)
 
@@ -46,7 +46,7 @@ def test_each_expert_is_quantised_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return quantize_blocks(weight, bits, block, symmetric)
 
     monkeypatch.setattr(quantize_once, "quantize_blocks", counting)
-    with remembering():
+    with quantization_cache():
         quantize(EXPERTS[[0, 1, 2]], 4, 32, False)
         quantize(EXPERTS[[2, 0, 4]], 4, 32, False)
         assert calls == [(6, 64)] * 4

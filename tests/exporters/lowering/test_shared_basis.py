@@ -176,10 +176,10 @@ def test_tasks_store_their_bases_once_also_when_streamed(
     for file in (tmp_path / "whole").iterdir():
         if file.name != "manifest.json":
             assert file.read_bytes() == (tmp_path / "streamed" / file.name).read_bytes()
-    places = []
+    locations = []
     for name in PLANS:
         graph = onnx.load(tmp_path / "whole" / f"{name}.onnx", load_external_data=False).graph
-        places.append(
+        locations.append(
             {
                 tensor.name: {entry.key: entry.value for entry in tensor.external_data}
                 for tensor in graph.initializer
@@ -187,10 +187,10 @@ def test_tasks_store_their_bases_once_also_when_streamed(
             }
         )
     # Few scales lie in the graph itself.
-    names = {name.removesuffix(".quantised") for name in places[0]}
+    names = {name.removesuffix(".quantised") for name in locations[0]}
     assert sum(name.endswith("_basis") for name in names) == 4
-    assert places[0] == places[1]
-    assert {place["location"] for place in places[0].values()} == {"shared.onnx.data"}
+    assert locations[0] == locations[1]
+    assert {place["location"] for place in locations[0].values()} == {"shared.onnx.data"}
 
 
 def test_a_rank_that_blocks_do_not_divide_is_refused_without_weights(

@@ -162,7 +162,7 @@ def test_the_padding_of_blocks_is_that_of_a_wider_checkpoint(
         layout, size = layer.layout, layer.intermediate_size
         tensors = layer.tensors()
         for name in layout.names:
-            full = f"{layer.facts.experts}.{name}"
+            full = f"{layer.spec.experts}.{name}"
             rows = [
                 layout.keep_channels(name, one, torch.arange(size), -(-size // 32) * 32)
                 for one in tensors[full]

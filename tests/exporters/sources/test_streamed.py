@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import edgemoe.layerwise.replay
-from edgemoe.models.checkpoint import load_model
-from edgemoe.models.fingerprint import FileHashes
+from edgemoe.models.checkpoint import Checkpoint, load_model
 from edgemoe.models.opening import open_larger, open_streamed
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.plans.keep_all import keep_all
@@ -20,8 +19,7 @@ from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.bundle.task_experts import lay_out_plans
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
-from edgemoe_exporters.sources.in_memory import SourceInMemory
-from edgemoe_exporters.sources.streamed import StreamedSource
+from edgemoe_exporters.sources.opening import ModelSource
 from edgemoe_exporters.tracing.trace import trace
 
 if TYPE_CHECKING:
@@ -129,7 +127,7 @@ def test_two_plans_give_the_same_bundle(
 
 
 @pytest.mark.slow
-def test_two_tasks_are_calibrated_and_judged_alike(
+def test_two_tasks_are_calibrated_and_evaluated_alike(
     checkpoint: Path, tasks: dict[str, Path], tmp_path: Path
 ) -> None:
     request = ExportRequest(
@@ -163,13 +161,14 @@ def test_a_streamed_pass_says_what_the_model_says(
         return own(decoder, layers, index)
 
     def ask() -> list[EagerRun]:
-        streamed = open_larger(checkpoint, NOTHING)
+        model = Checkpoint(checkpoint)
+        streamed = open_larger(model, NOTHING)
         assert streamed is not None
-        source = StreamedSource(streamed, checkpoint, work, FileHashes(checkpoint))
+        source = ModelSource(model, streamed, work)
         with source.of_task(plan, layouts, "model") as task:
             return task.run_eager(range(60))
 
-    whole = SourceInMemory(load_model(checkpoint))
+    whole = ModelSource(Checkpoint(checkpoint))
     plan = keep_all(whole.moe.shape)
     layouts = lay_out_plans({"model": plan}, whole.moe.shape)
     monkeypatch.setattr("edgemoe.layerwise.runner.only_layer", stop)

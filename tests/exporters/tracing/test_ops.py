@@ -45,9 +45,9 @@ def test_rotation_is_the_models_for_part_of_a_head() -> None:
     query, key = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16)
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 2, 9, 30, 1]])
     expected = glm.apply_rotary_pos_emb(query, key, *embedding(query, positions))
-    for states, turned in zip((query, key), expected, strict=True):
+    for states, rotated in zip((query, key), expected, strict=True):
         actual = ops.rotary(states, positions, embedding.inv_freq, 1.0)
-        torch.testing.assert_close(actual, turned)
+        torch.testing.assert_close(actual, rotated)
 
 
 def test_routing_and_experts_are_the_models() -> None:

@@ -17,17 +17,17 @@ from edgemoe_exporters.tracing.trace import trace
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "qwen2_moe", "mixtral"])
-def test_graph_has_opaque_nodes_and_the_names_of_the_checkpoint(
+def test_graph_has_custom_ops_and_the_names_of_the_checkpoint(
     traced_models: Any, family: Any
 ) -> None:
     traced = traced_models(family)
     graph, model = traced.graph.graph, traced.model
     layers = model.config.num_hidden_layers
-    opaque = Counter(node.op_type for node in graph if node.domain == DOMAIN)
-    assert opaque["Route"] == opaque["Experts"] == len(model.layers)
-    assert opaque["Attention"] == layers
-    assert opaque["RotaryEmbedding"] == 2 * layers
-    assert opaque["RMSNorm"] >= 2 * layers + 1
+    custom = Counter(node.op_type for node in graph if node.domain == DOMAIN)
+    assert custom["Route"] == custom["Experts"] == len(model.layers)
+    assert custom["Attention"] == layers
+    assert custom["RotaryEmbedding"] == 2 * layers
+    assert custom["RMSNorm"] >= 2 * layers + 1
 
     cache = [f"{i}.{part}" for i in range(layers) for part in ("key", "value")]
     assert [value.name for value in graph.inputs] == [

@@ -22,9 +22,9 @@ from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.tasks import ChoiceRecord, TaskFile
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
-from edgemoe_exporters.validation.k_ladder import LadderTask, floor_of, judge_rungs, list_caps
+from edgemoe_exporters.validation.k_ladder import LadderTask, floor_of, list_caps, measure_rungs
 from edgemoe_exporters.validation.margins import Answers, answers_of_choices, find_margin
-from edgemoe_exporters.validation.quality_gate import judge_quality, split_task
+from edgemoe_exporters.validation.quality_gate import check_quality, split_task
 from edgemoe_runtime import Session
 from edgemoe_runtime.bundle.k_ladder import RungCost
 from edgemoe_runtime.bundle.manifest_file import load_manifest
@@ -94,14 +94,14 @@ def test_layers_that_need_experts_keep_them(
         assert spent == pytest.approx(min(sums))
 
 
-def test_margins_are_the_largest_lead_of_another_answer() -> None:
+def test_margins_are_the_largest_of_changed_answers() -> None:
     full = chosen((0.0, -1.0, -5.0), (-3.0, -1.0, -2.0), (0.0, -9.0, -9.0))
     assert find_margin(full, full) == -1
     other = chosen((-2.0, -1.5, -9.0), (-1.0, -4.0, -9.0), (0.0, -0.1, -9.0))
-    # Line 1 changed with a lead of 0.5, line 2 with 3; line 3 did not.
+    # Line 1 changed with a margin of 0.5, line 2 with 3; line 3 did not.
     assert find_margin(full, other) == pytest.approx(3.0)
-    assert other.leads == pytest.approx([0.5, 3.0, 0.1])
-    assert chosen((-2.0,)).leads == [float("inf")]
+    assert other.margins == pytest.approx([0.5, 3.0, 0.1])
+    assert chosen((-2.0,)).margins == [float("inf")]
 
 
 def test_a_text_is_another_when_a_quarter_of_its_tokens_is() -> None:
@@ -123,17 +123,17 @@ def test_floors_count_what_is_lost_already() -> None:
 
 
 class Told:
-    """What judges, where what it finds is known: perplexities by the cap of the first layer."""
+    """Evaluates rungs with known results: perplexities by the cap of the first layer."""
 
     def __init__(self, found: dict[int, float]) -> None:
         self.found = found
 
-    def judge(self, _: object, k_cap: Sequence[int]) -> tuple[Evaluation, Answers]:
+    def evaluate(self, _: object, k_cap: Sequence[int]) -> tuple[Evaluation, Answers]:
         losses = (np.log(self.found[k_cap[0]]),) * 4
-        judged = replace(
+        found = replace(
             score(self.found[k_cap[0]]), n=4, line_losses=losses, line_tokens=(1,) * 4
         )
-        return judged, Answers((np.arange(3),) * 4, np.ones(4))
+        return found, Answers((np.arange(3),) * 4, np.ones(4))
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_the_first_rung_that_loses_too_much_ends_the_ladder(
     floor: float, names: list[str]
 ) -> None:
     # k2 is better than k3 by chance, and behind the floor all the same.
-    judges: Any = Told({5: 10.0, 4: 10.2, 3: 12.0, 2: 10.1, 1: 12.5})
-    rungs = judge_rungs(None, judges, (5, 5), floor)  # type: ignore[arg-type]
+    task: Any = Told({5: 10.0, 4: 10.2, 3: 12.0, 2: 10.1, 1: 12.5})
+    rungs = measure_rungs(None, task, (5, 5), floor)  # type: ignore[arg-type]
     assert [rung.name for rung in rungs] == names
     first = rungs[0].quality
     assert first is not None
@@ -161,12 +161,12 @@ def test_a_drop_as_large_as_is_allowed_is_allowed(choices: Path) -> None:
     held_out = TaskFile.load("choices", choices)
     before, after = score(0.8, "accuracy"), score(0.75, "accuracy")
     assert before.value - after.value > 0.05
-    assert judge_quality(held_out, before, after, 0.05).passed
+    assert check_quality(held_out, before, after, 0.05).passed
     with pytest.raises(QualityGateError, match=r"at most --max-drop 0\.04"):
-        judge_quality(held_out, before, after, 0.04)
+        check_quality(held_out, before, after, 0.04)
 
 
-def test_rungs_are_judged_by_thirty_choices_where_there_are_as_many(
+def test_rungs_are_evaluated_on_thirty_choices_where_there_are_as_many(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "long.jsonl"
@@ -182,11 +182,9 @@ def test_rungs_are_judged_by_thirty_choices_where_there_are_as_many(
     held_out, tokenizer = TaskFile.load("long", path), load_tokenizer(checkpoint)
     with open_subject(checkpoint) as whole:
         for most, least, limit in ((10**6, 30, 40), (3000, 15, 20)):
-            judges = LadderTask(held_out, tokenizer, 256, most)
-            judged = evaluate(
-                whole.scorer, held_out, tokenizer, max_tokens=judges.tokens_of_a_rung()
-            )
-            assert least <= judged.n <= limit
+            task = LadderTask(held_out, tokenizer, 256, most)
+            found = evaluate(whole.scorer, held_out, tokenizer, max_tokens=task.rung_tokens())
+            assert least <= found.n <= limit
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +252,7 @@ def test_an_export_measures_what_its_rungs_lose(
         answers = answers_of_choices(expected)
         margin = find_margin(answers_of_choices(best), answers)
         assert each.quality.margin == pytest.approx(margin, abs=1e-3)
-        again = [line <= margin + 1e-3 for line in answers.leads]
+        again = [line <= margin + 1e-3 for line in answers.margins]
         assert each.quality.asked_again == pytest.approx(sum(again) / len(again))
 
 
@@ -302,7 +300,7 @@ def test_who_wants_no_ladder_gets_none(checkpoint: Path, choices: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.fused
-def test_leads_of_texts_are_those_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
+def test_margins_of_texts_are_those_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
     lines = tmp_path / "texts.jsonl"
     texts = [" ".join(f"w{3 + (n * m) % 90}" for m in range(1, 30)) for n in range(1, 41)]
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -324,19 +322,19 @@ def test_leads_of_texts_are_those_of_transformers(checkpoint: Path, tmp_path: Pa
     tokenizer = load_tokenizer(checkpoint)
     found = {}
     for each in ladder:
-        chosen, leads = [], []
+        chosen, margins = [], []
         for record in held_out.records:
             ids = torch.tensor([tokenizer.encode(record.calibration_text).ids])
             with limit_k(model, each.k_cap), torch.inference_mode():
                 rows = model.model(input_ids=ids).logits[0, :-1].double()
             top = rows.log_softmax(-1).topk(2)
             chosen.append(top.indices[:, 0].numpy())
-            leads.append(float((top.values[:, 0] - top.values[:, 1]).mean()))
-        found[each.name] = Answers(tuple(chosen), np.array(leads))
+            margins.append(float((top.values[:, 0] - top.values[:, 1]).mean()))
+        found[each.name] = Answers(tuple(chosen), np.array(margins))
         if each is ladder[0]:
             continue
         assert each.quality is not None
         margin = find_margin(found["full"], found[each.name])
         assert each.quality.margin == pytest.approx(margin, abs=1e-4)
-        again = np.mean(found[each.name].leads <= margin)
+        again = np.mean(found[each.name].margins <= margin)
         assert each.quality.asked_again == pytest.approx(again, abs=0.11)

@@ -1,8 +1,8 @@
 """Attention and rotary embedding as onnxruntime's GroupQueryAttention and RotaryEmbedding.
 
 Cache slot j belongs to column j of the attention mask, so every row of a batch counts
-``total`` slots, and padding, wherever it is, is a bias on the scores. The rotation is its own
-op: GroupQueryAttention's own rotation ignores ``position_ids`` when it reads a prompt
+`total` slots, and padding, wherever it is, is a bias on the scores. The rotation is its own
+op: GroupQueryAttention's own rotation ignores `position_ids` when it reads a prompt
 (onnxruntime 1.31), which breaks decoding after a padded prompt.
 """
 
@@ -37,7 +37,7 @@ _HIDDEN = -30000.0
 
 @dataclass(frozen=True)
 class _Slots:
-    """What all layers read of the cache, computed once per run."""
+    """Values of the cache that all layers read, computed once per run."""
 
     past: ir.Value
     total: ir.Value
@@ -60,7 +60,7 @@ def lower_attention(editor: Editor, precision: Precision) -> None:
 
     Args:
         editor: The graph.
-        precision: Says the type of activations.
+        precision: Gives the type of activations.
 
     Raises:
         ExportError: Two layers rotate by different frequencies.
@@ -69,11 +69,11 @@ def lower_attention(editor: Editor, precision: Precision) -> None:
     names = ("AttendAll", "SelectKeys", "SelectBlocks", "Angles")
     apart = [node for name in names for node in editor.nodes(name, DOMAIN)]
     some_join = any(node.op_type == "AttendAll" for node in apart)
-    _spell_out(editor, apart, precision)
+    _decompose(editor, apart, precision)
     # One cache has one form: either all layers share buffers, or none does.
     if some_join or any(_sizes_differ(node) for node in nodes):
         rotations = list(editor.nodes("RotaryEmbedding", DOMAIN))
-        _spell_out(editor, [*rotations, *nodes], precision)
+        _decompose(editor, [*rotations, *nodes], precision)
         return
     slots: _Slots | None = None
     rotation: _Rotation | None = None
@@ -111,16 +111,16 @@ def lower_attention(editor: Editor, precision: Precision) -> None:
         editor.replace(node.outputs[2], outputs[2])
     editor.tidy()
     # Some families do something else between rotating and attending.
-    _spell_out(editor, list(editor.nodes("RotaryEmbedding", DOMAIN)), precision)
+    _decompose(editor, list(editor.nodes("RotaryEmbedding", DOMAIN)), precision)
 
 
 def _sizes_differ(node: ir.Node) -> bool:
-    """Tell whether values have another size than keys, for which there is no fused op."""
+    """Return whether values differ from keys in head size, for which there is no fused op."""
     return size_of(required(node.inputs[1]), 3) != size_of(required(node.inputs[2]), 3)
 
 
-def _spell_out(editor: Editor, nodes: list[ir.Node], precision: Precision) -> None:
-    """Replace nodes by basic ops."""
+def _decompose(editor: Editor, nodes: list[ir.Node], precision: Precision) -> None:
+    """Decompose nodes into primitive ops."""
     order = {id(node): position for position, node in enumerate(editor.graph)}
     shared = Shared()
     for node in sorted(nodes, key=lambda node: order[id(node)]):
@@ -231,7 +231,7 @@ def _heads(states: ir.Value) -> int:
 
 
 def _tokens_first(editor: Editor, before: ir.Node, states: ir.Value) -> ir.Value:
-    """Turn ``[B, heads, S, D]`` into ``[B, S, heads * D]``, undoing what the model did."""
+    """Reshape `[B, heads, S, D]` to `[B, S, heads * D]`, undoing what the model did."""
     transpose = producer_of(states, "Transpose")
     if transpose is not None and transpose.attributes["perm"].as_ints() == (0, 2, 1, 3):
         split_heads = required(transpose.inputs[0])
@@ -248,7 +248,7 @@ def _tokens_first(editor: Editor, before: ir.Node, states: ir.Value) -> ir.Value
 
 
 def _flatten_heads(editor: Editor, node: ir.Node, output: ir.Value) -> None:
-    """Give ``[B, S, heads * D]`` to whom took ``[B, S, heads, D]`` and flattened it."""
+    """Pass `[B, S, heads * D]` to the reader that flattened `[B, S, heads, D]` itself."""
     old = node.outputs[0]
     reshape = sole_consumer(old, "Reshape")
     if reshape is not None:

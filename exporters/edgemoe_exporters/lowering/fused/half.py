@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from edgemoe_exporters.graph.initializers import narrow_attributes, set_weight, state_values
-from edgemoe_exporters.graph.lazy_weights import Deferred
+from edgemoe_exporters.graph.lazy_weights import LazyWeight
 from edgemoe_exporters.graph.metadata import DOMAIN
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
-# What these read in float32 decides which expert, or is an angle: neither survives rounding.
+# Inputs that choose experts or are angles: neither tolerates rounding.
 _EXACT = {"Route", "RotaryEmbedding", "Angles"}
 
 
@@ -32,7 +32,7 @@ def convert_to_half(editor: Editor, precision: Precision) -> None:
     for value in editor.graph.initializers.values():
         readers = {node.op_type for node in value.consumers() if node.domain == DOMAIN}
         if value.dtype == _FLOAT and not readers & _EXACT:
-            set_weight(value, Deferred.of(value), _HALF)
+            set_weight(value, LazyWeight.of(value), _HALF)
     kept = state_values(editor.graph)
     for node in editor.graph:
         narrow_attributes(node, _HALF)

@@ -15,7 +15,7 @@ from edgemoe_exporters.graph.editor import (
     size_of,
     sole_consumer,
 )
-from edgemoe_exporters.graph.lazy_weights import Deferred
+from edgemoe_exporters.graph.lazy_weights import LazyWeight
 from edgemoe_exporters.graph.metadata import MICROSOFT, SAME_BYTES
 from edgemoe_exporters.lowering.fused.sensitive import find_sensitive
 from edgemoe_exporters.lowering.quantize_once import quantize_later
@@ -30,7 +30,7 @@ _MIN_ROWS = 16
 
 
 def lower_linears(editor: Editor, precision: Precision) -> None:
-    """Replace ``x @ transpose(W)`` by one op that reads W as it is stored.
+    """Replace `x @ transpose(W)` by one op that reads W as it is stored.
 
     Args:
         editor: The graph.
@@ -68,10 +68,10 @@ def lower_linears(editor: Editor, precision: Precision) -> None:
 
 
 def can_quantise(weight: ir.Value, precision: Precision) -> bool:
-    """Tell whether a matrix is stored in blocks.
+    """Return whether a matrix is stored in quantised blocks.
 
     Args:
-        weight: An initializer ``[rows, columns]``.
+        weight: An initializer `[rows, columns]`.
         precision: The precision of the graph.
 
     Returns:
@@ -89,7 +89,7 @@ def _parts(
     if name not in editor.graph.initializers:
         parts = quantize_later(
             editor.latest,
-            Deferred.of(weight),
+            LazyWeight.of(weight),
             precision.bits,
             precision.block,
             precision.symmetric,
@@ -160,7 +160,9 @@ def lower_embedding(editor: Editor, precision: Precision) -> None:
         shape = (size_of(weight, 0), width)
         name = f"{weight.name}.rows"
         if name not in editor.graph.initializers:
-            rows = Deferred.of(blocks).map(partial(np.reshape, shape=shape), shape).tensor(name)
+            rows = (
+                LazyWeight.of(blocks).map(partial(np.reshape, shape=shape), shape).tensor(name)
+            )
             rows.metadata_props[SAME_BYTES] = str(blocks.name)
             editor.initializer(name, rows)
         flat = editor.graph.initializers[name]

@@ -2,7 +2,7 @@
 
 The graph chooses experts itself, in float32, exactly as the model does: the fused op then
 gets, for each token, only the experts that were chosen, all others at minus infinity (MoE) or
-with weight 0 (QMoE). It skips those, so an expert dropped by ``k_cap`` costs nothing.
+with weight 0 (QMoE). It skips those, so an expert dropped by `k_cap` costs nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from edgemoe_exporters.graph.editor import (
     size_of,
     sole_consumer,
 )
-from edgemoe_exporters.graph.lazy_weights import Deferred
+from edgemoe_exporters.graph.lazy_weights import LazyWeight
 from edgemoe_exporters.graph.metadata import DOMAIN, MICROSOFT
 from edgemoe_exporters.graph.nodes import ExpertsNode, RouteNode
 from edgemoe_exporters.lowering.fused.routing import Choice, choose
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Shared:
-    """What all layers read: the caps, one value per layer, and rows to scatter into."""
+    """Values that all layers read: the caps, one per layer, and rows to scatter into."""
 
     caps: tuple[ir.Value, ...]
     rows: dict[tuple[int, float], ir.Value]
@@ -63,7 +63,7 @@ def lower_moe(editor: Editor, precision: Precision) -> None:
     """
     for node in editor.nodes("FactoredExperts", DOMAIN):
         _refuse_quantised(precision, None)
-        _spell_out(editor, node, precision, partial(lower_factored_experts, node=node))
+        _decompose(editor, node, precision, partial(lower_factored_experts, node=node))
     experts_nodes = list(editor.nodes("Experts", DOMAIN))
     if not experts_nodes:
         return
@@ -75,15 +75,15 @@ def lower_moe(editor: Editor, precision: Precision) -> None:
         experts = ExpertsNode.of(node)
         if not experts.activation.is_swiglu:
             _refuse_quantised(precision, experts.activation.kind)
-            _spell_out(editor, node, precision, partial(lower_experts, experts=experts))
+            _decompose(editor, node, precision, partial(lower_experts, experts=experts))
             continue
         caps = caps or _split_caps(editor, routes)
         choice = choose(editor, route_node, route, caps, precision)
         if route.counts:
             count = choice.count(editor, route_node, caps[route.k_cap_index])
             editor.replace(route_node.outputs[2], count)
-        lower = _quantised if precision.bits else _plain
-        lower(_Fusing(editor, node, experts, route, choice, _Shared(caps, rows), precision))
+        lower = _lower_to_qmoe if precision.bits else _lower_to_moe
+        lower(_FusedLayer(editor, node, experts, route, choice, _Shared(caps, rows), precision))
 
 
 def _route_of(node: ir.Node) -> ir.Node:
@@ -93,14 +93,14 @@ def _route_of(node: ir.Node) -> ir.Node:
     return route
 
 
-def _spell_out(
+def _decompose(
     editor: Editor,
     node: ir.Node,
     precision: Precision,
     lower: Callable[..., list[ir.Value]],
 ) -> None:
-    """Run experts that no fused op knows in basic ops."""
-    slots = _spell_out_route(editor, _route_of(node), precision)
+    """Decompose experts that no fused op knows into primitive ops."""
+    slots = _decompose_route(editor, _route_of(node), precision)
     emit = Emitter(editor.graph, precision.dtype, f"{node.name or 'experts'}")
     (output,) = lower(emit, slots=slots)
     editor.graph.insert_before(node, emit.nodes)
@@ -121,19 +121,19 @@ def _refuse_quantised(precision: Precision, activation: str | None) -> None:
         )
 
 
-def _spell_out_route(editor: Editor, route: ir.Node, precision: Precision) -> Slots:
+def _decompose_route(editor: Editor, route: ir.Node, precision: Precision) -> Slots:
     emit = Emitter(editor.graph, precision.dtype, f"{route.name or 'route'}")
-    lowered, most = lower_route(emit, RouteNode.of(route))
+    lowered, max_used = lower_route(emit, RouteNode.of(route))
     editor.graph.insert_before(route, emit.nodes)
     for old, new in zip(route.outputs, lowered, strict=True):
         new.shape = old.shape
         editor.replace(old, new)
     gates, indices, *_ = lowered
-    return Slots(indices=indices, gates=gates, most=most)
+    return Slots(indices=indices, gates=gates, max_used=max_used)
 
 
 def _split_caps(editor: Editor, routes: list[RouteNode]) -> tuple[ir.Value, ...]:
-    """Clamp ``k_cap`` to [1, top_k] and split it, at the graph's start."""
+    """Clamp `k_cap` to [1, top_k] and split it, at the graph's start."""
     first = editor.graph[0]
     caps = routes[0].k_cap
     layers = size_of(caps, 0)
@@ -152,7 +152,7 @@ def _split_caps(editor: Editor, routes: list[RouteNode]) -> tuple[ir.Value, ...]
 
 
 def _rows(editor: Editor, shared: _Shared, experts: int, fill: float) -> ir.Value:
-    """Return float32 ``[T, E]`` of one number, computed once per run."""
+    """Return float32 `[T, E]` of one number, computed once per run."""
     key = (experts, fill)
     if key not in shared.rows:
         first = editor.graph[0]
@@ -200,8 +200,8 @@ def _replace_unflattened(
 
 
 @dataclass(frozen=True)
-class _Fusing:
-    """One layer on its way into a fused op."""
+class _FusedLayer:
+    """One layer that becomes a fused op."""
 
     editor: Editor
     node: ir.Node
@@ -211,11 +211,11 @@ class _Fusing:
     shared: _Shared
     precision: Precision
 
-    def scaled(self, weights: Deferred) -> Deferred:
-        """Multiply each expert's part ``[E, ...]`` by what its weights are multiplied by."""
+    def scaled(self, weights: LazyWeight) -> LazyWeight:
+        """Multiply each expert's part `[E, ...]` by the factor of its gates."""
         scaling = self.route.rule.scaling_factor
         scale = self.route.expert_scale
-        per_expert = None if scale is None else Deferred.of(scale)
+        per_expert = None if scale is None else LazyWeight.of(scale)
 
         def multiply(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             factor = np.full(len(array), scaling, dtype=np.float32)
@@ -229,16 +229,16 @@ class _Fusing:
         return weights.map(multiply)
 
     @property
-    def missing(self) -> int:
-        """Neurons of zeros that an expert gets: the second product has blocks along them."""
+    def padding(self) -> int:
+        """Intermediate channels of zeros added to fill the blocks of the second product."""
         width = self.experts.down_array().shape[-1]
         return -width % self.precision.block if self.precision.bits else 0
 
-    def fc1(self) -> Deferred:
-        return _pad(self.experts.gate_up_array().map(_interleave), 1, 2 * self.missing)
+    def fc1(self) -> LazyWeight:
+        return _pad(self.experts.gate_up_array().map(_interleave), 1, 2 * self.padding)
 
-    def fc2(self) -> Deferred:
-        return _pad(self.scaled(self.experts.down_array()), 2, self.missing)
+    def fc2(self) -> LazyWeight:
+        return _pad(self.scaled(self.experts.down_array()), 2, self.padding)
 
     def biases(self) -> list[ir.Value | None]:
         """Return the biases of both products, as the fused ops take them."""
@@ -255,7 +255,7 @@ class _Fusing:
                 _pad(
                     first.map(lambda array: _interleave(array[..., None])[..., 0]),
                     1,
-                    2 * self.missing,
+                    2 * self.padding,
                 ),
                 self.precision,
             ),
@@ -270,7 +270,7 @@ class _Fusing:
 
     @property
     def attributes(self) -> dict[str, Attribute]:
-        """What MoE and QMoE have in common."""
+        """Attributes that MoE and QMoE share."""
         activation = self.experts.activation
         found: dict[str, Attribute] = {
             "k": self.route.top_k,
@@ -285,10 +285,10 @@ class _Fusing:
         return found
 
 
-def _plain(layer: _Fusing) -> None:
-    """MoE takes a softmax over logits: the logarithms of the weights give them back.
+def _lower_to_moe(layer: _FusedLayer) -> None:
+    """Replace Experts by MoE: its softmax over the gates' logarithms gives the gates back.
 
-    Weights that do not sum to one come back divided by their sum, so it is multiplied in.
+    Gates that do not sum to one come back divided by their sum, so it is multiplied in.
     """
     editor, node, choice, precision = layer.editor, layer.node, layer.choice, layer.precision
     total: ir.Value | None = None
@@ -319,8 +319,8 @@ def _plain(layer: _Fusing) -> None:
     editor.replace(node.outputs[0], output)
 
 
-def _quantised(layer: _Fusing) -> None:
-    """QMoE takes weights as they are, so the same rows choose and weigh."""
+def _lower_to_qmoe(layer: _FusedLayer) -> None:
+    """Replace Experts by QMoE, which takes gates as they are: one tensor chooses and weighs."""
     editor, node, choice, precision = layer.editor, layer.node, layer.choice, layer.precision
     weights: ir.Value | None = None
     if choice.logits is None:
@@ -338,7 +338,7 @@ def _quantised(layer: _Fusing) -> None:
         "expert_weight_bits": precision.bits,
         "block_size": precision.block,
         "accuracy_level": precision.accuracy_level,
-        # It would divide even the weights that it is given by their sum.
+        # It would divide even the gates that it is given by their sum.
         "normalize_routing_weights": int(weights is None),
     }
 
@@ -352,13 +352,13 @@ def _quantised(layer: _Fusing) -> None:
 
 
 def _interleave(gate_up: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Alternate gate and up rows: ``[E, 2I, H]`` with gate first to gate, up, gate, up."""
+    """Alternate gate and up rows: `[E, 2I, H]` with gate first to gate, up, gate, up."""
     experts, rows, hidden = gate_up.shape
     pairs = gate_up.reshape(experts, 2, rows // 2, hidden).swapaxes(1, 2)
     return np.ascontiguousarray(pairs).reshape(experts, rows, hidden)
 
 
-def _pad(weights: Deferred, axis: int, zeros: int) -> Deferred:
+def _pad(weights: LazyWeight, axis: int, zeros: int) -> LazyWeight:
     """Add zeros to the end of an axis."""
     if not zeros:
         return weights
@@ -372,7 +372,7 @@ def _derived(
     editor: Editor,
     source: ir.Value,
     suffix: str,
-    content: Deferred,
+    content: LazyWeight,
     precision: Precision,
 ) -> ir.Value:
     name = f"{source.name}.{suffix}"
@@ -381,7 +381,7 @@ def _derived(
 
 
 def _blocks(
-    editor: Editor, source: ir.Value, content: Deferred, precision: Precision
+    editor: Editor, source: ir.Value, content: LazyWeight, precision: Precision
 ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     if content.shape[-1] % precision.block:
         raise ExportError(

@@ -13,7 +13,7 @@ from edgemoe_exporters.graph.editor import (
     required,
     size_of,
 )
-from edgemoe_exporters.graph.lazy_weights import Deferred
+from edgemoe_exporters.graph.lazy_weights import LazyWeight
 from edgemoe_exporters.graph.metadata import DOMAIN, MICROSOFT
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def lower_norms(editor: Editor, precision: Precision) -> None:
     """
     for node in editor.nodes("RMSNorm", DOMAIN):
         if precision.is_exact:
-            _spell_out(editor, node)
+            _decompose(editor, node)
             continue
         states, weight = required(node.inputs[0]), _scale(editor, node)
         epsilon = node.attributes["epsilon"].as_float()
@@ -57,7 +57,7 @@ def lower_norms(editor: Editor, precision: Precision) -> None:
 
 
 def _scale(editor: Editor, node: ir.Node) -> ir.Value:
-    """Return what a norm multiplies by, with what the family leaves out of its weight."""
+    """Return the scale of a norm: its weight, plus the offset that the family leaves out."""
     states = required(node.inputs[0])
     weight = node.inputs[1] if len(node.inputs) > 1 else None
     offset = node.attributes["offset"].as_float()
@@ -70,12 +70,12 @@ def _scale(editor: Editor, node: ir.Node) -> ir.Value:
         return weight
     name = f"{weight.name}.plus_{offset:g}"
     if name not in editor.graph.initializers:
-        whole = Deferred.of(weight).map(lambda array: array + array.dtype.type(offset))
+        whole = LazyWeight.of(weight).map(lambda array: array + array.dtype.type(offset))
         editor.initializer(name, whole.tensor(name))
     return editor.graph.initializers[name]
 
 
-def _spell_out(editor: Editor, node: ir.Node) -> None:
+def _decompose(editor: Editor, node: ir.Node) -> None:
     """Normalise step by step.
 
     The fused op adds squares one after the other, which loses a bit or two against the
@@ -95,7 +95,7 @@ def _spell_out(editor: Editor, node: ir.Node) -> None:
 
 
 def _can_fuse(addition: ir.Node) -> bool:
-    """Tell whether both terms are ``[batch, sequence, hidden]``, as the fused op demands."""
+    """Return whether both terms are `[batch, sequence, hidden]`, as the fused op demands."""
     shapes = [required(term).shape for term in addition.inputs]
     return all(shape is not None and len(shape) == 3 for shape in shapes) and (
         shapes[0] == shapes[1]
@@ -103,7 +103,7 @@ def _can_fuse(addition: ir.Node) -> bool:
 
 
 def lower_activations(editor: Editor, _: Precision) -> None:
-    """Replace ``x * sigmoid(x)`` by one op.
+    """Replace `x * sigmoid(x)` by one op.
 
     Args:
         editor: The graph.

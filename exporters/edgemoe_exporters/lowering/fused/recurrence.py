@@ -35,12 +35,12 @@ def lower_recurrence(editor: Editor, precision: Precision) -> None:
 
     Args:
         editor: The graph.
-        precision: Says the type of activations.
+        precision: Gives the type of activations.
     """
-    for op_type, spell_out in (("NewMask", lower_new_mask), ("Softplus", lower_softplus)):
+    for op_type, decompose in (("NewMask", lower_new_mask), ("Softplus", lower_softplus)):
         for node in editor.nodes(op_type, DOMAIN):
             emit = Emitter(editor.graph, precision.dtype, str(node.name))
-            (output,) = spell_out(emit, node)
+            (output,) = decompose(emit, node)
             editor.graph.insert_before(node, emit.nodes)
             editor.replace(node.outputs[0], output)
     for node in editor.nodes("CausalConv", DOMAIN):

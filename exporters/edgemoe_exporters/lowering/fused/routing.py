@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemoe_exporters.graph.builder import FLOAT32, Emitter
-from edgemoe_exporters.lowering.primitive.routing import mass_of, sparsemixer
+from edgemoe_exporters.lowering.primitive.routing import router_probabilities, sparsemixer
 
 if TYPE_CHECKING:
     from edgemoe_exporters.graph.editor import Editor
@@ -29,11 +29,11 @@ class Choice:
 
     Attributes:
         experts: Number of experts of the layer.
-        indices: Their ids, int64 ``[T, n]``.
-        used: Which of them the token uses, bool ``[T, n]``; None where it uses all.
-        logits: float32 ``[T, n]`` whose softmax is the weights, where there is such.
-        raw: float32 ``[T, n]``: the scores, or logits for sigmoid scores, of the chosen.
-        sigmoid: Whether ``raw`` still has to pass through a sigmoid.
+        indices: Their ids, int64 `[T, n]`.
+        used: Which of them the token uses, bool `[T, n]`; None where it uses all.
+        logits: float32 `[T, n]` whose softmax is the weights, where there is such.
+        raw: float32 `[T, n]`: the scores, or logits for sigmoid scores, of the chosen.
+        sigmoid: Whether `raw` still has to pass through a sigmoid.
         sums_to_one: Whether the weights are divided by their sum.
         sum_epsilon: What is added to that sum.
     """
@@ -48,14 +48,14 @@ class Choice:
     used: ir.Value | None = None
 
     def weights(self, editor: Editor, before: ir.Node) -> ir.Value:
-        """Compute the weights without what scales each expert.
+        """Compute the gates, without the factor of each expert.
 
         Args:
             editor: The graph.
             before: The node that they come before.
 
         Returns:
-            float32 ``[T, n]``.
+            float32 `[T, n]`.
         """
         values = self.raw
         if self.sigmoid:
@@ -79,10 +79,10 @@ class Choice:
         Args:
             editor: The graph.
             before: The node that it comes before.
-            cap: n, int64 ``[1]``.
+            cap: n, int64 `[1]`.
 
         Returns:
-            int64 ``[1]``.
+            int64 `[1]`.
         """
         if self.used is None:
             (tokens,) = editor.add(before, "Shape", [self.indices], {"start": 0, "end": 1})
@@ -106,8 +106,8 @@ def choose(
         editor: The graph.
         node: A Route node; what is added comes before it.
         route: The same, read.
-        caps: Most experts per token of each layer, in [1, top_k], int64 ``[1]``.
-        precision: Says the type of the router's input.
+        caps: Most experts per token of each layer, in [1, top_k], int64 `[1]`.
+        precision: Gives the type of the router's input.
 
     Returns:
         The choice.
@@ -122,8 +122,8 @@ def choose(
     if rule.scoring == "sparsemixer":
         return _mix(editor, node, route, hidden, logits, cap)
     sigmoid = rule.scoring == "sigmoid"
-    # Sigmoid and softmax keep the order, so logits choose as well as scores, but for scores
-    # that are rounded to the same number: those tie, and the model takes the first.
+    # Sigmoid and softmax are monotonic, so logits choose as scores do, except for scores that
+    # round to the same number: those tie, and the model takes the first.
     scores = choice_scores = logits
     plain_choice = bias is None and not rule.limits_groups
     softmax_of_chosen = rule.scoring == "softmax" and (
@@ -178,29 +178,29 @@ def _used(
     indices: ir.Value,
     cap: ir.Value,
 ) -> ir.Value | None:
-    """Tell which of the chosen experts each token uses; None where a cap is all there is."""
+    """Compute which of the chosen experts a token uses; None where only a cap limits them."""
     used: ir.Value | None = None
     if route.allocator is not None:
         inputs = [hidden, route.allocator, route.allocator_bias]
         (scores,) = editor.add(node, "Gemm", inputs, {"transB": 1})
         (last,) = editor.add(node, "ArgMax", [scores], {"axis": 1, "keepdims": 1})
-        places = editor.constant(
-            f"places_{route.top_k}", np.arange(route.top_k, dtype=np.int64)
-        )
+        ranks = editor.constant(f"places_{route.top_k}", np.arange(route.top_k, dtype=np.int64))
         zero = editor.constant("ints_0", np.array([0], dtype=np.int64))
-        (places,) = editor.add(node, "Slice", [places, zero, cap])
-        (used,) = editor.add(node, "LessOrEqual", [places, last])
+        (ranks,) = editor.add(node, "Slice", [ranks, zero, cap])
+        (used,) = editor.add(node, "LessOrEqual", [ranks, last])
     if route.top_p:
         emit = Emitter(editor.graph, FLOAT32, f"{node.name}/mass")
-        mass = mass_of(emit, route.rule, logits)
+        probabilities = router_probabilities(emit, route.rule, logits)
         editor.graph.insert_before(node, emit.nodes)
-        (mass,) = editor.add(node, "GatherElements", [mass, indices], {"axis": 1})
+        (probabilities,) = editor.add(
+            node, "GatherElements", [probabilities, indices], {"axis": 1}
+        )
         axis = editor.constant("one_int64", np.array(1, dtype=np.int64))
-        (before,) = editor.add(node, "CumSum", [mass, axis], {"exclusive": 1})
+        (cumulative,) = editor.add(node, "CumSum", [probabilities, axis], {"exclusive": 1})
         share = editor.constant(
             f"share_{route.top_p!r}", np.array(route.top_p, dtype=np.float32)
         )
-        (wanted,) = editor.add(node, "Less", [before, share])
+        (wanted,) = editor.add(node, "Less", [cumulative, share])
         used = wanted if used is None else editor.add(node, "And", [wanted, used])[0]
     return used
 
@@ -225,7 +225,7 @@ def _mix(
 
 
 def _sigmoid(editor: Editor, before: ir.Node, logits: ir.Value) -> ir.Value:
-    """Compute ``1 / (1 + exp(-x))`` step by step, which rounds as torch does.
+    """Compute `1 / (1 + exp(-x))` step by step, which rounds as torch does.
 
     The fused op differs from torch in the last bit of every third score, enough to choose
     another expert now and then.
@@ -238,7 +238,7 @@ def _sigmoid(editor: Editor, before: ir.Node, logits: ir.Value) -> ir.Value:
 
 
 def _mask_groups(editor: Editor, node: ir.Node, route: RouteNode, scores: ir.Value) -> ir.Value:
-    """Put the experts outside the best groups out of reach."""
+    """Mask the scores of experts outside the best groups."""
     rule, experts = route.rule, route.experts
 
     def ints(*numbers: int) -> ir.Value:

@@ -1,1 +1,1 @@
-"""Custom ops of a trace, decomposed into primitive ONNX ops; for graphs of both flavours."""
+"""Decompose the custom ops of a trace into primitive ONNX ops; for both flavours."""

@@ -1,4 +1,4 @@
-"""Activations of experts in basic ops."""
+"""Activations of experts in primitive ops."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def activate(
 
     Args:
         emit: Takes the nodes.
-        activation: Which.
+        activation: The activation.
         projected: Hidden units; an axis has the gate half, then the up half.
         gates: The router's gates, broadcast to a half.
         half: Size of a half.

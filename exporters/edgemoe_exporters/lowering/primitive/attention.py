@@ -1,7 +1,7 @@
 """Attention, rotary embedding and RMS norm in ops that TensorRT 10.3 parses.
 
 Newer TensorRT has an Attention op, which takes one output only (no cache), rotary and norm
-ops; JetPack 6.2 has none of them. What all layers have in common, the mask and the sines, is
+ops; JetPack 6.2 has none of them. The mask and the sines, which layers have in common, are
 computed once.
 """
 
@@ -24,7 +24,7 @@ HIDDEN = -6e4
 
 @dataclass
 class Shared:
-    """Values that several layers use, by what they were made from."""
+    """Values that several layers use, by the inputs they were computed from."""
 
     masks: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
     angles: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ def lower_attention(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Val
         shared: Masks made so far.
 
     Returns:
-        Output ``[B, S, N, D]``, present keys and present values.
+        Output `[B, S, N, D]`, present keys and present values.
     """
     query, key, value, past_key, past_value, attention_mask, *sinks = node.inputs
     present_key = emit.call("Concat", past_key, key, axis=2)
@@ -60,7 +60,7 @@ def lower_attend_all(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Va
         shared: Masks made so far.
 
     Returns:
-        Output ``[B, S, N, V]``.
+        Output `[B, S, N, V]`.
     """
     return [_attend(emit, node, node.inputs, shared)]
 
@@ -107,7 +107,7 @@ def _softmax_with_sinks(
     groups: int,
     repeats: int,
 ) -> ir.Value:
-    """Let each head spend weight on a slot that holds nothing."""
+    """Compute a softmax with one more, empty slot per head (attention sinks)."""
     one = emit.integers(1)
     batch = emit.call("Shape", query, start=0, end=1)
     new = emit.call("Shape", query, start=2, end=3)
@@ -128,7 +128,7 @@ def lower_rotary(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Value]
         shared: Angles made so far.
 
     Returns:
-        Rotated states ``[B, N, S, D]``.
+        Rotated states `[B, N, S, D]`.
     """
     states, position_ids, inv_freq = node.inputs
     assert states is not None
@@ -144,11 +144,11 @@ def lower_rotary(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Value]
     sizes = emit.integers(half, half, rest) if rest else emit.integers(half, half)
     parts = emit.call_many("Split", 3 if rest else 2, states, sizes, axis=-1)
     first, second = parts[0], parts[1]
-    turned = [
+    rotated = [
         emit.call("Sub", emit.call("Mul", first, cosine), emit.call("Mul", second, sine)),
         emit.call("Add", emit.call("Mul", second, cosine), emit.call("Mul", first, sine)),
     ]
-    return [emit.call("Concat", *turned, *parts[2:], axis=-1)]
+    return [emit.call("Concat", *rotated, *parts[2:], axis=-1)]
 
 
 def lower_angles(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.Value]:
@@ -219,18 +219,18 @@ def shared_mask(
     repeats: int = 1,
     window: int = 0,
 ) -> ir.Value:
-    """Return what is added to scores, from other layers where they have it.
+    """Return the mask that is added to scores, that of another layer where it is the same.
 
     Args:
         emit: Takes the nodes.
         shared: Masks made so far.
         query: Has the new tokens along axis 2.
-        attention_mask: ``[B, P + S]``.
+        attention_mask: `[B, P + S]`.
         repeats: Query heads of a key head.
-        window: Latest slots that a token sees; 0 for all.
+        window: LatestResult slots that a token sees; 0 for all.
 
     Returns:
-        float32 ``[B, 1, repeats * S, P + S]``, 0 where a slot is visible.
+        float32 `[B, 1, repeats * S, P + S]`, 0 where a slot is visible.
     """
     mask_key = (attention_mask, repeats, window)
     if mask_key not in shared.masks:
@@ -241,7 +241,7 @@ def shared_mask(
 def _mask(
     emit: Emitter, query: ir.Value, attention_mask: ir.Value, repeats: int, window: int
 ) -> ir.Value:
-    """Return what is added to scores, float32 ``[B, 1, repeats * S, P + S]``."""
+    """Return the mask that is added to scores, float32 `[B, 1, repeats * S, P + S]`."""
     zero, one = emit.integer(0), emit.integer(1)
     axis = emit.integers(0)
     new = emit.call("Squeeze", emit.call("Shape", query, start=2, end=3), axis)
@@ -263,7 +263,7 @@ def _mask(
 def _angles(
     emit: Emitter, position_ids: ir.Value, inv_freq: ir.Value, scaling: float
 ) -> tuple[ir.Value, ir.Value]:
-    """Return cosines and sines ``[B, 1, S, R / 2]``."""
+    """Return cosines and sines `[B, 1, S, R / 2]`."""
     positions = emit.call("Cast", position_ids, to=FLOAT32)
     positions = emit.call("Unsqueeze", positions, emit.integers(1, 3))
     return _cos_and_sin(emit, emit.call("Mul", positions, inv_freq), scaling)

@@ -1,18 +1,18 @@
-"""Send tokens to the experts that they use, in shapes that follow how many those are.
+"""Run experts on the tokens that chose them: dispatch and combine with expert capacity.
 
-TensorRT builds no op that skips an expert, but it builds ops whose shapes depend on values: a
-slot that no token uses is cut off, a place that no token takes is not made. c is the most
-slots that any of T tokens uses, E the experts of a layer:
+TensorRT builds no op that skips an expert, but it builds ops with data-dependent shapes, so
+that work which no token needs is not computed. c is the most slots that any of T tokens uses,
+E the number of experts of a layer:
 
-- *slots*: of the k slots of each token the first c are left, and each copies its expert.
-  While generating (T = 1) that is the number of experts which the token uses.
-- *places*: every expert gets as many places as the busiest one has tokens, C. Tokens are
-  gathered into places, experts run as one batched product over [E, C] rows, their weights read
-  where they lie, and each token gathers what its slots gave. C falls with c, but more slowly:
-  the busiest expert has more than its share.
+- *gather*: of the k slots of each token the first c are kept, and each copies its expert's
+  weights. While generating (T = 1) that is the number of experts which the token uses.
+- *dispatch and combine*, as in GShard (arXiv 2006.16668): tokens are gathered by expert,
+  experts run as one batched product over [E, C] rows, their weights read in place, and each
+  token sums the outputs of its slots. The expert capacity C is the largest number of tokens of
+  any expert, so that none is dropped. C falls with c, but more slowly: load is not balanced.
 
-TensorRT reads `k_cap` on the host then, as it does shapes, and waits for what tokens choose
-themselves.
+TensorRT then reads `k_cap` on the host, as it reads shapes, and waits for the device where the
+number of experts depends on the token.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 
 # A copied expert is read, written and read again.
 COPY_TRAFFIC = 3
-# Most numbers of a tensor that TensorRT takes shapes from.
+# Largest tensor, in elements, whose values TensorRT accepts as shapes.
 MAX_SHAPE_NUMBERS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
-    """Which experts tokens use.
+    """The experts that each token uses.
 
     Attributes:
-        indices: Expert ids, int64 ``[T, k]``.
-        gates: float32 ``[T, k]``, 0 where a slot is not used.
-        most: Slots that the token with most of them uses, int64 ``[1]``; None where shapes
-            cannot follow it.
+        indices: Expert ids, int64 `[T, k]`.
+        gates: float32 `[T, k]`, 0 where a slot is not used.
+        max_used: The most slots that any token uses, int64 `[1]`; None where shapes must not
+            depend on it.
     """
 
     indices: ir.Value
     gates: ir.Value
-    most: ir.Value | None
+    max_used: ir.Value | None
 
     @property
     def top_k(self) -> int:
@@ -54,51 +54,54 @@ class Slots:
         return size_of(self.indices, 1)
 
     def in_use(self, emit: Emitter) -> Slots:
-        """Cut off the slots that no token uses."""
-        if self.most is None:
+        """Return the slots without those that no token uses."""
+        if self.max_used is None:
             return self
 
         def cut(value: ir.Value) -> ir.Value:
             start, axis = emit.integers(0), emit.integers(1)
-            return emit.call("Slice", value, start, self.most, axis)
+            return emit.call("Slice", value, start, self.max_used, axis)
 
         return replace(self, indices=cut(self.indices), gates=cut(self.gates))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
-    """Tokens gathered by the experts that they use; C places each, of which some stay empty.
+class Dispatch:
+    """Tokens gathered by expert; each expert has C rows (its capacity), some of them unused.
 
     Attributes:
-        rows: What stands in each place, float ``[E, C, H]``; anything in an empty one.
-        gates: float ``[E, C]``, in the type of activations; 0 in an empty place.
-        of_slots: Which of all E C places each slot has, int64 ``[T, k]``; 0 where it has none.
-        taken: Whether a slot has a place, bool ``[T, k]``.
+        rows: Input of the experts, float `[E, C, H]`; an unused row holds any token.
+        gates: In the type of activations, `[E, C]`; 0 in an unused row.
+        positions: Row of each slot among all E * C, int64 `[T, k]`; 0 where it has none.
+        is_dispatched: Whether a slot has a row, bool `[T, k]`.
         hidden_size: H.
     """
 
     rows: ir.Value
     gates: ir.Value
-    of_slots: ir.Value
-    taken: ir.Value
+    positions: ir.Value
+    is_dispatched: ir.Value
     hidden_size: int
 
     @classmethod
-    def of(cls, emit: Emitter, hidden: ir.Value, slots: Slots, experts: int) -> Places:
-        """Give every slot in use a place with its expert, in the order of the tokens.
+    def of(cls, emit: Emitter, hidden: ir.Value, slots: Slots, experts: int) -> Dispatch:
+        """Give every used slot a row of its expert, in the order of the tokens.
 
         Args:
             emit: Takes the nodes.
-            hidden: float ``[T, H]``.
-            slots: Which experts tokens use.
+            hidden: float `[T, H]`.
+            slots: The experts that each token uses.
             experts: E.
+
+        Returns:
+            The tokens by expert; capacity is the largest number of tokens of any expert.
         """
         last = emit.integers(-1)
-        taken = emit.call("Not", emit.call("Equal", slots.gates, emit.number(0.0)))
+        is_dispatched = emit.call("Not", emit.call("Equal", slots.gates, emit.number(0.0)))
         ids = emit.call("Unsqueeze", slots.indices, last)
         here = emit.call("Equal", ids, emit.integers(*range(experts)))
-        here = emit.call("And", here, emit.call("Unsqueeze", taken, last))
-        # [T, E]: who uses which expert, and with what weight.
+        here = emit.call("And", here, emit.call("Unsqueeze", is_dispatched, last))
+        # [T, E]: which token uses which expert, and with what gate.
         chosen = emit.call(
             "ReduceSum", emit.call("Cast", here, to=FLOAT32), emit.integers(1), keepdims=0
         )
@@ -107,55 +110,55 @@ class Places:
         )
         weights = emit.call("ReduceSum", spread, emit.integers(1), keepdims=0)
         loads = emit.call("ReduceSum", chosen, emit.integers(0), keepdims=0)
-        places = emit.call("ReduceMax", loads, emit.integers(0), keepdims=1)
-        places = emit.call("Cast", places, to=ir.DataType.INT64)
+        capacity = emit.call("ReduceMax", loads, emit.integers(0), keepdims=1)
+        capacity = emit.call("Cast", capacity, to=ir.DataType.INT64)
         # One at least: all gates of a call may have become 0.
-        places = emit.call("Max", places, emit.integers(1))
+        capacity = emit.call("Max", capacity, emit.integers(1))
         tokens = emit.call("Squeeze", emit.call("Shape", hidden, start=0, end=1))
         order = emit.call("Range", emit.integer(0), tokens, emit.integer(1))
-        # Users of an expert first, in their order: their keys are T, T - 1, ..., the others' 0.
+        # An expert's tokens come first, in order: their keys are T, T - 1, ..., the others' 0.
         left = emit.call("Cast", emit.call("Sub", tokens, order), to=FLOAT32)
         by_expert = emit.call("Transpose", chosen, perm=[1, 0])
         keys = emit.call("Mul", by_expert, left)
-        # Ordered whole and cut then: TensorRT crashes where k depends on values.
+        # Sorted in full and then cut: TensorRT crashes where the k of a TopK is data-dependent.
         whole = emit.call("Reshape", tokens, emit.integers(1))
         _, who = emit.call_many("TopK", 2, keys, whole, axis=1)
-        who = emit.call("Slice", who, emit.integers(0), places, emit.integers(1))
+        who = emit.call("Slice", who, emit.integers(0), capacity, emit.integers(1))
         gates = emit.call(
             "GatherElements", emit.call("Transpose", weights, perm=[1, 0]), who, axis=1
         )
-        # The other way round: which place a token has with an expert, wherever it has one.
+        # The inverse: the row that a token has with an expert, where it has one.
         numbers = emit.call("Cast", order, to=FLOAT32)
-        numbers = emit.call("Slice", numbers, emit.integers(0), places, emit.integers(0))
+        numbers = emit.call("Slice", numbers, emit.integers(0), capacity, emit.integers(0))
         numbers = emit.call("Expand", numbers, emit.call("Shape", who))
-        place = emit.call("ScatterElements", by_expert, who, numbers, axis=1)
-        place = emit.call("Transpose", place, perm=[1, 0])
-        place = emit.call("GatherElements", place, slots.indices, axis=1)
-        place = emit.call("Cast", place, to=ir.DataType.INT64)
-        place = emit.call("Add", emit.call("Mul", slots.indices, places), place)
+        position = emit.call("ScatterElements", by_expert, who, numbers, axis=1)
+        position = emit.call("Transpose", position, perm=[1, 0])
+        position = emit.call("GatherElements", position, slots.indices, axis=1)
+        position = emit.call("Cast", position, to=ir.DataType.INT64)
+        position = emit.call("Add", emit.call("Mul", slots.indices, capacity), position)
         return cls(
             rows=emit.call("Gather", hidden, who, axis=0),
             gates=emit.narrow(gates),
-            of_slots=emit.call("Where", taken, place, emit.integer(0)),
-            taken=taken,
+            positions=emit.call("Where", is_dispatched, position, emit.integer(0)),
+            is_dispatched=is_dispatched,
             hidden_size=size_of(hidden, 1),
         )
 
-    def sum_up(self, emit: Emitter, outputs: ir.Value) -> ir.Value:
-        """Give every token the sum of what its places gave.
+    def combine(self, emit: Emitter, outputs: ir.Value) -> ir.Value:
+        """Sum the experts' outputs of every token.
 
         Args:
             emit: Takes the nodes.
-            outputs: float ``[E, C, H]``, weighed by the gates.
+            outputs: float `[E, C, H]`, already multiplied by the gates.
 
         Returns:
-            float ``[T, H]``.
+            float `[T, H]`.
         """
         flat = emit.call("Reshape", outputs, emit.integers(-1, self.hidden_size))
-        parts = emit.call("Gather", flat, self.of_slots, axis=0)
+        parts = emit.call("Gather", flat, self.positions, axis=0)
         zero = emit.number(0.0, emit.compute)
-        taken = emit.call("Unsqueeze", self.taken, emit.integers(-1))
-        parts = emit.call("Where", taken, parts, zero)
+        is_dispatched = emit.call("Unsqueeze", self.is_dispatched, emit.integers(-1))
+        parts = emit.call("Where", is_dispatched, parts, zero)
         return emit.call("ReduceSum", parts, emit.integers(1), keepdims=0)
 
 
@@ -164,79 +167,86 @@ class Experts(Protocol):
 
     @property
     def hidden(self) -> ir.Value:
-        """What experts get, float ``[T, H]``."""
+        """Input of the experts, float `[T, H]`."""
         ...
 
     @property
     def experts(self) -> int:
-        """E."""
+        """Number of experts, E."""
         ...
 
     def gather(self, emit: Emitter, slots: Slots) -> ir.Value:
-        """Copy the expert of every slot; gives ``[T, H]``."""
+        """Copy the expert of every slot; return the output `[T, H]`."""
         ...
 
 
 class Grouped(Experts, Protocol):
-    """Experts that tokens are sent to."""
+    """Experts that run on dispatched tokens."""
 
-    def grouped(self, emit: Emitter, places: Places) -> ir.Value:
-        """Run all experts on the tokens that have a place with them; gives ``[T, H]``."""
+    def grouped(self, emit: Emitter, dispatch: Dispatch) -> ir.Value:
+        """Run all experts on the tokens dispatched to them; return the output `[T, H]`."""
         ...
 
 
 class Dense(Experts, Protocol):
-    """Experts that all tokens see."""
+    """Experts that run on all tokens."""
 
     def dense(self, emit: Emitter, slots: Slots) -> ir.Value:
-        """Run all experts on all tokens; gives ``[T, H]``."""
+        """Run all experts on all tokens; return the output `[T, H]`."""
         ...
 
 
-def run_following(emit: Emitter, layer: Grouped, slots: Slots) -> ir.Value:
-    """Copy the experts of each slot where that moves less than reading all of them once.
+def run_dynamic(emit: Emitter, layer: Grouped, slots: Slots) -> ir.Value:
+    """Run experts with data-dependent shapes.
+
+    The experts of each slot are copied where that moves less memory than reading all of them
+    once; otherwise tokens are dispatched to them.
 
     Args:
         emit: Takes the nodes.
         layer: The experts.
-        slots: Which of them tokens use; ``most`` is known.
+        slots: Which of them each token uses; `max_used` is known.
 
     Returns:
-        Output ``[T, H]``.
+        Output `[T, H]`.
     """
     used = slots.in_use(emit)
-    # Not in the branch that needs them: TensorRT takes no shapes from values of a branch.
-    places = Places.of(emit, layer.hidden, used, layer.experts)
+    # Outside the branch that needs it: TensorRT takes no shapes from values inside a branch.
+    dispatch = Dispatch.of(emit, layer.hidden, used, layer.experts)
     if layer.experts < COPY_TRAFFIC:
-        return layer.grouped(emit, places)
+        return layer.grouped(emit, dispatch)
     tokens = emit.call("Shape", layer.hidden, start=0, end=1)
-    moved = emit.call("Mul", emit.call("Mul", tokens, slots.most), emit.integers(COPY_TRAFFIC))
+    moved = emit.call(
+        "Mul", emit.call("Mul", tokens, slots.max_used), emit.integers(COPY_TRAFFIC)
+    )
     few = emit.call("LessOrEqual", moved, emit.integers(layer.experts))
     return _either(
         emit,
         layer,
         few,
         lambda to: layer.gather(to, used),
-        lambda to: layer.grouped(to, places),
+        lambda to: layer.grouped(to, dispatch),
     )
 
 
 def run_static(emit: Emitter, layer: Dense, slots: Slots) -> ir.Value:
-    """Copy the experts of all slots of a few tokens, or run all experts on many.
+    """Run experts with shapes that do not depend on the routing.
+
+    The experts of all slots are copied for few tokens; all experts run on all of many tokens.
 
     Args:
         emit: Takes the nodes.
         layer: The experts.
-        slots: Which of them tokens use.
+        slots: Which of them each token uses.
 
     Returns:
-        Output ``[T, H]``.
+        Output `[T, H]`.
     """
-    most = layer.experts // (COPY_TRAFFIC * slots.top_k)
-    if most < 1:
+    max_tokens = layer.experts // (COPY_TRAFFIC * slots.top_k)
+    if max_tokens < 1:
         return layer.dense(emit, slots)
     tokens = emit.call("Shape", layer.hidden, start=0, end=1)
-    few = emit.call("LessOrEqual", tokens, emit.integers(most))
+    few = emit.call("LessOrEqual", tokens, emit.integers(max_tokens))
     return _either(
         emit,
         layer,
@@ -247,15 +257,15 @@ def run_static(emit: Emitter, layer: Dense, slots: Slots) -> ir.Value:
 
 
 def gates_by_expert(emit: Emitter, slots: Slots, experts: int) -> ir.Value:
-    """Spread gates out over all experts, 0 for those that a token does not use.
+    """Scatter gates over all experts, 0 for those that a token does not use.
 
     Args:
         emit: Takes the nodes.
-        slots: Which experts tokens use.
+        slots: The experts that each token uses.
         experts: E.
 
     Returns:
-        In the type of activations, ``[T, E]``.
+        In the type of activations, `[T, E]`.
     """
     ids, last = emit.integers(*range(experts)), emit.integers(-1)
     chosen = emit.call("Equal", emit.call("Unsqueeze", slots.indices, last), ids)

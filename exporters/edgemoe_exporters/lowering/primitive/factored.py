@@ -1,9 +1,9 @@
-"""Factored experts in basic ops, for both flavours: no fused op knows them.
+"""Factored experts in primitive ops, for both flavours: no fused op knows them.
 
 A factored expert is four thin products. As with whole experts (see
-:mod:`edgemoe_exporters.lowering.primitive.moe`), a graph either copies the experts that each
-token uses, or gathers the tokens of each expert and runs all experts as batched products: the
-former while it moves less.
+`lowering.primitive.moe`), a graph either copies the experts that each
+token uses, or dispatches tokens to experts and runs all experts as batched products: the
+former while it moves less memory.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from edgemoe.models.experts import ExpertsLayout
 from edgemoe_exporters.graph.builder import Emitter, size_of
 from edgemoe_exporters.graph.editor import required
 from edgemoe_exporters.graph.initializers import set_weight
-from edgemoe_exporters.graph.lazy_weights import Deferred
+from edgemoe_exporters.graph.lazy_weights import LazyWeight
 from edgemoe_exporters.graph.nodes import activation_of
 from edgemoe_exporters.lowering.primitive.activation import activate
 from edgemoe_exporters.lowering.primitive.dispatch import (
     gates_by_expert,
-    run_following,
+    run_dynamic,
     run_static,
 )
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from edgemoe.models.activation import Activation
-    from edgemoe_exporters.lowering.primitive.dispatch import Places, Slots
+    from edgemoe_exporters.lowering.primitive.dispatch import Dispatch, Slots
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
     """One layer, and the ways to run it; each takes the slots that are in use.
 
-    Factors are [E, inputs, outputs], but for ``up_in`` [E, R, H].
+    Factors are [E, inputs, outputs], but for `up_in` [E, R, H].
     """
 
     hidden: ir.Value
@@ -63,19 +63,19 @@ class _Layer:
     def hidden_size(self) -> int:
         return size_of(self.up_in, 2)
 
-    def grouped(self, emit: Emitter, places: Places) -> ir.Value:
+    def grouped(self, emit: Emitter, dispatch: Dispatch) -> ir.Value:
         thin = emit.call(
-            "MatMul", self.up_in, emit.call("Transpose", places.rows, perm=[0, 2, 1])
+            "MatMul", self.up_in, emit.call("Transpose", dispatch.rows, perm=[0, 2, 1])
         )
         units = emit.call("MatMul", emit.call("Transpose", thin, perm=[0, 2, 1]), self.up_out)
-        weights = emit.call("Unsqueeze", places.gates, emit.integers(2))
+        weights = emit.call("Unsqueeze", dispatch.gates, emit.integers(2))
         activated = self._activate(emit, units, weights)
         thin = emit.call("MatMul", activated, self.down_in)
         outputs = emit.call("MatMul", thin, self.down_out)
         if self.down_bias is not None:
             bias = emit.call("Unsqueeze", self.down_bias, emit.integers(1))
             outputs = emit.call("Add", outputs, emit.call("Mul", bias, weights))
-        return places.sum_up(emit, outputs)
+        return dispatch.combine(emit, outputs)
 
     def dense(self, emit: Emitter, slots: Slots) -> ir.Value:
         gates = gates_by_expert(emit, slots, self.experts)
@@ -124,7 +124,7 @@ class _Layer:
         return emit.call("ReduceSum", outputs, emit.integers(1), keepdims=0)
 
     def _activate(self, emit: Emitter, units: ir.Value, weights: ir.Value) -> ir.Value:
-        """Take units ``[E, rows, 2I]`` through the activation, times weights."""
+        """Apply bias and activation to units `[E, rows, 2I]`, times weights."""
         if self.up_bias is not None:
             bias = emit.call("Unsqueeze", self.up_bias, emit.integers(1))
             units = emit.call("Add", units, bias)
@@ -137,10 +137,10 @@ def lower_factored_experts(emit: Emitter, node: ir.Node, slots: Slots) -> list[i
     Args:
         emit: Takes the nodes.
         node: A FactoredExperts node.
-        slots: What a lowered Route chose for it.
+        slots: The experts that the lowered Route chose for each token.
 
     Returns:
-        Output ``[T, H]``.
+        Output `[T, H]`.
     """
     hidden, _, _, up_in, up_out, down_in, down_out, *biases = node.inputs
     up_bias, down_bias = (*biases, None, None)[:2]
@@ -148,15 +148,15 @@ def lower_factored_experts(emit: Emitter, node: ir.Node, slots: Slots) -> list[i
     activation = activation_of(node)
     layout = ExpertsLayout(has_gate=activation.gated, is_concatenated=concatenated)
     factors = [required(value) for value in (up_in, up_out, down_in, down_out)]
-    _turn(factors[1], layout)
+    _transpose_up_out(factors[1], layout)
     for value in factors[2:]:
-        stored = Deferred.of(value)
+        stored = LazyWeight.of(value)
         count, rows, columns = stored.shape
-        turned = stored.map(lambda array: array.transpose(0, 2, 1), (count, columns, rows))
-        set_weight(value, turned)
+        transposed = stored.map(lambda array: array.transpose(0, 2, 1), (count, columns, rows))
+        set_weight(value, transposed)
     if up_bias is not None:
         name = f"{layout.gate_up_name}_bias"
-        set_weight(up_bias, Deferred.of(up_bias).map(partial(_canonical, layout, name)))
+        set_weight(up_bias, LazyWeight.of(up_bias).map(partial(_canonical, layout, name)))
     layer = _Layer(
         hidden=required(hidden),
         up_in=factors[0],
@@ -167,19 +167,19 @@ def lower_factored_experts(emit: Emitter, node: ir.Node, slots: Slots) -> list[i
         down_bias=down_bias,
         activation=activation,
     )
-    run = run_static if slots.most is None else run_following
+    run = run_static if slots.max_used is None else run_dynamic
     return [run(emit, layer, slots)]
 
 
-def _turn(up_out: ir.Value, layout: ExpertsLayout) -> None:
-    """Put gate rows before up rows, and make it [E, R, 2I]."""
-    stored = Deferred.of(up_out)
+def _transpose_up_out(up_out: ir.Value, layout: ExpertsLayout) -> None:
+    """Order gate rows before up rows, and transpose to `[E, R, 2I]`."""
+    stored = LazyWeight.of(up_out)
     count, rows, columns = stored.shape
 
-    def turn(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def transpose(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return _canonical(layout, layout.gate_up_name, array).transpose(0, 2, 1)
 
-    set_weight(up_out, stored.map(turn, (count, columns, rows)))
+    set_weight(up_out, stored.map(transpose, (count, columns, rows)))
 
 
 def _canonical(

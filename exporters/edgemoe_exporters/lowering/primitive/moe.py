@@ -2,20 +2,20 @@
 
 TensorRT builds neither com.microsoft.MoE nor scatter-add nor NonZero, and its own MoE layer
 exists on data-centre Blackwell and Jetson Thor only. That leaves these ways (E experts, T
-tokens of which each uses c at most; see :mod:`edgemoe_exporters.lowering.primitive.dispatch`):
+tokens of which each uses c at most; see `lowering.primitive.dispatch`):
 
 - *gather*: copy the experts of each token, then multiply. A copy reads and writes and the
   product reads again, so this moves 3 T c experts.
-- *grouped*: gather the tokens of each expert, and run all experts as one batched product. It
-  reads E experts where they lie, and multiplies by as many rows as the busiest one has tokens.
+- *grouped*: dispatch tokens to experts, and run all experts as one batched product. It reads E
+  experts in place, and multiplies each by as many rows as the expert capacity.
 - *dense*: all experts of a layer are one wide feed-forward network, whose hidden units are
   multiplied by the gate of their expert, or 0. It reads E experts and multiplies them by all
-  tokens; no shape depends on what tokens choose.
+  tokens; no shape depends on the routing.
 - one node per expert: 7000 nodes for 16 experts in 30 layers. Not used.
 
 So each layer chooses as it runs: gather while 3 T c <= E, as when generating, grouped above.
-This counts weight traffic; no GPU has run it yet. Dense takes the place of grouped where no
-shape may follow values.
+This counts weight traffic; no GPU has run it yet. Dense replaces grouped where data-dependent
+shapes are not allowed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING
 from edgemoe_exporters.graph.builder import Emitter, size_of
 from edgemoe_exporters.graph.initializers import set_weight
 from edgemoe_exporters.lowering.primitive.activation import activate
-from edgemoe_exporters.lowering.primitive.dispatch import run_following, run_static
+from edgemoe_exporters.lowering.primitive.dispatch import run_dynamic, run_static
 from edgemoe_exporters.lowering.primitive.static_shapes import Stacks, StaticLayer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from edgemoe_exporters.graph.lazy_weights import Deferred
+    from edgemoe_exporters.graph.lazy_weights import LazyWeight
     from edgemoe_exporters.graph.nodes import ExpertsNode
-    from edgemoe_exporters.lowering.primitive.dispatch import Places, Slots
+    from edgemoe_exporters.lowering.primitive.dispatch import Dispatch, Slots
 
 
 def lower_experts(emit: Emitter, experts: ExpertsNode, slots: Slots) -> list[ir.Value]:
@@ -43,20 +43,20 @@ def lower_experts(emit: Emitter, experts: ExpertsNode, slots: Slots) -> list[ir.
     Args:
         emit: Takes the nodes.
         experts: An Experts node.
-        slots: What a lowered Route chose for it.
+        slots: The experts that the lowered Route chose for each token.
 
     Returns:
-        Output ``[T, H]``.
+        Output `[T, H]`.
     """
     gate_up, down = experts.gate_up, experts.down
-    # Products read them as they lie.
-    set_weight(down, _turned(experts.down_array()))
+    # Products read them in place.
+    set_weight(down, _transposed(experts.down_array()))
     stored = experts.gate_up_array()
-    set_weight(gate_up, stored if slots.most is None else _turned(stored))
+    set_weight(gate_up, stored if slots.max_used is None else _transposed(stored))
     bias = experts.gate_up_bias_array()
     if bias is not None and experts.gate_up_bias is not None:
         set_weight(experts.gate_up_bias, bias)
-    kind = StaticLayer if slots.most is None else Layer
+    kind = StaticLayer if slots.max_used is None else Layer
     layer = kind(
         hidden=experts.hidden,
         gate_up=gate_up,
@@ -70,27 +70,27 @@ def lower_experts(emit: Emitter, experts: ExpertsNode, slots: Slots) -> list[ir.
     )
     if isinstance(layer, StaticLayer):
         return [run_static(emit, layer, slots)]
-    return [run_following(emit, layer, slots)]
+    return [run_dynamic(emit, layer, slots)]
 
 
-def _turned(stored: Deferred) -> Deferred:
+def _transposed(stored: LazyWeight) -> LazyWeight:
     count, rows, columns = stored.shape
     return stored.map(lambda array: array.transpose(0, 2, 1), (count, columns, rows))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer(Stacks):
-    """Two ways to run experts in shapes that follow values; ``gate_up`` is ``[E, H, 2I]``."""
+    """Two ways to run experts with data-dependent shapes; `gate_up` is `[E, H, 2I]`."""
 
-    def grouped(self, emit: Emitter, places: Places) -> ir.Value:
-        """Run all experts on the tokens that have a place with them."""
-        weights = emit.call("Unsqueeze", places.gates, emit.integers(2))
-        units = self._first_product(emit, places.rows, weights)
+    def grouped(self, emit: Emitter, dispatch: Dispatch) -> ir.Value:
+        """Run all experts on the tokens dispatched to them."""
+        weights = emit.call("Unsqueeze", dispatch.gates, emit.integers(2))
+        units = self._first_product(emit, dispatch.rows, weights)
         outputs = emit.call("MatMul", units, self.down)
         if self.down_bias is not None:
             bias = emit.call("Unsqueeze", self.down_bias, emit.integers(1))
             outputs = emit.call("Add", outputs, emit.call("Mul", bias, weights))
-        return places.sum_up(emit, outputs)
+        return dispatch.combine(emit, outputs)
 
     def gather(self, emit: Emitter, slots: Slots) -> ir.Value:
         """Copy the expert of every slot."""
@@ -111,7 +111,7 @@ class Layer(Stacks):
         return self.add_biases(emit, output, slots)
 
     def _first_product(self, emit: Emitter, rows: ir.Value, weights: ir.Value) -> ir.Value:
-        """Take rows ``[E or 1, n, H]`` to units ``[E, n, I]``, times weights ``[E, n, 1]``."""
+        """Multiply rows `[E or 1, n, H]` into units `[E, n, I]`, times weights `[E, n, 1]`."""
         units = emit.call("MatMul", rows, self.gate_up)
         if self.gate_up_bias is not None:
             bias = emit.call("Unsqueeze", self.gate_up_bias, emit.integers(1))

@@ -20,14 +20,14 @@ _END = np.iinfo(np.int64).max
 
 
 def lower_new_mask(emit: Emitter, node: ir.Node) -> list[ir.Value]:
-    """Take the columns of the new tokens.
+    """Slice the columns of the new tokens.
 
     Args:
         emit: Takes the nodes.
         node: A NewMask node.
 
     Returns:
-        The mask ``[B, S]`` in the type of activations.
+        The mask `[B, S]` in the type of activations.
     """
     attention_mask, states = node.inputs
     total = emit.call("Shape", attention_mask, start=1, end=2)
@@ -38,15 +38,15 @@ def lower_new_mask(emit: Emitter, node: ir.Node) -> list[ir.Value]:
 
 
 def repeat_heads(emit: Emitter, states: ir.Value, heads: int) -> ir.Value:
-    """Give several heads what one group has.
+    """Repeat each group's states for its heads.
 
     Args:
         emit: Takes the nodes.
-        states: ``[B, S, M, D]``.
+        states: `[B, S, M, D]`.
         heads: N, a multiple of M.
 
     Returns:
-        ``[B, S, N, D]``.
+        `[B, S, N, D]`.
     """
     groups, size = size_of(states, 2), size_of(states, 3)
     if groups == heads:
@@ -72,14 +72,14 @@ def lower_softplus(emit: Emitter, node: ir.Node) -> list[ir.Value]:
 
 
 def lower_causal_conv(emit: Emitter, node: ir.Node) -> list[ir.Value]:
-    """Convolve what was kept and what is new.
+    """Convolve cached and new positions.
 
     Args:
         emit: Takes the nodes.
         node: A CausalConv node.
 
     Returns:
-        Output ``[B, C, S]`` and the float32 state ``[B, C, W - 1]``.
+        Output `[B, C, S]` and the float32 state `[B, C, W - 1]`.
     """
     states, past, weight, *bias = node.inputs
     assert past is not None
@@ -106,7 +106,7 @@ def lower_linear_attention(emit: Emitter, node: ir.Node) -> list[ir.Value]:
         node: A LinearAttention node.
 
     Returns:
-        Output ``[B, S, N, V]`` and the float32 state ``[B, N, D, V]``.
+        Output `[B, S, N, V]` and the float32 state `[B, N, D, V]`.
     """
     query, key, value, decay, beta, past = node.inputs
     assert query is not None
@@ -118,9 +118,9 @@ def lower_linear_attention(emit: Emitter, node: ir.Node) -> list[ir.Value]:
     fades = size_of(decay, 3)
     row, column = emit.integers(3), emit.integers(4)
     scale = emit.number(node.attributes["scale"].as_float())
-    asking = emit.call("Mul", emit.wide(query), scale)
+    scaled = emit.call("Mul", emit.wide(query), scale)
     steps: dict[str, tuple[ir.Value, tuple[int, int, int]]] = {
-        "query": (emit.call("Unsqueeze", asking, row), (heads, 1, size)),
+        "query": (emit.call("Unsqueeze", scaled, row), (heads, 1, size)),
         "column": (emit.call("Unsqueeze", emit.wide(key), column), (heads, size, 1)),
         "value": (emit.call("Unsqueeze", emit.wide(value), row), (heads, 1, width)),
     }
@@ -146,7 +146,7 @@ def lower_linear_attention(emit: Emitter, node: ir.Node) -> list[ir.Value]:
 
 
 def _body(emit: Emitter, steps: dict[str, tuple[int, int, int]], width: int) -> ir.Graph:
-    """Return what is done with each token."""
+    """Return the body of the Scan, which runs once per token."""
     inner = emit.branch("token")
     heads, _, size = steps["query"]
     given = {"state": (heads, size, width), **steps}

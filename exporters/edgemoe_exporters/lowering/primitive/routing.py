@@ -1,4 +1,4 @@
-"""Routing in basic ops, in float32; for TensorRT, and for onnxruntime where nothing is fused.
+"""Routing in primitive ops, in float32; for TensorRT, and where onnxruntime fuses nothing.
 
 The logits are an elementwise product and a sum, not a matrix product: TensorRT may round
 float32 matrix products to TF32, has none for Turing, and experts are chosen by differences
@@ -28,9 +28,9 @@ def lower_route(emit: Emitter, route: RouteNode) -> tuple[list[ir.Value], ir.Val
         route: A Route node; its weights are float32 already.
 
     Returns:
-        What the node gives: gates, float32 ``[T, k]``, 0 beyond the cap, and expert ids, int64
-        ``[T, k]``; where the node counts, also the number of experts that its tokens use, int64
-        ``[1]``. Then the most slots that one of them uses, int64 ``[1]``.
+        The node's outputs: gates, float32 `[T, k]`, 0 beyond the cap, and expert ids, int64
+        `[T, k]`; where the node counts, also the number of experts that its tokens use, int64
+        `[1]`. Then the most slots that any token uses, int64 `[1]`.
     """
     rule = route.rule
     rows = emit.call("Unsqueeze", emit.wide(route.hidden), emit.integers(1))
@@ -40,15 +40,15 @@ def lower_route(emit: Emitter, route: RouteNode) -> tuple[list[ir.Value], ir.Val
     cap = emit.call("Gather", route.k_cap, emit.integers(route.k_cap_index), axis=0)
     slots = emit.integers(*range(route.top_k))
     if route.allocator is not None:
-        # The first row stands for one expert, so the largest's place is below its number.
+        # The first row stands for one expert, so the index of the largest is one too low.
         scores = _project(emit, rows, route.allocator)
         scores = emit.call("Add", scores, route.allocator_bias)
-        most = emit.call("ArgMax", scores, axis=-1, keepdims=1)
-        cap = emit.call("Min", cap, emit.call("Add", most, emit.integers(1)))
+        allocated = emit.call("ArgMax", scores, axis=-1, keepdims=1)
+        cap = emit.call("Min", cap, emit.call("Add", allocated, emit.integers(1)))
     used = emit.call("Less", slots, cap)
     if rule.scoring == "sparsemixer":
         gates, indices = sparsemixer(emit, logits, rule.jitter, route.top_k)
-        used = _reach(emit, route, logits, indices, used)
+        used = _within_top_p(emit, route, logits, indices, used)
         gates = where(emit, used, gates, 0.0)
     else:
         gates, indices, used = _choose(emit, route, logits, used)
@@ -59,55 +59,56 @@ def lower_route(emit: Emitter, route: RouteNode) -> tuple[list[ir.Value], ir.Val
         gates = emit.call("Mul", gates, emit.number(rule.scaling_factor))
     gates.type = ir.TensorType(FLOAT32)
     outputs = [gates, indices, *([_count(emit, used, indices)] if route.counts else [])]
-    return outputs, _most(emit, route, used)
+    return outputs, _max_used(emit, route, used)
 
 
-def _most(emit: Emitter, route: RouteNode, used: ir.Value) -> ir.Value:
-    """Tell how many slots the token with most of them uses."""
+def _max_used(emit: Emitter, route: RouteNode, used: ir.Value) -> ir.Value:
+    """Return the most slots that any token uses, int64 `[1]`."""
     if route.allocator is None and not route.top_p:
         # The cap itself, which TensorRT knows before it runs anything.
         cap = emit.call("Gather", route.k_cap, emit.integers(route.k_cap_index), axis=0)
         return emit.call("Min", cap, emit.integers(route.top_k))
     each = emit.call("ReduceSum", emit.call("Cast", used, to=FLOAT32), emit.integers(1))
-    most = emit.call(
+    max_used = emit.call(
         "ReduceMax", emit.call("Squeeze", each, emit.integers(1)), emit.integers(0)
     )
-    return emit.call("Cast", most, to=ir.DataType.INT64)
+    return emit.call("Cast", max_used, to=ir.DataType.INT64)
 
 
 def _count(emit: Emitter, used: ir.Value, indices: ir.Value) -> ir.Value:
-    """Count the slots that are used; ``used`` may be the same for all tokens."""
+    """Count the slots that are used; `used` may be the same for all tokens."""
     whole = emit.call("Expand", used, emit.call("Shape", indices))
     ones = emit.call("Cast", whole, to=ir.DataType.INT64)
     return emit.call("ReduceSum", emit.call("Reshape", ones, emit.integers(-1)), keepdims=1)
 
 
 def _project(emit: Emitter, rows: ir.Value, weight: ir.Value) -> ir.Value:
-    """Multiply ``[T, 1, H]`` by ``[N, H]`` to ``[T, N]``, without a matrix product."""
+    """Multiply `[T, 1, H]` by `[N, H]` to `[T, N]`, without a matrix product."""
     return emit.call("ReduceSum", emit.call("Mul", rows, weight), emit.integers(-1), keepdims=0)
 
 
-def _reach(
+def _within_top_p(
     emit: Emitter, route: RouteNode, logits: ir.Value, indices: ir.Value, used: ir.Value
 ) -> ir.Value:
-    """Tell which slots are used, of those that already are, where a share of mass is asked."""
+    """Limit the used slots to the fewest whose cumulative router probability reaches top-p."""
     if not route.top_p:
         return used
-    mass = emit.call("GatherElements", mass_of(emit, route.rule, logits), indices, axis=1)
-    before = emit.call("CumSum", mass, emit.integer(1), exclusive=1)
-    return emit.call("And", emit.call("Less", before, emit.number(route.top_p)), used)
+    probabilities = router_probabilities(emit, route.rule, logits)
+    chosen = emit.call("GatherElements", probabilities, indices, axis=1)
+    cumulative = emit.call("CumSum", chosen, emit.integer(1), exclusive=1)
+    return emit.call("And", emit.call("Less", cumulative, emit.number(route.top_p)), used)
 
 
-def mass_of(emit: Emitter, rule: RouterRule, logits: ir.Value) -> ir.Value:
-    """Share a token's attention to experts out, as :func:`edgemoe.models.routers.mass_of`.
+def router_probabilities(emit: Emitter, rule: RouterRule, logits: ir.Value) -> ir.Value:
+    """Compute every expert's router probability, as `edgemoe.models.routers.probability_of`.
 
     Args:
         emit: Takes the nodes.
         rule: How experts are chosen.
-        logits: float32 ``[T, E]``.
+        logits: float32 `[T, E]`.
 
     Returns:
-        float32 ``[T, E]``.
+        float32 `[T, E]`.
     """
     if rule.scoring in ("sigmoid", "sqrtsoftplus"):
         scores = _scores(emit, rule, logits)
@@ -117,23 +118,23 @@ def mass_of(emit: Emitter, rule: RouterRule, logits: ir.Value) -> ir.Value:
 
 
 def where(emit: Emitter, condition: ir.Value, value: ir.Value, otherwise: float) -> ir.Value:
-    """Return ``value`` where a condition holds, else a number."""
+    """Return `value` where a condition holds, else a number."""
     return emit.call("Where", condition, value, emit.number(otherwise))
 
 
 def sparsemixer(
     emit: Emitter, logits: ir.Value, jitter: float, top_k: int
 ) -> tuple[ir.Value, ir.Value]:
-    """Choose experts one after the other, as :func:`edgemoe.models.routers.sparsemixer`.
+    """Choose experts one after the other, as `edgemoe.models.routers.sparsemixer`.
 
     Args:
         emit: Takes the nodes.
-        logits: float32 ``[T, E]``.
+        logits: float32 `[T, E]`.
         jitter: Width of the band, relative.
         top_k: Experts per token.
 
     Returns:
-        Gates, float32 ``[T, top_k]``, and expert ids, int64 ``[T, top_k]``.
+        Gates, float32 `[T, top_k]`, and expert ids, int64 `[T, top_k]`.
     """
     left, size = logits, emit.call("Abs", logits)
     low = emit.number(_LOW)
@@ -157,7 +158,7 @@ def _choose(
     scores = _scores(emit, rule, logits)
     choice = _choice(emit, route, logits, scores)
     _, indices = emit.call_many("TopK", 2, choice, emit.integers(route.top_k), axis=-1)
-    used = _reach(emit, route, logits, indices, used)
+    used = _within_top_p(emit, route, logits, indices, used)
     gates = emit.call("GatherElements", scores, indices, axis=1)
     if rule.softmax_of_chosen:
         gates = emit.call("Softmax", where(emit, used, gates, _LOW), axis=-1)
@@ -172,7 +173,7 @@ def _choose(
 
 def _scores(emit: Emitter, rule: RouterRule, logits: ir.Value) -> ir.Value:
     if rule.scoring == "sigmoid":
-        # Spelled out: a GPU's Sigmoid may be an approximate tanh, good to 11 bits only.
+        # In steps: a GPU's Sigmoid may be an approximate tanh, good to 11 bits only.
         decay = emit.call("Exp", emit.call("Neg", logits))
         one = emit.number(1.0)
         return emit.call("Div", one, emit.call("Add", one, decay))
@@ -182,7 +183,7 @@ def _scores(emit: Emitter, rule: RouterRule, logits: ir.Value) -> ir.Value:
 
 
 def _choice(emit: Emitter, route: RouteNode, logits: ir.Value, scores: ir.Value) -> ir.Value:
-    """Return what the experts are chosen by."""
+    """Return the scores that experts are chosen by."""
     rule, bias = route.rule, route.correction_bias
     if not rule.limits_groups and bias is None:
         # The scores rise with the logits, and a GPU's fast exponential would round them.

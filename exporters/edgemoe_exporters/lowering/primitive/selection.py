@@ -1,4 +1,4 @@
-"""Choosing keys or blocks of keys, in ops that TensorRT 10.3 parses; for both flavours.
+"""Select keys or blocks of keys in ops that TensorRT 10.3 parses; for both flavours.
 
 TopK takes a constant number there, so columns that lose are appended where there may be fewer.
 """
@@ -26,7 +26,7 @@ def lower_select_keys(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir.V
         shared: Masks made so far.
 
     Returns:
-        What is added to the scores of attention, ``[B, S, P + S]``.
+        The mask that is added to the scores of attention, `[B, S, P + S]`.
     """
     scores, attention_mask = node.inputs
     assert scores is not None
@@ -48,7 +48,7 @@ def lower_select_blocks(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir
         shared: Masks made so far.
 
     Returns:
-        What is added to the scores of attention, ``[B, M, S, P + S]``.
+        The mask that is added to the scores of attention, `[B, M, S, P + S]`.
     """
     scores, attention_mask = node.inputs
     assert scores is not None
@@ -70,8 +70,8 @@ def lower_select_blocks(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir
     )
     slots = emit.call("Range", emit.call("Sub", end, new), end, emit.integer(1))
     own = emit.call("Unsqueeze", emit.call("Div", slots, columns), one)
-    places = emit.call("Range", emit.integer(0), count, emit.integer(1))
-    behind = emit.call("Sub", own, places)
+    numbers = emit.call("Range", emit.integer(0), count, emit.integer(1))
+    behind = emit.call("Sub", own, numbers)
     near = emit.call(
         "And",
         emit.call("GreaterOrEqual", behind, emit.integers(0)),
@@ -89,14 +89,14 @@ def lower_select_blocks(emit: Emitter, node: ir.Node, shared: Shared) -> list[ir
 def _masked(
     emit: Emitter, shared: Shared, rows: ir.Value, attention_mask: ir.Value
 ) -> ir.Value:
-    """Give what a token does not see the lowest score; attention's own mask is not that low."""
+    """Set scores of invisible slots to the lowest; attention's own mask is not that low."""
     mask = shared_mask(emit, shared, rows, attention_mask)
     hidden = emit.call("Less", mask, emit.number(0.0))
     return emit.call("Where", hidden, emit.number(_LOWEST), rows)
 
 
 def _best(emit: Emitter, rows: ir.Value, count: int) -> ir.Value:
-    """Return which columns of ``[B, M, S, columns]`` are among the best and not hidden."""
+    """Return which columns of `[B, M, S, columns]` are among the best and not hidden."""
     enough = emit.call("Concat", rows, _filler(emit, rows, count), axis=3)
     best, _ = emit.call_many(
         "TopK", 2, enough, emit.integers(count), axis=-1, largest=1, sorted=1

@@ -1,7 +1,7 @@
-"""Experts in ops whose shapes follow no values: all of a layer, or all slots of each token.
+"""Experts in ops without data-dependent shapes: all of a layer, or all slots of each token.
 
-Gate and up rows of an expert lie as checkpoints stack them, ``[2I, H]``, so that those of all
-experts are one wide feed-forward network.
+Gate and up rows of an expert are stored as checkpoints stack them, `[2I, H]`, so that those of
+all experts are one wide feed-forward network.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Stacks:
     """The experts of one layer.
 
     Attributes:
-        hidden: What experts get, float ``[T, H]``.
-        gate_up: First products, float ``[E, 2I, H]`` or turned; I in the place of 2I without a
+        hidden: Input of the experts, float `[T, H]`.
+        gate_up: First products, float `[E, 2I, H]` or transposed; I instead of 2I without a
             gate.
-        down: Second products, float ``[E, I, H]``.
-        gate_up_bias: float ``[E, 2I]``, or None.
-        down_bias: float ``[E, H]``, or None.
-        activation: What is between the two products.
+        down: Second products, float `[E, I, H]`.
+        gate_up_bias: float `[E, 2I]`, or None.
+        down_bias: float `[E, H]`, or None.
+        activation: The activation between the two products.
         experts: E.
         width: I.
         hidden_size: H.
@@ -48,7 +48,7 @@ class Stacks:
     hidden_size: int
 
     def add_biases(self, emit: Emitter, output: ir.Value, slots: Slots) -> ir.Value:
-        """Add the second biases of each slot, times its gate, to ``[T, H]``."""
+        """Add the second biases of each slot, times its gate, to `[T, H]`."""
         if self.down_bias is None:
             return output
         biases = emit.call("Gather", self.down_bias, slots.indices, axis=0)
@@ -61,7 +61,7 @@ class Stacks:
 
 @dataclass(frozen=True, kw_only=True)
 class StaticLayer(Stacks):
-    """Two ways to run them; ``gate_up`` is ``[E, 2I, H]``."""
+    """Two ways to run them; `gate_up` is `[E, 2I, H]`."""
 
     def dense(self, emit: Emitter, slots: Slots) -> ir.Value:
         """Run all experts on all tokens."""

@@ -1,4 +1,4 @@
-"""Which function decomposes which custom op: the table of both flavours."""
+"""The table of custom ops and the functions that decompose them, for both flavours."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The opaque ops of a traced model, with a reference implementation in torch.
+"""The custom ops of a traced model, with a reference implementation in torch.
 
-What differs between engines the trace keeps whole, as nodes of the ONNX domain ``edgemoe``:
+Where engines differ, the trace keeps a computation whole, as nodes of the domain `edgemoe`:
 Route, Experts (or FactoredExperts), Attention (AttendAll where the model joins past and present
 itself, after SelectKeys or SelectBlocks where it attends to some), LinearAttention and
 CausalConv (with NewMask, which hides padding from them), RotaryEmbedding (Angles where it
-rotates in a way of its own), and RMSNorm. Each is a torch custom op, so that a model prepared
+rotates in another way), and RMSNorm. Each is a torch custom op, so that a model prepared
 for tracing still runs eagerly.
 Softplus is torch's own, kept whole because it must be computed in float32.
 

@@ -1,6 +1,6 @@
-"""Attention, rotary embedding and norms as opaque ops of a traced model.
+"""Attention, rotary embedding and norms as custom ops of a traced model.
 
-Letters in shapes are those of :mod:`edgemoe_exporters.tracing.ops`.
+Letters in shapes are those of `tracing.ops`.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ def attention(
     """Attend to cached and new positions, causally, with grouped key and value heads.
 
     Column j of the mask belongs to cache slot j, whatever padding the batch has: a new token
-    i of a row attends to the slots ``j <= P + i`` whose mask is not 0.
+    i of a row attends to the slots `j <= P + i` whose mask is not 0.
 
     Args:
-        query: Rotated queries, float ``[B, N, S, D]``.
-        key: Rotated keys, float ``[B, M, S, D]``; M divides N.
-        value: float ``[B, M, S, D]``.
-        past_key: float ``[B, M, P, D]``.
-        past_value: float ``[B, M, P, D]``.
-        attention_mask: int64 ``[B, P + S]``, 0 where a slot is padding.
-        sinks: Score of an empty slot that every token sees, float ``[N]``, or None.
+        query: Rotated queries, float `[B, N, S, D]`.
+        key: Rotated keys, float `[B, M, S, D]`; M divides N.
+        value: float `[B, M, S, D]`.
+        past_key: float `[B, M, P, D]`.
+        past_value: float `[B, M, P, D]`.
+        attention_mask: int64 `[B, P + S]`, 0 where a slot is padding.
+        sinks: Score of an empty slot that every token sees, float `[N]`, or None.
         scale: Multiplies the scores.
         sliding_window: A token sees only this many latest slots; 0 for all.
 
     Returns:
-        float ``[B, S, N, D]``, and the keys and the values of past and new tokens, float
-        ``[B, M, P + S, D]``.
+        float `[B, S, N, D]`, and the keys and the values of past and new tokens, float
+        `[B, M, P + S, D]`.
     """
     present_key = torch.cat([past_key, key], dim=2)
     present_value = torch.cat([past_value, value], dim=2)
@@ -80,21 +80,21 @@ def attend_all(
     scale: float,
     sliding_window: int,
 ) -> torch.Tensor:
-    """Attend as :func:`attention`, where the model itself has joined past and new positions.
+    """Attend as `attention`, where the model itself has joined past and new positions.
 
     Args:
-        query: float ``[B, N, S, D]``.
-        key: Of all positions, float ``[B, M, P + S, D]``.
-        value: Of all positions, float ``[B, M, P + S, V]``.
-        attention_mask: int64 ``[B, P + S]``, 0 where a slot is padding.
-        sinks: As of :func:`attention`.
-        selected: What is added to the scores, of all heads or of each key head, float
-            ``[B, 1 | M, S, P + S]``; see :mod:`edgemoe_exporters.tracing.ops.selection`.
+        query: float `[B, N, S, D]`.
+        key: Of all positions, float `[B, M, P + S, D]`.
+        value: Of all positions, float `[B, M, P + S, V]`.
+        attention_mask: int64 `[B, P + S]`, 0 where a slot is padding.
+        sinks: As of `attention`.
+        selected: Mask added to the scores, of all heads or of each key head, float
+            `[B, 1 | M, S, P + S]`; see `tracing.ops.selection`.
         scale: Multiplies the scores.
         sliding_window: A token sees only this many latest slots; 0 for all.
 
     Returns:
-        float ``[B, S, N, V]``.
+        float `[B, S, N, V]`.
     """
     return _attend(query, key, value, attention_mask, sinks, scale, sliding_window, selected)
 
@@ -152,13 +152,13 @@ def rotary(
     """Rotate the first R numbers of each head by its position; halves, not interleaved.
 
     Args:
-        states: float ``[B, N, S, D]``.
-        position_ids: int64 ``[B, S]``.
-        inv_freq: Angles per position, float32 ``[R / 2]``, R <= D.
+        states: float `[B, N, S, D]`.
+        position_ids: int64 `[B, S]`.
+        inv_freq: Angles per position, float32 `[R / 2]`, R <= D.
         scaling: Multiplies sine and cosine.
 
     Returns:
-        float ``[B, N, S, D]``.
+        float `[B, N, S, D]`.
     """
     angles = position_ids[:, None, :, None].float() * inv_freq
     cos = (angles.cos() * scaling).to(states.dtype)
@@ -166,8 +166,8 @@ def rotary(
     half = inv_freq.shape[0]
     first, second = states[..., :half], states[..., half : 2 * half]
     rest = states[..., 2 * half :]
-    turned = [first * cos - second * sin, second * cos + first * sin, rest]
-    return torch.cat(turned, dim=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    return torch.cat(rotated, dim=-1)
 
 
 @rotary.register_fake
@@ -181,14 +181,14 @@ def _(
 def angles(
     position_ids: torch.Tensor, inv_freq: torch.Tensor, scaling: float, layout: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute cosines and sines of positions, for models that rotate in a way of their own.
+    """Compute cosines and sines of positions, for models that rotate in another way.
 
     Args:
-        position_ids: int64 ``[B, S]``.
-        inv_freq: Angles per position, float32 ``[R / 2]``.
+        position_ids: int64 `[B, S]`.
+        inv_freq: Angles per position, float32 `[R / 2]`.
         scaling: Multiplies both.
-        layout: ``once``: ``[B, S, R / 2]``; ``halves``: all angles, then all again; ``pairs``:
-            each angle twice, both ``[B, S, R]``.
+        layout: `once`: `[B, S, R / 2]`; `halves`: all angles, then all again; `pairs`:
+            each angle twice, both `[B, S, R]`.
 
     Returns:
         Cosines and sines, float.
@@ -217,13 +217,13 @@ def rms_norm(
     """Divide by the root mean square over the last axis, then scale.
 
     Args:
-        states: float ``[..., H]``.
-        weight: float ``[H]``, or None for no scale.
+        states: float `[..., H]`.
+        weight: float `[H]`, or None for no scale.
         epsilon: Added to the mean square.
-        offset: Added to the weight; some families store what is more than 1.
+        offset: Added to the weight; some families store the scale minus 1.
 
     Returns:
-        float ``[..., H]``; the mean square is taken in float32.
+        float `[..., H]`; the mean square is taken in float32.
     """
     wide = states.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)

@@ -1,6 +1,6 @@
-"""Factored experts as an opaque op of a traced model.
+"""Factored experts as a custom op of a traced model.
 
-Letters in shapes are those of :mod:`edgemoe_exporters.tracing.ops`; R and S are the ranks of
+Letters in shapes are those of `tracing.ops`; R and S are the ranks of
 the two products.
 """
 
@@ -34,25 +34,25 @@ def factored_experts(
     """Sum the chosen experts' outputs, each times its weight.
 
     Args:
-        hidden: float ``[T, H]``.
-        indices: Expert ids, int64 ``[T, k]``; an id equal to E is skipped.
-        weights: float ``[T, k]``.
-        up_in: float ``[E, R, H]``.
-        up_out: float ``[E, 2I, R]``.
-        down_in: float ``[E, S, I]``.
-        down_out: float ``[E, H, S]``.
-        up_bias: float ``[E, 2I]``, or None.
-        down_bias: float ``[E, H]``, or None.
+        hidden: float `[T, H]`.
+        indices: Expert ids, int64 `[T, k]`; an id equal to E is skipped.
+        weights: float `[T, k]`.
+        up_in: float `[E, R, H]`.
+        up_out: float `[E, 2I, R]`.
+        down_in: float `[E, S, I]`.
+        down_out: float `[E, H, S]`.
+        up_bias: float `[E, 2I]`, or None.
+        down_bias: float `[E, H]`, or None.
         is_concatenated: Whether gate rows come before up rows, or alternate with them.
         activation: This and the following are those of
-            :class:`edgemoe.models.activation.Activation`.
+            `edgemoe.models.activation.Activation`.
         gated: Whether there is a gate.
-        alpha: Slope inside ``swish``.
+        alpha: Slope inside `swish`.
         beta: Added to the up half.
         limit: Where both halves are cut off.
 
     Returns:
-        float ``[T, H]``.
+        float `[T, H]`.
     """
     layout = ExpertsLayout(has_gate=gated, is_concatenated=is_concatenated)
     act = Activation(kind=activation, gated=gated, alpha=alpha, beta=beta, limit=limit)

@@ -1,6 +1,6 @@
-"""Routing and experts as opaque ops of a traced model.
+"""Routing and experts as custom ops of a traced model.
 
-Letters in shapes are those of :mod:`edgemoe_exporters.tracing.ops`.
+Letters in shapes are those of `tracing.ops`.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ def route(
     group_fill: float,
     jitter: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose experts and their weights for each token, as :func:`edgemoe.models.routers.route`.
+    """Choose experts and their weights for each token, as `edgemoe.models.routers.route`.
 
     Args:
-        hidden: What the router's rows see, float ``[T, H]``.
-        weight: Router rows, float ``[E, H]``.
-        logit_bias: Part of the logits, float ``[E]``, or None.
-        correction_bias: Added for the choice only, float ``[E]``, or None.
-        expert_scale: Multiplies each expert's weights, float ``[E]``, or None.
-        k_cap: Most experts a token may use, for every MoE layer, int64 ``[L]``, each >= 1.
-        k_cap_index: Which element of ``k_cap`` is this layer's.
+        hidden: Input of the router's projection, float `[T, H]`.
+        weight: Router rows, float `[E, H]`.
+        logit_bias: Part of the logits, float `[E]`, or None.
+        correction_bias: Added for the choice only, float `[E]`, or None.
+        expert_scale: Multiplies each expert's weights, float `[E]`, or None.
+        k_cap: Most experts a token may use, for every MoE layer, int64 `[L]`, each >= 1.
+        k_cap_index: Which element of `k_cap` is this layer's.
         top_k: Experts per token without a cap.
         scoring: This and the following are those of
-            :class:`edgemoe.models.router_rule.RouterRule`.
-        softmax_over: ``all`` experts, or the ``top_k`` that are chosen.
+            `edgemoe.models.router_rule.RouterRule`.
+        softmax_over: `all` experts, or the `top_k` that are chosen.
         renormalise: Whether the weights of the chosen experts are divided by their sum.
         sum_epsilon: Added to that sum.
         scaling_factor: Multiplies the weights.
-        bias_on: What the correction bias is added to.
+        bias_on: Scores or logits: the correction bias is added to these.
         n_group: Number of groups that the experts form.
         topk_group: Number of groups from which experts may be chosen.
-        group_score: What ranks a group.
+        group_score: Score that ranks a group.
         group_fill: Choice score of experts outside the best groups.
-        jitter: Of ``sparsemixer``.
+        jitter: Of `sparsemixer`.
 
     Returns:
-        Weights, float ``[T, top_k]``, and expert ids, int64 ``[T, top_k]``, best first. A slot
+        Weights, float `[T, top_k]`, and expert ids, int64 `[T, top_k]`, best first. A slot
         beyond the cap has weight 0 and id E.
     """
     rule = RouterRule(
@@ -138,25 +138,25 @@ def experts(
     """Sum the chosen experts' outputs, each times its weight.
 
     Args:
-        hidden: float ``[T, H]``.
-        indices: Expert ids, int64 ``[T, k]``; an id equal to E is skipped.
-        weights: float ``[T, k]``.
+        hidden: float `[T, H]`.
+        indices: Expert ids, int64 `[T, k]`; an id equal to E is skipped.
+        weights: float `[T, k]`.
         gate_up: First product, as the family stores it; see
-            :class:`edgemoe.models.experts.ExpertsLayout`.
+            `edgemoe.models.experts.ExpertsLayout`.
         down: Second product, as the family stores it.
-        gate_up_bias: float ``[E, 2I]``, or None.
-        down_bias: float ``[E, H]``, or None.
-        is_transposed: Whether weights are ``[E, inputs, outputs]``.
+        gate_up_bias: float `[E, 2I]`, or None.
+        down_bias: float `[E, H]`, or None.
+        is_transposed: Whether weights are `[E, inputs, outputs]`.
         is_concatenated: Whether gate rows come before up rows, or alternate with them.
         activation: This and the following are those of
-            :class:`edgemoe.models.activation.Activation`.
+            `edgemoe.models.activation.Activation`.
         gated: Whether there is a gate.
-        alpha: Slope inside ``swish``.
+        alpha: Slope inside `swish`.
         beta: Added to the up half.
         limit: Where both halves are cut off.
 
     Returns:
-        float ``[T, H]``.
+        float `[T, H]`.
     """
     layout = ExpertsLayout(
         has_gate=gated,

@@ -1,6 +1,6 @@
 """Layers that keep a state of fixed size: causal convolution and linear attention.
 
-Letters in shapes are those of :mod:`edgemoe_exporters.tracing.ops`.
+Letters in shapes are those of `tracing.ops`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch.nn import functional
 
 @torch.library.custom_op("edgemoe::new_mask", mutates_args=())
 def new_mask(attention_mask: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Say which new tokens are not padding.
+    """Return which new tokens are not padding.
 
     Args:
-        attention_mask: int64 ``[B, P + S]``.
-        states: Of new tokens, float ``[B, S, H]``.
+        attention_mask: int64 `[B, P + S]`.
+        states: Of new tokens, float `[B, S, H]`.
 
     Returns:
-        0 or 1 in the type of ``states``, ``[B, S]``.
+        0 or 1 in the type of `states`, `[B, S]`.
     """
     return attention_mask[:, -states.shape[1] :].to(states.dtype)
 
@@ -39,14 +39,14 @@ def causal_conv(
     """Convolve each channel with the positions up to it, those before the new ones included.
 
     Args:
-        states: Of new tokens, float ``[B, C, S]``.
-        past: The latest positions before them, float ``[B, C, W - 1]``; zeros at the start.
-        weight: float ``[C, W]``.
-        bias: float ``[C]``, or None.
-        activation: Of the output, ``none`` or ``silu``.
+        states: Of new tokens, float `[B, C, S]`.
+        past: The latest positions before them, float `[B, C, W - 1]`; zeros at the start.
+        weight: float `[C, W]`.
+        bias: float `[C]`, or None.
+        activation: Of the output, `none` or `silu`.
 
     Returns:
-        float ``[B, C, S]``, and the latest positions now, float ``[B, C, W - 1]``.
+        float `[B, C, S]`, and the latest positions now, float `[B, C, W - 1]`.
     """
     joined = torch.cat([past, states], dim=2)
     output = functional.conv1d(joined, weight[:, None], bias, groups=weight.shape[0])
@@ -76,25 +76,25 @@ def linear_attention(
     past: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend through a state ``[D, V]`` of each head, one token after the other.
+    """Attend through a state `[D, V]` of each head, one token after the other.
 
-    The state first decays, ``S' = exp(decay) S``, each of its rows by its own decay where there
-    are D of them. Then it takes the token in. Without beta, ``S = S' + key value^T`` (Mamba-2,
-    arXiv 2405.21060); with beta by the delta rule, ``S = S' + beta key (value - S'^T key)^T``
+    The state first decays, `S' = exp(decay) S`, each of its rows by its own decay where there
+    are D of them. Then it takes the token in. Without beta, `S = S' + key value^T` (Mamba-2,
+    arXiv 2405.21060); with beta by the delta rule, `S = S' + beta key (value - S'^T key)^T`
     (Gated DeltaNet, 2412.06464; Kimi Delta Attention, 2510.26692). The output is
-    ``scale S^T query``.
+    `scale S^T query`.
 
     Args:
-        query: float ``[B, S, M, D]``; M divides N, each serves N / M heads in a row.
-        key: float ``[B, S, M, D]``; of length 1 for the delta rule.
-        value: float ``[B, S, N, V]``.
-        decay: Logarithms, at most 0, float ``[B, S, N, 1]`` or ``[B, S, N, D]``.
-        beta: float ``[B, S, N]``, in [0, 1]; None for plain addition.
-        past: State after the last token, float32 ``[B, N, D, V]``.
+        query: float `[B, S, M, D]`; M divides N, each serves N / M heads in a row.
+        key: float `[B, S, M, D]`; of length 1 for the delta rule.
+        value: float `[B, S, N, V]`.
+        decay: Logarithms, at most 0, float `[B, S, N, 1]` or `[B, S, N, D]`.
+        beta: float `[B, S, N]`, in [0, 1]; None for plain addition.
+        past: State after the last token, float32 `[B, N, D, V]`.
         scale: Multiplies the output.
 
     Returns:
-        float ``[B, S, N, V]``, and the state, float32 ``[B, N, D, V]``; computed in float32.
+        float `[B, S, N, V]`, and the state, float32 `[B, N, D, V]`; computed in float32.
     """
     state = past.float()
     repeats = value.shape[2] // query.shape[2]

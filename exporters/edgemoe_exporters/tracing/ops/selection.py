@@ -1,6 +1,6 @@
-"""Which keys a token attends to, where these are not all, as opaque ops of a traced model.
+"""Selection of the keys that a token attends to, as custom ops of a traced model.
 
-Letters in shapes are those of :mod:`edgemoe_exporters.tracing.ops`.
+Letters in shapes are those of `tracing.ops`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ def select_keys(scores: torch.Tensor, attention_mask: torch.Tensor, count: int) 
     Keys that tie with the last one are chosen too.
 
     Args:
-        scores: Of all positions, float ``[B, S, P + S]``.
-        attention_mask: int64 ``[B, P + S]``, 0 where a slot is padding.
+        scores: Of all positions, float `[B, S, P + S]`.
+        attention_mask: int64 `[B, P + S]`, 0 where a slot is padding.
         count: Most keys.
 
     Returns:
-        0 where a key is chosen, float ``[B, S, P + S]``; a token never chooses later ones.
+        0 where a key is chosen, float `[B, S, P + S]`; a token never chooses later ones.
     """
     visible = visible_slots(scores.shape[2], scores.shape[1]) & (attention_mask[:, None] != 0)
     lowest = torch.finfo(scores.dtype).min
@@ -45,15 +45,15 @@ def select_blocks(
     """Choose blocks of keys by their highest score: MiniMax-M3's sparse attention.
 
     Args:
-        scores: Of all positions, for each key head, float ``[B, M, S, P + S]``.
-        attention_mask: int64 ``[B, P + S]``, 0 where a slot is padding.
+        scores: Of all positions, for each key head, float `[B, M, S, P + S]`.
+        attention_mask: int64 `[B, P + S]`, 0 where a slot is padding.
         block_size: Slots of a block; the first begins at slot 0, so padding before a text
             moves its blocks.
         count: Most blocks.
         local: Blocks up to the token's own that are chosen whatever their score.
 
     Returns:
-        0 in the blocks that are chosen, float ``[B, M, S, P + S]``.
+        0 in the blocks that are chosen, float `[B, M, S, P + S]`.
     """
     total = scores.shape[3]
     visible = visible_slots(total, scores.shape[2]) & (attention_mask[:, None, None] != 0)
@@ -90,6 +90,6 @@ def visible_slots(total: int, new: int) -> torch.Tensor:
         new: S.
 
     Returns:
-        bool ``[S, P + S]``.
+        bool `[S, P + S]`.
     """
     return torch.arange(total) <= torch.arange(total - new, total)[:, None]

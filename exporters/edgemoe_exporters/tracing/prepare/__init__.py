@@ -1,1 +1,1 @@
-"""Make a transformers model traceable: the parts that families spell differently become ops."""
+"""Make a transformers model traceable: what families code differently becomes custom ops."""

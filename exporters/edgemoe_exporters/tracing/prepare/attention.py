@@ -1,10 +1,10 @@
 """Attention in a trace.
 
-Every family calls ``cache.update(key, value, layer)`` and then transformers' attention
-interface. Where what the cache returned goes to the interface as it is, the op Attention joins
-past and new positions. Where the model computes keys and values from what is cached (latent
-attention), the join is done in the graph and the op AttendAll gets all positions. A rehearsal
-without memory tells which, and what the cache of each layer holds.
+Every family calls `cache.update(key, value, layer)` and then transformers' attention
+interface. Where the tensors that the cache returned go to the interface unchanged, the op
+Attention joins past and new positions. Where the model computes keys and values from cached
+tensors (latent attention), the join is done in the graph and the op AttendAll gets all
+positions. A dry run on the meta device finds which, and what each layer caches.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ ATTENTION = "edgemoe_trace"
 
 @dataclass
 class Attender:
-    """Answers transformers' attention interface with ops.
+    """Implements transformers' attention interface with custom ops.
 
     Attributes:
-        cache: The cache of the pass under way.
-        attention_mask: int64 ``[B, P + S]`` of the pass under way.
-        rehearsed: Whether each layer's keys went from the cache to the interface unchanged.
+        cache: The cache of the current pass.
+        attention_mask: int64 `[B, P + S]` of the current pass.
+        passed_through: Whether each layer's keys reached the interface as the cache returned
+            them.
     """
 
     cache: TraceCache | None = None
     attention_mask: torch.Tensor | None = None
-    rehearsed: dict[int, bool] = field(default_factory=dict)
+    passed_through: dict[int, bool] = field(default_factory=dict)
 
     def attend(
         self,
@@ -56,7 +57,7 @@ class Attender:
         block_indices: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Attend; the mask is the marker that :func:`mark_mask` made."""
+        """Attend; the mask is the marker that `mark_mask` made."""
         assert self.cache is not None
         assert self.attention_mask is not None
         if softcap:
@@ -74,9 +75,9 @@ class Attender:
                 f"every layer must have a cache of its own, got none in layer {index}, which "
                 "attends to another's. This way of attending is not supported."
             )
-        # What indexers give is a mask here, see edgemoe_exporters.tracing.prepare.indexers.
+        # Indexers return a mask here, see tracing.prepare.indexers.
         selected = block_indices if indices is None else indices[:, None]
-        self.rehearsed[index] = given[0] is key and given[1] is value and selected is None
+        self.passed_through[index] = given[0] is key and given[1] is value and selected is None
         if index in self.cache.joined:
             output = ops.attend_all(
                 query, key, value, self.attention_mask, s_aux, selected, scale, int(window)
@@ -99,16 +100,16 @@ class Attender:
 
     @property
     def joined(self) -> frozenset[int]:
-        """Layers that, in a rehearsal, made something of what is cached, or chose from it."""
-        return frozenset(index for index, same in self.rehearsed.items() if not same)
+        """Layers that, in the dry run, changed cached tensors or selected from them."""
+        return frozenset(index for index, same in self.passed_through.items() if not same)
 
 
 def mark_mask(*_: Any, local_size: int | None = None, **__: Any) -> torch.Tensor:
-    """Answer for transformers' masks: only the width of the window is of interest."""
+    """Replace transformers' masks by a marker that holds the width of the window."""
     return torch.empty((local_size or 0) + 1, 1, 1, 1, device="meta")
 
 
-# transformers keeps what it is registered for good, and must not keep a model with it.
+# transformers never forgets a registered function, which must not keep a model alive.
 ACTIVE: list[Attender] = []
 
 
@@ -117,6 +118,6 @@ def _attend(*arguments: Any, **options: Any) -> tuple[torch.Tensor, None]:
 
 
 def register() -> None:
-    """Make transformers know the attention of a trace; doing it again changes nothing."""
+    """Register the attention of a trace with transformers; idempotent."""
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, mark_mask)

@@ -1,7 +1,7 @@
-"""Sparse attention in a trace: which keys a token attends to is chosen by an op.
+"""Sparse attention in a trace: a custom op selects the keys that a token attends to.
 
-An indexer gives places of keys or of blocks, which the attention interface gets; here it gives
-what is to be added to the scores of attention, and the interface gets that.
+An indexer returns indices of keys or of blocks to the attention interface; here it returns a
+mask that is added to the scores of attention.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _MASK = "attention_mask"
 
 
 def replace_indexers(stack: contextlib.ExitStack, model: nn.Module, attender: Attender) -> None:
-    """Let indexers choose keys by the ops SelectKeys and SelectBlocks.
+    """Replace indexers' selection by the ops SelectKeys and SelectBlocks.
 
     Args:
-        stack: Undoes it.
+        stack: Undoes the replacement.
         model: The transformers model.
-        attender: Knows the mask of the pass under way.
+        attender: Has the mask of the current pass.
     """
     for module in model.modules():
         if type(module).__name__ == _OF_BLOCKS:
@@ -53,7 +53,7 @@ def _takes_mask(module: nn.Module) -> bool:
 def _choose_keys(
     attender: Attender, forward: Callable[..., torch.Tensor], *arguments: Any, **options: Any
 ) -> torch.Tensor:
-    """Answer for an indexer that masks its scores and takes the places of the highest."""
+    """Replace an indexer that masks its scores and takes the indices of the highest."""
     given = inspect.signature(forward).bind(*arguments, **options)
     given.arguments[_MASK] = _IndexerMask(attender)
     return forward(*given.args, **given.kwargs)
@@ -66,7 +66,7 @@ def _choose_blocks(
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     *_: object,
 ) -> torch.Tensor:
-    """Answer for MiniMax-M3's indexer."""
+    """Replace MiniMax-M3's indexer."""
     assert attender.cache is not None
     assert attender.attention_mask is not None
     shape = (*hidden_states.shape[:2], -1, module.head_dim)
@@ -87,7 +87,7 @@ def _choose_blocks(
 
 
 class _IndexerMask:
-    """Stands for a mask that is added to scores."""
+    """A proxy for a mask that is added to scores."""
 
     dtype = torch.float32
 
@@ -100,7 +100,7 @@ class _IndexerMask:
 
 
 class _IndexerScores:
-    """Stands for masked scores, of which the places of the highest are asked."""
+    """A proxy for masked scores, of which the indices of the highest are requested."""
 
     shape = (sys.maxsize,)
 

@@ -1,4 +1,4 @@
-"""Make a transformers model traceable: its routers, experts, attention, norms become ops."""
+"""Make a transformers model traceable: routers, experts, attention, norms become custom ops."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from edgemoe.models.layer import MoeLayer
 
 
-# Families whose layers keep what no op of a graph takes, or whose router or activation is of a
-# kind of its own.
+# Families whose layers cache tensors that no custom op takes, or whose router or activation is
+# of a kind that graphs do not have.
 WITHOUT_GRAPH = frozenset(
     {"deepseek_v4", "inkling2_text", "inkling_text", "qwen4_exp_text", "zaya"}
 )
@@ -53,7 +53,7 @@ class TraceModule(nn.Module):
 
     Attributes:
         lm: The transformers model.
-        cached: What the decoder layers keep, in the order of the graph's inputs.
+        cached: The tensors that decoder layers cache, in the order of the graph's inputs.
     """
 
     def __init__(self, model: MoeModel) -> None:
@@ -75,14 +75,14 @@ class TraceModule(nn.Module):
         """Run the model.
 
         Args:
-            input_ids: int64 ``[B, S]``.
-            attention_mask: int64 ``[B, P + S]``.
-            position_ids: int64 ``[B, S]``.
-            past: What is cached, in the order of :attr:`cached`.
-            k_cap: Most experts per token for each MoE layer, int64 ``[L]``.
+            input_ids: int64 `[B, S]`.
+            attention_mask: int64 `[B, P + S]`.
+            position_ids: int64 `[B, S]`.
+            past: The cached tensors, in the order of `cached`.
+            k_cap: Most experts per token for each MoE layer, int64 `[L]`.
 
         Returns:
-            Logits, float ``[B, S, vocabulary]``, and what is to be cached then.
+            Logits, float `[B, S, vocabulary]`, and the tensors to cache.
         """
         given = {tensor.name: part for tensor, part in zip(self.cached, past, strict=True)}
         cache = TraceCache(given, self.attender.joined if self.cached else frozenset())
@@ -99,8 +99,8 @@ class TraceModule(nn.Module):
         self.attender.attention_mask = self._k_cap = None
         return output.logits, present
 
-    def rehearse(self) -> None:
-        """Find out what each layer caches, by a pass over two tokens.
+    def dry_run(self) -> None:
+        """Find the tensors that each layer caches, by a pass over two tokens.
 
         Raises:
             ExportError: The model does something that a graph cannot.
@@ -115,7 +115,7 @@ class TraceModule(nn.Module):
                 self(ids, torch.ones_like(ids), positions, [], caps)
         except EdgemoeError:
             raise
-        except Exception as error:  # whatever the family's code raises where it wants a state
+        except Exception as error:  # whatever the family's code raises where it needs a state
             kinds = ", ".join(sorted(set(getattr(config, "layer_types", None) or ())))
             raise ExportError(
                 f"layers of {config.model_type} must keep keys and values, states of "
@@ -130,18 +130,18 @@ class TraceModule(nn.Module):
     def route(
         self, layer: MoeLayer, position: int, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Answer for a router module.
+        """Compute the outputs of a router module.
 
         Args:
             layer: Whose router it is.
             position: Of the layer among MoE layers.
-            hidden: float ``[..., hidden]``.
+            hidden: float `[..., hidden]`.
 
         Returns:
-            Logits (which nobody reads), weights and ids.
+            Logits (which are not read), weights and ids.
         """
         assert self._k_cap is not None
-        rule, roles = layer.rule, layer.facts.routing.tensors
+        rule, roles = layer.rule, layer.spec.routing.tensors
         assert rule is not None
         assert roles is not None
         weights, indices = ops.route(
@@ -171,7 +171,7 @@ class TraceModule(nn.Module):
 
 @contextlib.contextmanager
 def prepared(model: MoeModel) -> Iterator[TraceModule]:
-    """Yield the model with opaque ops inside; it is as before when the block ends.
+    """Yield the model with custom ops inside; it is as before when the block ends.
 
     Args:
         model: The model to trace; on the meta device its shapes are checked at no cost.
@@ -200,20 +200,20 @@ def prepared(model: MoeModel) -> Iterator[TraceModule]:
         replace_norms(stack, lm)
         replace_recurrence(stack, lm, module.attender)
         replace_indexers(stack, lm, module.attender)
-        if not _rehearse_usual(stack, module):
+        if not _dry_run_usual(stack, module):
             replace_rotary(stack, lm, usual=False)
-            module.rehearse()
+            module.dry_run()
         yield module
 
 
-def _rehearse_usual(stack: contextlib.ExitStack, module: TraceModule) -> bool:
+def _dry_run_usual(stack: contextlib.ExitStack, module: TraceModule) -> bool:
     """Try RotaryEmbedding; return whether the model runs with it, and uses it."""
     with contextlib.ExitStack() as attempt:
         use = replace_rotary(attempt, module.lm, usual=True)
         if not use.usual:
             return False
         with contextlib.suppress(ExportError):
-            module.rehearse()
+            module.dry_run()
             if use.calls:
                 stack.push(attempt.pop_all())
                 return True
@@ -221,11 +221,11 @@ def _rehearse_usual(stack: contextlib.ExitStack, module: TraceModule) -> bool:
 
 
 def check_exportable(path: Path | Checkpoint, precision: str) -> None:
-    """Refuse a checkpoint that no graph can hold; its weights are not read.
+    """Check that a graph can hold a checkpoint; its weights are not read.
 
     Args:
         path: The checkpoint.
-        precision: Of the graph.
+        precision: The graph's.
 
     Raises:
         ExportError: A router, an activation or a layer's state has no op, or experts have no
@@ -261,11 +261,11 @@ def check_exportable(path: Path | Checkpoint, precision: str) -> None:
 
 
 def check_layer(layer: MoeLayer, family: str) -> None:
-    """Refuse a layer that has no op.
+    """Check that a layer's router and activation have a custom op.
 
     Args:
         layer: The layer.
-        family: Of the model.
+        family: The model's.
 
     Raises:
         ExportError: Its router or its activation is of no known kind.

@@ -1,4 +1,4 @@
-"""Routers and experts in a trace: one op each, whatever the family's code does for them."""
+"""Routers and experts in a trace: one custom op each, whatever the family's code does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Router(Protocol):
-    """What answers for all routers of a model."""
+    """Replaces all routers of a model."""
 
     def route(
         self, layer: MoeLayer, position: int, hidden: torch.Tensor
@@ -30,15 +30,15 @@ class Router(Protocol):
 def replace_moe(
     stack: contextlib.ExitStack, module: Router, layer: MoeLayer, position: int
 ) -> None:
-    """Put ops in the place of a layer's router and experts.
+    """Replace a layer's router and experts by custom ops.
 
     Args:
-        stack: Undoes it.
-        module: Answers for the router.
+        stack: Undoes the replacement.
+        module: Replaces the router.
         layer: The layer; its router and activation are of known kinds.
         position: Of the layer among MoE layers.
     """
-    roles = layer.facts.routing.tensors
+    roles = layer.spec.routing.tensors
     assert roles is not None
     router: Any = layer.router
     if roles.projection:
@@ -61,7 +61,7 @@ def _route_after(
     position: int,
     projection: str,
 ) -> None:
-    """Let the router transform its input, and take over where its rows come in."""
+    """Keep the router's transformation of its input, and replace its projection."""
     router: Any = layer.router
     inputs: list[torch.Tensor] = []
 
@@ -72,7 +72,7 @@ def _route_after(
     def route(
         hidden: torch.Tensor, *rest: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # What it makes of the zeros is not used, and leaves the graph.
+        # Its result for the zeros is not used, and leaves the graph.
         type(router).forward(router, hidden, *rest)
         return module.route(layer, position, inputs.pop())
 
@@ -83,7 +83,7 @@ def _route_after(
 def _experts_op(layer: MoeLayer) -> Any:
     activation, layout = layer.activation, layer.layout
     assert activation is not None
-    prefix = layer.facts.experts
+    prefix = layer.spec.experts
 
     def factored(
         hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor

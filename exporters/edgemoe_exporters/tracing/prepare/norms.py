@@ -1,4 +1,4 @@
-"""RMS norms in a trace: found by asking, since families store their scale in several ways."""
+"""RMS norms in a trace: identified by probing, since families store their scale differently."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _DEFAULT_WIDTH = 24
 
 
 def replace_norms(stack: contextlib.ExitStack, model: Any) -> None:
-    """Put an op in the place of every RMS norm over the last axis; others stay as they are.
+    """Replace every RMS norm over the last axis by a custom op; others stay as they are.
 
     Args:
-        stack: Undoes it.
+        stack: Undoes the replacement.
         model: The transformers model.
     """
     known: dict[tuple[Any, ...], tuple[float, float] | None] = {}

@@ -1,8 +1,8 @@
 """Convolutions and linear attention in a trace.
 
-transformers calls both by functions of a family's module that kernels of other packages can
-take the place of, under a handful of names and with the arguments that those kernels have. Here
-ops take that place.
+transformers calls both through functions of a family's module that other packages' kernels can
+replace, under a handful of names and with the arguments of those kernels. Here custom ops
+replace them.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ _LIGHTNING = "MiniMaxLightningAttention"
 def replace_recurrence(
     stack: contextlib.ExitStack, model: torch.nn.Module, attender: Attender
 ) -> None:
-    """Put ops in the place of a family's convolutions and linear attention.
+    """Replace a family's convolutions and linear attention by custom ops.
 
     Args:
-        stack: Undoes it.
+        stack: Undoes the replacement.
         model: The transformers model.
-        attender: Knows the cache and the mask of the pass under way.
+        attender: Has the cache and the mask of the current pass.
     """
-    for home in {sys.modules[type(module).__module__] for module in model.modules()}:
+    for modeling in {sys.modules[type(module).__module__] for module in model.modules()}:
         replacements: dict[str, Any] = {
             name: functools.partial(function, attender)
             for name, function in _REPLACEMENTS.items()
         }
-        # A class of a family's own that it insists on; its layers are replaced below.
+        # A cache class that one family requires; its layers are replaced below.
         replacements["MiniMaxCache"] = TraceCache
         for name, replacement in replacements.items():
-            if hasattr(home, name):
-                stack.callback(setattr, home, name, getattr(home, name))
-                setattr(home, name, replacement)
+            if hasattr(modeling, name):
+                stack.callback(setattr, modeling, name, getattr(modeling, name))
+                setattr(modeling, name, replacement)
     for module in model.modules():
         if type(module).__name__ == _LIGHTNING:
             module.forward = functools.partial(_attend_lightning, attender, module)
@@ -73,7 +73,7 @@ def _convolve(
     activation: str | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """Answer for ``causal_conv1d_fn``."""
+    """Replace `causal_conv1d_fn`."""
     if activation not in _ACTIVATIONS:
         raise ExportError(
             f"a causal convolution must be followed by SiLU or nothing, got {activation!r}. "
@@ -83,12 +83,12 @@ def _convolve(
     empty = hidden_states.new_zeros(
         hidden_states.shape[0], hidden_states.shape[1], weight.shape[1] - 1
     )
-    place, past = attender.cache.take_turn(CONV, empty)
+    state_key, past = attender.cache.take_state(CONV, empty)
     output: torch.Tensor
     output, present = ops.causal_conv(
         hidden_states, past, weight, bias, _ACTIVATIONS[activation]
     )
-    attender.cache.keep(place, present)
+    attender.cache.put_state(state_key, present)
     return output
 
 
@@ -103,7 +103,7 @@ def _attend_by_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **__: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Answer for ``chunk_gated_delta_rule`` and ``chunk_kda``: ``[B, S, heads, size]`` each."""
+    """Replace `chunk_gated_delta_rule` and `chunk_kda`: `[B, S, heads, size]` each."""
     size = key.shape[-1]
     scale = size**-0.5
     if use_qk_l2norm_in_kernel:
@@ -132,10 +132,10 @@ def _scan_mamba2(
     return_final_states: bool = False,
     **__: Any,
 ) -> Any:
-    """Answer for ``mamba_chunk_scan_combined``.
+    """Replace `mamba_chunk_scan_combined`.
 
-    ``hidden_states`` are ``[B, S, heads, size]``, ``dt`` ``[B, S, heads]``, ``B`` and ``C``
-    ``[B, S, groups, states]``, ``A`` and ``D`` ``[heads]``.
+    `hidden_states` are `[B, S, heads, size]`, `dt` `[B, S, heads]`, `B` and `C`
+    `[B, S, groups, states]`, `A` and `D` `[heads]`.
     """
     assert z is None
     dt = _step(dt, dt_bias, dt_softplus, dt_limit)
@@ -167,10 +167,10 @@ def _scan_mamba(
     return_last_state: bool = False,
     **_: Any,
 ) -> Any:
-    """Answer for ``selective_scan_fn``: every channel is a head with values of size 1.
+    """Replace `selective_scan_fn`: every channel is a head with values of size 1.
 
-    ``hidden_states``, ``dt`` and ``z`` are ``[B, channels, S]``, ``B`` and ``C``
-    ``[B, states, S]``, ``A`` is ``[channels, states]``, ``D`` ``[channels]``.
+    `hidden_states`, `dt` and `z` are `[B, channels, S]`, `B` and `C`
+    `[B, states, S]`, `A` is `[channels, states]`, `D` `[channels]`.
     """
     states, dt = hidden_states.transpose(1, 2), dt.transpose(1, 2)
     dt = _step(dt, delta_bias, delta_softplus)
@@ -200,7 +200,7 @@ def _attend_lightning(
     attention_mask: torch.Tensor | None = None,
     **__: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Answer for lightning attention (arXiv 2501.08313): a head decays at a fixed rate."""
+    """Replace lightning attention (arXiv 2501.08313), whose heads decay at a fixed rate."""
     assert attender.cache is not None
     batch, new = hidden_states.shape[:2]
     heads, size = module.num_attention_heads, module.head_dim
@@ -222,12 +222,12 @@ def _step(
     softplus: bool,
     limits: tuple[float, float] = (0.0, float("inf")),
 ) -> torch.Tensor:
-    """Return the size of the step in time of each token."""
+    """Return the time step of each token."""
     if bias is not None:
         dt = dt + bias
     if softplus:
         dt = functional.softplus(dt)
-    # What softplus gives is above 0.
+    # Softplus is above 0.
     if limits[0] > 0:
         dt = dt.clamp(min=limits[0])
     if limits[1] != float("inf"):
@@ -246,15 +246,15 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     assert attender.cache is not None
     sizes = query.shape[0], value.shape[2], query.shape[3], value.shape[3]
-    place, past = attender.cache.take_turn(
+    state_key, past = attender.cache.take_state(
         RECURRENT, value.new_zeros(sizes, dtype=torch.float32)
     )
     output, state = ops.linear_attention(query, key, value, decay, beta, past, scale)
-    attender.cache.keep(place, state)
+    attender.cache.put_state(state_key, state)
     return output, state
 
 
-# The names that families' modules have for the kernels.
+# Names of the kernels in families' modules.
 _REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "create_recurrent_attention_mask": _mask,
     "causal_conv1d_fn": _convolve,

@@ -1,9 +1,9 @@
 """Rotary embeddings in a trace: as one op per head where they are of the usual kind.
 
-Families rotate in several ways. The usual one, halves of each head turned against each other,
+Families rotate in several ways. The usual one, which rotates the two halves of each head,
 becomes the op RotaryEmbedding, for which engines have kernels. Any other keeps its own
 arithmetic, and only its cosines and sines become an op, Angles, which stays in float32 in
-every precision. Which of the two holds is found by asking the family's code.
+every precision. The kind is identified by probing the family's code.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _APPLY_COMPLEX = "apply_rotary_emb"
 
 @dataclass(frozen=True)
 class _Angles:
-    """How one rotary module makes its output, for one kind of layer.
+    """The computation of one rotary module, for one kind of layer.
 
     Attributes:
-        frequencies: Name of the buffer: a trace puts another tensor in its place.
+        frequencies: Name of the buffer: a trace replaces the tensor itself.
         scaling: Factor of cosines and sines.
-        layout: Order of the angles, one of ``_LAYOUTS``.
+        layout: Order of the angles, one of `_LAYOUTS`.
     """
 
     frequencies: str
@@ -48,11 +48,11 @@ class _Angles:
 
 @dataclass
 class RotaryUse:
-    """What was put in place of a model's rotary embeddings.
+    """The replacement of a model's rotary embeddings.
 
     Attributes:
-        usual: Whether RotaryEmbedding was.
-        calls: How often it was reached.
+        usual: Whether it is RotaryEmbedding.
+        calls: How often it was called.
     """
 
     usual: bool
@@ -60,16 +60,16 @@ class RotaryUse:
 
 
 def replace_rotary(stack: contextlib.ExitStack, model: Any, *, usual: bool) -> RotaryUse:
-    """Put ops in the place of a model's rotary embeddings.
+    """Replace a model's rotary embeddings by custom ops.
 
     Args:
-        stack: Undoes it.
+        stack: Undoes the replacement.
         model: The transformers model.
         usual: Whether to try RotaryEmbedding; a family may have the usual code and use
             another, which shows when it is run.
 
     Returns:
-        What was done.
+        The replacement.
 
     Raises:
         ExportError: Angles depend on the length of the text, or are of an unknown kind.
@@ -118,19 +118,19 @@ def _with_values(module: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def _ask(module: Any, *kind: str) -> Any:
+def _run(module: Any, *kind: str) -> Any:
     forward: Any = type(module).forward
     return forward(module, torch.zeros(1, _POSITIONS.shape[1], 8), _POSITIONS, *kind)
 
 
 def _identify(module: Any, *kind: str) -> _Angles:
-    """Find the buffer, the factor and the order that explain a module's answer."""
+    """Find the buffer, the factor and the order that give a module's output."""
     real = _with_values(module)
-    answer = _ask(real, *kind)
-    if isinstance(answer, tuple):
-        cos, sin = answer
+    output = _run(real, *kind)
+    if isinstance(output, tuple):
+        cos, sin = output
     else:
-        cos, sin = answer.real, answer.imag
+        cos, sin = output.real, output.imag
     scaling = float(cos[0, 0, 0])
     for name, buffer in real.named_buffers(recurse=False):
         for layout in _LAYOUTS:
@@ -147,14 +147,14 @@ def _identify(module: Any, *kind: str) -> _Angles:
 
 
 def _is_usual(module: Any, modeling: Any) -> bool:
-    """Ask whether halves are turned, by cosines and sines that do not depend on the layer."""
+    """Return whether halves are rotated, by angles that do not depend on the layer."""
     apply = getattr(modeling, _APPLY, None)
     frequencies = [name for name, _ in module.named_buffers(recurse=False)]
     if apply is None or not {"inv_freq"} <= set(frequencies):
         return False
     try:
         real = _with_values(module)
-        cos, sin = _ask(real)
+        cos, sin = _run(real)
         half = real.inv_freq.shape[0]
         draw = torch.Generator().manual_seed(0)
         query = torch.randn(1, 3, _POSITIONS.shape[1], 2 * half + 4, generator=draw)
@@ -177,7 +177,7 @@ def _is_usual(module: Any, modeling: Any) -> bool:
 def _replace_usual(
     stack: contextlib.ExitStack, embedding: Any, modeling: Any, use: RotaryUse
 ) -> None:
-    """Let positions and frequencies travel where sine and cosine did."""
+    """Pass positions and frequencies where cosine and sine were passed."""
     scaling = float(embedding.attention_scaling)
 
     def forward(
@@ -201,11 +201,11 @@ def _replace_usual(
                 ops.rotary(key, position_ids, inv_freq, scaling),
             )
         # Heads come after the tokens here; the op has them before.
-        turned = [
+        rotated = [
             ops.rotary(states.transpose(1, 2), position_ids, inv_freq, scaling).transpose(1, 2)
             for states in (query, key)
         ]
-        return turned[0], turned[1]
+        return rotated[0], rotated[1]
 
     embedding.forward = forward
     stack.callback(delattr, embedding, "forward")
@@ -215,7 +215,7 @@ def _replace_usual(
 
 
 def _of_text(position_ids: torch.Tensor) -> torch.Tensor:
-    """Return ``[B, S]``: models of images too have positions of three kinds, equal for text."""
+    """Return `[B, S]`: models of images too have positions of three kinds, equal for text."""
     return position_ids[0] if position_ids.dim() == 3 else position_ids
 
 
@@ -243,19 +243,19 @@ def _replace_angles(stack: contextlib.ExitStack, module: Any) -> None:
 
 
 def _replace_complex(stack: contextlib.ExitStack, modeling: Any) -> None:
-    """Multiply complex numbers in real ones: graphs have no others."""
+    """Multiply complex numbers as pairs of real ones: graphs have no others."""
 
-    def turn(states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    def rotate(states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
         cos, sin = angles.unsqueeze(1).unbind(dim=-1)
         pairs = states.reshape(*states.shape[:-1], -1, 2)
         real, imaginary = pairs[..., 0], pairs[..., 1]
-        turned = [real * cos - imaginary * sin, real * sin + imaginary * cos]
-        return torch.stack(turned, dim=-1).flatten(-2)
+        rotated = [real * cos - imaginary * sin, real * sin + imaginary * cos]
+        return torch.stack(rotated, dim=-1).flatten(-2)
 
     def apply(
         query: torch.Tensor, key: torch.Tensor, angles: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return turn(query, angles), turn(key, angles)
+        return rotate(query, angles), rotate(key, angles)
 
     before = getattr(modeling, _APPLY_COMPLEX)
     setattr(modeling, _APPLY_COMPLEX, apply)
