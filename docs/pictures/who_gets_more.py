@@ -1,4 +1,4 @@
-"""Experts per token in each MoE layer under `fisher`, for three tasks.
+"""Experts per token in each MoE layer under `fisher`, by task.
 
 Run it with the table and the picture to write::
 
