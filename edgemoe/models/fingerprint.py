@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgemoe.models.safety import check_weights
+from edgemoe.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -131,10 +132,17 @@ class FileHashes:
             work, name = self._kept
             work.write(name, self.as_dict())
 
-    def fingerprint(self) -> str:
-        """Return what :func:`fingerprint_checkpoint` does."""
+    def fingerprint(self, description: str | None = None) -> str:
+        """Hash what is left.
+
+        Args:
+            description: What the progress bar says; None shows none.
+
+        Returns:
+            What `fingerprint_checkpoint` does.
+        """
         whole = hashlib.sha256()
-        for file in self.files:
+        for file in self.files if description is None else track(self.files, description):
             self.advance(file)
             whole.update(f"{file.name}\0{self._hashes[file.name]}\n".encode())
         return whole.hexdigest()

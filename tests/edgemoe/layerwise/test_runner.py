@@ -124,20 +124,20 @@ def test_logits_are_those_of_the_model(checkpoint: Path, tmp_path: Path) -> None
     class Watch(LayerTask):
         watches = True
 
-    found: dict[str, list[torch.Tensor]] = {"streamed": [], "whole": []}
-    providers: dict[str, LayerProvider] = {
-        "streamed": StreamedLayers(open_streamed(checkpoint)),
-        "whole": InMemoryLayers(load_model(checkpoint)),
-    }
-    for name, provider in providers.items():
+    def logits_of(provider: LayerProvider) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
         run_layers(
             provider,
             BATCHES,
             Watch(),
             description="test",
             work=WorkDirectory(tmp_path),
-            take=lambda _, logits, name=name: found[name].append(logits),
+            take=lambda _, logits: found.append(logits),
         )
-    for one, other in zip(*found.values(), strict=True):
+        return found
+
+    streamed = logits_of(StreamedLayers(open_streamed(checkpoint)))
+    whole = logits_of(InMemoryLayers(load_model(checkpoint)))
+    for one, other in zip(streamed, whole, strict=True):
         assert torch.equal(one, other)
     assert list(tmp_path.iterdir()) == []
