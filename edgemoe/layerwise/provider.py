@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgemoe.errors import StreamingError
 from edgemoe.models.checkpoint import Checkpoint, load_model
@@ -13,6 +13,7 @@ from edgemoe.models.decoder import find_layers
 from edgemoe.models.opening import open_larger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -130,18 +131,26 @@ class StreamedLayers:
 
     is_whole = False
 
-    def __init__(self, streamed: StreamedModel, hashes: FileHashes | None = None) -> None:
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        hashes: FileHashes | None = None,
+        inside: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
         """Wrap a checkpoint that is open.
 
         Args:
             streamed: The checkpoint.
             hashes: Its files' hashes, advanced with each layer that is read: the file is in the
                 system's cache then.
+            inside: Makes a context that each layer is held in, from its index; its weights are
+                in memory then, and may be others until it ends.
         """
         self.moe = streamed.moe
         self.model = streamed.moe.model
         self._skeleton = streamed.skeleton
         self._hashes = hashes
+        self._inside = inside
         self.decoder, self.layers = streamed.skeleton.decoder, streamed.skeleton.layers
         self.device = streamed.skeleton.device
 
@@ -149,12 +158,14 @@ class StreamedLayers:
         """Hold what belongs to no layer and comes before them."""
         return self._skeleton.outer()
 
-    def layer(self, index: int) -> AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[None]:
         """Hold one decoder layer."""
         if self._hashes is not None:
             for file, end in self._skeleton.extent_of(index).items():
                 self._hashes.advance(file, end)
-        return self._skeleton.layer(index)
+        with self._skeleton.layer(index), self._inside(index):
+            yield
 
     def head(self) -> AbstractContextManager[object]:
         """Hold what follows the layers, in a block of `outer`."""

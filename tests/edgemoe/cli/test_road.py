@@ -262,6 +262,7 @@ def test_run_tells_how_a_deadline_was_kept(
     assert "[deadline of 0.001 ms missed]" in missed.stderr
 
 
+@pytest.mark.slow
 def test_export_shows_the_rungs_that_it_measured(
     road: Path, invoke: Callable[..., Any], answer: Answer, tmp_path: Path
 ) -> None:
