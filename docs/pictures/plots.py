@@ -42,6 +42,9 @@ plt.rcParams.update(
         "text.color": INK,
         "xtick.color": INK,
         "ytick.color": INK,
+        # A margin, since the card ends where the page may be dark.
+        "figure.constrained_layout.w_pad": 0.12,
+        "figure.constrained_layout.h_pad": 0.1,
         "svg.fonttype": "path",
         # The same drawing has the same bytes.
         "svg.hashsalt": "edgemoe",

@@ -40,7 +40,7 @@ def evaluate(
     written.
 
     Sources: lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), whose
-    figures docs/evaluation.md compares; the interval of accuracies is Wilson's, that of
+    figures docs/guides/evaluation.md compares; the interval of accuracies is Wilson's, that of
     perplexities a bootstrap (https://arxiv.org/abs/1411.5279).
 
     Args:
