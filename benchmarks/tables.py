@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from typing import TYPE_CHECKING
 
 import click
@@ -40,3 +41,12 @@ def write_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     click.echo(f"|{'---|' * len(heading)}")
     for row in rows:
         click.echo(f"| {' | '.join(row)} |")
+
+
+def write_csv(path: Path, heading: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a table for the pictures of docs/pictures; its folder is made if it is absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(heading)
+        writer.writerows(rows)

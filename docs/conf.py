@@ -18,7 +18,7 @@ from api_page import write_pages  # noqa: E402 (found on the path above)
 project = "edgemoe"
 author = "the edgemoe authors"
 version = release = re.search(
-    r'__version__ = "([^"]+)"', (HERE.parent / "edgemoe" / "__init__.py").read_text("utf-8")
+    r'__version__ = "([^"]+)"', (HERE.parent / "edgemoe" / "versions.py").read_text("utf-8")
 )[1]  # type: ignore[index]
 copyright = author  # noqa: A001 (Sphinx's name)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgemoe.versions import __version__ as __version__
 
@@ -70,16 +70,18 @@ class _FrontDoor(ModuleType):
 sys.modules[__name__].__class__ = _FrontDoor
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(_MODULES.get(name, f"{__name__}.api.{name}"))
-    found = getattr(module, name)
-    if name in _PACKAGES:
-        # One namespace: what is imported into the package is found at the function as well.
-        found.__dict__ = importlib.import_module(f"{__name__}.{name}").__dict__
-    globals()[name] = found
-    return found
+if not TYPE_CHECKING:  # a type checker that saw it would let every name pass
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(_MODULES.get(name, f"{__name__}.api.{name}"))
+        found = getattr(module, name)
+        if name in _PACKAGES:
+            # One namespace: what is imported into the package is found at the function too.
+            found.__dict__ = importlib.import_module(f"{__name__}.{name}").__dict__
+        globals()[name] = found
+        return found
 
 
 def __dir__() -> list[str]:

@@ -27,7 +27,7 @@ class KRule:
     Attributes:
         slots: Most experts that a token may use, in [1, inf); it may be above the router's own
             top_k.
-        top_p: Share of the router's mass that a token's experts must reach, in (0, 1]; see
+        top_p: Share of the router probability that a token's experts must reach, in (0, 1]; see
             `edgemoe.models.routers.select`.
         allocator: A linear head over the router's input, float32 [slots, hidden + 1], the last
             column its bias: the largest score says how many experts the token uses, that of
@@ -64,7 +64,7 @@ class KRule:
 
         Args:
             hidden: What the router's rows see [tokens, hidden].
-            mass: Mass of the chosen experts, best first, float32 [tokens, slots].
+            mass: Router probability of the chosen experts, best first, float32 [tokens, slots].
 
         Returns:
             bool [tokens].

@@ -7,11 +7,11 @@ from the repository's root, with the demo's model and a folder that
 benchmarks/reference_moe/corpus.py wrote::
 
     python -m benchmarks.adaptive_k.policies demo/moe --tasks demo/domains --work policies \
-        --plot docs/images/policies.png
+        --data policies.csv
 
-Markdown goes to stdout, progress to stderr; --work keeps what is finished. The training of
-ada-k takes most of the time. What a policy measures once for all means is in the seconds of the
-first.
+Markdown goes to stdout, progress to stderr; --work keeps what is finished, and --data is what
+docs/pictures/policies.py draws. The training of ada-k takes most of the time. What a policy
+measures once for all means is in the seconds of the first.
 """
 
 from __future__ import annotations
@@ -20,17 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import matplotlib as mpl
 import torch
 
 from benchmarks.adaptive_k.trial import Trial
-from benchmarks.tables import show_drop, show_score, write_table
+from benchmarks.tables import show_drop, show_score, write_csv, write_table
 from benchmarks.task_options import on_several_tasks
 from edgemoe.evaluate.drop import paired_drop
 from edgemoe.models import load_model, load_tokenizer
-
-mpl.use("agg")
-import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
     from edgemoe.k_policy import KPolicy
@@ -58,7 +54,7 @@ if TYPE_CHECKING:
 )
 @click.option("--tokens", default=16384, show_default=True)
 @click.option("--held-out-tokens", default=4096, show_default=True)
-@click.option("--plot", type=click.Path(path_type=Path), help="PNG of all curves.")
+@click.option("--data", type=click.Path(path_type=Path), help="CSV of all curves.")
 def main(
     model: Path,
     tasks: Path,
@@ -68,27 +64,25 @@ def main(
     policies: tuple[str, ...],
     tokens: int,
     held_out_tokens: int,
-    plot: Path | None,
+    data: Path | None,
     threads: int,
 ) -> None:
     """Compare policies on MODEL."""
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     opened, tokenizer = load_model(model), load_tokenizer(model)
-    figure, axes = plt.subplots(
-        1, len(names), figsize=(4.5 * len(names), 3.6), squeeze=False, layout="constrained"
-    )
-    for axis, task in zip(axes[0], names, strict=True):
+    curves: list[list[object]] = []
+    for task in names:
         trial = Trial(opened, tokenizer, task, tasks, work)
         before = trial.judge("", None, "", tokens, held_out_tokens)
         rows = [["top-k", f"{before['used']:.2f}", show_score(before["score"]), "", "", ""]]
         for asked in policies:
             name, _, options = asked.partition(":")
-            curve = [(before["used"], 0.0)]
             for mean in means:
                 found = trial.judge(name, mean, options, tokens, held_out_tokens)
                 rise = paired_drop(before["score"], found["score"])
-                curve.append((found["used"], rise.value))
+                figures = (found["used"], rise.value, *rise.ci95)
+                curves.append([task, asked, f"{mean:g}", *(f"{x:.4f}" for x in figures)])
                 rows.append(
                     [
                         f"`{asked}`",
@@ -99,18 +93,12 @@ def main(
                         _parameters(found["policy"]),
                     ]
                 )
-            axis.plot(*zip(*curve, strict=True), marker="o", markersize=4, label=asked)
-        axis.set_title(task)
-        axis.set_xlabel("experts per token and layer, used")
-        axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:+g}%")
-        axis.grid(alpha=0.3)
         click.echo(f"\n**{task}**\n")
         heading = ["policy", "experts per token", "perplexity [95%]", "rise [95%]"]
         write_table([*heading, "processor seconds", "parameters of heads"], rows)
-    axes[0][0].set_ylabel("rise of perplexity")
-    axes[0][0].legend(fontsize="small")
-    if plot is not None:
-        figure.savefig(plot, dpi=110)
+    if data is not None:
+        columns = ("used", "rise", "rise_ci95_low", "rise_ci95_high")
+        write_csv(data, ["task", "policy", "asked", *columns], curves)
 
 
 def _parameters(policy: KPolicy) -> str:

@@ -6,10 +6,10 @@ repository's root, with the demo's model and a folder that benchmarks/reference_
 wrote::
 
     python -m benchmarks.adaptive_k.who_gets_more demo/moe --tasks demo/domains \
-        --work policies --plot docs/images/who-gets-more.png
+        --work policies --data who-gets-more.csv
 
 Markdown goes to stdout, progress to stderr; --work keeps what is finished, and may be that of
-policies.py.
+policies.py. --data is what docs/pictures/who_gets_more.py draws.
 """
 
 from __future__ import annotations
@@ -17,19 +17,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import matplotlib as mpl
 import numpy as np
 import torch
 
 from benchmarks.adaptive_k.trial import Trial
-from benchmarks.tables import write_table
+from benchmarks.tables import write_csv, write_table
 from benchmarks.task_options import on_several_tasks
 from edgemoe.allocate.usage import count_experts
 from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.k_policy import following
-
-mpl.use("agg")
-import matplotlib.pyplot as plt
 
 _KINDS = ("begins a word", "goes on in a word", "number", "punctuation", "white space")
 _FEWEST = 20  # tokens of a kind that are worth a mean
@@ -56,7 +52,7 @@ def kind_of(text: str) -> str:
 
 @click.command()
 @on_several_tasks
-@click.option("--plot", type=click.Path(path_type=Path), required=True)
+@click.option("--data", type=click.Path(path_type=Path), help="CSV of all layers.")
 @click.option("--policy", "policies", multiple=True, default=("fisher", "ada-k"))
 @click.option("--mean-k", default=3.9, show_default=True)
 @click.option("--tokens", default=16384, show_default=True)
@@ -66,7 +62,7 @@ def main(
     tasks: Path,
     names: tuple[str, ...],
     work: Path,
-    plot: Path,
+    data: Path | None,
     policies: tuple[str, ...],
     mean_k: float,
     tokens: int,
@@ -77,11 +73,9 @@ def main(
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     opened, tokenizer = load_model(model), load_tokenizer(model)
-    figure, axes = plt.subplots(
-        1, len(policies), figsize=(5 * len(policies), 3.5), sharey=True, squeeze=False
-    )
-    rows = []
-    for axis, asked in zip(axes[0], policies, strict=True):
+    rows: list[list[str]] = []
+    layers: list[list[object]] = []
+    for asked in policies:
         name, _, options = asked.partition(":")
         for task in names:
             trial = Trial(opened, tokenizer, task, tasks, work)
@@ -99,15 +93,10 @@ def main(
                 for kind in _KINDS
             ]
             rows.append([f"`{asked}`", task, f"{used.mean():.2f}", *means])
-            axis.plot(used.mean(axis=0), label=task)
-        axis.set_title(f"{asked}, {mean_k:g} experts per token asked")
-        axis.set_xlabel("MoE layer")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("experts per token")
-    axes[0][-1].legend()
-    figure.tight_layout()
-    plot.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(plot, dpi=120)
+            by_layer = zip(opened.layers, used.mean(axis=0), strict=True)
+            layers += [[asked, task, layer.index, f"{mean:.4f}"] for layer, mean in by_layer]
+    if data is not None:
+        write_csv(data, ["policy", "task", "layer", "experts_per_token"], layers)
     write_table(["policy", "task", "all tokens", *_KINDS], rows)
 
 

@@ -1,6 +1,6 @@
 """Size, perplexity and decoding speed of the demo's models, in bars.
 
-    python docs/pictures/demo.py benchmarks/results/2026-11-22-demo.json docs/images/demo.svg
+python docs/pictures/demo.py benchmarks/results/2026-11-22-demo.json docs/images/demo.svg
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def main(source: Path, target: Path) -> None:
             )  # fmt: skip
             ends = [high for _, high in intervals]
         for place, value, end in zip(places, values, ends, strict=True):
-            axis.text(end + 0.03 * max(ends), place, form.format(value), va="center", fontsize=9)
+            axis.text(
+                end + 0.03 * max(ends), place, form.format(value), va="center", fontsize=9
+            )
         axis.set_xlim(0, 1.22 * max(ends))
         axis.set_title(title)
         axis.set_xlabel(better, fontsize=8.5, color=GREY)

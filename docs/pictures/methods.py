@@ -3,8 +3,8 @@
     python docs/pictures/methods.py benchmarks/compression/results/2026-11-23-methods.csv \
         docs/images/methods.svg
 
-Five of the twelve methods of the table stand for the rest: the best one, the best that drops whole
-experts, the default of an export, one between, and chance.
+Five of the twelve methods stand for the rest: the best one, the best that drops whole experts,
+the default of an export, one between, and chance.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(source: Path, target: Path) -> None:
     for line in grid:
         line[0].set_ylabel("rise of perplexity")
     figure.supxlabel(
-        "2026-11-23, 2 x86-64 cores. Means; the table has the intervals and seven more methods.",
+        "2026-11-23, 2 x86-64 cores. Means; the table has intervals and seven more methods.",
         fontsize=8, color=GREY, x=0.99, ha="right",
     )  # fmt: skip
     save(figure, target)

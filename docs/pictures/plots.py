@@ -1,4 +1,4 @@
-"""How all plots look: few curves, direct labels, colours that differ in print and for all eyes."""
+"""How all plots look: few curves, direct labels, colours that differ in print, too."""
 
 from __future__ import annotations
 
@@ -42,6 +42,9 @@ plt.rcParams.update(
         "text.color": INK,
         "xtick.color": INK,
         "ytick.color": INK,
+        # A margin, since the card ends where the page may be dark.
+        "figure.constrained_layout.w_pad": 0.12,
+        "figure.constrained_layout.h_pad": 0.1,
         "svg.fonttype": "path",
         # The same drawing has the same bytes.
         "svg.hashsalt": "edgemoe",
@@ -54,26 +57,18 @@ def percent(value: float) -> str:
     return f"{100 * value:+g}%" if value else "0"
 
 
-def shade_allowed(axis: Axes, limit: float, text: str, *, x: float = 0.02) -> None:
-    """Shade what a limit allows, and say so within it.
+def shade_allowed(axis: Axes, limit: float, text: str) -> None:
+    """Shade what a limit allows, and say so in its lower right corner.
 
     Args:
         axis: Where, its limits set already.
         limit: Largest rise that is allowed.
-        text: What to write, just under the limit.
-        x: Where the text begins, as a share of the axis.
+        text: What to write; nothing where it is empty.
     """
     axis.axhspan(axis.get_ylim()[0], limit, color=ALLOWED, zorder=0, linewidth=0)
     axis.axhline(limit, color=GREEN, linewidth=0.9, zorder=0.5)
     axis.text(
-        x,
-        limit,
-        f"{text} ",
-        transform=axis.get_yaxis_transform(),
-        color="#1a7f37",
-        fontsize=8.5,
-        va="top",
-        ha="left",
+        0.98, 0.02, text, transform=axis.transAxes, color="#1a7f37", fontsize=8.5, ha="right"
     )
 
 

@@ -9,6 +9,7 @@ conf.py has written before every build.
 from __future__ import annotations
 
 import ast
+import re
 from typing import TYPE_CHECKING
 
 import griffe
@@ -48,10 +49,13 @@ def write_pages(root: Path, folder: Path) -> list[str]:
 def render(package: str, place: Path) -> str:
     """Return the page of one package, empty where it has no `__all__`."""
     names = public_names(place / package / "__init__.py", package)
+    found = {name: _find(name, module, place) for name, module in names.items()}
+    # Functions first, then classes, errors last; in the order of the alphabet each.
+    order = sorted(
+        found, key=lambda name: (found[name].is_class, name.endswith("Error"), name.lower())
+    )
     blocks = [
-        block
-        for name, module in names.items()
-        for block in _describe(_find(name, module, place), f"{package}.{name}", 0)
+        block for name in order for block in _describe(found[name], f"{package}.{name}", 0)
     ]
     if not blocks:
         return ""
@@ -124,7 +128,7 @@ def _describe(found: griffe.Object, name: str, depth: int) -> Iterator[str]:
             yield ""
         yield from _document(found, depth + 1)
         for member in found.members.values():
-            if not member.is_public or isinstance(member, griffe.Alias):
+            if isinstance(member, griffe.Alias) or member.name.startswith("_"):
                 continue
             if isinstance(member, griffe.Function) or "property" in member.labels:
                 yield from _describe(member, member.name, depth + 1)
@@ -152,12 +156,18 @@ def _fields(found: griffe.Class) -> str:
         return ""
     given = [
         f"{member.name}: {member.annotation}"
-        + (f" = {member.value}" if member.value is not None else "")
+        + (f" = {_default(str(member.value))}" if member.value is not None else "")
         for member in found.members.values()
         if isinstance(member, griffe.Attribute) and "property" not in member.labels
         and member.is_public and member.annotation is not None
     ]  # fmt: skip
     return ", ".join(given)
+
+
+def _default(value: str) -> str:
+    """Return what a reader sees of a field's default: of a factory, what it makes."""
+    found = re.fullmatch(r"field\(.*default_factory=(\w+).*\)", value)
+    return f"{found[1]}()" if found else value
 
 
 def _parameters(found: griffe.Function) -> str:
@@ -191,16 +201,29 @@ def _document(found: griffe.Object, depth: int) -> Iterator[str]:
         kind = section.kind.value
         if kind == "text":
             yield from (f"{pad}{line}".rstrip() for line in section.value.splitlines())
-        elif kind in ("parameters", "attributes", "raises"):
-            role = {"parameters": "param", "attributes": "ivar", "raises": "raises"}[kind]
+        elif kind in ("parameters", "raises"):
             for item in section.value:
-                label = item.annotation if kind == "raises" else item.name
+                role = "param" if kind == "parameters" else "raises"
+                label = item.name if kind == "parameters" else item.annotation
                 yield f"{pad}:{role} {label}: {_joined(item.description)}"
+        elif kind == "attributes":
+            yield from (
+                f"{pad}* **{it.name}**: {_joined(it.description)}" for it in section.value
+            )
+        elif kind == "admonition" and section.value.description.startswith(">>>"):
+            yield from (
+                f"{pad}.. rubric:: {section.title}",
+                "",
+                f"{pad}.. code-block:: pycon",
+                "",
+            )
+            lines = section.value.description.splitlines()
+            yield from (f"{pad}   {line}".rstrip() for line in lines)
         elif kind in _SECTIONS:
             text = " ".join(_joined(item.description) for item in section.value)
             yield f"{pad}:{kind}: {text}"
         else:
-            yield from (f"{pad}{line}".rstrip() for line in str(section.value).splitlines())
+            raise LookupError(f"{found.path}: a docstring's section {kind} has no form here.")
         yield ""
 
 

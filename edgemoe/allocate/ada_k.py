@@ -6,8 +6,8 @@ sees::
     P_l = softmax(W_l x_l + b_l)          over 1 ... k_max experts
 
 The model and its routers stay as they are. Heads are warmed up to what `top-p` would do
-("P-Warm": cross-entropy to the smallest n that reaches a share p of the router's mass, p such
-that tokens use as many as asked), and then trained by PPO (`edgemoe.allocate.ppo`):
+("P-Warm": cross-entropy to the smallest n that reaches a share p of the router probability, p
+such that tokens use as many as asked), and then trained by PPO (`edgemoe.allocate.ppo`):
 numbers are drawn for every token and layer, and what the drawn numbers do to the probability of
 the next token, against the router's own top-k, rewards all layers of the token.
 
@@ -80,8 +80,9 @@ def ada_k(
         clip: How far a pass may change how likely a number is, relative.
         gamma: What later layers' shares of a reward grow by, per layer, in (0, 1].
         regulariser: lambda: nats per token that an expert must be worth.
-        warm: Where heads begin: `top-p` with the numbers that a share of mass gives, as in
-            the paper, `fisher` with what numbers cost, as the policy of that name does.
+        warm: Where heads begin: `top-p` with the numbers that a share of the router probability
+            gives, as in the paper, `fisher` with what numbers cost, as the policy of that name
+            does.
         warm_epochs: Passes of the warm-up over its tokens, with `top-p`.
         warm_tokens: Tokens of the warm-up.
         warm_rate: Learning rate of AdamW in the warm-up, with `top-p`.

@@ -1,4 +1,4 @@
-"""top-p: a token uses the fewest experts that reach a share of its router's mass.
+"""top-p: a token uses the fewest experts that reach a share of its router probability.
 
 With P_i1 >= P_i2 >= ... what token i's router gives its experts::
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemoe.allocate.budget import check_mean, check_tokens, default_mean
-from edgemoe.allocate.reach import find_share, reach_of
+from edgemoe.allocate.cumulative import cumulative_of, find_share
 from edgemoe.errors import AllocationError
 from edgemoe.k_rule import KRule
 from edgemoe.models.k_policy import most_slots
@@ -67,5 +67,5 @@ def top_p(
         raise AllocationError(f"p must be in (0, 1], got {p:g}. Choose another.")
     if not p:
         wanted = default_mean(layers) if mean_k is None else mean_k
-        p = find_share(reach_of(oracle.fewer(tokens), most), check_mean(wanted, most))
+        p = find_share(cumulative_of(oracle.fewer(tokens), most), check_mean(wanted, most))
     return tuple(KRule(slots=slots, top_p=p) for slots in most)

@@ -2,7 +2,7 @@
 
 - P-Warm, of the paper (https://arxiv.org/abs/2410.10456): for token i
 
-      n_i(p) = min { n : the n best experts have at least p of the router's mass }
+      n_i(p) = min { n : the n best experts have at least p of the router probability }
 
   with p such that the mean of n_i is what is asked; heads are trained by cross-entropy.
 - by costs: heads foresee what numbers of experts cost a token (`edgemoe.allocate.costs`).
@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from edgemoe.allocate.costs import fit_heads
-from edgemoe.allocate.reach import find_share, reach_of
+from edgemoe.allocate.cumulative import cumulative_of, find_share
 from edgemoe.allocate.rollout import see_states
 from edgemoe.progress import telling
 
@@ -43,7 +43,7 @@ def warm_up(
     learning_rate: float,
     seed: int,
 ) -> float:
-    """Train heads to do what a share of mass does.
+    """Train heads to do what a share of the router probability does.
 
     Args:
         oracle: The model, following no policy, and the tokens.
@@ -60,9 +60,11 @@ def warm_up(
         AllocationError: A router follows no known rule.
         StreamingError: The family cannot be run layer by layer.
     """
-    reach = reach_of(oracle, heads.slots)
-    share = find_share(reach, mean_k)
-    wanted = torch.from_numpy(np.stack([(layer < share).sum(axis=1) for layer in reach])) - 1
+    cumulative = cumulative_of(oracle, heads.slots)
+    share = find_share(cumulative, mean_k)
+    wanted = (
+        torch.from_numpy(np.stack([(layer < share).sum(axis=1) for layer in cumulative])) - 1
+    )
     inputs = see_states(oracle.moe, oracle.windows)
     _fit(heads, inputs, wanted, epochs, learning_rate, seed)
     return share

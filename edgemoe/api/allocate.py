@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.api.arguments import (
+    as_float,
     as_path,
     check_at_least_one,
     files_of,
@@ -19,6 +20,7 @@ from edgemoe.api.running import running
 
 if TYPE_CHECKING:
     from edgemoe.api.arguments import OneTask, Options, StrPath
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe.plans.plan import Plan
     from edgemoe.progress import OnProgress
     from edgemoe.tasks import TaskFile
@@ -115,6 +117,7 @@ def allocate(
     path, target = Path(model), as_path(output)
     with running("export", threads=threads, on_progress=on_progress):
         from edgemoe.allocate.registry import find_policy, read_options
+        from edgemoe.models.checkpoint import Checkpoint
         from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
         if target is not None:
@@ -127,12 +130,12 @@ def allocate(
             refuse_inputs_inside(target, path, loaded.path, *files_of(plan))
         start = None if plan is None else replace(load_plan(plan), k_policy=None)
         return _decide(
-            path,
+            Checkpoint(path),
             loaded,
             policy,
             start,
             target,
-            mean_k=mean_k,
+            mean_k=as_float(mean_k),
             chosen=chosen,
             max_tokens=max_tokens,
             seed=seed,
@@ -153,7 +156,7 @@ def _refuse_unfinished(output: Path) -> None:
 
 
 def _decide(
-    model: Path,
+    model: Checkpoint,
     task: TaskFile,
     policy: str,
     start: Plan | None,
@@ -173,13 +176,12 @@ def _decide(
     from edgemoe.apply.in_memory import apply_plan
     from edgemoe.calibrate.windows import cut_tasks
     from edgemoe.layerwise.provider import InMemoryLayers
-    from edgemoe.models import load_model, load_tokenizer
+    from edgemoe.models.checkpoint import load_model
     from edgemoe.models.k_policy import following
     from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.plans.keep_all import keep_all
     from edgemoe.recover.state import PROGRESS
-    from edgemoe.resume import resumable
-    from edgemoe.versions import library_versions
+    from edgemoe.resume import resumable, resume_key
 
     opened = load_model(model)
     sha256 = opened.sha256
@@ -187,18 +189,17 @@ def _decide(
         start = replace(keep_all(opened.shape), checkpoint_sha256=sha256)
     else:
         opened = apply_plan(opened, start)
-    windows = cut_tasks(opened, [task], load_tokenizer(model), max_tokens=max_tokens).by_task[
+    windows = cut_tasks(opened, [task], model.tokenizer, max_tokens=max_tokens).by_task[
         task.name
     ]
-    key = {
-        "command": "allocate",
-        "checkpoint": sha256,
-        "plan": start.sha256,
-        "lines": task.sha256,
-        "policy": policy,
-        "options": [mean_k, max_tokens, seed, threads, sorted(chosen.items())],
-        "versions": library_versions(),
-    }
+    key = resume_key(
+        "allocate",
+        sha256,
+        plan=start,
+        lines=task,
+        policy=policy,
+        options=[mean_k, max_tokens, seed, threads, sorted(chosen.items())],
+    )
     with contextlib.ExitStack() as stack:
         work = None
         if output is not None and find_policy(policy).trains:

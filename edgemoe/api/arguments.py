@@ -169,6 +169,18 @@ def as_path(path: StrPath | None) -> Path | None:
     return None if path is None else Path(path)
 
 
+def as_float(number: float | None) -> float | None:
+    """Return a number as the command line reads it: files then hold 1.0 where 1 was given.
+
+    Args:
+        number: A float, an integer or None.
+
+    Returns:
+        The float, or None.
+    """
+    return None if number is None else float(number)
+
+
 def check_at_least_one(**given: int | None) -> None:
     """Refuse counts below one.
 

@@ -79,8 +79,7 @@ def decompose(
         from edgemoe.apply.expert_tensors import planned_tensors
         from edgemoe.decompose.decision import add_ranks, read_options
         from edgemoe.layerwise.provider import open_layers
-        from edgemoe.models.checkpoint import read_structure
-        from edgemoe.models.fingerprint import fingerprint_checkpoint
+        from edgemoe.models.checkpoint import Checkpoint
         from edgemoe.plans.keep_all import keep_all
         from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
@@ -88,10 +87,11 @@ def decompose(
             refuse_existing(target, force=force, directory=False)
             refuse_inputs_inside(target, path, *files_of(statistics))
         chosen = read_options(method, option_texts(options))
-        structure = read_structure(path)
+        checkpoint = Checkpoint(path)
+        structure = checkpoint.structure
         refuse_changes(structure)
         start = keep_all(structure.shape) if plan is None else load_plan(plan)
-        sha256 = fingerprint_checkpoint(path)
+        sha256 = checkpoint.sha256
         start.validate(structure.shape, sha256)
         found = add_ranks(
             start,
@@ -99,8 +99,8 @@ def decompose(
             load_statistics(statistics, path, sha256, "factored"),
             task,
             method,
-            param_ratio,
-            open_layers=lambda: open_layers(path),
+            float(param_ratio),
+            open_layers=lambda: open_layers(checkpoint),
             prepare=planned_tensors,
             options=chosen,
         )

@@ -86,12 +86,12 @@ def evaluate(
     # A bundle can be evaluated where it runs, without torch.
     extras = () if (path / MANIFEST_FILE).is_file() else ("export",)
     with running(*extras, on_progress=on_progress):
-        from edgemoe.evaluate.contamination import keep_held_out, lines_behind
+        from edgemoe.evaluate.contamination import examples_seen, keep_held_out
         from edgemoe.evaluate.evaluation import evaluate as score
         from edgemoe.evaluate.rolling import find_prefix_token
         from edgemoe.evaluate.subject import open_subject
 
-        behind = lines_behind(path, loaded.name)
+        behind = examples_seen(path, loaded.name)
         loaded, remark = keep_held_out(loaded, behind, calibration_lines, str(model))
         if remark is not None:
             _LOG.warning("%s", remark)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgemoe.api.arguments import Options, StrPath
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.layerwise.provider import LayerProvider
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.remote import WorkerPool
     from edgemoe.parallel.workers import ExecutorConfig
@@ -69,7 +70,8 @@ def prune(
         keep: Fraction of each layer's experts to keep, in (0, 1]; of the intermediate channels
             of all experts with `camera` and `heapr`. Exactly one of `keep` and `keep_experts`
             must be given.
-        keep_experts: Experts to keep in each MoE layer: one number, or one for each layer.
+        keep_experts: Experts to keep in each MoE layer, in [top_k, experts of the layer]: one
+            number, or one for each layer.
         layers: `owl` keeps as many experts in all, but more of them in layers whose weights
             have more outliers on the task.
         seed: Seed of methods that draw, in [0, inf).
@@ -110,8 +112,7 @@ def prune(
     extras = ("export", *extras_of(ray))
     with running(*extras, threads=threads, on_progress=on_progress):
         from edgemoe.apply.checks import refuse_changes
-        from edgemoe.models.checkpoint import read_structure
-        from edgemoe.models.fingerprint import fingerprint_checkpoint
+        from edgemoe.models.checkpoint import Checkpoint
         from edgemoe.oracle.oracle import LayerOracle
         from edgemoe.prune.registry import find_method, make_plan, read_options
         from edgemoe.staging import refuse_existing, refuse_inputs_inside
@@ -120,6 +121,7 @@ def prune(
             refuse_existing(target, force=force, directory=False)
             refuse_inputs_inside(target, path, *files_of(statistics))
         asked = keep_experts
+        weights = task if isinstance(task, str) else {n: float(w) for n, w in task.items()}
         texts = [*_layers_option(layers, asked), *option_texts(options)]
         chosen = read_options(method, texts)
         spread = workers is not None or ray is not None
@@ -128,21 +130,22 @@ def prune(
                 f"--workers and --ray cannot be used with {method}, which decides in one "
                 "process."
             )
-        structure = read_structure(path)
+        checkpoint = Checkpoint(path)
+        structure = checkpoint.structure
         refuse_changes(structure)
         counts = _counts(method, structure.shape, keep, asked)
-        measured = load_statistics(statistics, path, fingerprint_checkpoint(path), "pruned")
+        measured = load_statistics(statistics, path, checkpoint.sha256, "pruned")
         with contextlib.ExitStack() as stack:
             executor = choose_executor(workers, ray)
-            pool = stack.enter_context(_open_crew(executor, path, threads)) if spread else None
+            pool = stack.enter_context(_open_pool(executor, path, threads)) if spread else None
             plan = make_plan(
                 measured,
-                task,
+                weights,
                 method,
                 counts,
                 seed=seed,
                 options=chosen,
-                open_oracle=lambda windows: LayerOracle(_open(path, pool), windows, pool),
+                open_oracle=lambda windows: LayerOracle(_open(checkpoint, pool), windows, pool),
             )
         if target is not None:
             plan.save(target, force=force)
@@ -180,7 +183,7 @@ def _counts(
     return count_kept(shape, keep_experts=asked)
 
 
-def _open(model: Path, pool: WorkerPool | None) -> LayerProvider:
+def _open(model: Checkpoint, pool: WorkerPool | None) -> LayerProvider:
     """Open the model for a method that runs its layers."""
     from edgemoe.layerwise.provider import StreamedLayers, open_layers
     from edgemoe.models.opening import open_streamed
@@ -190,7 +193,7 @@ def _open(model: Path, pool: WorkerPool | None) -> LayerProvider:
 
 
 @contextlib.contextmanager
-def _open_crew(
+def _open_pool(
     executor: ExecutorConfig, model: Path, threads: int | None
 ) -> Iterator[WorkerPool]:
     from edgemoe.oracle.remote import WorkerPool

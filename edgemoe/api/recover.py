@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.api.arguments import as_path, read_tasks
+from edgemoe.api.arguments import as_float, as_path, read_tasks
 from edgemoe.api.running import running
 
 if TYPE_CHECKING:
@@ -108,16 +108,16 @@ def recover(
 
         options = RecoverOptions(
             steps=steps,
-            learning_rate=learning_rate,
+            learning_rate=as_float(learning_rate),
             batch_tokens=batch_tokens,
             sequence_length=sequence_length,
             max_tokens=max_tokens,
-            held_out_fraction=held_out,
+            held_out_fraction=float(held_out),
             seed=seed,
-            kd_weight=kd_weight,
-            temperature=temperature,
+            kd_weight=as_float(kd_weight),
+            temperature=as_float(temperature),
             rank=rank,
-            alpha=alpha,
+            alpha=as_float(alpha),
             router_steps=router_steps,
         )
         return recover_checkpoint(

@@ -118,9 +118,9 @@ def sweep(
             if isinstance(recoveries, Mapping)
             else read_recoveries(recoveries),
             held_out=task_paths(held_out),
-            keeps=keeps,
+            keeps=[float(keep) for keep in keeps],
             seeds=seeds,
-            max_drop=max_drop,
+            max_drop=float(max_drop),
             calibration_tokens=calibration_tokens,
             held_out_tokens=held_out_tokens,
             threads=threads,

@@ -17,7 +17,7 @@ from edgemoe.calibrate.windows import SEQUENCE_LENGTH, cut_tasks
 from edgemoe.layerwise.batch import Batch
 from edgemoe.layerwise.outputs import DEFAULT_LIMIT_BYTES
 from edgemoe.layerwise.provider import InMemoryLayers
-from edgemoe.layerwise.runner import LayerTask, run_batches
+from edgemoe.layerwise.runner import LayerTask, run_layers
 from edgemoe.models.contract import MoeModel
 from edgemoe.models.hooks import observe
 
@@ -107,7 +107,7 @@ def measure(
     """
     sums = _TaskSums(layers.moe, windows)
     with observe(layers.moe, sums.add):
-        run_batches(
+        run_layers(
             layers,
             [
                 Batch(torch.tensor([window.ids]))
@@ -136,6 +136,8 @@ def measure(
 
 class _TaskSums(LayerTask):
     """Sums the calls of MoE layers, for each task and layer."""
+
+    watches = True
 
     def __init__(self, model: MoeModel, windows: Windows) -> None:
         self.by_task = {

@@ -1,4 +1,4 @@
-"""What any file of the road is: its kind, sizes, shapes and provenance."""
+"""What any file of the pipeline is: its kind, sizes, shapes and provenance."""
 
 from __future__ import annotations
 
@@ -96,32 +96,29 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
     needs("export")
-    from edgemoe.models import read_shape
-    from edgemoe.models.checkpoint import has_experts
-    from edgemoe.models.k_policy import read_k_policy
-    from edgemoe.models.ragged import read_ragged_note
-    from edgemoe.models.safety import check_weights, read_json_object
+    from edgemoe.models.checkpoint import Checkpoint
+    from edgemoe.models.safety import read_json_object
 
-    config = read_json_object(path / "config.json")
+    checkpoint = Checkpoint(path)
+    config = read_json_object(path / "config.json", checkpoint.read("config.json"))
     family = config.get("model_type")
-    tensors = [item for file in check_weights(path) for item in _read_tensors(file)]
+    tensors = [item for file in checkpoint.weights for item in _read_tensors(file)]
     facts: dict[str, Any] = {
         "kind": "dense checkpoint",
         "path": str(path),
         "family": family,
         "parameters": sum(math.prod(shape) for _, shape in tensors),
         "dtypes": sorted({dtype for dtype, _ in tensors}),
-        "weight_bytes": sum(file.stat().st_size for file in check_weights(path)),
+        "weight_bytes": sum(file.stat().st_size for file in checkpoint.weights),
         "layers": config.get("num_hidden_layers"),
         "hidden_size": config.get("hidden_size"),
         "vocab_size": config.get("vocab_size"),
     }
-    if not has_experts(path):
+    if not checkpoint.has_experts:
         if any(config.get(name) for name in _EXPERT_COUNTS):
             facts["kind"] = "MoE checkpoint of a family that is not supported"
         return facts
-    shape = read_shape(path)
-    note = read_ragged_note(path)
+    shape, note = checkpoint.shape, checkpoint.note
     ranks = (None if note is None else note.ranks_per_layer) or ()
     embedded = config.get("edgemoe") or {}
     return {
@@ -134,7 +131,7 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         **_describe_widths(shape.widths_per_layer),
         **_describe_ranks([None if pair is None else (pair.up, pair.down) for pair in ranks]),
         **_describe_bases(note),
-        **_describe_policy(read_k_policy(path)),
+        **_describe_policy(checkpoint.k_policy),
         "provenance": embedded.get("provenance") if note is None else note.provenance,
     }
 

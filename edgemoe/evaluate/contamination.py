@@ -25,7 +25,7 @@ POLICIES = ("refuse", "skip", "warn")
 _KEYS = ("calibration_lines", "training_lines")
 
 
-def lines_behind(
+def examples_seen(
     path: Path, task: str, read: Callable[[str], bytes | None] | None = None
 ) -> frozenset[int]:
     """Find the lines that a checkpoint or a bundle was made from.

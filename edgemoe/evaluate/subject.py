@@ -69,13 +69,12 @@ def open_subject(
         return
     from edgemoe.evaluate.torch_scorer import TorchScorer
     from edgemoe.layerwise.provider import open_layers
-    from edgemoe.models.checkpoint import has_experts, load_tokenizer
-    from edgemoe.models.safety import check_directory
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe.resume import WorkDirectory
 
-    check_directory(path)
-    tokenizer = load_tokenizer(path)
-    layers = open_layers(path) if has_experts(path) else None
+    checkpoint = Checkpoint(path)
+    tokenizer = checkpoint.tokenizer
+    layers = open_layers(checkpoint) if checkpoint.has_experts else None
     with contextlib.ExitStack() as stack:
         work = None
         if layers is not None and not layers.is_whole:

@@ -21,7 +21,7 @@ from edgemoe.evaluate.batches import (
 )
 from edgemoe.evaluate.experts_used import ExpertCount
 from edgemoe.layerwise.provider import InMemoryLayers
-from edgemoe.layerwise.runner import LayerTask, run_batches
+from edgemoe.layerwise.runner import LayerTask, run_layers
 from edgemoe.models.contract import MoeModel
 from edgemoe.models.hooks import limit_k
 from edgemoe.progress import track
@@ -57,7 +57,6 @@ class TorchScorer:
         k_cap: int | Sequence[int] | None = None,
         batch_tokens: int = BATCH_TOKENS,
         work: WorkDirectory | None = None,
-        inside: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         """Wrap a model.
 
@@ -68,14 +67,13 @@ class TorchScorer:
             batch_tokens: Tokens of a batch, padding included; one longer sequence is a
                 batch of its own.
             work: For what the layers of a larger checkpoint returned; nothing is left there.
-            inside: Makes a context that each layer of a larger checkpoint runs in, from its
-                index; its weights are in memory then, and may be others until it ends.
 
         Raises:
             CheckpointError: `k_cap` is given for a model without experts.
             EdgemoeError: `k_cap` is out of range.
         """
         self._moe: MoeModel | None = None
+        self._layers: LayerProvider
         if isinstance(model, MoeModel):
             self._moe, self._layers = model, InMemoryLayers(model)
         elif isinstance(model, torch.nn.Module):
@@ -92,7 +90,6 @@ class TorchScorer:
                 "Leave --k-cap out."
             )
         self._count = None if self._moe is None else ExpertCount(self._moe, k_cap)
-        self._inside = inside
 
     @property
     def max_length(self) -> int:
@@ -145,10 +142,10 @@ class TorchScorer:
             with torch.inference_mode():
                 for one in track(cached, "evaluate"):
                     results[one] = self._score_choices(requests[one])
-            run_batches(
+            run_layers(
                 self._layers,
                 [batch.batch for batch in batches],
-                _Watch(self._count, [batch.real for batch in batches], self._inside),
+                _Watch(self._count, [batch.real for batch in batches]),
                 description="evaluate",
                 take=take,
                 work=self._work,
@@ -237,16 +234,10 @@ class TorchScorer:
 class _Watch(LayerTask):
     """Counts the experts that real tokens use."""
 
-    def __init__(
-        self,
-        count: ExpertCount | None,
-        real: Sequence[torch.Tensor],
-        inside: Callable[[int], AbstractContextManager[Any]],
-    ) -> None:
-        self._count, self._real, self._inside = count, real, inside
+    watches = True
 
-    def inside(self, index: int) -> AbstractContextManager[Any]:
-        return self._inside(index)
+    def __init__(self, count: ExpertCount | None, real: Sequence[torch.Tensor]) -> None:
+        self._count, self._real = count, real
 
     def before_batch(self, number: int) -> None:
         if self._count is not None:

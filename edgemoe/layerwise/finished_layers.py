@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 from safetensors.torch import load_file, save
 
@@ -16,12 +16,10 @@ if TYPE_CHECKING:
 
     from edgemoe.resume import WorkDirectory
 
+Restore: TypeAlias = "Callable[[int, Callable[[], Mapping[str, torch.Tensor]]], None]"
+
 _PREFIX = "pass-"
 _PROGRESS = f"{_PREFIX}progress.json"
-
-
-class _Restored(Protocol):
-    def restore(self, index: int, read: Callable[[], Mapping[str, torch.Tensor]]) -> None: ...
 
 
 class FinishedLayers:
@@ -39,11 +37,11 @@ class FinishedLayers:
         self._done = 0
         self._last: int | None = None
 
-    def recall(self, task: _Restored, layers: Sequence[int]) -> int:
+    def recall(self, restore: Restore, layers: Sequence[int]) -> int:
         """Give a task the states that an earlier process kept; forget those of other passes.
 
         Args:
-            task: The task.
+            restore: Takes the state of a layer, from its index and what reads it.
             layers: The decoder layers of the pass.
 
         Returns:
@@ -57,7 +55,7 @@ class FinishedLayers:
         self._last = layers[self._done - 1]
         for index in layers[: self._done]:
             if (self._work.path / _state_name(index)).exists():
-                task.restore(index, partial(read_state, self._work, index))
+                restore(index, partial(read_state, self._work, index))
         return self._done
 
     def outputs(self) -> LayerOutputs:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgemoe.errors import StreamingError
-from edgemoe.models.checkpoint import load_model
+from edgemoe.models.checkpoint import Checkpoint, load_model
 from edgemoe.models.contract import MoeModel
 from edgemoe.models.decoder import find_layers
 from edgemoe.models.opening import open_larger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -108,7 +109,8 @@ class InMemoryLayers:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     def outer(self) -> AbstractContextManager[object]:
         """Hold what belongs to no layer."""
@@ -129,18 +131,26 @@ class StreamedLayers:
 
     is_whole = False
 
-    def __init__(self, streamed: StreamedModel, hashes: FileHashes | None = None) -> None:
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        hashes: FileHashes | None = None,
+        inside: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
         """Wrap a checkpoint that is open.
 
         Args:
             streamed: The checkpoint.
             hashes: Its files' hashes, advanced with each layer that is read: the file is in the
                 system's cache then.
+            inside: Makes a context that each layer is held in, from its index; its weights are
+                in memory then, and may be others until it ends.
         """
         self.moe = streamed.moe
         self.model = streamed.moe.model
         self._skeleton = streamed.skeleton
         self._hashes = hashes
+        self._inside = inside
         self.decoder, self.layers = streamed.skeleton.decoder, streamed.skeleton.layers
         self.device = streamed.skeleton.device
 
@@ -148,23 +158,25 @@ class StreamedLayers:
         """Hold what belongs to no layer and comes before them."""
         return self._skeleton.outer()
 
-    def layer(self, index: int) -> AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[None]:
         """Hold one decoder layer."""
         if self._hashes is not None:
             for file, end in self._skeleton.extent_of(index).items():
                 self._hashes.advance(file, end)
-        return self._skeleton.layer(index)
+        with self._skeleton.layer(index), self._inside(index):
+            yield
 
     def head(self) -> AbstractContextManager[object]:
         """Hold what follows the layers, in a block of `outer`."""
         return self._skeleton.head()
 
 
-def open_layers(path: Path, limit_bytes: int | None = None) -> LayerProvider:
+def open_layers(path: Path | Checkpoint, limit_bytes: int | None = None) -> LayerProvider:
     """Open a checkpoint, whole where it fits into memory.
 
     Args:
-        path: Checkpoint directory.
+        path: The checkpoint.
         limit_bytes: As in `edgemoe.models.opening.open_larger`.
 
     Returns:
@@ -174,8 +186,9 @@ def open_layers(path: Path, limit_bytes: int | None = None) -> LayerProvider:
         CheckpointError: The checkpoint is missing, unsafe or inconsistent.
         FamilyError: The family is not supported.
     """
-    larger = open_larger(path, limit_bytes)
-    return InMemoryLayers(load_model(path)) if larger is None else StreamedLayers(larger)
+    checkpoint = Checkpoint.open(path)
+    larger = open_larger(checkpoint, limit_bytes)
+    return InMemoryLayers(load_model(checkpoint)) if larger is None else StreamedLayers(larger)
 
 
 def whole_model(provider: LayerProvider, what: str) -> PreTrainedModel:

@@ -23,7 +23,6 @@ from edgemoe.progress import counting, track
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
 
     from edgemoe.layerwise.batch import Batch
     from edgemoe.layerwise.provider import LayerProvider
@@ -128,16 +127,14 @@ class LayerTask:
     """What a pass does to each decoder layer. A subclass overrides what it needs.
 
     As it is, it runs every batch through every layer and keeps nothing.
+
+    Attributes:
+        watches: Whether it leaves `visit` as it is, and so changes nothing of what layers
+            return. A model in memory then runs each batch as a whole, which is faster, and
+            possible where its layers cannot be run one by one; the bits are the same.
     """
 
-    def inside(self, index: int) -> AbstractContextManager[Any]:
-        """Make the context that a layer is visited in; its weights are in memory then.
-
-        Args:
-            index: Of the decoder layer.
-        """
-        del index
-        return contextlib.nullcontext()
+    watches = False
 
     def before_batch(self, number: int) -> None:
         """Be told which batch runs next.
@@ -251,10 +248,13 @@ def run_layers(
     Raises:
         StreamingError: The family cannot be run layer by layer.
     """
+    if provider.is_whole and task.watches:
+        _run_whole(provider.model, batches, task, description, take)
+        return
     chosen = range(len(provider.layers)) if layers is None else layers
     running = LayerPass(provider, batches, limit_bytes)
     finished = None if work is None else FinishedLayers(work, digest_batches(name, batches))
-    done = 0 if finished is None else finished.recall(task, chosen)
+    done = 0 if finished is None else finished.recall(task.restore, chosen)
     left = chosen[done:]
     if finished is not None and done:
         running.reached, running.before = chosen[done - 1] + 1, finished.outputs()
@@ -266,7 +266,7 @@ def run_layers(
     with quiet_transformers(), outer, counting(total, description) as advance:
         for index in left:
             is_last = take is None and index == chosen[-1]
-            with running.layer(index, work) as visit, task.inside(index):
+            with running.layer(index, work) as visit:
                 seen = visit.send_on(task.visit(visit), advance, stored=not is_last)
             for _ in range(each - seen):
                 advance()
@@ -286,57 +286,19 @@ def run_layers(
         finished.remove()
 
 
-def run_batches(
-    provider: LayerProvider,
+def _run_whole(
+    model: Any,
     batches: Sequence[Batch],
     task: LayerTask,
-    *,
     description: str,
-    take: Callable[[int, torch.Tensor], None] | None = None,
-    layers: Sequence[int] | None = None,
-    work: WorkDirectory | None = None,
-    name: str = "",
-    limit_bytes: int = DEFAULT_LIMIT_BYTES,
+    take: Callable[[int, torch.Tensor], None] | None,
 ) -> None:
-    """Run a task that changes nothing of what layers return: it watches, or wants logits.
-
-    A model that is in memory runs each batch as a whole, which is faster, and possible where
-    its layers cannot be run one by one; the bits are the same.
-
-    Args:
-        provider: The model.
-        batches: What runs.
-        task: Watches; its `visit`, `inside` and states are not used on a whole model.
-        description: What the progress bar says.
-        take: As in `run_layers`.
-        layers: As there.
-        work: As there.
-        name: As there.
-        limit_bytes: As there.
-
-    Raises:
-        StreamingError: The model is read layer by layer, and its family cannot be run so.
-    """
-    if not provider.is_whole:
-        run_layers(
-            provider,
-            batches,
-            task,
-            description=description,
-            layers=layers,
-            work=work,
-            name=name,
-            take=take,
-            limit_bytes=limit_bytes,
-        )
-        return
-    model: Any = provider.model
     with torch.inference_mode():
         for number, batch in enumerate(track(batches, description)):
             task.before_batch(number)
-            inputs = batch.inputs(provider.device)
+            inputs = batch.inputs(model.device)
             if take is None:
-                # The layers below the head are all that is wanted.
+                # What is below the head is all that is wanted.
                 model.base_model(**inputs)
             else:
                 take(number, model(**inputs, logits_to_keep=batch.logits_to_keep).logits)

@@ -264,21 +264,6 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
     return checkpoint.adapt(model, stored_dtype(config) or dtype)
 
 
-def has_experts(path: Path | Checkpoint) -> bool:
-    """Return whether a checkpoint is a Mixture-of-Experts model that edgemoe can open.
-
-    Args:
-        path: The checkpoint.
-
-    Returns:
-        Whether its configuration makes layers with experts.
-
-    Raises:
-        CheckpointError: The directory or its config.json is missing or malformed.
-    """
-    return Checkpoint.open(path).has_experts
-
-
 def read_shape(path: Path | Checkpoint) -> ModelShape:
     """Read how many experts each layer of a checkpoint has; weights are not loaded.
 
@@ -293,22 +278,6 @@ def read_shape(path: Path | Checkpoint) -> ModelShape:
         CheckpointError: The directory or its configuration is missing or malformed.
     """
     return Checkpoint.open(path).shape
-
-
-def read_structure(path: Path | Checkpoint) -> MoeModel:
-    """Read how a checkpoint is built; weights are not loaded.
-
-    Args:
-        path: The checkpoint.
-
-    Returns:
-        A view of the model on the meta device.
-
-    Raises:
-        FamilyError: The family is not supported.
-        CheckpointError: The directory or its configuration is missing or malformed.
-    """
-    return Checkpoint.open(path).structure
 
 
 def load_tokenizer(path: Path | Checkpoint) -> Tokenizer:

@@ -77,11 +77,11 @@ def select(
 ) -> Routing:
     """Choose experts for each token, from logits.
 
-    The first min(top_k, k_cap) experts by choice score are used; where the rule
-    renormalises, it does so over those. With `top_p`, an expert is used as long as those
-    before it have less than that share of the token's mass (`mass_of`) together: the
-    smallest set that reaches it, as in Huang et al., 2024 (https://arxiv.org/abs/2403.07652,
-    equation 4).
+    The first min(top_k, k_cap) experts by choice score are used; where the rule renormalises,
+    it does so over those. With `top_p`, an expert is used as long as those before it have less
+    than that share of the token's router probability (`probability_of`) together: the smallest
+    set that reaches it, as in Huang et al., 2024 (https://arxiv.org/abs/2403.07652, equation
+    4).
 
     Args:
         logits: [tokens, experts].
@@ -120,7 +120,7 @@ def select(
     return Routing(logits, weights, indices)
 
 
-def mass_of(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor:
+def probability_of(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor:
     """Share a token's attention to experts out: what `top_p` is a share of.
 
     Args:
@@ -138,8 +138,10 @@ def mass_of(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor:
     return torch.nn.functional.softmax(logits, dim=-1)
 
 
-def mass_before(logits: torch.Tensor, indices: torch.Tensor, rule: RouterRule) -> torch.Tensor:
-    """Add up the mass of the experts that come before each chosen one.
+def probability_before(
+    logits: torch.Tensor, indices: torch.Tensor, rule: RouterRule
+) -> torch.Tensor:
+    """Add up the router probability of the experts that come before each chosen one.
 
     Args:
         logits: [tokens, experts].
@@ -149,7 +151,7 @@ def mass_before(logits: torch.Tensor, indices: torch.Tensor, rule: RouterRule) -
     Returns:
         float32 [tokens, slots], ascending, the first column 0.
     """
-    mass = mass_of(logits, rule).gather(-1, indices)
+    mass = probability_of(logits, rule).gather(-1, indices)
     return torch.nn.functional.pad(mass.cumsum(dim=-1)[..., :-1], (1, 0))
 
 
@@ -164,7 +166,7 @@ def _reach(
     if top_p is None:
         return used
     # The first slot has nothing before it, so a token always has an expert.
-    wanted = mass_before(logits, indices, rule) < top_p
+    wanted = probability_before(logits, indices, rule) < top_p
     return wanted if used is None else wanted & used
 
 

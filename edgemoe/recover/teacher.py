@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.errors import RecoveryError
 from edgemoe.evaluate.subject import load_dense
-from edgemoe.models.checkpoint import has_experts, load_model, load_tokenizer
+from edgemoe.models.checkpoint import Checkpoint, load_model, load_tokenizer
 from edgemoe.models.safety import read_json_object
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def load_teacher(path: Path) -> PreTrainedModel:
     Raises:
         CheckpointError: The checkpoint is missing, unsafe or malformed.
     """
-    return load_model(path).model if has_experts(path) else load_dense(path)
+    checkpoint = Checkpoint(path)
+    return load_model(checkpoint).model if checkpoint.has_experts else load_dense(path)
 
 
 def _vocabulary_size(path: Path) -> int | None:

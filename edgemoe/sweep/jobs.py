@@ -172,5 +172,5 @@ def _compressed(sweep_dir: SweepDir, job: JudgeJob) -> Iterator[Scorer]:
         return applied_layer(layers[index], plans[index])
 
     outputs = WorkDirectory(sweep_dir.work).empty_directory(f"outputs-{job.decision}")
-    yield TorchScorer(StreamedLayers(streamed), work=WorkDirectory(outputs), inside=change)
+    yield TorchScorer(StreamedLayers(streamed, inside=change), work=WorkDirectory(outputs))
     shutil.rmtree(outputs)

@@ -15,7 +15,7 @@ from edgemoe.evaluate.session_scorer import SessionScorer
 from edgemoe.evaluate.subject import load_dense
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models import load_model, load_tokenizer
-from edgemoe.models.checkpoint import has_experts
+from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.tasks import TaskFile
 from edgemoe_runtime import Session
 from edgemoe_runtime.bundle.manifest_file import load_manifest
@@ -158,7 +158,7 @@ def show(rows: list[Row]) -> None:
 
 
 def _measure_checkpoint(label: str, path: Path, tests: dict[str, TaskFile]) -> Row:
-    if has_experts(path):
+    if Checkpoint(path).has_experts:
         model: Any = load_model(path).model
     else:
         model = load_dense(path)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe.data_provenance import read_digests
-from edgemoe.evaluate.contamination import keep_held_out, lines_behind
+from edgemoe.evaluate.contamination import examples_seen, keep_held_out
 from edgemoe.plans.plan import Plan
 from edgemoe.tasks import TaskFile
 from edgemoe_exporters.validation.quality_gate import split_task
@@ -58,7 +58,7 @@ class TaskData:
             name: splits[name][1] if name in splits else file for name, file in files.items()
         }
         # Examples that earlier compression of the checkpoint read must not evaluate it either.
-        before = lines_behind(request.model, "", checkpoint.read)
+        before = examples_seen(request.model, "", checkpoint.read)
         remarks = []
         for name, file in evaluated.items():
             chosen_on = plans[name].calibration_lines if name in plans else None

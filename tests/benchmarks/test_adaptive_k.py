@@ -46,12 +46,19 @@ def test_policies_are_judged_once_and_told_apart(tmp_path: Path) -> None:
         "code-fixed-3.0.json",
         "code-ada-k-3.0-steps=1.json",
     }
-    assert run(policies.main, *asked, "--plot", tmp_path / "curves.png") == table
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert run(policies.main, *asked, "--data", tmp_path / "curves.csv") == table
+    curves = (tmp_path / "curves.csv").read_text("utf-8").splitlines()
+    assert [line.split(",")[:4] for line in curves[:2]] == [
+        ["task", "policy", "asked", "used"],
+        ["code", "fixed", "3", "3.0000"],
+    ]
+    assert len(curves) == 3
     assert "steps=1" in run(ablation.main, "--variant", "steps=1")
-    told = run(who_gets_more.main, "--plot", tmp_path / "a.png", "--policy", "ada-k:steps=1")
+    told = run(who_gets_more.main, "--data", tmp_path / "a.csv", "--policy", "ada-k:steps=1")
     assert "| `ada-k:steps=1` | code |" in told
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    layers = (tmp_path / "a.csv").read_text("utf-8").splitlines()
+    assert layers[1].startswith("ada-k:steps=1,code,0,")
+    assert len(layers) == 5
     assert {path.name for path in (tmp_path / "work").glob("*.json")} == kept
     row = run(harder_tasks.main, "--policy", "top-p").splitlines()[-1]
     numbers = [float(cell) for cell in row.split("|")[3:7]]

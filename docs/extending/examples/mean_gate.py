@@ -22,37 +22,30 @@ import numpy as np
 
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.models.tiny import write_tiny_checkpoint
-from edgemoe.prune.registry import METHODS, Method, make_plan
-from edgemoe.prune.selection import keep_by_score
+from edgemoe.prune.registry import METHODS, make_plan, scoring
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from typing import Any
 
-    from edgemoe.plans.plan import LayerPlan, Plan
+    from numpy.typing import NDArray
+
+    from edgemoe.plans.plan import Plan
 
 NAME = "mean-gate"
 
 
-def mean_gate(
-    statistics: Any, shape: Any, counts: Sequence[int], seed: int
-) -> tuple[LayerPlan, ...]:
-    """Keep the experts of the largest mean gate of each layer.
+def mean_gate(sums: Any) -> NDArray[np.float64]:
+    """Return the mean gate of each expert of a layer.
 
     Args:
-        statistics: Sums of the task, `edgemoe.calibrate.statistics.TaskStatistics`.
-        shape: The model.
-        counts: Experts to keep per MoE layer.
-        seed: Not used: the method has no chance in it.
+        sums: Sums of the layer over a task's tokens, `edgemoe.calibrate.sums.LayerSums`.
 
     Returns:
-        One plan per MoE layer.
+        Scores, float64 `[experts]`.
     """
-    del seed
-    # float64 [experts] each; an expert that was never chosen has a sum of 0 as well.
-    return keep_by_score(
-        statistics, shape, counts, lambda sums: sums.gate_mass / np.maximum(sums.count, 1)
-    )
+    # An expert that was never chosen has a sum of 0 as well.
+    scores: NDArray[np.float64] = sums.gate_mass / np.maximum(sums.count, 1)
+    return scores
 
 
 def main() -> tuple[Plan, Statistics]:
@@ -61,7 +54,7 @@ def main() -> tuple[Plan, Statistics]:
     Returns:
         The plan, and the statistics that it was made from.
     """
-    METHODS[NAME] = Method(mean_gate)
+    METHODS[NAME] = scoring(mean_gate)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tiny_checkpoint("mixtral", folder / "moe")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +10,12 @@ import torch
 from safetensors.numpy import load, save
 
 from edgemoe.layerwise.batch import Batch
-from edgemoe.layerwise.runner import LayerTask, run_batches
+from edgemoe.layerwise.runner import LayerTask, run_layers
 from edgemoe.models.hooks import observe
-from edgemoe.models.routers import is_near_tie, mass_of, select
+from edgemoe.models.routers import is_near_tie, probability_of, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from contextlib import AbstractContextManager
 
     from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.models.layer import MoeLayer
@@ -52,19 +50,15 @@ class EagerRows(LayerTask):
 
     Args:
         ids: Tokens of some text; repeated where they are few.
-        inside: Makes a context that each layer runs in, where they run one by one.
 
     Attributes:
         rows: Token ids of each batch, int64 `[batch, tokens]`.
         current: The batch that the model runs.
     """
 
-    def __init__(
-        self,
-        ids: Sequence[int],
-        inside: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
-    ) -> None:
-        self._inside = inside
+    watches = True
+
+    def __init__(self, ids: Sequence[int]) -> None:
         needed = sum(batch * _ROW_TOKENS for batch, _ in _SCHEDULES)
         tokens = np.resize(np.asarray(ids, dtype=np.int64), needed).reshape(-1, _ROW_TOKENS)
         self.rows = []
@@ -75,10 +69,6 @@ class EagerRows(LayerTask):
         self.current = 0
         self._tied = [torch.zeros(rows.size, dtype=torch.bool) for rows in self.rows]
         self._logits: list[np.ndarray[Any, np.dtype[np.float32]]] = []
-
-    def inside(self, index: int) -> AbstractContextManager[Any]:
-        """Make the context of a layer."""
-        return self._inside(index)
 
     def note_ties(
         self, layer: MoeLayer, hidden: torch.Tensor, routing: Routing, _: object
@@ -92,7 +82,7 @@ class EagerRows(LayerTask):
             chosen = select(
                 routing.logits, layer.correction_bias, layer.rule, layer.slots
             ).indices
-            mass = mass_of(routing.logits, layer.rule).gather(-1, chosen)
+            mass = probability_of(routing.logits, layer.rule).gather(-1, chosen)
             tied |= layer.k_rule.is_near_tie(hidden, mass)
         self._tied[self.current] |= tied
 
@@ -183,9 +173,7 @@ def run_eager(
     provider: LayerProvider,
     ids: Sequence[int],
     work: WorkDirectory | None = None,
-    *,
     name: str = "",
-    inside: Callable[[int], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> list[EagerRun]:
     """Run the eager model on rows of real tokens.
 
@@ -194,14 +182,13 @@ def run_eager(
         ids: Tokens of some text; repeated where they are few.
         work: Keeps outputs of layers that are read one by one; nothing is left there.
         name: Distinguishes the model from others that use the same directory.
-        inside: Returns the context that a layer runs in, from its index.
 
     Returns:
         Its logits for each schedule of calls.
     """
-    asked = EagerRows(ids, inside)
+    asked = EagerRows(ids)
     with observe(provider.moe, asked.note_ties):
-        run_batches(
+        run_layers(
             provider,
             [Batch(torch.from_numpy(rows)) for rows in asked.rows],
             asked,

@@ -131,9 +131,9 @@ class StreamedTask:
         return graph
 
     def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:
-        """Ask the eager model, one decoder layer at a time."""
-        layers = StreamedLayers(self._streamed)
-        return run_eager(layers, ids, self._work, name=self._name, inside=self._changed)
+        """Run the eager model, one decoder layer at a time."""
+        layers = StreamedLayers(self._streamed, inside=self._changed)
+        return run_eager(layers, ids, self._work, self._name)
 
     @contextlib.contextmanager
     def _changed(self, index: int) -> Iterator[None]:

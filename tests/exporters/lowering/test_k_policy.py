@@ -17,7 +17,7 @@ from edgemoe.calibrate.sample import Window
 from edgemoe.k_policy import KPolicy
 from edgemoe.k_rule import KRule
 from edgemoe.models import limit_k, load_model, read_shape
-from edgemoe.models.checkpoint import read_structure
+from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.k_policy import following, most_slots
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.plans.keep_all import keep_all
@@ -73,7 +73,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 def policy_for(path: Path, kind: str) -> KPolicy:
-    layers = read_structure(path).layers
+    layers = Checkpoint(path).structure.layers
     random = torch.Generator().manual_seed(2)
     rules = []
     for layer in layers:
@@ -181,8 +181,8 @@ def test_a_checkpoint_with_a_policy_gives_the_same_graph(
     assert np.array_equal(logits[0], logits[2])
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-@pytest.mark.parametrize("kind", ["top-p", "both"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [pytest.param("top-p", marks=pytest.mark.slow), "both"])
 def test_other_precisions_follow_the_policy(
     kind: str, precision: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -217,6 +217,7 @@ def graphs(
 
 
 # Not drawn anew each time: a token at the very edge of another number may round there.
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     rows=st.lists(st.lists(st.integers(3, 95), min_size=7, max_size=7), min_size=2, max_size=3),

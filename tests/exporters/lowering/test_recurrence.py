@@ -244,14 +244,15 @@ def test_half_precision_keeps_states_in_float32(traced: Any, family: str, flavou
     assert divergence.quantile(0.25) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.states
 @pytest.mark.fused
 @pytest.mark.parametrize(
     ("family", "target", "form"),
     [
         ("qwen3_next", "cpu", "shared_buffer"),
-        pytest.param("qwen3_next", "tensorrt-rtx", "concat", marks=pytest.mark.slow),
-        pytest.param("minimax_m3_vl_text", "cpu", "concat", marks=pytest.mark.slow),
+        ("qwen3_next", "tensorrt-rtx", "concat"),
+        ("minimax_m3_vl_text", "cpu", "concat"),
     ],
 )
 def test_a_session_goes_back_to_a_marked_state(

@@ -106,7 +106,11 @@ def test_fp32_graphs_agree_with_eager_at_every_cap(
 
 @pytest.mark.parametrize(
     ("family", "precision"),
-    [("gpt_oss", "fp16"), ("gpt_oss", "int4"), ("glm4_moe", "int8")],
+    [
+        pytest.param("gpt_oss", "fp16", marks=pytest.mark.slow),
+        ("gpt_oss", "int4"),
+        pytest.param("glm4_moe", "int8", marks=pytest.mark.slow),
+    ],
 )
 def test_narrow_graphs_run_the_fused_op_at_the_rank(
     family: str, precision: str, based: Callable[..., Path], tmp_path: Path

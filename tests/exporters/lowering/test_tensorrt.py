@@ -200,6 +200,7 @@ def test_shapes_follow_caps_but_where_tensorrt_cannot_take_them(
     assert not sets_shapes(lower(traced("qwen2_moe")[1], "fp16"))
 
 
+@pytest.mark.slow
 @pytest.mark.states
 def test_no_shape_follows_caps_beside_a_scan() -> None:
     model = adapt_model(tiny_model(tiny_config("qwen3_next")))

@@ -103,14 +103,8 @@ def first_products(path: Path, name: str) -> list[tuple[int, ...]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param("gpt_oss", marks=pytest.mark.slow),
-        pytest.param("glm4_moe", marks=pytest.mark.slow),
-        "qwen2_moe",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fp32_graphs_of_a_ragged_checkpoint_agree_with_eager_at_every_cap(
     family: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -126,6 +126,7 @@ def test_two_plans_give_the_same_bundle(
     compare(request, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_tasks_are_calibrated_and_evaluated_alike(
     checkpoint: Path, tasks: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -277,6 +277,7 @@ def test_answers_above_the_margin_are_those_of_the_full_k(bundle: Path, choices:
                     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 @pytest.mark.fused
 def test_who_wants_no_ladder_gets_none(checkpoint: Path, choices: Path, tmp_path: Path) -> None:
     request = ExportRequest(
@@ -297,6 +298,7 @@ def test_who_wants_no_ladder_gets_none(checkpoint: Path, choices: Path, tmp_path
     assert load_manifest(tmp_path / "b").tasks["choices"].k_ladder is None
 
 
+@pytest.mark.slow
 @pytest.mark.fused
 def test_margins_of_texts_are_those_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
     lines = tmp_path / "texts.jsonl"

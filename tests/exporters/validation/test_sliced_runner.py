@@ -32,7 +32,14 @@ CALLS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["cpu:fp32", "cpu:int4", "jetson-orin:fp32"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("cpu:fp32", marks=pytest.mark.slow),
+        "cpu:int4",
+        pytest.param("jetson-orin:fp32", marks=pytest.mark.slow),
+    ],
+)
 def graph(
     request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

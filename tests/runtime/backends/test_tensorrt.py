@@ -191,6 +191,7 @@ def test_answers_equal_those_of_onnxruntime(
     assert HostCuda.last.alive == {}  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.states
 @pytest.mark.usefixtures("simulated_engine")
 def test_states_begin_anew_with_each_text(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def _within_top_p(
 
 
 def router_probabilities(emit: Emitter, rule: RouterRule, logits: ir.Value) -> ir.Value:
-    """Compute the router probability of every expert, as `edgemoe.models.routers.mass_of`.
+    """Compute every expert's router probability, as `edgemoe.models.routers.probability_of`.
 
     Args:
         emit: Takes the nodes.

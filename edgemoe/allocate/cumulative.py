@@ -1,4 +1,4 @@
-"""What share of its router's mass a token has reached before each of its experts."""
+"""Cumulative router probability of a token before each of its experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemoe.errors import AllocationError
-from edgemoe.models.routers import mass_before, select
+from edgemoe.models.routers import probability_before, select
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _STEPS = 40
 
 
-def reach_of(oracle: LayerOracle, most: Sequence[int]) -> list[NDArray[np.float32]]:
-    """Measure what share of the mass comes before each expert that a token may use.
+def cumulative_of(oracle: LayerOracle, most: Sequence[int]) -> list[NDArray[np.float32]]:
+    """Measure the cumulative router probability before each expert that a token may use.
 
     Args:
         oracle: The model and the tokens.
@@ -38,11 +38,11 @@ def reach_of(oracle: LayerOracle, most: Sequence[int]) -> list[NDArray[np.float3
     return [_before(view, slots) for view, slots in zip(views, most, strict=True)]
 
 
-def find_share(reach: Sequence[NDArray[np.float32]], mean_k: float) -> float:
+def find_share(cumulative: Sequence[NDArray[np.float32]], mean_k: float) -> float:
     """Find the smallest share with which tokens use as many experts as asked.
 
     Args:
-        reach: What `reach_of` returns.
+        cumulative: What `cumulative_of` returns.
         mean_k: Experts per token and layer.
 
     Returns:
@@ -51,24 +51,24 @@ def find_share(reach: Sequence[NDArray[np.float32]], mean_k: float) -> float:
     low, high = 0.0, 1.0
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        if mean_of(reach, middle) >= mean_k:
+        if mean_of(cumulative, middle) >= mean_k:
             high = middle
         else:
             low = middle
     return high
 
 
-def mean_of(reach: Sequence[NDArray[np.float32]], share: float) -> float:
+def mean_of(cumulative: Sequence[NDArray[np.float32]], share: float) -> float:
     """Count the experts that a share takes.
 
     Args:
-        reach: What `reach_of` returns.
+        cumulative: What `cumulative_of` returns.
         share: p, in (0, 1].
 
     Returns:
         Experts per token and layer.
     """
-    return float(np.mean([(layer < share).sum(axis=1).mean() for layer in reach]))
+    return float(np.mean([(layer < share).sum(axis=1).mean() for layer in cumulative]))
 
 
 def _before(view: LayerView, slots: int) -> NDArray[np.float32]:
@@ -79,5 +79,5 @@ def _before(view: LayerView, slots: int) -> NDArray[np.float32]:
             f"not in layer {layer.index}. Use --policy alloc-l."
         )
     chosen = select(logits, layer.correction_bias, layer.rule, slots).indices
-    found: NDArray[np.float32] = mass_before(logits, chosen, layer.rule).cpu().numpy()
+    found: NDArray[np.float32] = probability_before(logits, chosen, layer.rule).cpu().numpy()
     return found
