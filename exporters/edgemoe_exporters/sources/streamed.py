@@ -131,7 +131,7 @@ class StreamedTask:
         return graph
 
     def run_eager(self, ids: Sequence[int]) -> list[EagerRun]:
-        """Ask the eager model, one decoder layer at a time."""
+        """Run the eager model, one decoder layer at a time."""
         layers = StreamedLayers(self._streamed, inside=self._changed)
         return run_eager(layers, ids, self._work, self._name)
 
