@@ -2,7 +2,7 @@
 # `session.disable_prepacking` lets sessions share QMoE weights, but QMoE then computes something else, slowly.
 #
 # Versions:    onnxruntime 1.31.1 (CPU), onnx 1.23.0
-# Guess:       prepacking is a layout matter: without it the outputs are bit-equal, and somewhat slower.
+# Guess:       prepacking is a layout matter: without it the outputs are bit-equal.
 # Behaviour:   with prepacking (the usual way) a second session of one external-data file costs the bytes of its
 #              weights again, in memory of its own. With "session.disable_prepacking" = "1" it costs nothing, as all
 #              sessions map the file. But QMoE then takes another kernel, which dequantises to float32: the
