@@ -58,7 +58,7 @@ def evaluate(
         calibration_lines: What to do with examples that the model was pruned or trained on,
             whose score says little of others: `refuse` them, `skip` them, or keep them and
             `warn` by the logger `edgemoe.api`.
-        on_progress: Called with each :class:`edgemoe.progress.ProgressEvent`; None draws a bar
+        on_progress: Called with each `edgemoe.progress.ProgressEvent`; None draws a bar
             where stderr is a terminal.
 
     Returns:

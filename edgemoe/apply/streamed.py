@@ -85,7 +85,7 @@ def apply_streamed(
 ) -> AppliedPlan:
     """Write the compressed checkpoint.
 
-    Factors of finished layers, then finished shards are kept in ``<output>.partial`` until all
+    Factors of finished layers, then finished shards are kept in `<output>.partial` until all
     are; the same call goes on after them when it was interrupted.
 
     Args:
@@ -93,7 +93,7 @@ def apply_streamed(
         plan: The decision.
         output: Checkpoint directory to write.
         max_shard_bytes: Size of the files, which one tensor alone may exceed.
-        force: Whether ``output``, and unfinished work of another call, may be replaced.
+        force: Whether `output`, and unfinished work of another call, may be replaced.
 
     Returns:
         What was written.

@@ -87,7 +87,7 @@ class FileHashes:
         """Take over hashes of files that have not changed since.
 
         Args:
-            known: What :meth:`as_dict` gave before.
+            known: What `as_dict` gave before.
         """
         stamps = self.stamps()
         for name, found in known.items():
