@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import optimum_compat
 from edgemoe.models import checkpoint
-from edgemoe_runtime.bundle.manifest import Manifest
+from edgemoe_runtime.bundle import manifest_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +64,7 @@ def test_status_says_whether_the_tokens_are_equal(
         model=SimpleNamespace(eos_token_ids=(END,)),
         task=lambda _: ("model", SimpleNamespace(graph="model.onnx")),
     )
-    monkeypatch.setattr(Manifest, "load", lambda _: manifest)
+    monkeypatch.setattr(manifest_file, "load_manifest", lambda _: manifest)
     monkeypatch.setattr(script, "generate_with_session", lambda *_: session)
     monkeypatch.setattr(script, "generate_with_transformers", lambda *_: eager)
     venv = environment(tmp_path / "venv", optimum)
