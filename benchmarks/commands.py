@@ -32,7 +32,7 @@ class Done:
     """What a command came to.
 
     Attributes:
-        answer: What it printed with ``--json``.
+        answer: What it printed with `--json`.
         wall_seconds: From start to end.
         cpu_seconds: Processor time, of its own processes too.
         peak_bytes: Largest resident set of it, or of one of its processes.
@@ -65,7 +65,7 @@ class Commands:
 
         Args:
             name: What to remember it by.
-            arguments: After ``edgemoe``; ``--json`` is added.
+            arguments: After `edgemoe`; `--json` is added.
 
         Returns:
             What it came to.
@@ -112,7 +112,7 @@ class Commands:
 
         Args:
             name: What its output is called.
-            arguments: After ``edgemoe``; ``-o`` is added, and ``--force`` where a command that
+            arguments: After `edgemoe`; `-o` is added, and `--force` where a command that
                 was killed left something.
 
         Returns:

@@ -3,7 +3,7 @@
 Random checkpoints with a small hidden size, so that figures are about graphs, not weights:
 64 experts in 24 layers, 128 experts in 4 layers, and a quarter of the former's layers to see
 what grows faster than the model. Each is exported for both flavours, each in a process of its
-own. For weights of a real size see ``streaming.py``. Run it from the repository's root::
+own. For weights of a real size see `streaming.py`. Run it from the repository's root::
 
     python -m benchmarks.export_scale WORK_DIRECTORY
 """
@@ -100,7 +100,7 @@ def export_timed(model: Path, output: Path, target: str, precision: str) -> dict
         precision: Of the weights.
 
     Returns:
-        The measured fields of :class:`Row`.
+        The measured fields of `Row`.
     """
     import onnx
     import onnxruntime
@@ -137,7 +137,7 @@ def count_nodes(graph: Any) -> int:
     """Count the nodes of a graph and of the branches in it.
 
     Args:
-        graph: An ``onnx.GraphProto``.
+        graph: An `onnx.GraphProto`.
 
     Returns:
         Their number.

@@ -60,10 +60,10 @@ class Graph:
             self.binding.bind_ortvalue_output(present, cache)
 
     def run(self, ids: np.ndarray[Any, Any], past: int) -> None:
-        """Read tokens after ``past`` others.
+        """Read tokens after `past` others.
 
         Args:
-            ids: int64 ``[1, tokens]``.
+            ids: int64 `[1, tokens]`.
             past: Tokens in the cache.
         """
         total = past + ids.shape[1]
@@ -85,10 +85,10 @@ class Eager:
         self.cache: Any = None
 
     def run(self, ids: np.ndarray[Any, Any], past: int) -> None:
-        """Read tokens after ``past`` others.
+        """Read tokens after `past` others.
 
         Args:
-            ids: int64 ``[1, tokens]``.
+            ids: int64 `[1, tokens]`.
             past: Tokens in the cache; 0 begins a new text.
         """
         with torch.inference_mode():

@@ -101,7 +101,7 @@ class Bundle:
         self.session = Session.open(path, threads=threads)
 
     def answer(self, prompt: list[int], tokens: int) -> tuple[float, float]:
-        """Answer greedily; see :meth:`Eager.answer`."""
+        """Answer greedily; see `Eager.answer`."""
         text = " ".join(f"w{token}" for token in prompt)
         answer = self.session.generate(text, max_new_tokens=tokens)
         rest = answer.seconds - answer.prefill_seconds

@@ -119,7 +119,7 @@ def generate_with_transformers(checkpoint: Path, ids: list[int]) -> list[int]:
 
 
 def _generate_greedily(model: Any, ids: list[int]) -> list[int]:
-    """Return the tokens that a model of transformers' interface adds to ``ids``."""
+    """Return the tokens that a model of transformers' interface adds to `ids`."""
     import torch
 
     row = torch.tensor([ids])

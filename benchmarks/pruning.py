@@ -73,7 +73,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Choice:
-    """How experts were chosen; ``chooser`` is a task, or a seed of the random draw."""
+    """How experts were chosen; `chooser` is a task, or a seed of the random draw."""
 
     keep: int
     method: str

@@ -2,8 +2,8 @@
 
 Writes a random bfloat16 checkpoint of the shape of Qwen1.5-MoE-A2.7B (60 experts of width 1408,
 4 per token, hidden size 2048, a shared expert of 5632, vocabulary 151936; 24 layers are 28 GB)
-in the hub's layout, one tensor per expert's matrix, and runs ``edgemoe calibrate``, ``prune``,
-``apply`` and ``export`` on it, each in a process whose memory is limited. ``cp`` of the same
+in the hub's layout, one tensor per expert's matrix, and runs `edgemoe calibrate`, `prune`,
+`apply` and `export` on it, each in a process whose memory is limited. `cp` of the same
 bytes stands beside them. Run it from the repository's root::
 
     python -m benchmarks.streaming WORK_DIRECTORY --layers 24 --memory-gib 6
@@ -44,9 +44,9 @@ class Step:
 
     Attributes:
         name: What the table calls it.
-        arguments: Arguments of ``edgemoe``.
+        arguments: Arguments of `edgemoe`.
         model: Checkpoint that it reads.
-        copied: Checkpoint whose ``cp`` stands beside it.
+        copied: Checkpoint whose `cp` stands beside it.
         dropped: What is removed before the next command, for room.
     """
 
@@ -64,7 +64,7 @@ class Measurement:
     Attributes:
         step: The command.
         seconds: Wall time.
-        cp_seconds: Wall time of ``cp`` and ``sync`` of the bytes that it streams.
+        cp_seconds: Wall time of `cp` and `sync` of the bytes that it streams.
         peak_rss_bytes: Largest resident set.
         peak_group_bytes: Largest use of the control group, page cache included; 0 without one.
         read_bytes: Bytes that it read by system calls.
@@ -131,7 +131,7 @@ def make_steps(work: Path, keep: float, exports: Sequence[str]) -> list[Step]:
     Args:
         work: Directory of all files.
         keep: Fraction of the experts that the plan keeps.
-        exports: What it is exported for with the plan, each ``TARGET:PRECISION``.
+        exports: What it is exported for with the plan, each `TARGET:PRECISION`.
 
     Returns:
         The commands.
@@ -167,7 +167,7 @@ def measure(step: Step, limit: MemoryLimit) -> Measurement:
         limit: The limit.
 
     Returns:
-        What it took, without ``cp``.
+        What it took, without `cp`.
 
     Raises:
         click.ClickException: It failed.
@@ -216,7 +216,7 @@ def forget(path: Path) -> None:
 
 
 def time_copy(source: Path, scratch: Path) -> float:
-    """Time ``cp`` of a checkpoint's weights, each file synced and removed again.
+    """Time `cp` of a checkpoint's weights, each file synced and removed again.
 
     Args:
         source: Checkpoint directory.
@@ -278,7 +278,7 @@ def run(arguments: list[str]) -> None:
     """Run one command.
 
     Args:
-        arguments: Of ``edgemoe``.
+        arguments: Of `edgemoe`.
 
     Raises:
         click.ClickException: It failed.

@@ -7,7 +7,7 @@
     apply_plan("moe", plan, "moe-code")
 
 The functions are the commands of `edgemoe`, one for one. They are imported when they are first
-named, so that `import edgemoe` costs no torch; a device needs only :mod:`edgemoe_runtime`,
+named, so that `import edgemoe` costs no torch; a device needs only `edgemoe_runtime`,
 which never imports this package.
 """
 

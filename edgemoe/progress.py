@@ -61,7 +61,7 @@ def reporting_to(on_progress: OnProgress | None) -> Iterator[None]:
     """Send the progress of a block to a function instead of drawing bars.
 
     Args:
-        on_progress: Called with a :class:`ProgressEvent` when work begins and after each of its
+        on_progress: Called with a `ProgressEvent` when work begins and after each of its
             steps; what it raises ends the work. None changes nothing.
 
     Yields:

@@ -1,6 +1,6 @@
 """Work that can be interrupted at any moment, even killed, and goes on where it was.
 
-A long command keeps finished steps in ``<output>.partial`` beside its output, under a key that
+A long command keeps finished steps in `<output>.partial` beside its output, under a key that
 says which work this is. The same command finds them and goes on; another one is refused. The
 directory goes when the work is done, and when it ends before its first step is finished.
 """
@@ -98,7 +98,7 @@ class WorkDirectory:
         self.path = path
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """Read what :meth:`write` wrote.
+        """Read what `write` wrote.
 
         Args:
             name: File name.
@@ -189,7 +189,7 @@ def wait_until_free(target: Path, seconds: float) -> None:
 
     Args:
         target: The output.
-        seconds: How long to wait at most; who comes next is refused by :func:`resumable`.
+        seconds: How long to wait at most; who comes next is refused by `resumable`.
     """
     path = partial_path(target)
     end = time.monotonic() + seconds
@@ -210,13 +210,13 @@ def resumable(
         force: Whether the work directory of other work may be thrown away.
 
     Yields:
-        The directory. It is removed when the block ends well, or fails before ``progress``
+        The directory. It is removed when the block ends well, or fails before `progress`
         exists.
 
     Raises:
         OutputError: The directory is of other work, another process uses it, or the disk
             refuses.
-        ResumableInterrupt: Ctrl-C, once ``progress`` exists.
+        ResumableInterrupt: Ctrl-C, once `progress` exists.
     """
     path = partial_path(target)
     made = [parent for parent in path.parents if not parent.exists()]
@@ -252,7 +252,7 @@ def publish(staged: Path, target: Path, *, force: bool) -> None:
         force: Whether an existing directory may be replaced.
 
     Raises:
-        OutputError: ``target`` exists and ``force`` is false.
+        OutputError: `target` exists and `force` is false.
     """
     refuse_existing(target, force=force, directory=True)
     for file in staged.iterdir():

@@ -86,7 +86,7 @@ class Trial:
             held_out: Tokens to judge by.
 
         Returns:
-            As :meth:`judge`; the seconds are 0.
+            As `judge`; the seconds are 0.
         """
         file = self._work / f"{self._task}-{name}.json"
         if not file.exists():

@@ -9,7 +9,7 @@ otherwise idle::
 
     python -m benchmarks.adaptive_k.under_load --work load
 
-``--record FILE`` keeps every token's time of the first session. The model is random, its
+`--record FILE` keeps every token's time of the first session. The model is random, its
 experts dominate (hidden size 1024, 8 layers of 16 experts, top-4).
 Markdown goes to stdout, progress to stderr; --work keeps the bundle.
 """

@@ -6,7 +6,7 @@
 Several sweeps of one model, on the same lines, make one table: methods that take long may be
 swept apart. For each task the rise of its perplexity (or the fall of its accuracy, in points)
 before and after each recovery, and the rise on the other task that the cut costs most. Markdown
-goes to stdout; ``--together`` writes the rows of all reports into one file.
+goes to stdout; `--together` writes the rows of all reports into one file.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ For some layers of the model every set of as many experts as are to stay is trie
 the sets that the genetic search (moe-i2), greedy removal, greedy removal with exchanges (naee
 where there are too many to try), scores and chance choose are divided by the smallest. An
 error is || F(X) - F_S(X) ||_F on the layer's output. Run it from the repository's root, with
-the demo's model and statistics of ``edgemoe calibrate``::
+the demo's model and statistics of `edgemoe calibrate`::
 
     python -m benchmarks.compression.layer_error demo/moe --stats stats.safetensors --task code
 

@@ -7,7 +7,7 @@ Debian packages carry it; on a Debian machine::
         fortunes fortunes-min
 
 Each domain is a list of documents, split by document: every tenth is a test document, and
-no test document is ever trained on. ``fortunes`` and ``man-de`` are held out whole: nothing
+no test document is ever trained on. `fortunes` and `man-de` are held out whole: nothing
 of either domain is seen while carving or distilling.
 
 Run as a script, it writes domains as task files, of many short lines so that intervals over
@@ -200,8 +200,8 @@ def documents(domain: str, split: str) -> list[str]:
     """Documents of one split of a domain.
 
     Args:
-        domain: A key of ``DOMAINS``.
-        split: ``"train"`` or ``"test"``. A held-out domain has no train split.
+        domain: A key of `DOMAINS`.
+        split: `"train"` or `"test"`. A held-out domain has no train split.
 
     Returns:
         The documents in the order of the split.
@@ -221,11 +221,11 @@ def task_lines(domain: str, split: str) -> Iterator[str]:
     """Yield short pieces of a domain's documents, every document in turn.
 
     Args:
-        domain: A key of ``DOMAINS``.
-        split: ``"train"`` or ``"test"``; of a held-out domain, every other document is train.
+        domain: A key of `DOMAINS`.
+        split: `"train"` or `"test"`; of a held-out domain, every other document is train.
 
     Yields:
-        At most ``FILE_LINES`` texts of whole lines, about ``LINE_CHARACTERS`` long.
+        At most `FILE_LINES` texts of whole lines, about `LINE_CHARACTERS` long.
     """
     if domain in HELD_OUT:
         texts = documents(domain, "test")[split == "test" :: 2]

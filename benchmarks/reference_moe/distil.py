@@ -1,7 +1,7 @@
 """Distil the carved model from its dense teacher, and write what was learned.
 
-This made ``examples/reference_moe/smollm2-135m.safetensors``: the neuron assignment, the
-routers and low-rank deltas of every projection. ``make demo`` only applies the result.
+This made `examples/reference_moe/smollm2-135m.safetensors`: the neuron assignment, the
+routers and low-rank deltas of every projection. `make demo` only applies the result.
 
     python -m benchmarks.reference_moe.distil demo/dense learned.safetensors --steps 1000
 
@@ -55,7 +55,7 @@ BOUNDARY_WIDTH = 0.3
 
 
 class LowRank(torch.nn.Module):
-    """A frozen linear layer plus ``scale * B A``."""
+    """A frozen linear layer plus `scale * B A`."""
 
     def __init__(self, base: torch.nn.Linear, rank: int) -> None:
         super().__init__()

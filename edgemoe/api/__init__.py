@@ -3,7 +3,7 @@
 The functions are imported from the front door, `from edgemoe import prune`; this package is
 where they are written. Each has the defaults and the errors of its command, takes the same
 files or the objects that they hold, and reports progress to `on_progress`, a function of
-:class:`edgemoe.progress.ProgressEvent`; without it a bar is drawn where stderr is a terminal. A
+`edgemoe.progress.ProgressEvent`; without it a bar is drawn where stderr is a terminal. A
 product that fits into memory is returned, and written too where `output` names a file; one that
 does not is written, and its report is returned. Commands parse, call these functions and print.
 

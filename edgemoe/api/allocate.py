@@ -66,13 +66,13 @@ def allocate(
 ) -> AllocatedPlan:
     """Decide how many of a checkpoint's experts each token uses.
 
-    The decision is added to a plan, which :func:`edgemoe.apply_plan` writes into a checkpoint.
+    The decision is added to a plan, which `edgemoe.apply_plan` writes into a checkpoint.
     No weight changes, and a token's number depends on that token alone. With `output` the plan
     is written as JSON; the training of `ada-k` keeps its state in `<output>.partial`, and after
     an interruption the same call goes on. Without `output` nothing is written.
 
     Sources: `ada-k` https://arxiv.org/abs/2410.10456, `top-p` https://arxiv.org/abs/2403.07652,
-    `alloc-l` https://arxiv.org/abs/2604.08133; each file of :mod:`edgemoe.allocate` names that
+    `alloc-l` https://arxiv.org/abs/2604.08133; each file of `edgemoe.allocate` names that
     of its policy.
 
     Args:
@@ -89,7 +89,7 @@ def allocate(
         seed: Seed of policies that draw, in [0, 2**32).
         threads: CPU threads, in [1, inf); None leaves what they are.
         force: Whether `output`, and unfinished work of another call, may be replaced.
-        on_progress: Called with each :class:`edgemoe.progress.ProgressEvent`; None draws a bar
+        on_progress: Called with each `edgemoe.progress.ProgressEvent`; None draws a bar
             where stderr is a terminal.
 
     Returns:

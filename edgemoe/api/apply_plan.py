@@ -82,7 +82,7 @@ def apply_plan(
         output: Checkpoint directory to write; None writes none.
         max_shard_gb: Size of the weight files in 10^9 bytes, in (0, inf).
         force: Whether `output`, and unfinished work of another call, may be replaced.
-        on_progress: Called with each :class:`edgemoe.progress.ProgressEvent`; None draws a bar
+        on_progress: Called with each `edgemoe.progress.ProgressEvent`; None draws a bar
             where stderr is a terminal.
 
     Returns:

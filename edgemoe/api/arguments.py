@@ -70,7 +70,7 @@ def task_paths(tasks: Tasks) -> dict[str, Path]:
     """Return the tasks' files without reading them.
 
     Args:
-        tasks: As in :func:`read_tasks`.
+        tasks: As in `read_tasks`.
 
     Returns:
         Paths by name.
@@ -164,7 +164,7 @@ def as_path(path: StrPath | None) -> Path | None:
         path: The path.
 
     Returns:
-        The same as a :class:`pathlib.Path`.
+        The same as a `pathlib.Path`.
     """
     return None if path is None else Path(path)
 

@@ -53,7 +53,7 @@ def calibrate(
         max_tokens: Tokens of each task to read, from its first example on, in [1, inf); None
             reads all.
         shard: `(index, of)`: read every `of`-th example from `index` on, with index in
-            [0, of). :func:`edgemoe.api.merge_statistics.merge_statistics` adds shards up.
+            [0, of). `edgemoe.api.merge_statistics.merge_statistics` adds shards up.
         workers: Read so many shards at once, in [1, inf), on processes of this machine or on
             the Ray cluster; the statistics are those of one process.
         ray: Put the workers on a Ray cluster: `host:port`, `auto` for the one that this
@@ -62,7 +62,7 @@ def calibrate(
             bits of the sums depend on it.
         device: Where layers compute: `cpu`, `cuda`, `cuda:N` or `auto`.
         force: Whether `output`, and unfinished work of another call, may be replaced.
-        on_progress: Called with each :class:`edgemoe.progress.ProgressEvent`; None draws a bar
+        on_progress: Called with each `edgemoe.progress.ProgressEvent`; None draws a bar
             where stderr is a terminal.
 
     Returns:

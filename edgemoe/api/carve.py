@@ -52,7 +52,7 @@ def carve(
         max_tokens: Calibration tokens to read at most, in [512, inf).
         seed: Decides the calibration windows and the first cluster centres.
         force: Whether `output` may be replaced.
-        on_progress: Called with each :class:`edgemoe.progress.ProgressEvent`; None draws a bar
+        on_progress: Called with each `edgemoe.progress.ProgressEvent`; None draws a bar
             where stderr is a terminal.
 
     Returns:

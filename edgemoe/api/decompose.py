@@ -31,13 +31,13 @@ def decompose(
 ) -> RankedPlan:
     """Decide the ranks with which experts are stored as products of thinner matrices.
 
-    No weight is moved until :func:`edgemoe.apply_plan`. With `output` the plan is written as
+    No weight is moved until `edgemoe.apply_plan`. With `output` the plan is written as
     JSON; without it nothing is. The plan of `svd-whitened` and of `shared-basis` holds tokens
     of the statistics, which applying it runs the model's layers on: whoever has the plan can
     read them.
 
     Sources: `svd` https://arxiv.org/abs/2411.01016, `svd-whitened`
-    https://arxiv.org/abs/2503.12340; :mod:`edgemoe.decompose.shared_basis` names those of
+    https://arxiv.org/abs/2503.12340; `edgemoe.decompose.shared_basis` names those of
     `shared-basis`.
 
     Args:
@@ -48,11 +48,11 @@ def decompose(
         param_ratio: Fraction of the parameters of the routed experts that `plan` keeps that may
             be stored, in (0, 1].
         output: Plan file to write; None writes none.
-        plan: Plan of :func:`edgemoe.prune`, or its file, whose experts are factored; None
+        plan: Plan of `edgemoe.prune`, or its file, whose experts are factored; None
             factors all.
         options: Options of the method by name, such as `{"multiple": 8}`.
         force: Whether `output` may be replaced.
-        on_progress: Called with each :class:`edgemoe.progress.ProgressEvent`; None draws a bar
+        on_progress: Called with each `edgemoe.progress.ProgressEvent`; None draws a bar
             where stderr is a terminal.
 
     Returns:

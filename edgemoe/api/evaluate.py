@@ -40,7 +40,7 @@ def evaluate(
     written.
 
     Sources: lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), whose
-    figures docs/evaluation.md compares; the interval of accuracies is Wilson's, that of
+    figures docs/guides/evaluation.md compares; the interval of accuracies is Wilson's, that of
     perplexities a bootstrap (https://arxiv.org/abs/1411.5279).
 
     Args:
@@ -58,7 +58,7 @@ def evaluate(
         calibration_lines: What to do with examples that the model was pruned or trained on,
             whose score says little of others: `refuse` them, `skip` them, or keep them and
             `warn` by the logger `edgemoe.api`.
-        on_progress: Called with each :class:`edgemoe.progress.ProgressEvent`; None draws a bar
+        on_progress: Called with each `edgemoe.progress.ProgressEvent`; None draws a bar
             where stderr is a terminal.
 
     Returns:

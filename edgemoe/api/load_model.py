@@ -17,7 +17,7 @@ def load_model(model: StrPath) -> MoeModel:
 
     Args:
         model: Checkpoint directory in the format of Hugging Face, plain or as
-            :func:`edgemoe.apply_plan` and :func:`edgemoe.recover` write it.
+            `edgemoe.apply_plan` and `edgemoe.recover` write it.
 
     Returns:
         The model in float32 on the CPU, in eval mode, without gradients: `.model` is the

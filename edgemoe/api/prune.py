@@ -51,13 +51,13 @@ def prune(
 ) -> Plan:
     """Decide which experts, or which of their intermediate channels, a task keeps.
 
-    A plan is a decision: no weight is moved until :func:`edgemoe.apply_plan`. Most methods read
+    A plan is a decision: no weight is moved until `edgemoe.apply_plan`. Most methods read
     the statistics alone; `camera`, `heapr`, `moe-i2`, `naee` and `ream` also run the model's
     layers on the tokens that are kept there, as `layers="owl"` does. With `output` the plan is
     written as JSON; without it nothing is.
 
     Sources: `reap` https://arxiv.org/abs/2510.13999, `naee` https://arxiv.org/abs/2402.14800,
-    OWL https://arxiv.org/abs/2310.05175; each file of :mod:`edgemoe.prune` names that of its
+    OWL https://arxiv.org/abs/2310.05175; each file of `edgemoe.prune` names that of its
     method.
 
     Args:
@@ -65,7 +65,7 @@ def prune(
         statistics: Statistics of that checkpoint, or their file.
         task: A task of the statistics, or several with their weights, each in (0, inf), of
             which only ratios count.
-        method: One of :data:`edgemoe.prune.registry.METHODS`.
+        method: One of `edgemoe.prune.registry.METHODS`.
         output: Plan file to write; None writes none.
         keep: Fraction of each layer's experts to keep, in (0, 1]; of the intermediate channels
             of all experts with `camera` and `heapr`. Exactly one of `keep` and `keep_experts`
@@ -78,10 +78,10 @@ def prune(
         options: Options of the method by name, such as `{"population": 50}` for `moe-i2`.
         workers: `moe-i2` and `naee` search so many layers at once, in [1, inf), on processes of
             this machine or on the Ray cluster; each loads the model.
-        ray: As in :func:`edgemoe.calibrate`, for `moe-i2` and `naee`.
+        ray: As in `edgemoe.calibrate`, for `moe-i2` and `naee`.
         threads: CPU threads of each process, in [1, inf); None leaves what they are.
         force: Whether `output` may be replaced.
-        on_progress: Called with each :class:`edgemoe.progress.ProgressEvent`; None draws a bar
+        on_progress: Called with each `edgemoe.progress.ProgressEvent`; None draws a bar
             where stderr is a terminal.
 
     Returns:

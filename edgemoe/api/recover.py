@@ -48,7 +48,7 @@ def recover(
 
     Sources: `router-kd` https://arxiv.org/abs/2603.02217, `lora`
     https://arxiv.org/abs/2106.09685 as in https://arxiv.org/abs/2411.01016, `uncurl`
-    https://arxiv.org/abs/2409.01483; :mod:`edgemoe.recover.least_squares` names those of
+    https://arxiv.org/abs/2409.01483; `edgemoe.recover.least_squares` names those of
     `least-squares`.
 
     Args:
@@ -77,7 +77,7 @@ def recover(
         threads: CPU threads, in [1, inf); None leaves what they are.
         device: Where both models compute: `cpu`, `cuda`, `cuda:N` or `auto`.
         force: Whether `output`, and unfinished work of another call, may be replaced.
-        on_progress: Called with each :class:`edgemoe.progress.ProgressEvent`; None draws a bar
+        on_progress: Called with each `edgemoe.progress.ProgressEvent`; None draws a bar
             where stderr is a terminal.
 
     Returns:

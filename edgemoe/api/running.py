@@ -24,7 +24,7 @@ def running(
     Args:
         extras: Extras of pyproject.toml that the verb needs.
         threads: CPU threads of torch in the block, in [1, inf); None leaves what they are.
-        on_progress: As in :func:`edgemoe.progress.reporting_to`.
+        on_progress: As in `edgemoe.progress.reporting_to`.
 
     Yields:
         Nothing.

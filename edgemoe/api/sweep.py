@@ -48,22 +48,22 @@ def sweep(
     `sweep.csv`, `sweep.png`, the plans, the statistics and the held-out examples.
     `<output>.partial` keeps what is finished, and after an interruption the same call goes on.
 
-    Sources: those of the methods, as in :func:`edgemoe.prune`; the interval of a drop is a
+    Sources: those of the methods, as in `edgemoe.prune`; the interval of a drop is a
     paired bootstrap over examples (https://arxiv.org/abs/1411.5279).
 
     Args:
         model: Checkpoint directory.
         tasks: Task files by name, or tasks that are loaded and whose files are still there.
             Three quarters of the examples choose the experts, every fourth judges.
-        methods: Methods of :func:`edgemoe.prune`, each once.
+        methods: Methods of `edgemoe.prune`, each once.
         output: Report directory to write.
         held_out: Files that judge tasks, by name: all examples of `tasks` choose then.
         options: Options of methods, by method and name; or `METHOD:NAME=VALUE` texts.
-        recoveries: Score every plan once more after a method of :func:`edgemoe.recover` on the
+        recoveries: Score every plan once more after a method of `edgemoe.recover` on the
             examples that chose its experts: options by method, or `METHOD:NAME=VALUE,...`.
         keeps: Fractions of each layer's experts to keep, each in (0, 1]; those below what a
             token uses are left out.
-        layers: `uniform`, `owl` or both, as in :func:`edgemoe.prune`.
+        layers: `uniform`, `owl` or both, as in `edgemoe.prune`.
         seeds: Seeds of the methods that draw, each in [0, inf).
         max_drop: Largest drop at the threshold, in [0, inf): 0.05 is 5% of perplexity or 5
             points of accuracy.
@@ -71,13 +71,13 @@ def sweep(
         held_out_tokens: Tokens of each task to judge by, in [2, inf).
         workers: Run so many jobs at once, in [1, inf), on processes of this machine or on the
             Ray cluster; each loads the model.
-        ray: As in :func:`edgemoe.calibrate`.
+        ray: As in `edgemoe.calibrate`.
         threads: CPU threads of each process, in [1, inf); None leaves what they are.
         memory_limit_gb: Size in float32 (10^9 bytes) of the models that may be loaded whole, of
             all processes together, in [0, inf); a larger one is read layer by layer. None takes
             half of what is free.
         force: Whether `output`, and unfinished work of another sweep, may be replaced.
-        on_progress: Called with each :class:`edgemoe.progress.ProgressEvent`; None draws a bar
+        on_progress: Called with each `edgemoe.progress.ProgressEvent`; None draws a bar
             where stderr is a terminal.
 
     Returns:

@@ -41,6 +41,6 @@ def extras_of(ray: str | None) -> tuple[str, ...]:
         ray: Address of the cluster, or None.
 
     Returns:
-        Names for :func:`edgemoe.api.extras.needs`.
+        Names for `edgemoe.api.extras.needs`.
     """
     return () if ray is None else ("ray",)

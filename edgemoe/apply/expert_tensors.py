@@ -44,7 +44,7 @@ def planned_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]
         plan: What it shall keep and merge.
 
     Returns:
-        What :meth:`edgemoe.models.layer.MoeLayer.replace` takes; None where it keeps all.
+        What `edgemoe.models.layer.MoeLayer.replace` takes; None where it keeps all.
     """
     return None if keeps_all(plan, layer.num_experts) else plan_tensors(layer, plan)
 
@@ -80,7 +80,7 @@ def plan_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]:
         plan: What it shall keep and merge.
 
     Returns:
-        What :meth:`edgemoe.models.layer.MoeLayer.replace` takes.
+        What `edgemoe.models.layer.MoeLayer.replace` takes.
     """
     return expert_tensors(layer, plan.experts)
 
@@ -93,11 +93,11 @@ def expert_tensors(
     Args:
         layer: The layer; it is not changed.
         experts: The experts.
-        names: Which of ``spec.tensors`` to make; all by default. Of the experts module all or
+        names: Which of `spec.tensors` to make; all by default. Of the experts module all or
             none are asked for where experts are merged.
 
     Returns:
-        What :meth:`edgemoe.models.layer.MoeLayer.replace` takes.
+        What `edgemoe.models.layer.MoeLayer.replace` takes.
     """
     groups = tuple(expert.members for expert in experts)
     prefix = f"{layer.spec.experts}."

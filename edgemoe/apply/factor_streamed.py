@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.apply.expert_tensors import planned_tensors
 from edgemoe.decompose.walk import FactoringTask
-from edgemoe.layerwise.finished_layers import layers_done, read_state
+from edgemoe.layerwise.finished_layers import layers_done
 from edgemoe.layerwise.provider import StreamedLayers
 from edgemoe.staging import require_space
 
@@ -37,7 +37,8 @@ def factor_streamed(
     Args:
         streamed: The checkpoint.
         plan: Its plan, which was validated.
-        work: Gets the factors, and has those of an earlier run.
+        work: Gets the factors, as `finished_layers.read_state` reads them, in the types to be
+            stored; has those of an earlier run.
         shapes: By decoder layer what its factors are like, in types and shapes; empty for one
             that stays whole.
 
@@ -53,19 +54,6 @@ def factor_streamed(
         missing = (tensor for index in left for tensor in shapes.get(index, {}).values())
         require_space(work.path, sum(tensor.nbytes for tensor in missing))
     task.run("factor experts", work)
-
-
-def read_factors(work: WorkDirectory, index: int) -> dict[str, torch.Tensor]:
-    """Read a layer's factors.
-
-    Args:
-        work: Where `factor_streamed` put them.
-        index: The decoder layer.
-
-    Returns:
-        What `edgemoe.models.factored_experts.factor_layer` takes, in the types to be stored.
-    """
-    return read_state(work, index)
 
 
 class _KeepFactors(FactoringTask):

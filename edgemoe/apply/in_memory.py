@@ -48,7 +48,7 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
         plan: The decision.
 
     Returns:
-        The compressed model, whose ``path`` is None because no checkpoint equals it yet.
+        The compressed model, whose `path` is None because no checkpoint equals it yet.
 
     Raises:
         PlanError: The plan does not fit the model; then nothing has changed.
@@ -75,7 +75,7 @@ def apply_plan(model: MoeModel, plan: Plan) -> MoeModel:
 
 @contextlib.contextmanager
 def applied(model: MoeModel, plan: Plan) -> Iterator[None]:
-    """Carry out a plan for a while, as :func:`apply_plan` does for good.
+    """Carry out a plan for a while, as `apply_plan` does for good.
 
     Args:
         model: The model; the experts that are kept are in memory twice meanwhile.

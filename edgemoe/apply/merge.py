@@ -30,8 +30,8 @@ def similarity(
 
     Args:
         reference: An expert's tensors in the canonical layout, by the names of the experts
-            contract: ``gate_up_proj`` [2 * intermediate, hidden] or ``up_proj``
-            [intermediate, hidden], ``down_proj`` [hidden, intermediate], and their biases.
+            contract: `gate_up_proj` [2 * intermediate, hidden] or `up_proj`
+            [intermediate, hidden], `down_proj` [hidden, intermediate], and their biases.
         other: Those of another expert.
 
     Returns:
@@ -47,7 +47,7 @@ def align(
     """Reorder an expert's neurons to be as like a reference's as they can.
 
     Args:
-        reference: An expert, see :func:`similarity`.
+        reference: An expert, see `similarity`.
         other: The expert to reorder.
 
     Returns:
@@ -65,7 +65,7 @@ def merge_experts(
     """Average experts after aligning them to one of them.
 
     Args:
-        experts: Members, see :func:`similarity`, with an axis of members before the others.
+        experts: Members, see `similarity`, with an axis of members before the others.
         shares: Share of each member; they add up to 1.
         reference: Position of the member that the others are aligned to.
 

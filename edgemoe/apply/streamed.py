@@ -18,9 +18,10 @@ from transformers.core_model_loading import dot_natural_key
 
 from edgemoe.apply.checks import check_ranks, check_width_pruning, refuse_k_policy
 from edgemoe.apply.expert_tensors import apply_layer, keeps_all
-from edgemoe.apply.factor_streamed import factor_streamed, read_factors
+from edgemoe.apply.factor_streamed import factor_streamed
 from edgemoe.apply.provenance import describe_plan
 from edgemoe.decompose.registry import find_method
+from edgemoe.layerwise.finished_layers import read_state
 from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.factored_experts import Ranks
 from edgemoe.models.factored_layer import empty_factors
@@ -36,7 +37,7 @@ from edgemoe.models.shards import (
 )
 from edgemoe.models.shared_basis_layer import empty_bases
 from edgemoe.plans.plan import LayerPlan, MergedExpert
-from edgemoe.progress import counting, track
+from edgemoe.progress import counting
 from edgemoe.resume import publish, resumable, resume_key
 from edgemoe.staging import recover, refuse_existing, require_space
 
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
     from edgemoe.decompose.registry import DecompositionMethod
     from edgemoe.models.conversion import TensorGroup
-    from edgemoe.models.fingerprint import FileHashes
     from edgemoe.models.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
     from edgemoe.models.shards import Shard
@@ -85,7 +85,7 @@ def apply_streamed(
 ) -> AppliedPlan:
     """Write the compressed checkpoint.
 
-    Factors of finished layers, then finished shards are kept in ``<output>.partial`` until all
+    Factors of finished layers, then finished shards are kept in `<output>.partial` until all
     are; the same call goes on after them when it was interrupted.
 
     Args:
@@ -93,7 +93,7 @@ def apply_streamed(
         plan: The decision.
         output: Checkpoint directory to write.
         max_shard_bytes: Size of the files, which one tensor alone may exceed.
-        force: Whether ``output``, and unfinished work of another call, may be replaced.
+        force: Whether `output`, and unfinished work of another call, may be replaced.
 
     Returns:
         What was written.
@@ -123,7 +123,8 @@ def apply_streamed(
     ]
     shards = lay_out(_plan_tensors(streamed, changes), max_shard_bytes)
     with resumable(output, key, _ANY_PROGRESS, force=force) as work:
-        sha256 = _fingerprint(checkpoint.hashes, work)
+        checkpoint.hashes.remember(work)
+        sha256 = checkpoint.hashes.fingerprint("read the checkpoint")
         plan.validate(streamed.moe.shape, sha256)
         if plan.factors is not None:
             kept = {change.layer.index: change.factors for change in changes}
@@ -254,13 +255,6 @@ def _plan_tensors(streamed: StreamedModel, changes: Sequence[_Change]) -> list[P
     return planned
 
 
-def _fingerprint(hashes: FileHashes, work: WorkDirectory) -> str:
-    hashes.remember(work)
-    for file in track(hashes.files, "read the checkpoint"):
-        hashes.advance(file)
-    return hashes.fingerprint()
-
-
 def _write_shards(
     streamed: StreamedModel,
     shards: Sequence[Shard],
@@ -310,7 +304,7 @@ def _write_layer(
         apply_layer(change.layer, change.plan)
         if change.factors:
             assert method is not None
-            stack.enter_context(method.inside(change.layer, read_factors(work, index)))
+            stack.enter_context(method.inside(change.layer, read_state(work, index)))
         present: dict[str, Any] = skeleton.layer_tensors(index)
         results = skeleton.conversion.revert({name: present[name] for name in change.targets})
         del present

@@ -1,7 +1,7 @@
 """Calibrate in shards, one for each worker, to the same file that one process writes.
 
 Every worker streams the checkpoint and reads its share of the lines; the shards' statistics
-add up exactly (:mod:`edgemoe.calibrate.exact`). What workers have finished is beside the
+add up exactly (`edgemoe.calibrate.exact`). What workers have finished is beside the
 output, so a worker that takes over from a dead one, and the command that takes over from an
 interrupted one, go on from there.
 """
@@ -43,10 +43,10 @@ class ShardJob:
         path: Checkpoint directory, absolute.
         tasks: All tasks, with their lines: workers need not see the files.
         output: The shard's statistics file, in a directory that exists.
-        shard: ``(index, of)``.
-        max_tokens: As in :func:`edgemoe.calibrate.collect.collect`.
+        shard: `(index, of)`.
+        max_tokens: As in `edgemoe.calibrate.collect.collect`.
         sequence_length: As there.
-        device: As in :func:`edgemoe.models.device.choose_device`.
+        device: As in `edgemoe.models.device.choose_device`.
         threads: CPU threads to compute with; None leaves what the worker has.
         versions: What the worker must have too, or its bits may differ.
     """
@@ -81,17 +81,17 @@ def calibrate_in_shards(
         tasks: What to measure it on.
         output: The statistics file; workers must see the directory that it is in.
         executor: Where the workers are, or workers that are open.
-        max_tokens: As in :func:`edgemoe.calibrate.collect.collect`.
+        max_tokens: As in `edgemoe.calibrate.collect.collect`.
         sequence_length: As there.
-        device: As in :func:`edgemoe.models.device.choose_device`; workers of one machine take
+        device: As in `edgemoe.models.device.choose_device`; workers of one machine take
             turns at its GPUs.
         threads: CPU threads of each worker; by default as many as this process has, on a
             cluster those that Ray gives.
-        force: Whether ``output``, and unfinished work of another call, may be replaced.
+        force: Whether `output`, and unfinished work of another call, may be replaced.
 
     Returns:
         The statistics; with as many threads on the same kind of machine they are, bit for bit,
-        those of :func:`edgemoe.calibrate.streamed.calibrate_streamed`.
+        those of `edgemoe.calibrate.streamed.calibrate_streamed`.
 
     Raises:
         CheckpointError: The checkpoint is missing, unsafe or inconsistent.

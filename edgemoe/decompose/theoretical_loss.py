@@ -1,7 +1,7 @@
 """Layers that lose more at the same rank keep more: SVD-LLM v2's allocation.
 
 https://arxiv.org/abs/2503.12340. Within a group of matrices of one type, here the first
-products of all layers and the second products of all layers, matrix i of ``len`` with the
+products of all layers and the second products of all layers, matrix i of `len` with the
 theoretical loss L_i = ||W_i X - SVD_k(W_i X)||_F at equal shares loses the fraction ::
 
     (1 - ratio) * len * L'_i / sum_i L'_i,    L'_i = 1 / log(L_i)
@@ -9,7 +9,7 @@ theoretical loss L_i = ||W_i X - SVD_k(W_i X)||_F at equal shares loses the frac
 of its parameters. A layer's experts are one matrix here, since they are stored with one rank:
 their squared losses add up. X is what reaches the layer when nothing is factored. The formula
 has no meaning for L_i <= 1, and what L_i is depends on how many tokens were read; losses below
-e count as e, and no product keeps less than a tenth of ``ratio``.
+e count as e, and no product keeps less than a tenth of `ratio`.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def evaluate(
 ) -> Evaluation:
     """Judge a model on a task.
 
-    What the numbers are, and which of lm-eval's they equal, is in docs/evaluation.md.
+    What the numbers are, and which of lm-eval's they equal, is in docs/guides/evaluation.md.
 
     Args:
         scorer: The model.

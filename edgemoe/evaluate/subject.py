@@ -58,7 +58,7 @@ def open_subject(
 
     Raises:
         CheckpointError: The checkpoint is missing, unsafe or malformed, or is dense and
-            ``k_cap`` is given.
+            `k_cap` is given.
         FamilyError: It is a Mixture-of-Experts checkpoint of a family that is not supported.
         edgemoe_runtime.errors.BundleError: The bundle cannot be used, or has no such task.
     """

@@ -249,7 +249,7 @@ def run_layers(
         StreamingError: The family cannot be run layer by layer.
     """
     if provider.is_whole and task.watches:
-        _run_whole(provider.model, batches, task, description, take)
+        _run_whole(provider, batches, task, description, take)
         return
     chosen = range(len(provider.layers)) if layers is None else layers
     running = LayerPass(provider, batches, limit_bytes)
@@ -287,16 +287,17 @@ def run_layers(
 
 
 def _run_whole(
-    model: Any,
+    provider: LayerProvider,
     batches: Sequence[Batch],
     task: LayerTask,
     description: str,
     take: Callable[[int, torch.Tensor], None] | None,
 ) -> None:
+    model: Any = provider.model
     with torch.inference_mode():
         for number, batch in enumerate(track(batches, description)):
             task.before_batch(number)
-            inputs = batch.inputs(model.device)
+            inputs = batch.inputs(provider.device)
             if take is None:
                 # What is below the head is all that is wanted.
                 model.base_model(**inputs)

@@ -334,7 +334,7 @@ def _counts(block: nn.Module, larger: nn.Module, experts: int) -> tuple[CountAtt
     return tuple(found)
 
 
-def config_copy(config: Any, entries: tuple[str, ...], experts: int) -> Any:
+def _config_copy(config: Any, entries: tuple[str, ...], experts: int) -> Any:
     """Copy a configuration for one layer, with its own number of experts.
 
     Args:
@@ -349,3 +349,24 @@ def config_copy(config: Any, entries: tuple[str, ...], experts: int) -> Any:
     for entry in entries:
         setattr(copied, entry, experts)
     return copied
+
+
+def set_expert_count(
+    block: nn.Module, spec: LayerSpec, entries: tuple[str, ...], experts: int
+) -> None:
+    """Set what the modules of a layer say of how many experts they have.
+
+    Args:
+        block: The MoE block.
+        spec: How the family builds the layer.
+        entries: Entries of the configuration that say how many experts there are.
+        experts: How many the layer has now.
+    """
+    for count in spec.counts:
+        module = block.get_submodule(count.module)
+        setattr(module, count.name, experts + count.tail)
+    # Some routers ask the configuration, which all layers share.
+    for module in block.get_submodule(spec.router).modules():
+        if "config" in vars(module):
+            own = _config_copy(module.config, entries, experts)
+            setattr(module, "config", own)  # noqa: B010  declared by no base class

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgemoe.models.safety import check_weights
+from edgemoe.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +62,11 @@ class FileHashes:
         Raises:
             CheckpointError: Weights are missing, or are not safetensors.
         """
-        settings = [path / name for name in _DEFINING if (path / name).exists()]
+        settings = [
+            path / name
+            for name in _DEFINING
+            if ((path / name).exists() if read is None else read(name) is not None)
+        ]
         self.files = sorted([*settings, *(check_weights(path) if weights is None else weights)])
         self._read = read
         self._hashes: dict[str, str] = {}
@@ -82,7 +87,7 @@ class FileHashes:
         """Take over hashes of files that have not changed since.
 
         Args:
-            known: What :meth:`as_dict` gave before.
+            known: What `as_dict` gave before.
         """
         stamps = self.stamps()
         for name, found in known.items():
@@ -127,10 +132,17 @@ class FileHashes:
             work, name = self._kept
             work.write(name, self.as_dict())
 
-    def fingerprint(self) -> str:
-        """Return what :func:`fingerprint_checkpoint` does."""
+    def fingerprint(self, description: str | None = None) -> str:
+        """Hash what is left.
+
+        Args:
+            description: What the progress bar says; None shows none.
+
+        Returns:
+            What `fingerprint_checkpoint` does.
+        """
         whole = hashlib.sha256()
-        for file in self.files:
+        for file in self.files if description is None else track(self.files, description):
             self.advance(file)
             whole.update(f"{file.name}\0{self._hashes[file.name]}\n".encode())
         return whole.hexdigest()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from edgemoe.errors import CheckpointError
-from edgemoe.models.discovery import config_copy
+from edgemoe.models.discovery import set_expert_count
 from edgemoe.models.experts import reassign_ids
 from edgemoe.models.factored_experts import is_factored, run_factored
 from edgemoe.models.shapes import LayerShape
@@ -335,14 +335,7 @@ class MoeLayer:
         for spec in self.spec.tensors:
             self._set(spec.name, tensors[spec.name])
         follow_width(self.experts, width_before, width)
-        for count in self.spec.counts:
-            module = self.block.get_submodule(count.module)
-            setattr(module, count.name, experts + count.tail)
-        # Some routers ask the configuration, which all layers share.
-        for module in self.router.modules():
-            if "config" in vars(module):
-                own = config_copy(module.config, self.count_entries, experts)
-                setattr(module, "config", own)  # noqa: B010  declared by no base class
+        set_expert_count(self.block, self.spec, self.count_entries, experts)
 
     @contextlib.contextmanager
     def changed(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:

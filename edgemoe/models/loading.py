@@ -32,7 +32,7 @@ def check_fit(report: Mapping[str, Any], path: Path) -> None:
     """Refuse weights that left a part of the model at random values.
 
     Args:
-        report: What ``from_pretrained`` with ``output_loading_info`` told.
+        report: What `from_pretrained` with `output_loading_info` told.
         path: The checkpoint.
 
     Raises:

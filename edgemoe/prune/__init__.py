@@ -1,6 +1,6 @@
 """Which experts stay: methods decide from statistics, plans record it, apply carries it out.
 
-Importing this package, or :mod:`edgemoe.plans.plan`, costs no torch.
+Importing this package, or `edgemoe.plans.plan`, costs no torch.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ neuron. The loss is the cross-entropy of the next token; the weights have no gra
 
 The paper ranks all neurons of all layers together. How many each layer keeps is taken from that
 order; since a layer is stored at the width of its widest expert, the default then keeps as many
-of each expert (``widths=equal``), and ``widths=ragged`` is the order itself.
+of each expert (`widths=equal`), and `widths=ragged` is the order itself.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def heapr(
             all experts matters.
         seed: Not used: the method has no chance in it.
         tokens: How many tokens to judge on, in [1, inf).
-        widths: ``equal``, as many of each expert of a layer, or ``ragged``, the best of all.
+        widths: `equal`, as many of each expert of a layer, or `ragged`, the best of all.
 
     Returns:
         One plan per MoE layer; it keeps all experts.

@@ -9,7 +9,6 @@ import torch
 
 from edgemoe.models.checkpoint import Checkpoint, load_model
 from edgemoe.models.saving import float32_names, save_model
-from edgemoe.progress import track
 from edgemoe.recover.held_out import Quality, measure
 from edgemoe.recover.memory import (
     free_bytes,
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
     from edgemoe.models.contract import MoeModel
     from edgemoe.recover.samples import TaskSamples
-    from edgemoe.resume import WorkDirectory
     from edgemoe.tasks import TaskFile
 
 _CHECKPOINT = "checkpoint"
@@ -105,7 +103,9 @@ def recover_checkpoint(
         versions={"peft": version("peft")},
     )
     with resumable(output, key, PROGRESS, force=force) as work:
-        sha256 = _fingerprint(opened, work)
+        for number, checkpoint in enumerate(opened):
+            checkpoint.hashes.remember(work, f"hashes-{number}.json")
+        sha256 = [one.hashes.fingerprint("read the checkpoints") for one in opened]
         student = load_model(opened[0])
         student.model.to(device)
         master = None if teacher is None else load_teacher(teacher).to(device)
@@ -167,17 +167,6 @@ def _cut(
         )
         for task in tasks
     )
-
-
-def _fingerprint(checkpoints: Sequence[Checkpoint], work: WorkDirectory) -> list[str]:
-    """Hash the checkpoints, as far as an earlier run has not."""
-    hashes = [checkpoint.hashes for checkpoint in checkpoints]
-    for number, one in enumerate(hashes):
-        one.remember(work, f"hashes-{number}.json")
-    files = [(one, file) for one in hashes for file in one.files]
-    for one, file in track(files, "read the checkpoints"):
-        one.advance(file)
-    return [one.fingerprint() for one in hashes]
 
 
 def _take_best(

@@ -41,7 +41,7 @@ def measure(dense: Path, moe: Path, bundle: Path, tasks: Path) -> list[Row]:
         dense: Checkpoint before.
         moe: Checkpoint that was carved out of it.
         bundle: Bundle that was exported from that.
-        tasks: Folder of ``<task>.test.jsonl``.
+        tasks: Folder of `<task>.test.jsonl`.
 
     Returns:
         One row per model; JSON values.
@@ -79,7 +79,7 @@ def bench(
     new_tokens: int = NEW_TOKENS,
     repeat: int = REPEAT,
 ) -> Row:
-    """Return what ``edgemoe bench`` answers, run in a process of its own."""
+    """Return what `edgemoe bench` answers, run in a process of its own."""
     command = [
         sys.executable,
         "-m",
@@ -104,7 +104,7 @@ def time_eager(
     new_tokens: int = NEW_TOKENS,
     repeat: int = REPEAT,
 ) -> Row:
-    """Time a transformers model as ``edgemoe bench`` times a bundle.
+    """Time a transformers model as `edgemoe bench` times a bundle.
 
     Args:
         model: A causal language model.
@@ -113,7 +113,7 @@ def time_eager(
         repeat: How many times, after one that is not counted.
 
     Returns:
-        Medians of ``prefill_tokens_per_s`` and ``decode_tokens_per_s``.
+        Medians of `prefill_tokens_per_s` and `decode_tokens_per_s`.
     """
     import torch
 

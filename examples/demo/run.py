@@ -1,7 +1,7 @@
 """Make the reference MoE, export it for two tasks, run it, and say what that cost and gained.
 
-Run by ``make demo``. Every step is one that the `edgemoe` command or its library offers; what
-a step has made already is kept in ``demo/`` and used again.
+Run by `make demo`. Every step is one that the `edgemoe` command or its library offers; what
+a step has made already is kept in `demo/` and used again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Speed of the demo's bundle beside transformers, in one run; ``make bench``."""
+"""Speed of the demo's bundle beside transformers, in one run; `make bench`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Train and test come from different modules, topics and books. The code and the manual are
 those of the Python that runs this, so their lines differ between Python versions and are the
-same on every machine with one version; the Bible is in ``examples/tasks``.
+same on every machine with one version; the Bible is in `examples/tasks`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TEST_TOPICS = ("attribute-access", "exprlists", "integers", "slicings", "typesme
 
 
 def make_tasks(folder: Path) -> None:
-    """Write ``<task>.train.jsonl`` and ``<task>.test.jsonl`` for every task.
+    """Write `<task>.train.jsonl` and `<task>.test.jsonl` for every task.
 
     Args:
         folder: Where to write; files that exist are kept.
@@ -83,7 +83,7 @@ def _manual(split: str) -> Iterator[str]:
 
 
 def _pieces(text: str, separator: str) -> list[str]:
-    """Cut a text at separators into pieces of about ``LINE_CHARACTERS``; drop short ones."""
+    """Cut a text at separators into pieces of about `LINE_CHARACTERS`; drop short ones."""
     pieces = []
     piece = ""
     for part in text.split(separator):

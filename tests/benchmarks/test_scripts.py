@@ -49,7 +49,21 @@ def test_commands_in_docstrings_name_modules_that_exist(path: Path) -> None:
     text = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
     assert text
     assert not re.search(r"python (benchmarks|examples)/", text)
-    named = set(re.findall(r"python -m ((?:benchmarks|examples)[\w.]+)", text))
+    named = set(re.findall(r"python -m ((?:benchmarks|examples)\.[a-z][\w.]+)", text))
     assert named <= SCRIPTS
     if path.parent.name != "demo" and module_of(path) in SCRIPTS:
         assert module_of(path) in named
+
+
+def test_commands_in_documents_name_modules_that_exist() -> None:
+    folders = ("docs", "examples", "exporters", "runtime")
+    pages = [
+        *ROOT.glob("*.md"),
+        *(page for name in folders for page in (ROOT / name).rglob("*.md")),
+    ]
+    text = "\n".join(page.read_text("utf-8") for page in pages)
+    assert not re.search(r"python (benchmarks|examples)/", text)
+    named = set(re.findall(r"python -m ((?:benchmarks|examples)\.[a-z][\w.]+)", text))
+    assert (
+        {"benchmarks.adaptive_k.policies", "benchmarks.compression.costs"} <= named <= SCRIPTS
+    )

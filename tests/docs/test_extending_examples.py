@@ -48,6 +48,7 @@ def test_a_new_method_decides_by_its_own_score() -> None:
         assert [expert.members[0] for expert in layer.experts] == sorted(best)
 
 
+@pytest.mark.slow
 def test_a_family_that_works_holds_in_every_step() -> None:
     results = load("try_family")["try_family"]("olmoe", "--no-graphs")
 
@@ -85,6 +86,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
+@pytest.mark.slow
 def test_a_new_backend_makes_the_tokens_of_onnxruntime(bundle: Path) -> None:
     example = load("reference_backend")
     prompt, choices = "w1 w2 w3", ["w4 w5", "w6"]
@@ -99,6 +101,7 @@ def test_a_new_backend_makes_the_tokens_of_onnxruntime(bundle: Path) -> None:
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_a_backend_says_why_it_cannot_open_a_graph(bundle: Path, tmp_path: Path) -> None:
     import json
     import shutil

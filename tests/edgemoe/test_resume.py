@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import errno
+import json
 from typing import TYPE_CHECKING
 
 import pytest
 
 from edgemoe.errors import OutputError
-from edgemoe.resume import ResumableInterrupt, resumable
+from edgemoe.resume import ResumableInterrupt, partial_path, resumable, resume_key
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,6 +55,37 @@ def test_other_work_is_refused_unless_forced(tmp_path: Path) -> None:
         raise AssertionError
     with resumable(target, OTHER, "step", force=True) as work:
         assert work.read("step") is None
+
+
+def test_a_key_names_what_decides_and_work_of_another_layout_is_refused(
+    tmp_path: Path,
+) -> None:
+    class Content:
+        sha256 = "ab"
+
+    class Files:
+        def stamps(self) -> dict[str, list[int]]:
+            return {"config.json": [7, 9]}
+
+    key = resume_key(
+        "test", Files(), tasks={"one": Content()}, teacher=None, versions={"peft": "1"}
+    )
+    assert key["checkpoint"] == {"config.json": [7, 9]}
+    assert (key["tasks"], key["teacher"]) == ({"one": "ab"}, None)
+    assert {"edgemoe", "torch", "transformers", "peft"} == key["versions"].keys()
+    assert resume_key("test", "cd")["checkpoint"] == "cd"
+
+    # What an earlier edgemoe left has no layout in its key.
+    work = partial_path(tmp_path / "out")
+    work.mkdir()
+    (work / "progress.json").write_text("{}")
+    old = {name: value for name, value in key.items() if name != "layout"}
+    (work / "key.json").write_text(json.dumps(old))
+    with (
+        pytest.raises(OutputError, match=r"another layout\. Give that command again"),
+        resumable(tmp_path / "out", key, "*progress.json"),
+    ):
+        raise AssertionError
 
 
 def test_what_somebody_else_put_there_is_spared(tmp_path: Path) -> None:

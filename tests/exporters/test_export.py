@@ -14,7 +14,7 @@ from transformers import Glm4MoeForCausalLM
 from edgemoe.errors import ParityError, QualityGateError
 from edgemoe.models.checkpoint import load_model
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
-from edgemoe_exporters import export
+from edgemoe_exporters import stages
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportReport, ExportRequest
 from edgemoe_exporters.sources import in_memory as source_in_memory
@@ -50,7 +50,7 @@ def one_trace() -> Iterator[None]:
         return traces[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "trace", trace_once)
+        patch.setattr(stages, "trace", trace_once)
         yield
 
 

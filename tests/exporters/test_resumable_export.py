@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from edgemoe.errors import EdgemoeError, OutputError, ParityError
-from edgemoe_exporters import export
+from edgemoe_exporters import stages
 from edgemoe_exporters.bundle.journal import Contents, WeightJournal
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
@@ -86,11 +86,11 @@ def test_what_is_refused_leaves_nothing_and_other_unfinished_work_is_refused(
 
         return raise_it
 
-    monkeypatch.setattr(export, "check_parity", fail(ParityError("too far, got 9.")))
+    monkeypatch.setattr(stages, "check_parity", fail(ParityError("too far, got 9.")))
     with pytest.raises(ParityError):
         export_bundle(request())
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(export, "check_parity", fail(KeyboardInterrupt()))
+    monkeypatch.setattr(stages, "check_parity", fail(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         export_bundle(request())
     kept = files_of(tmp_path / "out")

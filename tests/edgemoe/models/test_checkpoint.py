@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from edgemoe.errors import CheckpointError, FamilyError
 from edgemoe.models import load_model, load_tokenizer, read_shape
+from edgemoe.models.checkpoint import Checkpoint
+from edgemoe.models.fingerprint import fingerprint_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +54,27 @@ def test_a_checkpoint_opens_with_the_logits_of_transformers(
     assert type(model.model) is type(make_model(family))
     assert read_shape(path) == model.shape
     assert len(model.sha256) == 64
+
+
+def test_an_open_checkpoint_is_read_once_and_hands_out_copies(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    opened = Checkpoint.open(checkpoint)
+    assert Checkpoint.open(opened) is opened
+    sha256, shape = fingerprint_checkpoint(checkpoint), load_model(checkpoint).shape
+    assert opened.shape == shape
+    config = opened.config
+    config.hidden_size = 1
+    assert opened.config.hidden_size != 1
+
+    # What is not read again need not be there again.
+    (checkpoint / "config.json").rename(tmp_path / "moved")
+    assert load_model(opened).shape == shape
+    with pytest.raises(CheckpointError, match=r"must have config\.json"):
+        load_model(checkpoint)
+    (tmp_path / "moved").rename(checkpoint / "config.json")
+    assert load_model(opened).sha256 == opened.sha256 == sha256
+    assert opened.max_length == opened.config.max_position_embeddings
 
 
 def test_shards_are_opened(sharded: Path, make_model: Callable[..., Any]) -> None:
