@@ -33,7 +33,7 @@ help:
 	@echo "make bench     speed of the demo's bundle beside transformers"
 	@echo "make families  try all model families, and write docs/families.md"
 	@echo "make wheel     build dist/*.whl"
-	@echo "make clean     remove demo/, dist/ and $(VENV)/"
+	@echo "make clean     remove build/, demo/, dist/ and $(VENV)/"
 
 # Checked each time: another PYTHON= than that of $(VENV) is refused, not ignored.
 venv:
@@ -102,4 +102,4 @@ wheel: $(VENV)/.dev
 	@$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
-	rm -rf demo dist $(VENV)
+	rm -rf build demo dist $(VENV)
