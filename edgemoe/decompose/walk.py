@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     Prepare: TypeAlias = Callable[[MoeLayer, LayerPlan], Mapping[str, torch.Tensor] | None]
 
 
-class FactoringTask(LayerTask):
+class FactoringTask(LayerTask, abc.ABC):
     """Factors the layers of a plan with ranks; a subclass says what becomes of the factors.
 
     Attributes:
@@ -94,13 +95,14 @@ class FactoringTask(LayerTask):
             name="factor",
         )
 
+    @abc.abstractmethod
     def take(
         self,
         layer: MoeLayer,
         kept: Mapping[str, torch.Tensor] | None,
         factors: LayerFactors,
     ) -> None:
-        """Get what became of a layer, which is as it was and in memory.
+        """Take what became of a layer, which is as it was and in memory.
 
         Args:
             layer: The layer.
@@ -108,7 +110,6 @@ class FactoringTask(LayerTask):
                 `edgemoe.models.layer.MoeLayer.replace` takes; None where all are kept.
             factors: Factors of those.
         """
-        raise NotImplementedError
 
     def visit(self, visit: Visit) -> Iterator[Outputs]:
         """Factor a layer, and run it."""
