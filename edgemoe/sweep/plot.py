@@ -24,6 +24,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 _THRESHOLD_COLOUR = "#808080"
+_BAR_SHIFT = 0.004  # of the experts' parameters
 # Drops of perplexity that a reader looks for, on a scale of ratios.
 _TICKS = (-0.5, -0.2, -0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 _TICKS_ABOVE = (1, 2, 5, 10, 20, 50, 100, 1000, 10_000)
@@ -31,7 +32,7 @@ _CLOSEST_TICKS = 0.045  # of the axis
 
 
 def write_plot(outcome: Outcome, path: Path) -> None:
-    """Draw a panel per task and a line per method and recovery, with bands of 95% intervals.
+    """Draw a panel per task and a line per method and recovery, with bars of 95% intervals.
 
     Args:
         outcome: What was found.
@@ -97,7 +98,7 @@ def _draw_task(panel: Axes, outcome: Outcome, task: str) -> None:
 def _draw_series(
     panel: Axes, rows: list[Row], number: int, way: int, *, relative: bool
 ) -> None:
-    """Draw a method in its colour, a recovery in dashes: the mean and band of its seeds."""
+    """Draw a method in its colour, a recovery in dashes: mean and interval of its seeds."""
     drops = [(row.kept_fraction, row.drop) for row in rows]
     if not way and all(fraction < 1 for fraction, _ in drops):
         # Where a method cuts nothing it costs nothing.
@@ -112,15 +113,22 @@ def _draw_series(
     mean, low, high = (
         [_height(value, relative=relative) for value in curve] for curve in (means, lows, highs)
     )
-    panel.fill_between(fractions, low, high, color=colour, alpha=0.15, linewidth=0)
-    # A band between few fractions hides where its ends were measured.
-    panel.vlines(fractions, low, high, color=colour, linewidth=1, alpha=0.7)
-    panel.plot(
-        fractions,
+    # Bars beside each other, not bands over each other: every end can be read.
+    shift = _BAR_SHIFT * (number - 1.5 + way / 2)
+    panel.errorbar(
+        [fraction + shift * (fraction < 1) for fraction in fractions],
         mean,
+        yerr=(
+            [middle - end for middle, end in zip(mean, low, strict=True)],
+            [end - middle for middle, end in zip(mean, high, strict=True)],
+        ),
         color=colour,
+        capsize=2,
+        elinewidth=1,
         marker=marker,
         markersize=5,
+        # A recovery is told by its marker as well, where dashes are too short to be seen.
+        markerfacecolor=colour if way == 0 else "white",
         linestyle=_DASHES[way % len(_DASHES)],
         label=rows[0].series,
     )
