@@ -113,18 +113,16 @@ def _draw_series(
     mean, low, high = (
         [_height(value, relative=relative) for value in curve] for curve in (means, lows, highs)
     )
-    # Bars beside each other, not bands over each other: every end can be read.
+    # Bars beside each other, not bands over each other: every end can be read. No error bars
+    # of matplotlib, which refuse an interval that does not hold its value, as bootstraps may.
     shift = _BAR_SHIFT * (number - 1.5 + way / 2)
-    panel.errorbar(
-        [fraction + shift * (fraction < 1) for fraction in fractions],
+    beside = [fraction + shift * (fraction < 1) for fraction in fractions]
+    panel.vlines(beside, low, high, color=colour, linewidth=1)
+    panel.plot(beside * 2, low + high, color=colour, marker="_", markersize=5, linestyle="none")
+    panel.plot(
+        beside,
         mean,
-        yerr=(
-            [middle - end for middle, end in zip(mean, low, strict=True)],
-            [end - middle for middle, end in zip(mean, high, strict=True)],
-        ),
         color=colour,
-        capsize=2,
-        elinewidth=1,
         marker=marker,
         markersize=5,
         # A recovery is told by its marker as well, where dashes are too short to be seen.
