@@ -79,6 +79,7 @@ def write_plan(checkpoint: Path, path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["calibrate", "apply", "export", "export streamed"])
 def test_config_and_note_are_read_once(ragged: Path, tmp_path: Path, command: str) -> None:
     plan = write_plan(ragged, tmp_path / "plan.json")

@@ -45,6 +45,7 @@ def test_help_is_that_of_edgemoe_export(option: str) -> None:
     assert "--calibration-tokens" in rest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "arguments"),
     [

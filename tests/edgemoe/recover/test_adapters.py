@@ -31,6 +31,7 @@ def disturb(parameters: dict[str, nn.Parameter]) -> None:
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_change_nothing_at_first_and_merge_to_what_they_computed(
     family: str, logits_of: Callable[[MoeModel], torch.Tensor]
