@@ -9,6 +9,7 @@ biased, transposed and concatenated. The rest of the kit sees one layout, the ca
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from torch.nn import functional
 from edgemoe.models.transformers_internals import keeps_experts_contract
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
 
@@ -168,6 +171,25 @@ def is_experts_class(candidate: object) -> bool:
         Whether its instances keep the experts contract.
     """
     return isinstance(candidate, type) and keeps_experts_contract(candidate)
+
+
+@contextlib.contextmanager
+def restored(experts: nn.Module) -> Iterator[None]:
+    """Give an experts module its class and its parameters back.
+
+    Args:
+        experts: The module; in the block it may get others.
+
+    Yields:
+        Nothing. When the block ends the module is as it was.
+    """
+    family_class, parameters = type(experts), dict(experts._parameters)
+    try:
+        yield
+    finally:
+        experts._parameters.clear()
+        experts._parameters.update(parameters)
+        experts.__class__ = family_class
 
 
 def reassign_ids(

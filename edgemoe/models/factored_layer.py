@@ -14,6 +14,7 @@ from torch import nn
 
 from edgemoe.errors import CheckpointError
 from edgemoe.models.expert_tensors import ExpertTensor
+from edgemoe.models.experts import restored
 from edgemoe.models.factored_experts import FACTOR_NAMES, Ranks, factored_class, is_factored
 from edgemoe.models.transformers_internals import mark_initialised
 
@@ -95,16 +96,13 @@ def factored(layer: MoeLayer, factors: Mapping[str, torch.Tensor]) -> Iterator[N
     Raises:
         CheckpointError: As `factor_layer`.
     """
-    experts, spec = layer.experts, layer.spec
-    family_class, parameters = type(experts), dict(experts._parameters)
-    factor_layer(layer, factors)
-    try:
-        yield
-    finally:
-        experts._parameters.clear()
-        experts._parameters.update(parameters)
-        experts.__class__ = family_class
-        layer.spec = spec
+    spec = layer.spec
+    with restored(layer.experts):
+        factor_layer(layer, factors)
+        try:
+            yield
+        finally:
+            layer.spec = spec
 
 
 def split_by_svd(layer: MoeLayer, rank: int) -> dict[str, torch.Tensor]:

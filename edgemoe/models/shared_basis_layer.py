@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from edgemoe.errors import CheckpointError
+from edgemoe.models.experts import restored
 from edgemoe.models.shared_basis_experts import INPUT_BASIS, OUTPUT_BASIS, based_class
 from edgemoe.models.transformers_internals import mark_initialised
 
@@ -80,15 +81,9 @@ def based(layer: MoeLayer, tensors: Mapping[str, torch.Tensor]) -> Iterator[None
     Raises:
         CheckpointError: As `to_shared_basis`.
     """
-    experts = layer.experts
-    family_class, parameters = type(experts), dict(experts._parameters)
-    to_shared_basis(layer, tensors)
-    try:
+    with restored(layer.experts):
+        to_shared_basis(layer, tensors)
         yield
-    finally:
-        experts._parameters.clear()
-        experts._parameters.update(parameters)
-        experts.__class__ = family_class
 
 
 def based_names(layer: MoeLayer) -> tuple[str, ...]:
