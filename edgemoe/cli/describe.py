@@ -103,6 +103,9 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = Checkpoint(path)
     config = read_json_object(path / "config.json", checkpoint.read("config.json"))
     family = config.get("model_type")
+    # Of a checkpoint that holds more than a language model, its settings are a part.
+    nested = config.get("text_config")
+    settings = {**config, **(nested if isinstance(nested, dict) else {})}
     tensors = [item for file in checkpoint.weights for item in _read_tensors(file)]
     facts: dict[str, Any] = {
         "kind": "dense checkpoint",
@@ -111,12 +114,12 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for _, shape in tensors),
         "dtypes": sorted({dtype for dtype, _ in tensors}),
         "weight_bytes": sum(file.stat().st_size for file in checkpoint.weights),
-        "layers": config.get("num_hidden_layers"),
-        "hidden_size": config.get("hidden_size"),
-        "vocab_size": config.get("vocab_size"),
+        "layers": settings.get("num_hidden_layers"),
+        "hidden_size": settings.get("hidden_size"),
+        "vocab_size": settings.get("vocab_size"),
     }
     if not checkpoint.has_experts:
-        if any(config.get(name) for name in _EXPERT_COUNTS):
+        if any(settings.get(name) for name in _EXPERT_COUNTS):
             facts["kind"] = "MoE checkpoint of a family that is not supported"
         return facts
     shape, note = checkpoint.shape, checkpoint.note
@@ -134,6 +137,16 @@ def _describe_checkpoint(path: Path) -> dict[str, Any]:
         **_describe_bases(note),
         **_describe_policy(checkpoint.k_policy),
         "provenance": embedded.get("provenance") if note is None else note.provenance,
+        "left_out": [
+            {
+                "name": part.what,
+                "tensors": part.tensors,
+                "bytes": part.nbytes,
+                "example": part.example,
+            }
+            for part in checkpoint.left_out
+        ],
+        "dropped_settings": list(checkpoint.configuration.dropped),
     }
 
 

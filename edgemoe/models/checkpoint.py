@@ -158,25 +158,35 @@ class Checkpoint:
             CheckpointError: The model cannot be right without it, or weights are quantised.
         """
         if self._left_out is None:
-            stored = read_stored_tensors(self.weights)
-            with refusing_misfits(self.path):
-                conversion = Conversion(self.structure.model, stored, self.wrapper)
-            self._left_out = judge_left_out(self.structure.model, conversion, self.path)
+            self._left_out = self._match(self.structure.model)
         return self._left_out
 
-    def check_left_out(self, skeleton: Skeleton | None = None) -> None:
+    def check_left_out(
+        self, skeleton: Skeleton | None = None, model: PreTrainedModel | None = None
+    ) -> None:
         """Refuse weights that hold what the model needs and has no place for; remark the rest.
 
         Args:
             skeleton: The model, matched with the weights, where that was done.
+            model: A model without experts that the weights are for, on the meta device.
 
         Raises:
             CheckpointError: As `left_out`.
         """
-        if skeleton is not None and self._left_out is None:
+        if self._left_out is None and skeleton is not None:
             self._left_out = judge_left_out(skeleton.model, skeleton.conversion, self.path)
+        elif self._left_out is None and model is not None:
+            self._left_out = self._match(model)
         for remark in remarks(self.configuration.dropped, self.left_out):
             remark_once(self.path, remark)
+
+    def _match(self, model: PreTrainedModel) -> tuple[LeftOut, ...]:
+        is_whole = model.config.model_type == self.configuration.whole.model_type
+        with refusing_misfits(self.path):
+            conversion = Conversion(
+                model, read_stored_tensors(self.weights), None if is_whole else self.wrapper
+            )
+        return judge_left_out(model, conversion, self.path)
 
     @property
     def spec(self) -> ModelSpec:
