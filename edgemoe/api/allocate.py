@@ -17,6 +17,7 @@ from edgemoe.api.arguments import (
     read_task,
 )
 from edgemoe.api.running import running
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from edgemoe.api.arguments import OneTask, Options, StrPath
@@ -115,13 +116,14 @@ def allocate(
     """
     check_at_least_one(max_tokens=max_tokens)
     path, target = Path(model), as_path(output)
-    with running("export", threads=threads, on_progress=on_progress):
+    with (
+        running("export", threads=threads, on_progress=on_progress),
+        reserved(target, force=force, directory=False, resumes=True),
+    ):
         from edgemoe.allocate.registry import find_policy, read_options
         from edgemoe.models.checkpoint import Checkpoint
-        from edgemoe.staging import refuse_existing, refuse_inputs_inside
+        from edgemoe.staging import refuse_inputs_inside
 
-        if target is not None:
-            refuse_existing(target, force=force, directory=False)
         chosen = read_options(policy, option_texts(options))
         if target is not None and not find_policy(policy).trains:
             _refuse_unfinished(target)

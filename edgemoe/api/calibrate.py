@@ -12,6 +12,7 @@ from edgemoe.api.arguments import as_path, check_at_least_one, read_tasks
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
 from edgemoe.errors import ArgumentError
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -94,11 +95,14 @@ def calibrate(
     check_at_least_one(max_tokens=max_tokens, workers=workers)
     path, target = Path(model), as_path(output)
     extras = ("export", *extras_of(ray))
-    with running(*extras, threads=threads, on_progress=on_progress), _file(target) as file:
+    with (
+        running(*extras, threads=threads, on_progress=on_progress),
+        _file(target) as file,
+        reserved(file, force=force, directory=False, resumes=True),
+    ):
         from edgemoe.models.device import device_here
-        from edgemoe.staging import refuse_existing, refuse_inputs_inside
+        from edgemoe.staging import refuse_inputs_inside
 
-        refuse_existing(file, force=force, directory=False)
         loaded = read_tasks(tasks)
         refuse_inputs_inside(file, path, *(task.path for task in loaded))
         executor = None

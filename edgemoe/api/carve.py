@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.api.running import running
 from edgemoe.errors import ArgumentError, CarveError
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +73,10 @@ def carve(
         >>> report = carve("dense", "carved", experts=4, top_k=2, data="code.jsonl")
         >>> share = report.active_fraction
     """
-    with running("export", on_progress=on_progress):
+    with (
+        running("export", on_progress=on_progress),
+        reserved(Path(output), force=force, directory=True),
+    ):
         from edgemoe.carve.carve import CarveOptions, carve_checkpoint, rebuild_checkpoint
 
         source, target = Path(dense), Path(output)

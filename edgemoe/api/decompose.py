@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.api.arguments import as_path, files_of, load_plan, load_statistics, option_texts
 from edgemoe.api.running import running
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from edgemoe.api.arguments import Options, StrPath
@@ -74,18 +75,18 @@ def decompose(
         >>> share = ranked.parameters_after / ranked.parameters_before
     """
     path, target = Path(model), as_path(output)
-    with running("export", on_progress=on_progress):
+    inputs = (path, *files_of(statistics))
+    with (
+        running("export", on_progress=on_progress),
+        reserved(target, force=force, directory=False, inputs=inputs),
+    ):
         from edgemoe.apply.checks import refuse_changes
         from edgemoe.apply.expert_tensors import planned_tensors
         from edgemoe.decompose.decision import add_ranks, read_options
         from edgemoe.layerwise.provider import open_layers
         from edgemoe.models.checkpoint import Checkpoint
         from edgemoe.plans.keep_all import keep_all
-        from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
-        if target is not None:
-            refuse_existing(target, force=force, directory=False)
-            refuse_inputs_inside(target, path, *files_of(statistics))
         chosen = read_options(method, option_texts(options))
         checkpoint = Checkpoint(path)
         structure = checkpoint.structure

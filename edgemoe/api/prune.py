@@ -16,6 +16,7 @@ from edgemoe.api.arguments import (
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
 from edgemoe.errors import ArgumentError
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -110,16 +111,16 @@ def prune(
     check_at_least_one(workers=workers)
     path, target = Path(model), as_path(output)
     extras = ("export", *extras_of(ray))
-    with running(*extras, threads=threads, on_progress=on_progress):
+    inputs = (path, *files_of(statistics))
+    with (
+        running(*extras, threads=threads, on_progress=on_progress),
+        reserved(target, force=force, directory=False, inputs=inputs),
+    ):
         from edgemoe.apply.checks import refuse_changes
         from edgemoe.models.checkpoint import Checkpoint
         from edgemoe.oracle.oracle import LayerOracle
         from edgemoe.prune.registry import find_method, make_plan, read_options
-        from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
-        if target is not None:
-            refuse_existing(target, force=force, directory=False)
-            refuse_inputs_inside(target, path, *files_of(statistics))
         asked = keep_experts
         weights = task if isinstance(task, str) else {n: float(w) for n, w in task.items()}
         texts = [*_layers_option(layers, asked), *option_texts(options)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.api.arguments import as_float, as_path, read_tasks
 from edgemoe.api.running import running
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from edgemoe.api.arguments import StrPath, Tasks
@@ -101,7 +102,11 @@ def recover(
         >>> found = recover("moe-code", tasks, "least-squares", "better", teacher="moe")
         >>> won = found.before.loss - found.after.loss
     """
-    with running("export", threads=threads, on_progress=on_progress):
+    inputs = [Path(path) for path in (model, teacher) if path is not None]
+    with (
+        running("export", threads=threads, on_progress=on_progress),
+        reserved(Path(output), force=force, directory=True, inputs=inputs, resumes=True),
+    ):
         from edgemoe.models.device import device_here
         from edgemoe.recover.options import RecoverOptions
         from edgemoe.recover.recovery import recover_checkpoint

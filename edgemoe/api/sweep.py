@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from edgemoe.api.arguments import option_texts, task_paths
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,7 +103,10 @@ def sweep(
         >>> outcome = sweep("moe", {"code": "code.jsonl"}, ["reap"], "report", keeps=[0.5])
         >>> smallest = outcome.thresholds["code"].best
     """
-    with running("export", "sweep", *extras_of(ray), on_progress=on_progress):
+    with (
+        running("export", "sweep", *extras_of(ray), on_progress=on_progress),
+        reserved(Path(output), force=force, directory=True, resumes=True),
+    ):
         from edgemoe.api.arguments import check_at_least_one
         from edgemoe.sweep.recoveries import read_recoveries
         from edgemoe.sweep.request import SweepRequest, read_methods

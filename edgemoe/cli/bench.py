@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgemoe.cli.options import PATH, command, human_bytes, report, reporting
+from edgemoe.cli.options import PATH, command, report, reporting
+from edgemoe.disk import human_bytes
 
 if TYPE_CHECKING:
     from edgemoe_runtime import Session

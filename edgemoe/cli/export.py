@@ -12,11 +12,11 @@ from edgemoe.cli.options import (
     PATH,
     command,
     force_option,
-    human_bytes,
     output_option,
     report,
     reporting,
 )
+from edgemoe.disk import human_bytes
 from edgemoe_runtime.bundle.names import PRECISIONS, TARGETS
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from edgemoe.cli.options import debugging
+from edgemoe.disk import describe_full
 from edgemoe.errors import EdgemoeError
 from edgemoe.interruption import interruptible
 from edgemoe_runtime.errors import EdgemoeRuntimeError
@@ -51,6 +52,9 @@ class FailureReportingGroup(click.Group):
         except MemoryError as error:
             _fail(ctx, "out of memory. Free some, or choose a smaller model.", error)
         except Exception as error:
+            full = describe_full(error)
+            if full is not None:
+                _fail(ctx, f"a file could not be written: {full}. Free space.", error)
             # A defect of ours: still one line, and how to see the rest of it.
             summary = next(iter(str(error).splitlines()), "")
             _fail(
