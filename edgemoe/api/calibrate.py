@@ -37,6 +37,7 @@ def calibrate(
     ray: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    texts: bool = True,
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Statistics:
@@ -62,6 +63,9 @@ def calibrate(
         threads: CPU threads of each process, in [1, inf); None leaves what they are. The last
             bits of the sums depend on it.
         device: Where layers compute: `cpu`, `cuda`, `cuda:N` or `auto`.
+        texts: Keep the tokens that were read, four bytes each: methods that run layers (moe-i2,
+            naee, ream, camera, heapr, svd-whitened) read them again. Whoever has the file can
+            read the text then; it is made readable for its owner only.
         force: Whether `output`, and unfinished work of another call, may be replaced.
         on_progress: Called with each `edgemoe.progress.ProgressEvent`; None draws a bar
             where stderr is a terminal.
@@ -69,7 +73,7 @@ def calibrate(
     Returns:
         For each task and MoE layer float64 sums over its tokens: [experts] how often an expert
         is chosen, its router weights and output norms; [experts, experts] products of router
-        logits and how often two are chosen together. And a sample of the tokens.
+        logits and how often two are chosen together. And, with `texts`, the tokens.
 
     Raises:
         ArgumentError: `shard` is given together with `workers` or `ray`, `ray` without
@@ -121,6 +125,7 @@ def calibrate(
             shard=shard,
             threads=threads,
             device=device,
+            texts=texts,
             force=force,
         )
 
@@ -145,6 +150,7 @@ def _measure(
     shard: tuple[int, int],
     threads: int | None,
     device: str,
+    texts: bool,
     force: bool,
 ) -> Statistics:
     """Measure layer by layer, or whole where that cannot be done, and write the file."""
@@ -165,6 +171,7 @@ def _measure(
                 max_tokens=max_tokens,
                 device=device,
                 threads=threads,
+                texts=texts,
                 force=force,
             )
         return calibrate_streamed(
@@ -174,6 +181,7 @@ def _measure(
             max_tokens=max_tokens,
             shard=shard,
             device=device_here(device),
+            texts=texts,
             force=force,
         )
     except StreamingError as error:
@@ -183,5 +191,7 @@ def _measure(
     statistics = collect(
         whole, tasks, load_tokenizer(model), max_tokens=max_tokens, shard=shard
     )
+    if not texts:
+        statistics = statistics.without_tokens()
     statistics.save(output, force=force)
     return statistics

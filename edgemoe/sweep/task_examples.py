@@ -119,13 +119,14 @@ def check_judging(
 
 
 def write_lines(task: TaskFile, path: Path) -> None:
-    """Write a task's lines as a task file.
+    """Write a task's lines as a task file, readable for its owner alone.
 
     Args:
         task: The task.
         path: The file, which is replaced.
     """
     rows = [json.dumps(_to_row(record), ensure_ascii=False) for record in task.records]
+    path.touch(mode=0o600)
     path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 
