@@ -284,8 +284,8 @@ class Outcome:
                     else "add lines"
                 )
                 notes.append(
-                    f"{name} is judged by {score.n} lines: with fewer than {MINIMUM_LINES}, 95% "
-                    f"intervals are rough; {remedy}."
+                    f"{name} is judged by {score.n} lines: with fewer than {MINIMUM_LINES}, "
+                    f"95% intervals are rough; {remedy}."
                 )
             weak = find_weaknesses(score, self.vocabulary)
             if weak:

@@ -10,9 +10,9 @@ from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.shards import calibrate_in_shards
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import StreamingError, SweepError
-from edgemoe.models.checkpoint import Checkpoint, load_model
 from edgemoe.evaluate.contamination import examples_seen
 from edgemoe.evaluate.gate import ACCEPT_WEAK, find_weaknesses
+from edgemoe.models.checkpoint import Checkpoint, load_model
 from edgemoe.parallel.agreement import threads_of
 from edgemoe.parallel.opening import open_workers
 from edgemoe.parallel.workers import Processes, RayCluster

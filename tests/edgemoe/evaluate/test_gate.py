@@ -1,4 +1,4 @@
-"""The rule of `--max-drop`: the upper end of a paired interval, from evidence that is enough."""
+"""The rule of `--max-drop`: the upper end of a paired interval, from enough evidence."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_a_point_within_the_limit_is_not_enough() -> None:
     losses = draw.uniform(20, 30, size=40)
     after = losses + draw.normal(0.4, 2.0, size=40)
     judged = judge_drop(of_losses(losses), of_losses(after), VOCABULARY)
-    assert 0 < judged.drop.value < 0.08 < judged.drop.ci95[1]
-    assert not judged.holds(0.08)
+    assert 0 < judged.drop.value < 0.15 < judged.drop.ci95[1]
+    assert not judged.holds(0.15)
     assert judged.weak == ()
     assert "40 held-out lines, chance 500" in str(judged)
 

@@ -80,7 +80,7 @@ def test_short_files_are_refused(tmp_path: Path) -> None:
     words.pre_tokenizer = Whitespace()
     lines = load_lines({"t": texts(tmp_path / "t", range(8))}, {})
     check_judging(lines, words, max_length=64, max_tokens=4, accept_few=True)
-    with pytest.raises(TaskFileError, match="fewer than 20.*--accept-weak-evidence"):
+    with pytest.raises(TaskFileError, match=r"fewer than 20.*--accept-weak-evidence"):
         check_judging(lines, words, max_length=64, max_tokens=4)
     with pytest.raises(TaskFileError, match=r"2 lines or more.*got 1 in 3 tokens"):
         check_judging(lines, words, max_length=64, max_tokens=3, accept_few=True)
