@@ -33,6 +33,8 @@ def sweep(
     layers: Sequence[str] = ("uniform",),
     seeds: Sequence[int] = (0,),
     max_drop: float = 0.02,
+    accept_weak_evidence: bool = False,
+    accept_large_drop: bool = False,
     calibration_tokens: int = 16384,
     held_out_tokens: int = 8192,
     workers: int | None = None,
@@ -66,8 +68,12 @@ def sweep(
             token uses are left out.
         layers: `uniform`, `owl` or both, as in `edgemoe.prune`.
         seeds: Seeds of the methods that draw, each in [0, inf).
-        max_drop: Largest drop at the threshold, in [0, inf): 0.05 is 5% of perplexity or 5
-            points of accuracy.
+        max_drop: Largest drop at the threshold: 0.05 is 5% of perplexity or 5 points of
+            accuracy; the upper end of the drop's 95% interval may be so much. In [0, 1]; for
+            perplexity in [0, inf) with `accept_large_drop`.
+        accept_weak_evidence: Whether fewer than 20 lines may judge, and a model be swept that
+            is not better than chance on a task; the report says so.
+        accept_large_drop: Whether `max_drop` may let a perplexity more than double.
         calibration_tokens: Tokens of each task to choose experts by, in [1, inf).
         held_out_tokens: Tokens of each task to judge by, in [2, inf).
         workers: Run so many jobs at once, in [1, inf), on processes of this machine or on the
@@ -125,6 +131,8 @@ def sweep(
             keeps=[float(keep) for keep in keeps],
             seeds=seeds,
             max_drop=float(max_drop),
+            accept_weak_evidence=accept_weak_evidence,
+            accept_large_drop=accept_large_drop,
             calibration_tokens=calibration_tokens,
             held_out_tokens=held_out_tokens,
             threads=threads,

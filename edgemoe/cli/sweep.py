@@ -131,7 +131,19 @@ def parse_seeds(ctx: click.Context, option: click.Parameter, value: str) -> tupl
     "--max-drop",
     type=float,
     metavar="D",
-    help="Largest drop at the threshold: 0.05 is 5% of perplexity or 5 points of accuracy.",
+    help="Largest drop at the threshold, by the upper end of its 95% interval: 0.05 is 5% of "
+    "perplexity or 5 points of accuracy.",
+)
+@option(
+    "--accept-weak-evidence",
+    is_flag=True,
+    help="Name a threshold although fewer than 20 lines judge, or the model is not better than "
+    "chance; the report says so.",
+)
+@option(
+    "--accept-large-drop",
+    is_flag=True,
+    help="Take a --max-drop above 1 for perplexity: 2 is three times the perplexity.",
 )
 @option(
     "--calibration-tokens",

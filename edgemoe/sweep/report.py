@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgemoe.evaluate.gate import find_weaknesses
 from edgemoe.prune.registry import fill_options, find_method
 from edgemoe.recover.registry import find_method as find_recovery
 from edgemoe.sweep.outcome import PLANS
@@ -80,6 +81,7 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         "family": statistics.shape.family,
         "experts_per_layer": list(statistics.shape.experts_per_layer),
         "max_drop": request.max_drop,
+        "accept_weak_evidence": request.accept_weak_evidence,
         "calibration_tokens": request.calibration_tokens,
         "held_out_tokens": request.held_out_tokens,
         "seeds": list(request.seeds),
@@ -107,6 +109,10 @@ def describe(outcome: Outcome) -> dict[str, Any]:
                 "held_out_lines_left_out": task.left_out,
                 "judged_lines": outcome.unpruned.scores[name].n,
                 "judged_tokens": outcome.unpruned.scores[name].tokens,
+                "chance": outcome.chance(name),
+                "weak_evidence": list(
+                    find_weaknesses(outcome.unpruned.scores[name], outcome.vocabulary)
+                ),
                 "details": outcome.unpruned.scores[name].details,
             }
             for name, task in outcome.lines.items()
