@@ -85,15 +85,18 @@ class _Remarks(logging.Handler):
 
 @contextlib.contextmanager
 def _remarks_on_stderr() -> Iterator[None]:
-    logger, handler = logging.getLogger("edgemoe.api"), _Remarks()
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    handler = _Remarks()
+    loggers = [logging.getLogger(name) for name in ("edgemoe.api", "edgemoe.models")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.setLevel(before)
-        logger.removeHandler(handler)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+            logger.removeHandler(handler)
 
 
 def _silence_libraries() -> None:
