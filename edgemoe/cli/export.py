@@ -17,6 +17,7 @@ from edgemoe.cli.options import (
     report,
     reporting,
 )
+from edgemoe.tasks import split_task_arguments
 from edgemoe_runtime.bundle.names import PRECISIONS, TARGETS
 
 if TYPE_CHECKING:
@@ -151,8 +152,8 @@ def export(
         output=output,
         target=target,
         precision=precision,
-        tasks=_named_paths(tasks),
-        plans=_named_paths(plans),
+        tasks=split_task_arguments(tasks),
+        plans=split_task_arguments(plans, of="plan"),
         keep=keep,
         max_drop=max_drop,
         force=force,
@@ -166,19 +167,6 @@ def export(
     )
     exported = export_bundle(request, on_stage=_show_stage)
     report(exported.to_json(), _text(exported), as_json=as_json)
-
-
-def _named_paths(arguments: tuple[str, ...]) -> dict[str, Path]:
-    from edgemoe.errors import ExportError
-    from edgemoe.tasks import split_task_argument
-
-    named: dict[str, Path] = {}
-    for argument in arguments:
-        name, path = split_task_argument(argument)
-        if name in named:
-            raise ExportError(f"a task must be named once, got {name!r} twice. Rename one.")
-        named[name] = path
-    return named
 
 
 def _show_stage(stage: str) -> None:

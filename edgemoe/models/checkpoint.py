@@ -33,6 +33,7 @@ from edgemoe.models.ragged import make_ragged_class, read_ragged_note, resize_la
 from edgemoe.models.registry import find_family
 from edgemoe.models.safety import check_directory, check_weights, read_json_object
 from edgemoe.models.transformers_internals import read_special_floats
+from edgemoe_runtime.input_files import read_file, require_regular
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,7 +100,7 @@ class Checkpoint:
         """
         if name not in self._contents:
             file = self.path / name
-            self._contents[name] = file.read_bytes() if file.exists() else None
+            self._contents[name] = _read_small(file) if file.exists() else None
         return self._contents[name]
 
     @cached_property
@@ -295,6 +296,15 @@ def load_tokenizer(path: Path | Checkpoint) -> Tokenizer:
     return Checkpoint.open(path).tokenizer
 
 
+def _read_small(file: Path) -> bytes:
+    try:
+        return read_file(file)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} must be readable, got: {error.strerror}. Copy the checkpoint again."
+        ) from error
+
+
 def _configuration(content: Mapping[str, Any]) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING
 
@@ -317,6 +327,7 @@ def _open_tokenizer(path: Path) -> Tokenizer:
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
     try:
+        require_regular(file)
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises Exception itself
         raise CheckpointError(

@@ -76,7 +76,7 @@ def run_sweep(request: SweepRequest, executor: ExecutorConfig) -> Outcome:
     refuse_changes(structure)
     shape = structure.shape
     candidates, impossible = list_candidates(request, shape)
-    lines = load_lines(request.tasks, request.held_out)
+    lines = load_lines(request.tasks, request.held_out, request.model)
     check_judging(
         lines,
         checkpoint.tokenizer,

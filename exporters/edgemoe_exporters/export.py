@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgemoe.api.extras import needs
 from edgemoe.api.running import running
+from edgemoe_exporters.request_inputs import check_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +47,8 @@ def export_bundle(
         OutputError: The output exists and `force` is false, or the disk refuses. After every
             error the output is as it was before.
     """
+    needs("export", "ort")
+    check_request(request)
     with running("export", "ort", on_progress=on_progress):
         # Imported here: the name of this function costs no torch.
         from edgemoe_exporters.pipeline import run_export

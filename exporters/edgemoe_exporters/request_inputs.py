@@ -1,0 +1,31 @@
+"""The inputs of an export, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgemoe.api.arguments import load_plan, read_tasks
+from edgemoe.api.checks import check_checkpoint, check_output
+
+if TYPE_CHECKING:
+    from edgemoe_exporters.request import ExportRequest
+
+
+def check_request(request: ExportRequest) -> None:
+    """Refuse what is wrong with a request's options and files, in a fraction of a second.
+
+    Args:
+        request: The request.
+
+    Raises:
+        EdgemoeError: An option breaks a rule, an output cannot be written, or a file is
+            missing, of another kind, or malformed; the pipeline would find it later.
+    """
+    request.check()
+    inputs = (request.model, *request.tasks.values(), *request.plans.values())
+    check_output(request.output, *inputs, force=request.force, directory=True)
+    check_checkpoint(request.model)
+    if request.tasks:
+        read_tasks(request.tasks, request.model)
+    for path in request.plans.values():
+        load_plan(path)
