@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -17,6 +16,7 @@ from edgemoe.cli.options import (
     report,
     reporting,
 )
+from edgemoe.progress_lines import StageLines
 from edgemoe.tasks import split_task_arguments
 from edgemoe_runtime.bundle.names import PRECISIONS, TARGETS
 
@@ -146,6 +146,7 @@ def export(
     needs("export", "ort")
     from edgemoe_exporters.export import export_bundle
     from edgemoe_exporters.request import ExportRequest
+    from edgemoe_exporters.request_inputs import count_stages
 
     request = ExportRequest(
         model=model,
@@ -165,13 +166,10 @@ def export(
         static_shapes=static_shapes,
         memory_limit_bytes=None if memory_limit is None else int(memory_limit * 1e9),
     )
-    exported = export_bundle(request, on_stage=_show_stage)
+    stages = StageLines(count_stages(request))
+    exported = export_bundle(request, on_stage=stages.begin)
+    stages.finish()
     report(exported.to_json(), _text(exported), as_json=as_json)
-
-
-def _show_stage(stage: str) -> None:
-    if sys.stderr.isatty():
-        click.echo(f"{stage} ...", err=True)
 
 
 def _text(exported: ExportReport) -> str:

@@ -13,6 +13,7 @@ import click
 from edgemoe.cli.options import debugging
 from edgemoe.errors import EdgemoeError
 from edgemoe.interruption import interruptible
+from edgemoe.progress import in_lines
 from edgemoe_runtime.errors import EdgemoeRuntimeError
 from edgemoe_runtime.messages import printable
 
@@ -43,7 +44,7 @@ class FailureReportingGroup(click.Group):
         """Run the command and report its failure."""
         _silence_libraries()
         try:
-            with interruptible(), _remarks_on_stderr():
+            with interruptible(), _remarks_on_stderr(), in_lines():
                 return super().invoke(ctx)
         except click.exceptions.Exit:
             raise

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.factored_experts import Ranks
+    from edgemoe.models.shapes import Ranks
 
 # What belongs to a checkpoint besides configuration and weights, where the source has it.
 _COMPANIONS = (

@@ -29,3 +29,20 @@ def check_request(request: ExportRequest) -> None:
         read_tasks(request.tasks, request.model)
     for path in request.plans.values():
         load_plan(path)
+
+
+def count_stages(request: ExportRequest) -> int:
+    """Count the stages of an export, for those who show how far it is.
+
+    Args:
+        request: The request.
+
+    Returns:
+        Stages at most: what turns out not to be needed is left out.
+    """
+    graphs, scored = len(request.names), len(request.tasks)
+    chosen = len(request.pruned_here) if request.keep_or_default < 1 else 0
+    ladders = scored * request.ladder
+    timed = ladders * (request.target == "cpu")
+    # open, trace, write and verify; each graph is made and compared, each task scored twice
+    return 4 + chosen + 2 * graphs + 2 * scored + ladders + timed
