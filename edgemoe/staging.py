@@ -21,6 +21,7 @@ from edgemoe.disk import describe_full
 from edgemoe.errors import EdgemoeError, OutputError
 from edgemoe.interruption import end_if_asked
 from edgemoe.output_lock import WORK_SUFFIX, announce_finished, claimed
+from edgemoe_runtime.messages import clip, escape_controls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -77,9 +78,10 @@ def refuse_missing_parent(target: Path) -> None:
     """
     parent = target.absolute().parent
     if not parent.exists():
+        shown = clip(shlex.quote(escape_controls(str(target.parent))))
         raise OutputError(
-            f"output must be in a folder that exists, got {target}. Make the folder first "
-            f"(mkdir -p {shlex.quote(str(target.parent))})."
+            f"the output's folder must exist, got {shown}, which does not. Make it first: "
+            f"mkdir -p {shown}"
         )
 
 

@@ -8,7 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from edgemoe.api.arguments import as_path, check_at_least_one, read_tasks
+from edgemoe.api.arguments import as_path, check_at_least_one, read_tasks, task_paths
+from edgemoe.api.checks import check_checkpoint, check_output
+from edgemoe.api.extras import needs
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
 from edgemoe.errors import ArgumentError
@@ -96,19 +98,21 @@ def calibrate(
         raise ArgumentError("--shard cannot be used with --workers or --ray.")
     if ray is not None and output is None:
         raise ArgumentError("--ray needs an output, which is where workers leave their shards.")
-    check_at_least_one(max_tokens=max_tokens, workers=workers)
+    check_at_least_one(max_tokens=max_tokens, workers=workers, threads=threads)
     path, target = Path(model), as_path(output)
     extras = ("export", *extras_of(ray))
+    needs(*extras)
+    inputs = (path, *task_paths(tasks).values())
+    check_output(target, *inputs, force=force, directory=False)
+    check_checkpoint(path)
+    loaded = read_tasks(tasks, path)
     with (
         running(*extras, threads=threads, on_progress=on_progress),
         _file(target) as file,
         reserved(file, force=force, directory=False, resumes=True),
     ):
         from edgemoe.models.device import device_here
-        from edgemoe.staging import refuse_inputs_inside
 
-        loaded = read_tasks(tasks)
-        refuse_inputs_inside(file, path, *(task.path for task in loaded))
         executor = None
         if spread:
             if ray is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.api.arguments import as_path
+from edgemoe.api.checks import check_output
 from edgemoe.api.running import running
 from edgemoe.errors import ArgumentError
 from edgemoe.staging import reserved
@@ -50,7 +51,11 @@ def merge_statistics(
         >>> whole = merge_statistics(halves)
     """
     target = as_path(output)
-    with running("export"), reserved(target, force=force, directory=False):
+    check_output(target, force=force, directory=False)
+    with (
+        running("export"),
+        reserved(target, force=force, directory=False),
+    ):
         from edgemoe.calibrate.statistics import Statistics, merge
 
         if not statistics:

@@ -24,11 +24,11 @@ from edgemoe.decompose.registry import find_method
 from edgemoe.disk import require_space
 from edgemoe.layerwise.finished_layers import read_state
 from edgemoe.models.checkpoint import Checkpoint
-from edgemoe.models.factored_experts import Ranks
 from edgemoe.models.factored_layer import empty_factors
 from edgemoe.models.k_policy import save_k_policy
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.saving import float32_names, save_settings
+from edgemoe.models.shapes import Ranks
 from edgemoe.models.shards import (
     DEFAULT_SHARD_BYTES,
     PlannedTensor,

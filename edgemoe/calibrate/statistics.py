@@ -32,9 +32,11 @@ from edgemoe.calibrate.sample import TokenSample
 from edgemoe.calibrate.sums import LayerSums, array_types
 from edgemoe.calibrate.task_statistics import Source, TaskStatistics, refuse_overlap
 from edgemoe.errors import StatisticsError
+from edgemoe.file_kinds import describe_mistake, identify
 from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.staging import staged_file
 from edgemoe.versions import __version__
+from edgemoe_runtime.input_files import parse_strict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -142,6 +144,11 @@ class Statistics:
         from safetensors.numpy import load_file
 
         path = Path(path)
+        if identify(path).name != "statistics":
+            raise StatisticsError(
+                "statistics must be a file that `edgemoe calibrate` wrote, got "
+                f"{describe_mistake(path)}. Pass the file that calibrate's -o named."
+            )
         try:
             header = _read_header(path)
             tensors = load_file(path)
@@ -218,12 +225,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
-    if _METADATA_KEY not in metadata:
-        raise StatisticsError(
-            f"{path} must be a file that `edgemoe calibrate` wrote, got some other safetensors "
-            "file. Pass the file that calibrate's -o named."
-        )
-    header = json.loads(metadata[_METADATA_KEY])
+    header = parse_strict(metadata[_METADATA_KEY])
     if (header["format"], header["version"]) != (FORMAT, VERSION):
         raise StatisticsError(
             f"{path} must be {FORMAT} version {VERSION}, got {header['format']} version "

@@ -38,6 +38,7 @@ from edgemoe.models.remarks import remark_once, remarks
 from edgemoe.models.safety import check_directory, check_weights, read_json_object
 from edgemoe.models.stored_tensors import read_stored_tensors
 from edgemoe.models.streaming import Skeleton
+from edgemoe_runtime.input_files import read_file, require_regular
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -103,7 +104,7 @@ class Checkpoint:
         """
         if name not in self._contents:
             file = self.path / name
-            self._contents[name] = file.read_bytes() if file.exists() else None
+            self._contents[name] = _read_small(file) if file.exists() else None
         return self._contents[name]
 
     @cached_property
@@ -341,6 +342,15 @@ def load_tokenizer(path: Path | Checkpoint) -> Tokenizer:
     return Checkpoint.open(path).tokenizer
 
 
+def _read_small(file: Path) -> bytes:
+    try:
+        return read_file(file)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} must be readable, got: {error.strerror}. Copy the checkpoint again."
+        ) from error
+
+
 def _open_tokenizer(path: Path) -> Tokenizer:
     from tokenizers import Tokenizer
 
@@ -352,6 +362,7 @@ def _open_tokenizer(path: Path) -> Tokenizer:
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
     try:
+        require_regular(file)
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises Exception itself
         raise CheckpointError(

@@ -75,7 +75,7 @@ def run_sweep(request: SweepRequest, executor: ExecutorConfig) -> Outcome:
     request.check()
     checkpoint = Checkpoint(request.model)
     seen = examples_seen(request.model, "", checkpoint.read)
-    lines = load_lines(request.tasks, request.held_out, seen)
+    lines = load_lines(request.tasks, request.held_out, seen, request.model)
     request.check_limit(*(task.held_out.kind for task in lines.values()))
     structure = checkpoint.structure
     refuse_changes(structure)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgemoe.api.extras import needs
 from edgemoe.api.running import running
 from edgemoe.staging import reserved
+from edgemoe_exporters.request_inputs import check_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +48,8 @@ def export_bundle(
         OutputError: The output exists and `force` is false, or the disk refuses. After every
             error the output is as it was before.
     """
+    needs("export", "ort")
+    check_request(request)
     output, force = request.output, request.force
     with (
         running("export", "ort", on_progress=on_progress),

@@ -69,7 +69,7 @@ def test_one_thread_may_hold_it_again(tmp_path: Path) -> None:
 
 def test_a_folder_that_does_not_exist_is_not_made(tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputError, match=r"folder that exists.*mkdir -p '.*/a b/c'"),
+        pytest.raises(OutputError, match=r"folder must exist.*mkdir -p '.*/a b/c'"),
         reserved(tmp_path / "a b" / "c" / "out", force=False, directory=True),
     ):
         raise AssertionError

@@ -16,6 +16,7 @@ from edgemoe.resume import ResumableInterrupt, partial_path, publish, resumable,
 from edgemoe.staging import staged_file
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 KEY = {"command": "test", "options": [1, 2]}
@@ -146,7 +147,7 @@ def test_a_run_that_was_killed_after_its_last_rename_is_finished_by_the_same(
 ) -> None:
     target = tmp_path / "out"
 
-    def finish(content: str, key: dict[str, object] = KEY, *, kill: bool = False) -> None:
+    def finish(content: str, key: Mapping[str, object] = KEY, *, kill: bool = False) -> None:
         with resumable(target, key, "step") as work:
             work.write("step", {})
             if directory:
