@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from edgemoe.layerwise.returned import Sharing, map_tensors
 from edgemoe.models.stored_tensors import read_stored_tensors
+from edgemoe_runtime.input_files import parse_strict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,7 +142,7 @@ def _plain(structure: Any) -> Any:
 
 def _read_structures(file: Path) -> list[Any]:
     with safe_open(file, framework="numpy") as opened:
-        structures: list[Any] = json.loads(opened.metadata()[_METADATA_KEY])
+        structures: list[Any] = parse_strict(opened.metadata()[_METADATA_KEY])
     return structures
 
 
