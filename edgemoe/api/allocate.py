@@ -21,6 +21,7 @@ from edgemoe.api.checks import check_checkpoint, check_output
 from edgemoe.api.extras import needs
 from edgemoe.api.method_names import POLICIES, check_name
 from edgemoe.api.running import running
+from edgemoe.staging import reserved
 from edgemoe.tasks import TaskFile
 
 if TYPE_CHECKING:
@@ -126,7 +127,10 @@ def allocate(
     check_checkpoint(path)
     loaded = read_task(task, path)
     start = None if plan is None else replace(load_plan(plan), k_policy=None)
-    with running("export", threads=threads, on_progress=on_progress):
+    with (
+        running("export", threads=threads, on_progress=on_progress),
+        reserved(target, force=force, directory=False, resumes=True),
+    ):
         from edgemoe.allocate.registry import find_policy, read_options
         from edgemoe.models.checkpoint import Checkpoint
 

@@ -12,6 +12,7 @@ from edgemoe.api.checks import check_checkpoint, check_output
 from edgemoe.api.extras import needs
 from edgemoe.api.running import running
 from edgemoe.errors import ArgumentError
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from edgemoe.api.arguments import StrPath
@@ -106,19 +107,21 @@ def apply_plan(
     """
     if not max_shard_gb > 0:
         raise ArgumentError(f"max_shard_gb must be in (0, inf), got {max_shard_gb}.")
-    path = Path(model)
+    path, target = Path(model), as_path(output)
     needs("export")
-    check_output(as_path(output), path, *files_of(plan), force=force, directory=True)
+    check_output(target, path, *files_of(plan), force=force, directory=True)
     check_checkpoint(path)
     decision = load_plan(plan)
-    with running("export", on_progress=on_progress):
+    with (
+        running("export", on_progress=on_progress),
+        reserved(target, force=force, directory=True, resumes=True),
+    ):
         from edgemoe.apply.in_memory import apply_plan as apply_in_memory
         from edgemoe.models import load_model
         from edgemoe.models.checkpoint import Checkpoint
 
-        if output is None:
+        if target is None:
             return apply_in_memory(load_model(path), decision)
-        target = Path(output)
         checkpoint = Checkpoint(path)
         shape = checkpoint.shape
         check_plan(decision, checkpoint)

@@ -14,6 +14,7 @@ from edgemoe.api.extras import needs
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
 from edgemoe.errors import ArgumentError
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ def calibrate(
     ray: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    texts: bool = True,
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Statistics:
@@ -63,6 +65,9 @@ def calibrate(
         threads: CPU threads of each process, in [1, inf); None leaves what they are. The last
             bits of the sums depend on it.
         device: Where layers compute: `cpu`, `cuda`, `cuda:N` or `auto`.
+        texts: Keep the tokens that were read, four bytes each: methods that run layers (moe-i2,
+            naee, ream, camera, heapr, svd-whitened) read them again. Whoever has the file can
+            read the text then; it is made readable for its owner only.
         force: Whether `output`, and unfinished work of another call, may be replaced.
         on_progress: Called with each `edgemoe.progress.ProgressEvent`; None draws a bar
             where stderr is a terminal.
@@ -70,7 +75,7 @@ def calibrate(
     Returns:
         For each task and MoE layer float64 sums over its tokens: [experts] how often an expert
         is chosen, its router weights and output norms; [experts, experts] products of router
-        logits and how often two are chosen together. And a sample of the tokens.
+        logits and how often two are chosen together. And, with `texts`, the tokens.
 
     Raises:
         ArgumentError: `shard` is given together with `workers` or `ray`, `ray` without
@@ -101,7 +106,11 @@ def calibrate(
     check_output(target, *inputs, force=force, directory=False)
     check_checkpoint(path)
     loaded = read_tasks(tasks, path)
-    with running(*extras, threads=threads, on_progress=on_progress), _file(target) as file:
+    with (
+        running(*extras, threads=threads, on_progress=on_progress),
+        _file(target) as file,
+        reserved(file, force=force, directory=False, resumes=True),
+    ):
         from edgemoe.models.device import device_here
 
         executor = None
@@ -120,6 +129,7 @@ def calibrate(
             shard=shard,
             threads=threads,
             device=device,
+            texts=texts,
             force=force,
         )
 
@@ -144,6 +154,7 @@ def _measure(
     shard: tuple[int, int],
     threads: int | None,
     device: str,
+    texts: bool,
     force: bool,
 ) -> Statistics:
     """Measure layer by layer, or whole where that cannot be done, and write the file."""
@@ -164,6 +175,7 @@ def _measure(
                 max_tokens=max_tokens,
                 device=device,
                 threads=threads,
+                texts=texts,
                 force=force,
             )
         return calibrate_streamed(
@@ -173,6 +185,7 @@ def _measure(
             max_tokens=max_tokens,
             shard=shard,
             device=device_here(device),
+            texts=texts,
             force=force,
         )
     except StreamingError as error:
@@ -182,5 +195,7 @@ def _measure(
     statistics = collect(
         whole, tasks, load_tokenizer(model), max_tokens=max_tokens, shard=shard
     )
+    if not texts:
+        statistics = statistics.without_tokens()
     statistics.save(output, force=force)
     return statistics

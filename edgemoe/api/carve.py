@@ -13,6 +13,7 @@ from edgemoe.api.running import running
 from edgemoe.chat_tasks import load_task
 from edgemoe.errors import ArgumentError, CarveError
 from edgemoe.file_kinds import describe_mistake, identify
+from edgemoe.staging import reserved
 from edgemoe.token_check import check_texts, check_tokens
 from edgemoe_runtime.input_files import read_file
 from edgemoe_runtime.messages import quote
@@ -88,7 +89,10 @@ def carve(
     if identify(source).name != "gguf":
         check_checkpoint(source)
     texts = [] if learned is not None else _read_texts(data, source)
-    with running("export", on_progress=on_progress):
+    with (
+        running("export", on_progress=on_progress),
+        reserved(target, force=force, directory=True),
+    ):
         from edgemoe.carve.carve import CarveOptions, carve_checkpoint, rebuild_checkpoint
 
         if learned is not None:

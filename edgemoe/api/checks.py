@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgemoe.errors import CheckpointError, EdgemoeError, OutputError, PlanError
+from edgemoe.errors import CheckpointError, EdgemoeError, PlanError
 from edgemoe.file_kinds import describe_mistake, identify
-from edgemoe.resume import partial_path
-from edgemoe.staging import refuse_existing, refuse_inputs_inside
-from edgemoe_runtime.messages import clip, escape_controls
+from edgemoe.staging import refuse_existing, refuse_inputs_inside, refuse_missing_parent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,17 +69,10 @@ def check_output(output: Path | None, *inputs: Path, force: bool, directory: boo
     """
     if output is None:
         return
-    if not partial_path(output).exists():
-        # Who goes on with interrupted work may find more than is allowed at the beginning.
-        refuse_existing(output, force=force, directory=directory)
+    # Who goes on with interrupted work may find more than is allowed at the beginning.
+    refuse_existing(output, force=force, directory=directory, resumes=True)
     refuse_inputs_inside(output, *inputs)
-    parent = output.absolute().parent
-    if not parent.exists():
-        shown = clip(escape_controls(str(output.parent)))
-        raise OutputError(
-            f"the output's folder must exist, got {shown}, which does not. Make it first: "
-            f"mkdir -p {shown}"
-        )
+    refuse_missing_parent(output)
 
 
 def check_fraction(

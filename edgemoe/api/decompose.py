@@ -17,6 +17,7 @@ from edgemoe.api.checks import check_checkpoint, check_fraction, check_output
 from edgemoe.api.extras import needs
 from edgemoe.api.method_names import DECOMPOSITION, check_name
 from edgemoe.api.running import running
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from edgemoe.api.arguments import Options, StrPath
@@ -94,7 +95,10 @@ def decompose(
     measured = read_statistics(statistics)
     measured.task(task)
     given = None if plan is None else load_plan(plan)
-    with running("export", on_progress=on_progress):
+    with (
+        running("export", on_progress=on_progress),
+        reserved(target, force=force, directory=False),
+    ):
         from edgemoe.apply.checks import refuse_changes
         from edgemoe.apply.expert_tensors import planned_tensors
         from edgemoe.decompose.decision import add_ranks, read_options

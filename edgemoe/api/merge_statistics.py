@@ -9,6 +9,7 @@ from edgemoe.api.arguments import as_path
 from edgemoe.api.checks import check_output
 from edgemoe.api.running import running
 from edgemoe.errors import ArgumentError
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +52,10 @@ def merge_statistics(
     """
     target = as_path(output)
     check_output(target, force=force, directory=False)
-    with running("export"):
+    with (
+        running("export"),
+        reserved(target, force=force, directory=False),
+    ):
         from edgemoe.calibrate.statistics import Statistics, merge
 
         if not statistics:

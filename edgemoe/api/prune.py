@@ -20,6 +20,7 @@ from edgemoe.api.method_names import PRUNING, check_name
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
 from edgemoe.errors import ArgumentError
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -123,7 +124,10 @@ def prune(
     measured = read_statistics(statistics)
     for name in [task] if isinstance(task, str) else task:
         measured.task(name)
-    with running(*extras, threads=threads, on_progress=on_progress):
+    with (
+        running(*extras, threads=threads, on_progress=on_progress),
+        reserved(target, force=force, directory=False),
+    ):
         from edgemoe.apply.checks import refuse_changes
         from edgemoe.models.checkpoint import Checkpoint
         from edgemoe.oracle.oracle import LayerOracle

@@ -18,6 +18,7 @@ from edgemoe.api.extras import needs
 from edgemoe.api.method_names import RECOVERY, check_name
 from edgemoe.api.running import running
 from edgemoe.recover.options import RecoverOptions
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from edgemoe.api.arguments import StrPath, Tasks
@@ -135,7 +136,10 @@ def recover(
     for checkpoint in files_of(path, teacher):
         check_checkpoint(checkpoint)
     loaded = read_tasks(tasks, path)
-    with running("export", threads=threads, on_progress=on_progress):
+    with (
+        running("export", threads=threads, on_progress=on_progress),
+        reserved(target, force=force, directory=True, resumes=True),
+    ):
         from edgemoe.models.device import device_here
         from edgemoe.recover.recovery import recover_checkpoint
 

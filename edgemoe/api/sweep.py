@@ -13,6 +13,7 @@ from edgemoe.api.method_names import PRUNING, RECOVERY, check_name
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
 from edgemoe.errors import SweepError
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +37,8 @@ def sweep(
     layers: Sequence[str] = ("uniform",),
     seeds: Sequence[int] = (0,),
     max_drop: float = 0.02,
+    accept_weak_evidence: bool = False,
+    accept_large_drop: bool = False,
     calibration_tokens: int = 16384,
     held_out_tokens: int = 8192,
     workers: int | None = None,
@@ -69,8 +72,12 @@ def sweep(
             token uses are left out.
         layers: `uniform`, `owl` or both, as in `edgemoe.prune`.
         seeds: Seeds of the methods that draw, each in [0, inf).
-        max_drop: Largest drop at the threshold, in [0, inf): 0.05 is 5% of perplexity or 5
-            points of accuracy.
+        max_drop: Largest drop at the threshold: 0.05 is 5% of perplexity or 5 points of
+            accuracy; the upper end of the drop's 95% interval may be so much. In [0, 1]; for
+            perplexity in [0, inf) with `accept_large_drop`.
+        accept_weak_evidence: Whether fewer than 20 lines may judge, and a model be swept that
+            is not better than chance on a task; the report says so.
+        accept_large_drop: Whether `max_drop` may let a perplexity more than double.
         calibration_tokens: Tokens of each task to choose experts by, in [1, inf).
         held_out_tokens: Tokens of each task to judge by, in [2, inf).
         workers: Run so many jobs at once, in [1, inf), on processes of this machine or on the
@@ -123,7 +130,10 @@ def sweep(
     for some in (tasks, held_out):
         if some:
             read_tasks(some, path)  # read again where they are used: here for what is wrong
-    with running(*extras, on_progress=on_progress):
+    with (
+        running(*extras, on_progress=on_progress),
+        reserved(target, force=force, directory=True, resumes=True),
+    ):
         from edgemoe.sweep.recoveries import read_recoveries
         from edgemoe.sweep.request import SweepRequest, read_methods
         from edgemoe.sweep.sweep import run_sweep
@@ -140,6 +150,8 @@ def sweep(
             keeps=[float(keep) for keep in keeps],
             seeds=seeds,
             max_drop=float(max_drop),
+            accept_weak_evidence=accept_weak_evidence,
+            accept_large_drop=accept_large_drop,
             calibration_tokens=calibration_tokens,
             held_out_tokens=held_out_tokens,
             threads=threads,

@@ -11,7 +11,8 @@ import click
 
 from edgemoe.api.checks import check_bundle
 from edgemoe.cli.context_length import MAX_LENGTH, choose_length
-from edgemoe.cli.options import PATH, command, human_bytes, report, reporting
+from edgemoe.cli.options import PATH, command, report, reporting
+from edgemoe.disk import human_bytes
 from edgemoe.errors import EdgemoeError
 
 if TYPE_CHECKING:

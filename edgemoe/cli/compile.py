@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from edgemoe.api.checks import check_bundle
-from edgemoe.cli.options import PATH, command, human_bytes, report, reporting
+from edgemoe.cli.options import PATH, command, report, reporting
+from edgemoe.disk import human_bytes
 from edgemoe_runtime.bundle.names import TARGETS
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from edgemoe.cli.options import (
     PATH,
     command,
     force_option,
-    human_bytes,
     output_option,
     report,
     reporting,
 )
+from edgemoe.disk import human_bytes
 from edgemoe.progress_lines import StageLines
 from edgemoe.tasks import split_task_arguments
 from edgemoe_runtime.bundle.names import PRECISIONS, TARGETS

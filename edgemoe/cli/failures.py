@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from edgemoe.cli.options import debugging
+from edgemoe.disk import describe_full
 from edgemoe.errors import EdgemoeError
 from edgemoe.interruption import interruptible
 from edgemoe.progress import in_lines
@@ -64,6 +65,9 @@ class FailureReportingGroup(click.Group):
         except MemoryError as error:
             _fail(ctx, "out of memory. Free some, or choose a smaller model.", error)
         except Exception as error:
+            full = describe_full(error)
+            if full is not None:
+                _fail(ctx, f"a file could not be written: {full}. Free space.", error)
             # A defect of ours: still one line, and how to see the rest of it.
             summary = next(iter(str(error).splitlines()), "")
             _fail(
@@ -94,15 +98,18 @@ class _Remarks(logging.Handler):
 
 @contextlib.contextmanager
 def _remarks_on_stderr() -> Iterator[None]:
-    logger, handler = logging.getLogger("edgemoe.api"), _Remarks()
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    handler = _Remarks()
+    loggers = [logging.getLogger(name) for name in ("edgemoe.api", "edgemoe.models")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.setLevel(before)
-        logger.removeHandler(handler)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+            logger.removeHandler(handler)
 
 
 def _silence_libraries() -> None:

@@ -187,16 +187,6 @@ def report(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
         click.echo(escape_controls(text))
 
 
-def human_bytes(count: int) -> str:
-    """Return a size in powers of ten, such as `93.1 MB`."""
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
-
-
 def span(numbers: Sequence[int]) -> str:
     """Return one number, or the least and the largest, such as `32 to 40`."""
     least, largest = min(numbers), max(numbers)

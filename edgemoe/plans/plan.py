@@ -282,8 +282,13 @@ class Plan:
             ) from error
         return cls.from_json(text, str(path))
 
+    @property
+    def holds_texts(self) -> bool:
+        """Whether it holds tokens of the calibration, for a method that runs layers."""
+        return self.factors is not None and self.factors.sample is not None
+
     def save(self, path: Path, *, force: bool = False) -> None:
-        """Write the plan, whole or not at all.
+        """Write the plan, whole or not at all; for its owner alone where it holds text.
 
         Args:
             path: The file.
@@ -293,6 +298,7 @@ class Plan:
             OutputError: The file exists and `force` is false, or it cannot be written.
         """
         with staged_file(path, force=force) as staged:
+            staged.touch(mode=0o600 if self.holds_texts else 0o666)
             staged.write_text(self.to_json(), encoding="utf-8")
 
 

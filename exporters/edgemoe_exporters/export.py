@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.api.extras import needs
 from edgemoe.api.running import running
+from edgemoe.staging import reserved
 from edgemoe_exporters.request_inputs import check_request
 
 if TYPE_CHECKING:
@@ -49,7 +50,11 @@ def export_bundle(
     """
     needs("export", "ort")
     check_request(request)
-    with running("export", "ort", on_progress=on_progress):
+    output, force = request.output, request.force
+    with (
+        running("export", "ort", on_progress=on_progress),
+        reserved(output, force=force, directory=True, resumes=True),
+    ):
         # Imported here: the name of this function costs no torch.
         from edgemoe_exporters.pipeline import run_export
 

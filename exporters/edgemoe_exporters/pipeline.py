@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from edgemoe.api.arguments import check_plan
 from edgemoe.apply.checks import check_width_pruning, refuse_changes, refuse_k_policy
+from edgemoe.disk import require_space
 from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.memory_budget import default_limit
 from edgemoe.models.opening import open_larger
 from edgemoe.prune.registry import count_for
-from edgemoe.staging import require_space
 from edgemoe_exporters.bundle.end_tokens import NO_END, find_end_tokens
 from edgemoe_exporters.bundle.task_experts import (
     count_least_parameters,

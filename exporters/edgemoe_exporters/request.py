@@ -150,7 +150,7 @@ class ExportRequest:
                     f"{', '.join(unjudged)}. Add --task NAME=FILE.jsonl for it, or leave "
                     "--max-drop out."
                 )
-        refuse_existing(self.output, force=self.force, directory=True)
+        refuse_existing(self.output, force=self.force, directory=True, resumes=True)
         inputs = (self.model, *self.tasks.values(), *self.plans.values())
         refuse_inputs_inside(self.output, *inputs)
         return target, precision

@@ -19,7 +19,7 @@ from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import EdgemoeError, OutputError
 from edgemoe.evaluate.evaluation import Evaluation
 from edgemoe.resume import WorkDirectory, publish, resumable, resume_key
-from edgemoe.staging import recover, staged_directory
+from edgemoe.staging import staged_directory
 from edgemoe_exporters.sources.eager_run import runs_from_bytes, runs_to_bytes
 from edgemoe_exporters.validation.parity import Parity
 from edgemoe_runtime.input_files import parse_strict
@@ -184,7 +184,6 @@ def open_checkpointing(
         with staged_directory(request.output, force=request.force) as staged:
             yield ExportCheckpointing(staged, None)
         return
-    recover(request.output)
     with resumable(request.output, key, f"{_STEPS}/**/*.*", force=request.force) as whole:
         steps = whole.path / _STEPS
         steps.mkdir(exist_ok=True)
