@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.api.arguments import option_texts, task_paths
+from edgemoe.api.arguments import check_at_least_one, option_texts, read_tasks, task_paths
+from edgemoe.api.checks import check_checkpoint, check_fraction, check_output
+from edgemoe.api.extras import needs
+from edgemoe.api.method_names import PRUNING, RECOVERY, check_name
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +36,8 @@ def sweep(
     layers: Sequence[str] = ("uniform",),
     seeds: Sequence[int] = (0,),
     max_drop: float = 0.02,
+    accept_weak_evidence: bool = False,
+    accept_large_drop: bool = False,
     calibration_tokens: int = 16384,
     held_out_tokens: int = 8192,
     workers: int | None = None,
@@ -65,8 +71,12 @@ def sweep(
             token uses are left out.
         layers: `uniform`, `owl` or both, as in `edgemoe.prune`.
         seeds: Seeds of the methods that draw, each in [0, inf).
-        max_drop: Largest drop at the threshold, in [0, inf): 0.05 is 5% of perplexity or 5
-            points of accuracy.
+        max_drop: Largest drop at the threshold: 0.05 is 5% of perplexity or 5 points of
+            accuracy; the upper end of the drop's 95% interval may be so much. In [0, 1]; for
+            perplexity in [0, inf) with `accept_large_drop`.
+        accept_weak_evidence: Whether fewer than 20 lines may judge, and a model be swept that
+            is not better than chance on a task; the report says so.
+        accept_large_drop: Whether `max_drop` may let a perplexity more than double.
         calibration_tokens: Tokens of each task to choose experts by, in [1, inf).
         held_out_tokens: Tokens of each task to judge by, in [2, inf).
         workers: Run so many jobs at once, in [1, inf), on processes of this machine or on the
@@ -102,16 +112,34 @@ def sweep(
         >>> outcome = sweep("moe", {"code": "code.jsonl"}, ["reap"], "report", keeps=[0.5])
         >>> smallest = outcome.thresholds["code"].best
     """
-    with running("export", "sweep", *extras_of(ray), on_progress=on_progress):
-        from edgemoe.api.arguments import check_at_least_one
+    check_at_least_one(workers=workers, threads=threads)
+    path, target, extras = Path(model), Path(output), ("export", "sweep", *extras_of(ray))
+    needs(*extras)
+    for argument in methods:
+        for name in argument.split(","):
+            check_name(name.strip(), PRUNING)
+    given = recoveries if isinstance(recoveries, Mapping) else list(recoveries)
+    for recovery in given:
+        check_name(recovery.partition(":")[0], RECOVERY)
+    for keep in keeps:
+        check_fraction("--keep", "experts", keep)
+    inputs = (path, *task_paths(tasks).values(), *task_paths(held_out).values())
+    check_output(target, *inputs, force=force, directory=True)
+    check_checkpoint(path)
+    for some in (tasks, held_out):
+        if some:
+            read_tasks(some, path)  # read again where they are used: here for what is wrong
+    with (
+        running(*extras, on_progress=on_progress),
+        reserved(target, force=force, directory=True, resumes=True),
+    ):
         from edgemoe.sweep.recoveries import read_recoveries
         from edgemoe.sweep.request import SweepRequest, read_methods
         from edgemoe.sweep.sweep import run_sweep
 
-        check_at_least_one(threads=threads)
         request = SweepRequest(
-            model=Path(model),
-            output=Path(output),
+            model=path,
+            output=target,
             tasks=task_paths(tasks),
             methods=read_methods(methods, _texts(options), layers),
             recoveries=recoveries
@@ -121,6 +149,8 @@ def sweep(
             keeps=[float(keep) for keep in keeps],
             seeds=seeds,
             max_drop=float(max_drop),
+            accept_weak_evidence=accept_weak_evidence,
+            accept_large_drop=accept_large_drop,
             calibration_tokens=calibration_tokens,
             held_out_tokens=held_out_tokens,
             threads=threads,

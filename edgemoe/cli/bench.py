@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgemoe.cli.options import PATH, command, human_bytes, report, reporting
+from edgemoe.api.checks import check_bundle
+from edgemoe.cli.options import PATH, command, report, reporting
+from edgemoe.disk import human_bytes
 
 if TYPE_CHECKING:
     from edgemoe_runtime import Session
@@ -64,6 +66,7 @@ def bench(
 
     Medians of the repetitions, after a warm-up that is not counted.
     """
+    check_bundle(bundle)
     from edgemoe_runtime import Session
 
     with Session.open(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -12,11 +11,13 @@ from edgemoe.cli.options import (
     PATH,
     command,
     force_option,
-    human_bytes,
     output_option,
     report,
     reporting,
 )
+from edgemoe.disk import human_bytes
+from edgemoe.progress_lines import StageLines
+from edgemoe.tasks import split_task_arguments
 from edgemoe_runtime.bundle.names import PRECISIONS, TARGETS
 
 if TYPE_CHECKING:
@@ -145,14 +146,15 @@ def export(
     needs("export", "ort")
     from edgemoe_exporters.export import export_bundle
     from edgemoe_exporters.request import ExportRequest
+    from edgemoe_exporters.request_inputs import count_stages
 
     request = ExportRequest(
         model=model,
         output=output,
         target=target,
         precision=precision,
-        tasks=_named_paths(tasks),
-        plans=_named_paths(plans),
+        tasks=split_task_arguments(tasks),
+        plans=split_task_arguments(plans, of="plan"),
         keep=keep,
         max_drop=max_drop,
         force=force,
@@ -164,26 +166,10 @@ def export(
         static_shapes=static_shapes,
         memory_limit_bytes=None if memory_limit is None else int(memory_limit * 1e9),
     )
-    exported = export_bundle(request, on_stage=_show_stage)
+    stages = StageLines(count_stages(request))
+    exported = export_bundle(request, on_stage=stages.begin)
+    stages.finish()
     report(exported.to_json(), _text(exported), as_json=as_json)
-
-
-def _named_paths(arguments: tuple[str, ...]) -> dict[str, Path]:
-    from edgemoe.errors import ExportError
-    from edgemoe.tasks import split_task_argument
-
-    named: dict[str, Path] = {}
-    for argument in arguments:
-        name, path = split_task_argument(argument)
-        if name in named:
-            raise ExportError(f"a task must be named once, got {name!r} twice. Rename one.")
-        named[name] = path
-    return named
-
-
-def _show_stage(stage: str) -> None:
-    if sys.stderr.isatty():
-        click.echo(f"{stage} ...", err=True)
 
 
 def _text(exported: ExportReport) -> str:

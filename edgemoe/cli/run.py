@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgemoe.api.checks import check_bundle
 from edgemoe.cli.options import PATH, command, report, reporting
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Generate text with BUNDLE, behind a prompt. Needs no torch."""
+    check_bundle(bundle)
     from edgemoe_runtime import Session, TextStream
 
     with Session.open(

@@ -131,7 +131,19 @@ def parse_seeds(ctx: click.Context, option: click.Parameter, value: str) -> tupl
     "--max-drop",
     type=float,
     metavar="D",
-    help="Largest drop at the threshold: 0.05 is 5% of perplexity or 5 points of accuracy.",
+    help="Largest drop at the threshold, by the upper end of its 95% interval: 0.05 is 5% of "
+    "perplexity or 5 points of accuracy.",
+)
+@option(
+    "--accept-weak-evidence",
+    is_flag=True,
+    help="Name a threshold although fewer than 20 lines judge, or the model is not better than "
+    "chance; the report says so.",
+)
+@option(
+    "--accept-large-drop",
+    is_flag=True,
+    help="Take a --max-drop above 1 for perplexity: 2 is three times the perplexity.",
 )
 @option(
     "--calibration-tokens",
@@ -204,6 +216,8 @@ def _text(outcome: Outcome) -> str:
             *(tell_threshold(outcome, found, folder) for found in outcome.thresholds.values()),
             f"{folder}: report.md, report.json, sweep.csv, sweep.png and "
             f"{len({found.plan_file for found in outcome.findings})} plans",
+            f"{folder} holds the text of the held-out and the calibration lines, readable for "
+            "you alone: share report.md, report.json, sweep.csv and sweep.png.",
             *(f"note: {note}" for note in outcome.notes),
         ]
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from edgemoe.errors import CheckpointError
+from edgemoe.file_kinds import describe_mistake
 from edgemoe_runtime.bundle.names import MANIFEST_FILE
+from edgemoe_runtime.input_files import parse_strict, read_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,14 +33,15 @@ def read_json_object(path: Path, content: bytes | None = None) -> dict[str, Any]
         CheckpointError: The file is missing, not UTF-8 JSON, or not an object.
     """
     try:
-        text = path.read_text("utf-8") if content is None else content.decode("utf-8")
-        found = json.loads(text)
+        content = read_file(path) if content is None else content
+        # Published configurations have bare infinities, where a limit is open.
+        found = parse_strict(content, infinities=True)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"a checkpoint must have {path.name}, got none in {path.parent}. Give the "
             "directory of a Hugging Face checkpoint."
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} must be a JSON object, got {error}. Copy the checkpoint again."
         ) from error
@@ -64,12 +66,16 @@ def check_directory(path: Path) -> None:
         raise CheckpointError(
             f"checkpoint must be a directory, got {path}, which does not exist."
         )
-    if path.is_file():
+    if not path.is_dir():
         remedy = "Give the directory that holds config.json and the safetensors files."
         if path.suffix in _PICKLE_SUFFIXES:
             remedy = "Pickles run code when opened: save the model as safetensors."
         elif path.suffix == ".gguf":
             remedy = "Turn GGUF into a checkpoint with `edgemoe carve`."
+        else:
+            raise CheckpointError(
+                f"checkpoint must be a directory, got {describe_mistake(path)}. {remedy}"
+            )
         raise CheckpointError(f"checkpoint must be a directory, got the file {path}. {remedy}")
     if (path / MANIFEST_FILE).exists() and not (path / _SINGLE).exists():
         raise CheckpointError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edgemoe.disk import require_space
 from edgemoe.models.checkpoint import Checkpoint, load_model
 from edgemoe.models.saving import float32_names, save_model
 from edgemoe.recover.held_out import Quality, measure
@@ -25,8 +26,7 @@ from edgemoe.recover.state import PROGRESS, TrainingState
 from edgemoe.recover.teacher import check_teacher, load_teacher
 from edgemoe.recover.trainer import CHECKPOINT_SECONDS, TrainingTask, train
 from edgemoe.resume import publish, resumable, resume_key
-from edgemoe.staging import recover as put_back
-from edgemoe.staging import refuse_existing, refuse_inputs_inside, require_space
+from edgemoe.staging import refuse_inputs_inside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,8 +78,6 @@ def recover_checkpoint(
         TaskFileError: A task has too few lines or tokens.
         OutputError: The output exists, or the disk refuses.
     """
-    put_back(output)
-    refuse_existing(output, force=force, directory=True)
     checkpoints = [path] if teacher is None else [path, teacher]
     refuse_inputs_inside(output, *checkpoints, *(task.path for task in tasks))
     chosen = find_method(method)

@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from edgemoe.evaluate.drop import Drop, paired_drop
+from edgemoe.evaluate.gate import MINIMUM_LINES, chance_level, find_weaknesses
 from edgemoe.prune.registry import find_method
 from edgemoe.sweep.request import method_of
-from edgemoe.sweep.task_examples import FEW_LINES
 from edgemoe.sweep.threshold import Point, choose_deepest, find_nearest, find_threshold
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ class Outcome:
         unpruned: The unpruned model.
         impossible: Fractions that the model cannot keep.
         whole: Whether the model was loaded whole.
+        vocabulary: Tokens that the model chooses from.
     """
 
     request: SweepRequest
@@ -148,6 +149,7 @@ class Outcome:
     unpruned: CandidateEvaluation
     impossible: Sequence[Impossible]
     whole: bool
+    vocabulary: int
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -226,6 +228,17 @@ class Outcome:
             )
         return found
 
+    def chance(self, task: str) -> float:
+        """Return the score of who knows nothing of a task.
+
+        Args:
+            task: The task.
+
+        Returns:
+            As `edgemoe.evaluate.gate.chance_level`.
+        """
+        return chance_level(self.unpruned.scores[task], self.vocabulary)
+
     def row_at(self, task: str, point: Point) -> Row:
         """Return a point's row, of its first seed.
 
@@ -263,7 +276,7 @@ class Outcome:
             f"--keep {found.keep:g} was left out: {found.reason}" for found in self.impossible
         ]
         for name, score in self.unpruned.scores.items():
-            if score.n < FEW_LINES:
+            if score.n < MINIMUM_LINES:
                 more = len(self.lines[name].held_out.records) - score.n
                 remedy = (
                     f"{more} more are held out: raise --held-out-tokens"
@@ -271,9 +284,12 @@ class Outcome:
                     else "add lines"
                 )
                 notes.append(
-                    f"{name} is judged by {score.n} lines: with fewer than {FEW_LINES}, 95% "
-                    f"intervals are rough; {remedy}."
+                    f"{name} is judged by {score.n} lines: with fewer than {MINIMUM_LINES}, "
+                    f"95% intervals are rough; {remedy}."
                 )
+            weak = find_weaknesses(score, self.vocabulary)
+            if weak:
+                notes.append(f"the threshold of {name} rests on weak evidence: {weak[-1]}.")
             left_out = self.lines[name].left_out
             if left_out:
                 notes.append(

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgemoe.evaluate.gate import find_weaknesses
 from edgemoe.prune.registry import fill_options, find_method
 from edgemoe.recover.registry import find_method as find_recovery
 from edgemoe.sweep.outcome import PLANS
@@ -48,13 +49,15 @@ def write_report(outcome: Outcome, folder: Path, work: Path) -> None:
     write_plot(outcome, folder / "sweep.png")
     (folder / PLANS).mkdir()
     for finding in outcome.findings:
-        (folder / finding.plan_file).write_text(finding.plan.to_json(), encoding="utf-8")
+        # A cut and its recoveries have one plan.
+        finding.plan.save(folder / finding.plan_file, force=True)
     for kind in (HELD_OUT, *([CALIBRATION] if outcome.request.recoveries else [])):
         (folder / kind).mkdir()
         for name in outcome.lines:
             file = f"{kind}/{name}.jsonl"
-            shutil.copyfile(work / file, folder / file)
-    shutil.copyfile(work / STATISTICS, folder / STATISTICS)
+            # With its mode: it is for its owner alone.
+            shutil.copy(work / file, folder / file)
+    shutil.copy(work / STATISTICS, folder / STATISTICS)
 
 
 def describe(outcome: Outcome) -> dict[str, Any]:
@@ -78,6 +81,7 @@ def describe(outcome: Outcome) -> dict[str, Any]:
         "family": statistics.shape.family,
         "experts_per_layer": list(statistics.shape.experts_per_layer),
         "max_drop": request.max_drop,
+        "accept_weak_evidence": request.accept_weak_evidence,
         "calibration_tokens": request.calibration_tokens,
         "held_out_tokens": request.held_out_tokens,
         "seeds": list(request.seeds),
@@ -105,6 +109,10 @@ def describe(outcome: Outcome) -> dict[str, Any]:
                 "held_out_lines_left_out": task.left_out,
                 "judged_lines": outcome.unpruned.scores[name].n,
                 "judged_tokens": outcome.unpruned.scores[name].tokens,
+                "chance": outcome.chance(name),
+                "weak_evidence": list(
+                    find_weaknesses(outcome.unpruned.scores[name], outcome.vocabulary)
+                ),
                 "details": outcome.unpruned.scores[name].details,
             }
             for name, task in outcome.lines.items()

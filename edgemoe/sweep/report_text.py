@@ -53,7 +53,8 @@ def tell_threshold(outcome: Outcome, threshold: Threshold, folder: Path) -> str:
         return (
             f"{task}: the deepest cut under {limit} keeps {_show_kept(row)} by {row.series} "
             f"(--keep {row.keep:g}); its drop is "
-            f"{show_drop_interval(row.drop, row.score.metric)}: {folder / str(row.plan)}"
+            f"{show_drop_interval(row.drop, row.score.metric)} on {row.score.n} lines, chance "
+            f"{outcome.chance(task):.4g}: {folder / str(row.plan)}"
         )
     if threshold.nearest is None:
         return f"{task}: nothing was cut. Give --keep a smaller fraction."
@@ -61,7 +62,8 @@ def tell_threshold(outcome: Outcome, threshold: Threshold, folder: Path) -> str:
     upper = show_drop(threshold.nearest.upper, row.score.metric)
     return (
         f"{task}: no cut is under {limit} with 95% confidence; the nearest, {row.series} at "
-        f"--keep {row.keep:g}, may drop by {upper}."
+        f"--keep {row.keep:g}, may drop by {upper} ({row.score.n} lines, chance "
+        f"{outcome.chance(task):.4g})."
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import SweepError
+from edgemoe.evaluate.gate import find_limit_fault
 from edgemoe.prune.owl import LAYER_OPTIONS, OWL, UNIFORM
 from edgemoe.prune.registry import find_method, read_options
 from edgemoe.staging import recover, refuse_existing, refuse_inputs_inside
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.recover.options import RecoverOptions
+    from edgemoe.tasks import Kind
 
 # Ends the name of a method whose layers keep as many experts as OWL says.
 _OWL_SUFFIX = f"+{OWL}"
@@ -36,8 +37,11 @@ class SweepRequest:
         held_out: Files to judge a task by, for those that are not judged by lines of their own.
         keeps: Fractions of each layer's experts to keep, each in (0, 1].
         seeds: Seeds of the methods that draw, each in [0, inf).
-        max_drop: Largest drop that the threshold allows, in [0, inf), as
-            `edgemoe.evaluate.drop.measure_drop` counts it.
+        max_drop: Largest drop that the threshold allows, as `edgemoe.evaluate.gate` judges it:
+            in [0, 1], for perplexity in [0, inf) with `accept_large_drop`.
+        accept_weak_evidence: Whether thresholds may rest on fewer than 20 lines, or on a model
+            that is not better than chance.
+        accept_large_drop: Whether a perplexity may more than double.
         calibration_tokens: Tokens of each task to choose experts by, in [1, inf).
         held_out_tokens: Tokens of each task to judge by, in [2, inf).
         threads: CPU threads of each process; None for as many as this process has.
@@ -55,6 +59,8 @@ class SweepRequest:
     keeps: Sequence[float] = DEFAULT_KEEPS
     seeds: Sequence[int] = (0,)
     max_drop: float = 0.02
+    accept_weak_evidence: bool = False
+    accept_large_drop: bool = False
     calibration_tokens: int = 16_384
     held_out_tokens: int = 8_192
     threads: int | None = None
@@ -86,11 +92,10 @@ class SweepRequest:
                 )
         if min(self.seeds) < 0:
             raise SweepError(f"seeds must be in [0, inf), got {list(self.seeds)}.")
-        if not 0 <= self.max_drop < math.inf:
-            raise SweepError(
-                f"--max-drop must be in [0, inf), got {self.max_drop:g}: 0.05 allows 5% more "
-                "perplexity, or five points less accuracy."
-            )
+        # Whether it is large for its task is known once the files are read.
+        fault = find_limit_fault(self.max_drop, "text", accept_large=True)
+        if fault is not None:
+            raise SweepError(fault)
         unknown = sorted(set(self.held_out) - set(self.tasks))
         if unknown:
             raise SweepError(
@@ -98,9 +103,23 @@ class SweepRequest:
                 f"{', '.join(self.tasks)}."
             )
         recover(self.output)
-        refuse_existing(self.output, force=self.force, directory=True)
+        refuse_existing(self.output, force=self.force, directory=True, resumes=True)
         inputs = (self.model, *self.tasks.values(), *self.held_out.values())
         refuse_inputs_inside(self.output, *inputs)
+
+    def check_limit(self, *kinds: Kind) -> None:
+        """Refuse a largest drop that means nothing, or hardly what was meant.
+
+        Args:
+            kinds: What the tasks' lines are.
+
+        Raises:
+            SweepError: It does, for one of them.
+        """
+        for kind in kinds:
+            fault = find_limit_fault(self.max_drop, kind, accept_large=self.accept_large_drop)
+            if fault is not None:
+                raise SweepError(fault)
 
 
 def read_methods(

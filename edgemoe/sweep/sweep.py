@@ -10,6 +10,8 @@ from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.shards import calibrate_in_shards
 from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import StreamingError, SweepError
+from edgemoe.evaluate.contamination import examples_seen
+from edgemoe.evaluate.gate import ACCEPT_WEAK, find_weaknesses
 from edgemoe.models.checkpoint import Checkpoint, load_model
 from edgemoe.parallel.agreement import threads_of
 from edgemoe.parallel.opening import open_workers
@@ -72,17 +74,21 @@ def run_sweep(request: SweepRequest, executor: ExecutorConfig) -> Outcome:
     """
     request.check()
     checkpoint = Checkpoint(request.model)
+    seen = examples_seen(request.model, "", checkpoint.read)
+    lines = load_lines(request.tasks, request.held_out, seen, request.model)
+    request.check_limit(*(task.held_out.kind for task in lines.values()))
     structure = checkpoint.structure
     refuse_changes(structure)
     shape = structure.shape
     candidates, impossible = list_candidates(request, shape)
-    lines = load_lines(request.tasks, request.held_out)
     check_judging(
         lines,
         checkpoint.tokenizer,
         max_length=checkpoint.max_length,
         max_tokens=request.held_out_tokens,
+        accept_few=request.accept_weak_evidence,
     )
+    vocabulary = int(checkpoint.config.vocab_size)
     output = request.output.resolve()
     threads = threads_of(executor, request.threads)
     key = resume_key(
@@ -116,7 +122,10 @@ def run_sweep(request: SweepRequest, executor: ExecutorConfig) -> Outcome:
             )
             statistics = _measure(request, checkpoint, lines, workers, work, threads)
             held_out = _prepare(sweep_dir, lines)
-            findings, unpruned = _judge(sweep_dir, workers, shape, candidates)
+            unpruned = _judge_unpruned(sweep_dir, workers, shape)
+            if not request.accept_weak_evidence:
+                _refuse_weak_evidence(unpruned[1], vocabulary)
+            findings = _judge(sweep_dir, workers, candidates, unpruned)
             findings = _recover(sweep_dir, workers, findings, request.recoveries)
             outcome = Outcome(
                 request=request,
@@ -124,9 +133,10 @@ def run_sweep(request: SweepRequest, executor: ExecutorConfig) -> Outcome:
                 lines=lines,
                 held_out=held_out,
                 findings=tuple(findings),
-                unpruned=unpruned,
+                unpruned=unpruned[1],
                 impossible=tuple(impossible),
                 whole=whole,
+                vocabulary=vocabulary,
             )
             folder = work.empty_directory(_REPORT)
             write_report(outcome, folder, sweep_dir.work)
@@ -187,9 +197,36 @@ def _prepare(sweep_dir: SweepDir, lines: Mapping[str, TaskLines]) -> dict[str, T
     return held_out
 
 
+def _judge_unpruned(
+    sweep_dir: SweepDir, workers: Workers, shape: ModelShape
+) -> tuple[str, CandidateEvaluation]:
+    """Judge the model as it is, before any plan is made."""
+    whole = keep_all(shape)
+    decision = hash_decision(whole)
+    file = sweep_dir.score_file(decision)
+    if not file.exists():
+        job = JudgeJob(sweep_dir=sweep_dir, plan=whole, decision=decision)
+        workers.map(run_judge_job, [job], "judge the model")
+    return decision, CandidateEvaluation.load(file, sweep_dir.tasks)
+
+
+def _refuse_weak_evidence(unpruned: CandidateEvaluation, vocabulary: int) -> None:
+    """Refuse tasks on which the model is not better than chance."""
+    for name, score in unpruned.scores.items():
+        for weakness in find_weaknesses(score, vocabulary):
+            raise SweepError(
+                f"--max-drop must be judged by evidence, got task {name}: {weakness}. Give "
+                f"lines that the model does better on, or {ACCEPT_WEAK} to go on: the report "
+                "says so then, and what was measured is kept."
+            )
+
+
 def _judge(
-    sweep_dir: SweepDir, workers: Workers, shape: ModelShape, candidates: Sequence[Candidate]
-) -> tuple[list[Finding], CandidateEvaluation]:
+    sweep_dir: SweepDir,
+    workers: Workers,
+    candidates: Sequence[Candidate],
+    unpruned: tuple[str, CandidateEvaluation],
+) -> list[Finding]:
     """Make every plan, then judge every decision once."""
     jobs = [
         PlanJob(sweep_dir=sweep_dir, candidate=candidate)
@@ -198,8 +235,7 @@ def _judge(
     ]
     workers.map(run_plan_job, jobs, "make plans")
     made = [(candidate, *read_plan(sweep_dir, candidate)) for candidate in candidates]
-    whole = keep_all(shape)
-    decisions: dict[str, Plan] = {hash_decision(whole): whole}
+    decisions: dict[str, Plan] = {}
     for _, plan, _ in made:
         decisions.setdefault(hash_decision(plan), plan)
     judging = [
@@ -212,7 +248,9 @@ def _judge(
         decision: CandidateEvaluation.load(sweep_dir.score_file(decision), sweep_dir.tasks)
         for decision in decisions
     }
-    findings = [
+    # What decided to keep all is the model as it is.
+    judged.update([unpruned])
+    return [
         Finding(
             candidate=candidate,
             plan=plan,
@@ -221,7 +259,6 @@ def _judge(
         )
         for candidate, plan, seconds in made
     ]
-    return findings, judged[hash_decision(whole)]
 
 
 def _recover(

@@ -10,22 +10,22 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from edgemoe.chat_tasks import load_task
 from edgemoe.data_provenance import digest_line
 from edgemoe.errors import TaskFileError
+from edgemoe.evaluate.gate import ACCEPT_WEAK, MINIMUM_LINES, lines_are_few
 from edgemoe.evaluate.held_out import hold_out
 from edgemoe.evaluate.requests import build_examples
 from edgemoe.tasks import CompletionRecord, TaskFile, TextRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from tokenizers import Tokenizer
 
     from edgemoe.tasks import TaskRecord
 
-# Below this a bootstrap over lines is rough, and the report says so.
-FEW_LINES = 20
 _MINIMUM_JUDGED = 2
 
 
@@ -44,12 +44,19 @@ class TaskLines:
     left_out: int
 
 
-def load_lines(tasks: Mapping[str, Path], held_out: Mapping[str, Path]) -> dict[str, TaskLines]:
+def load_lines(
+    tasks: Mapping[str, Path],
+    held_out: Mapping[str, Path],
+    seen: Collection[int] = frozenset(),
+    model: Path | None = None,
+) -> dict[str, TaskLines]:
     """Read tasks and set their lines apart.
 
     Args:
         tasks: Task files by name.
         held_out: Files to judge tasks by; every fourth line judges the other tasks.
+        seen: Digests of lines that the swept checkpoint was itself made from.
+        model: The checkpoint, whose template renders chats.
 
     Returns:
         The tasks, in their order.
@@ -60,13 +67,14 @@ def load_lines(tasks: Mapping[str, Path], held_out: Mapping[str, Path]) -> dict[
     """
     pairs: dict[str, tuple[TaskFile, TaskFile]] = {}
     for name, path in tasks.items():
-        task = TaskFile.load(name, path)
+        task = load_task(name, path, model)
         if name in held_out:
-            pairs[name] = task, TaskFile.load(name, held_out[name])
+            pairs[name] = task, load_task(name, held_out[name], model)
         else:
             remedy = f"Add lines, or give others to judge by: --held-out {name}=FILE."
             pairs[name] = hold_out(task, remedy=remedy)
     read = {digest_line(record) for task, _ in pairs.values() for record in task.records}
+    read.update(seen)
     found = {}
     for name, (calibration, judging) in pairs.items():
         unread = tuple(line for line in judging.records if digest_line(line) not in read)
@@ -92,6 +100,7 @@ def check_judging(
     *,
     max_length: int,
     max_tokens: int,
+    accept_few: bool = False,
 ) -> None:
     """Refuse held-out lines that could not be scored, before anything is measured.
 
@@ -100,10 +109,11 @@ def check_judging(
         tokenizer: The model's tokenizer.
         max_length: Most tokens that the model takes at once.
         max_tokens: Tokens of each task to judge by.
+        accept_few: Whether fewer than 20 lines may judge.
 
     Raises:
         TaskFileError: A line is too long, or fewer than two lines have a token to score within
-            `max_tokens`.
+            `max_tokens`; fewer than 20 unless that is accepted.
     """
     for name, task in lines.items():
         questions = build_examples(
@@ -116,16 +126,25 @@ def check_judging(
                 f"{len(questions)} in {max_tokens} tokens. Raise --held-out-tokens, or add "
                 "lines."
             )
+        if len(questions) < MINIMUM_LINES and not accept_few:
+            more = len(task.held_out.records) - len(questions)
+            remedy = "Raise --held-out-tokens" if more else "Add lines"
+            raise TaskFileError(
+                f"{task.held_out.path}: --max-drop must be judged by {MINIMUM_LINES} lines or "
+                f"more, got task {name!r}: {lines_are_few(len(questions))}. {remedy}, or give "
+                f"{ACCEPT_WEAK}: the report says so then."
+            )
 
 
 def write_lines(task: TaskFile, path: Path) -> None:
-    """Write a task's lines as a task file.
+    """Write a task's lines as a task file, readable for its owner alone.
 
     Args:
         task: The task.
         path: The file, which is replaced.
     """
     rows = [json.dumps(_to_row(record), ensure_ascii=False) for record in task.records]
+    path.touch(mode=0o600)
     path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 

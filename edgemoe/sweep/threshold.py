@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgemoe.evaluate.gate import is_within
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -48,7 +50,7 @@ def find_threshold(points: Iterable[Point], max_drop: float) -> Point | None:
     """
     deepest = None
     for point in sorted(points, key=lambda point: (-point.kept_fraction, -point.keep)):
-        if not point.upper <= max_drop:
+        if not is_within(point.upper, max_drop):
             break
         if point.is_cut:
             deepest = point

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from edgemoe.api.arguments import check_plan
 from edgemoe.apply.checks import check_width_pruning, refuse_changes, refuse_k_policy
+from edgemoe.disk import require_space
 from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.memory_budget import default_limit
 from edgemoe.models.opening import open_larger
 from edgemoe.prune.registry import count_for
-from edgemoe.staging import require_space
 from edgemoe_exporters.bundle.task_experts import (
     count_least_parameters,
     count_parameters,
@@ -55,7 +56,7 @@ def run_export(request: ExportRequest, on_stage: OnStage) -> ExportReport:
     check_exportable(model, precision)
     # Plans that no later stage could apply are refused before anything is loaded or calibrated.
     for name, plan in data.plans.items():
-        plan.validate(shape)
+        check_plan(plan, model)
         refuse_factors(name, plan)
         check_width_pruning(plan, structure)
         refuse_k_policy(plan, structure)

@@ -19,9 +19,10 @@ from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import EdgemoeError, OutputError
 from edgemoe.evaluate.evaluation import Evaluation
 from edgemoe.resume import WorkDirectory, publish, resumable, resume_key
-from edgemoe.staging import recover, staged_directory
+from edgemoe.staging import staged_directory
 from edgemoe_exporters.sources.eager_run import runs_from_bytes, runs_to_bytes
 from edgemoe_exporters.validation.parity import Parity
+from edgemoe_runtime.input_files import parse_strict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -106,7 +107,7 @@ class ExportCheckpointing:
             f"{task}.{when}.json",
             evaluate,
             _as_json,
-            lambda content: Evaluation.from_json(json.loads(content)),
+            lambda content: Evaluation.from_json(parse_strict(content)),
         )
         return score
 
@@ -136,7 +137,7 @@ class ExportCheckpointing:
             f"{task}.parity.json",
             measure,
             _as_json,
-            lambda content: Parity(**json.loads(content)),
+            lambda content: Parity(**parse_strict(content)),
         )
         return parity
 
@@ -183,7 +184,6 @@ def open_checkpointing(
         with staged_directory(request.output, force=request.force) as staged:
             yield ExportCheckpointing(staged, None)
         return
-    recover(request.output)
     with resumable(request.output, key, f"{_STEPS}/**/*.*", force=request.force) as whole:
         steps = whole.path / _STEPS
         steps.mkdir(exist_ok=True)

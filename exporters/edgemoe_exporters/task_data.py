@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgemoe.chat_tasks import load_task
 from edgemoe.data_provenance import read_digests
 from edgemoe.evaluate.contamination import examples_seen, keep_held_out
 from edgemoe.plans.plan import Plan
-from edgemoe.tasks import TaskFile
 from edgemoe_exporters.validation.quality_gate import split_task
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from edgemoe.models.checkpoint import Checkpoint
+    from edgemoe.tasks import TaskFile
     from edgemoe_exporters.request import ExportRequest
 
 
@@ -51,7 +52,9 @@ class TaskData:
             TaskFileError: A task file breaks the format, or is too short to be split.
             PlanError: A plan breaks the format.
         """
-        files = {name: TaskFile.load(name, path) for name, path in request.tasks.items()}
+        files = {
+            name: load_task(name, path, request.model) for name, path in request.tasks.items()
+        }
         splits = {name: split_task(files[name]) for name in request.pruned_here}
         plans = {name: Plan.load(path) for name, path in request.plans.items()}
         evaluated = {

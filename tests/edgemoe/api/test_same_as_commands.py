@@ -35,6 +35,7 @@ def content(path: Path) -> dict[str, bytes]:
 def test_calibrate_prune_apply_evaluate(folder: Path, tmp_path: Path) -> None:
     moe, data, held_out = (folder / name for name in ("moe", "code.jsonl", "code.test.jsonl"))
     ours, theirs = tmp_path / "api", tmp_path / "cli"
+    ours.mkdir()
     theirs.mkdir()
 
     statistics = edgemoe.calibrate(moe, {"code": data}, ours / "stats", max_tokens=500)
@@ -139,8 +140,15 @@ def test_recover_carve_and_sweep(folder: Path, tmp_path: Path) -> None:
         keeps=[0.5],
         seeds=[0, 1],
         max_drop=1,
+        accept_weak_evidence=True,
     )
-    given = ("--method=uncurl,reap", "--keep=0.5", "--seeds=2", "--max-drop=1")
+    given = (
+        "--method=uncurl,reap",
+        "--keep=0.5",
+        "--seeds=2",
+        "--max-drop=1",
+        "--accept-weak-evidence",
+    )
     given += ("--layers=uniform,owl", "--set=reap:owl-range=0.3", "--set=reap:owl-multiple=2")
     command("sweep", moe, f"--task=code={data}", "-o", tmp_path / "s", *given)
     ours, theirs = content(tmp_path / "report"), content(tmp_path / "s")

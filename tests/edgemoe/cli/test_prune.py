@@ -133,6 +133,7 @@ def test_a_sweep_compares_a_method_with_and_without(
     asked: tuple[object, ...] = ("--method", "reap", "--keep", 0.5, "--layers", "uniform,owl")
     asked += ("--set", "reap:owl-range=0.3", "--set", "reap:owl-multiple=2")
     asked += ("--calibration-tokens", 500, "--held-out-tokens", 200, "--max-drop", 1000)
+    asked += ("--accept-large-drop", "--accept-weak-evidence")
     told = answer("sweep", road / "moe", f"--task=code={file}", *asked, "-o", report)
     rows = {row["method"]: row for row in told["rows"]}
     assert list(rows) == ["unpruned", "reap", "reap+owl"]

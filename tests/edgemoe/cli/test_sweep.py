@@ -44,6 +44,7 @@ def test_two_methods_two_fractions_two_tasks_two_workers(
     asked: tuple[object, ...]
     asked = ("--method", "reap", "--method", "frequency", "--keep", "0.75,0.5", "--threads", 1)
     asked += ("--calibration-tokens", 1000, "--held-out-tokens", 600, "--max-drop", 1000)
+    asked += ("--accept-large-drop", "--accept-weak-evidence")
 
     told = answer("sweep", road / "moe", *tasks, *asked, "--workers", 2, "-o", report)
 
@@ -96,6 +97,7 @@ def test_the_text_names_the_plan_or_says_that_no_cut_holds(
     report = tmp_path / "report"
     asked: tuple[object, ...]
     asked = ("--method", "random,reap", "--keep", "0.1,0.5,1", "--seeds", 2, "--max-drop", 1000)
+    asked += ("--accept-large-drop", "--accept-weak-evidence")
     asked += ("--calibration-tokens", 500, "--held-out-tokens", 400)
     result = invoke("sweep", road / "moe", tasks[0], *asked, "-o", report)
     assert result.exit_code == 0, result.stderr
@@ -126,6 +128,7 @@ def test_inspect_tells_what_a_report_found(
     report = tmp_path / "report"
     asked: tuple[object, ...] = ("--method", "reap", "--keep", "0.1,0.5,0.75", "--seeds", "3,5")
     asked += ("--calibration-tokens", 500, "--held-out-tokens", 400, "--max-drop", 1000)
+    asked += ("--accept-large-drop", "--accept-weak-evidence")
     swept = answer("sweep", road / "moe", tasks[0], *asked, "-o", report)
 
     told = answer("inspect", report)

@@ -96,7 +96,8 @@ def test_where_the_entry_is_the_routed_experts_own_transformers_opens_it(
 def test_export_chooses_neurons_itself(road: Path, answer: Answer, tmp_path: Path) -> None:
     told = answer(
         "export", road / "moe", f"--task=code={road / 'code'}.jsonl", "--method", "camera",
-        "--keep", 0.5, "--max-drop", 100, "--target", "cpu", "-o", tmp_path / "bundle",
+        "--keep", 0.5, "--max-drop", 100, "--accept-large-drop", "--accept-weak-evidence",
+        "--target", "cpu", "-o", tmp_path / "bundle",
     )  # fmt: skip
     assert answer("verify", tmp_path / "bundle")
     assert told
@@ -108,7 +109,8 @@ def test_a_sweep_counts_the_parameters_that_are_kept(
     task = f"--task=code={road / 'code'}.jsonl"
     told = invoke(
         "sweep", road / "moe", task, "--method", "camera,reap", "--keep", "0.5,0.25",
-        "--max-drop", 100, "-o", tmp_path / "sweep",
+        "--max-drop", 100, "--accept-large-drop", "--accept-weak-evidence",
+        "-o", tmp_path / "sweep",
     )  # fmt: skip
     assert told.exit_code == 0, told.stderr
     with (tmp_path / "sweep" / "sweep.csv").open() as file:

@@ -38,6 +38,8 @@ def test_a_panel_per_task_and_a_line_per_method(folder: Path, tmp_path: Path) ->
             keeps=(0.75, 0.5),
             seeds=(0, 1, 2),
             max_drop=2.0,
+            accept_large_drop=True,
+            accept_weak_evidence=True,
             threads=1,
         )
         run_sweep(request, InProcess())

@@ -47,6 +47,8 @@ def request_of(folder: Path, output: Path, **changes: Any) -> SweepRequest:
         "recoveries": read_recoveries(RECOVERIES),
         "keeps": (0.5,),
         "max_drop": 2.0,
+        "accept_large_drop": True,
+        "accept_weak_evidence": True,
         "threads": 1,
     }
     return SweepRequest(**{**given, **changes})
@@ -126,6 +128,8 @@ def test_the_threshold_of_a_method_and_of_its_recoveries_stand_apart(
         methods={"random": {}},
         recoveries=read_recoveries(["least-squares"]),
         max_drop=1000.0,
+        accept_large_drop=True,
+        accept_weak_evidence=True,
     )
     outcome = run_sweep(request, InProcess())
     for name, threshold in outcome.thresholds.items():

@@ -20,7 +20,7 @@ import torch
 
 from edgemoe.apply.in_memory import apply_plan
 from edgemoe.calibrate.statistics import Statistics
-from edgemoe.errors import OutputError, SpreadError, TaskFileError
+from edgemoe.errors import OutputError, SpreadError, SweepError, TaskFileError
 from edgemoe.evaluate.drop import paired_drop
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
@@ -57,6 +57,8 @@ def request_of(folder: Path, output: Path, **changes: Any) -> SweepRequest:
         "keeps": (1.0, 0.75, 0.5),
         "seeds": (0, 1),
         "max_drop": 2.0,
+        "accept_large_drop": True,
+        "accept_weak_evidence": True,
         "threads": 1,
     }
     return SweepRequest(**{**given, **changes})
@@ -226,6 +228,7 @@ def test_kills_change_nothing(
     tasks = [f"--task={name}={folder / name}.jsonl" for name in ("low", "high")]
     command = [sys.executable, "-m", "edgemoe.cli", "sweep", str(folder / "moe"), *tasks]
     command += ["--method=reap,random", "--keep=1,0.75,0.5", "--seeds=2", "--max-drop=2"]
+    command += ["--accept-large-drop", "--accept-weak-evidence"]
     command += ["--threads=1", "-o", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -258,10 +261,15 @@ def test_accuracy_is_judged_in_points_beside_perplexity(folder: Path, tmp_path: 
         rows.append({"prompt": f"w{first}", "choices": choices, "answer": 0})
     write_rows(tmp_path / "pick.jsonl", rows)
     tasks = {"pick": tmp_path / "pick.jsonl", "low": folder / "low.jsonl"}
-    outcome = run_sweep(
-        request_of(folder, tmp_path / "report", tasks=tasks, methods={"reap": {}}, seeds=(0,)),
-        InProcess(),
+    request = request_of(
+        folder, tmp_path / "report", tasks=tasks, methods={"reap": {}}, seeds=(0,), max_drop=1.0
     )
+    with pytest.raises(SweepError, match=r"in \[0, 1\] for a task of choices, got 2: .*0\.02"):
+        run_sweep(replace(request, max_drop=2.0), InProcess())
+    alone = replace(request, tasks={"pick": tmp_path / "pick.jsonl"})
+    with pytest.raises(TaskFileError, match=r"12 lines judge, fewer than 20\. Add lines, or"):
+        run_sweep(replace(alone, accept_weak_evidence=False), InProcess())
+    outcome = run_sweep(request, InProcess())
     before = outcome.unpruned.scores["pick"]
     assert (before.metric, before.n) == ("accuracy", 12)
     for row in outcome.own_rows:
@@ -276,6 +284,8 @@ def test_accuracy_is_judged_in_points_beside_perplexity(folder: Path, tmp_path: 
     assert other is not None
     assert other.judged_on == "low"
     assert "12 lines: with fewer than 20" in outcome.notes[0]
+    assert "pick rests on weak evidence" in outcome.notes[1]
+    assert (outcome.chance("pick"), outcome.chance("low")) == (0.5, 96)
 
 
 def test_what_cannot_be_done_is_refused_before_anything_is_measured(

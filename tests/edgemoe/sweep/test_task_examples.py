@@ -79,9 +79,11 @@ def test_short_files_are_refused(tmp_path: Path) -> None:
     words = Tokenizer(WordLevel({f"{n}": n for n in range(9)} | {"?": 9}, unk_token="?"))
     words.pre_tokenizer = Whitespace()
     lines = load_lines({"t": texts(tmp_path / "t", range(8))}, {})
-    check_judging(lines, words, max_length=64, max_tokens=4)
+    check_judging(lines, words, max_length=64, max_tokens=4, accept_few=True)
+    with pytest.raises(TaskFileError, match=r"fewer than 20.*--accept-weak-evidence"):
+        check_judging(lines, words, max_length=64, max_tokens=4)
     with pytest.raises(TaskFileError, match=r"2 lines or more.*got 1 in 3 tokens"):
-        check_judging(lines, words, max_length=64, max_tokens=3)
+        check_judging(lines, words, max_length=64, max_tokens=3, accept_few=True)
 
 
 @pytest.mark.parametrize(
