@@ -77,6 +77,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "target": manifest.target,
         "flavour": manifest.flavour,
         "precision": manifest.precision,
+        "needs_onnxruntime": manifest.needs_onnxruntime,
         "model": document["model"],
         "size": document["size"],
         "tasks": document["tasks"],
