@@ -7,13 +7,13 @@ import json
 import random
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.fuzz.mutations import in_header, in_line, mutate_bytes, mutate_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     Mutation = Callable[[bytes, random.Random], bytes]
 
@@ -88,14 +88,17 @@ FORMATS = (
         commands=(
             "inspect {base}/stats",
             "prune {base}/moe --stats {base}/stats --task t --method reap --keep 0.75 -o {out}",
-            "merge-stats {base}/stats -o {out}",
+            "merge-stats {base}/stats {base}/more -o {out}",
         ),
     ),
     Format(
         name="plan",
         file="plan.json",
         mutations=(mutate_json, mutate_json, mutate_bytes),
-        commands=("inspect {base}/plan.json", "apply {base}/moe --plan {base}/plan.json -o {out}"),
+        commands=(
+            "inspect {base}/plan.json",
+            "apply {base}/moe --plan {base}/plan.json -o {out}",
+        ),
     ),
     Format(
         name="plan of factors",
@@ -171,8 +174,8 @@ def make_base(folder: Path) -> None:
     def text(words: int) -> str:
         return " ".join(f"w{draw.randrange(_WORDS)}" for _ in range(words))
 
-    lines = [{"text": text(30)} for _ in range(24)]
-    choices = [
+    lines: list[dict[str, object]] = [{"text": text(30)} for _ in range(24)]
+    choices: list[dict[str, object]] = [
         {"prompt": text(8), "choices": ["w5", "w7"], "answer": draw.randrange(2)}
         for _ in range(6)
     ]
@@ -185,6 +188,7 @@ def make_base(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text(content, encoding="utf-8")
     for command in (
         "calibrate {base}/moe --task t={base}/train.jsonl -o {base}/stats",
+        "calibrate {base}/moe --task t={base}/test.jsonl -o {base}/more",
         "prune {base}/moe --stats {base}/stats --task t --method reap --keep 0.5 "
         "-o {base}/plan.json",
         "decompose {base}/moe --stats {base}/stats --task t --method svd --param-ratio 0.6 "
@@ -231,8 +235,8 @@ def _engine_key(folder: Path) -> str:
         task="model",
         precision="fp32",
         graph_sha256=hashlib.sha256(graph).hexdigest(),
-        engine_sha256=hashlib.sha256(b"").hexdigest(),
-        engine_size=0,
+        engine_sha256=hashlib.sha256(b"x").hexdigest(),
+        engine_size=1,
         package="tensorrt_rtx",
         package_version="1.7.1",
         compute_capability=89,

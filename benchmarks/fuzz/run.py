@@ -63,6 +63,26 @@ def import_first() -> None:
         importlib.import_module(module)
 
 
+def check_undamaged(form: Format, base: Path) -> None:
+    """Run the commands of a format on good files: what refuses those finds nothing.
+
+    Args:
+        form: The format.
+        base: Good files, which are not changed.
+
+    Raises:
+        RuntimeError: A command refuses them.
+    """
+    with _copied(form, base, (base / form.file).read_bytes()) as folder:
+        for command in form.commands:
+            words = command.format(base=folder, out=folder / "out").split()
+            status, message = _in_fork(words, folder)
+            if status:
+                raise RuntimeError(f"edgemoe {command} refuses good files: {message}")
+            if (folder / "out").exists():
+                _remove(folder / "out")
+
+
 def run_case(form: Format, seed: int, base: Path) -> Case:
     """Damage a file and run its commands.
 
@@ -87,7 +107,9 @@ def run_case(form: Format, seed: int, base: Path) -> Case:
             longest = max(longest, len(message.replace(str(folder), "")))
             refused |= status != 0
             faults += [f"{words[0]}: {fault}" for fault in _judge(status, message)]
-            left = [path.name for path in folder.iterdir() if path.name.startswith((".", "out"))]
+            left = [
+                path.name for path in folder.iterdir() if path.name.startswith((".", "out"))
+            ]
             if status and left:
                 faults.append(f"{words[0]}: left {', '.join(left)}")
             for path in left:
@@ -112,13 +134,11 @@ def _judge(status: int, message: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _copied(form: Format, base: Path, changed: bytes) -> Iterator[Path]:
-    """Yield a copy of the base directory by links, with the one file changed."""
+    """Yield a copy of the base directory, with the one file changed."""
     with tempfile.TemporaryDirectory(prefix="edgemoe-fuzz-") as name:
         folder = Path(name) / "base"
-        # Hard links: only the changed file is written.
-        shutil.copytree(base, folder, copy_function=os.link)
+        shutil.copytree(base, folder)
         file = folder / form.file
-        file.unlink()
         file.write_bytes(changed)
         if form.sealed is not None:
             _seal(folder / form.sealed, file)
