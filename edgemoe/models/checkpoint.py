@@ -235,7 +235,7 @@ class Checkpoint:
     def has_experts(self) -> bool:
         """Whether its configuration makes layers with experts, of a supported family."""
         try:
-            with refusing_misfits(self.path):
+            with refusing_misfits(self.path), quiet_transformers():
                 skeleton = build_skeleton(self.family, self.config)
         except FamilyError:
             return False
