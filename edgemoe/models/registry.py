@@ -18,7 +18,7 @@ from edgemoe.models.experts import is_experts_class
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# model_type in config.json, in transformers 5.23. Those of vision-language models stand for
+# model_type in config.json, in transformers 5.24. Those of vision-language models stand for
 # their language part.
 FAMILIES: tuple[str, ...] = (
     "afmoe", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe",
@@ -26,7 +26,8 @@ FAMILIES: tuple[str, ...] = (
     "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "gemma4_text", "glm4_moe",
     "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe", "granitemoe_swa",
     "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4",
-    "inkling2_text", "inkling_text", "jamba", "kimi_linear", "kolibri1", "laguna", "lfm2_moe",
+    "hy_v4_vl_text", "inkling2_loop_text", "inkling2_text", "inkling_text", "jamba",
+    "kimi_linear", "kolibri1", "laguna", "lara_mini", "lfm2_moe",
     "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text", "mistral4",
     "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe",
     "qwen3_next", "qwen4_exp_text", "solar_open", "zaya",
@@ -147,7 +148,9 @@ def _causal_lm(model_type: str) -> type[Any] | None:
             if getattr(configuration, "model_type", None) == model_type:
                 causal_lm: type[Any] = candidate
                 return causal_lm
-    return None
+    from edgemoe.models.headless import with_head
+
+    return with_head(model_type, module)
 
 
 def _has_experts(causal_lm: type[Any]) -> bool:
