@@ -115,6 +115,7 @@ class ExportStages:
         data: Task files and plans.
         on_stage: Called with a short text at the beginning of each stage.
         limit: Largest graph that is opened as a whole, in bytes.
+        end_tokens: Tokens that end a text.
     """
 
     request: ExportRequest
@@ -126,6 +127,7 @@ class ExportStages:
     data: TaskData
     on_stage: OnStage
     limit: int
+    end_tokens: tuple[int, ...]
 
     @property
     def model(self) -> MoeModel:
@@ -266,7 +268,9 @@ class ExportStages:
         """Write manifest.json, last of all files."""
         manifest = Manifest(
             created_by=CREATED_BY,
-            model=describe_model(self.model, self.request.model.resolve().name),
+            model=describe_model(
+                self.model, self.request.model.resolve().name, self.end_tokens
+            ),
             target=self.target.name,
             flavour=self.target.flavour,
             precision=self.precision,
