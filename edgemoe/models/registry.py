@@ -33,6 +33,27 @@ FAMILIES: tuple[str, ...] = (
     "qwen3_next", "qwen4_exp_text", "solar_open", "zaya",
 )  # fmt: skip
 
+# The model_type of checkpoints that hold a family and parts that see or hear, as they are
+# published, and the family; the tests read each of them.
+PUBLISHED_IN: dict[str, str] = {
+    "aria": "aria_text",
+    "dots3_note": "dots3_note_text",
+    "gemma4": "gemma4_text",
+    "hy_v4_vl": "hy_v4_vl_text",
+    "inkling2": "inkling2_text",
+    "inkling2_loop": "inkling2_loop_text",
+    "inkling_mm_model": "inkling_text",
+    "internvl": "qwen3_moe",
+    "kimi_k25": "deepseek_v3",
+    "lfm2_vl": "lfm2_moe",
+    "llava": "mixtral",
+    "minimax_m3_vl": "minimax_m3_vl_text",
+    "mistral3": "mistral4",
+    "nemotron_h_omni": "nemotron_h",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen4_exp": "qwen4_exp_text",
+}
+
 _MOST_INPUT = 200  # characters that a message repeats
 _LONGEST_NAME = 64  # no family has a longer one
 
