@@ -20,7 +20,9 @@ _SINCE_STATES = {
     "nemotron_h", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp_text",
 }  # fmt: skip
 # Families that the oldest transformers for later Pythons, 5.23, has not.
-_SINCE_5_24 = {"hy_v4_vl_text", "inkling2_loop_text", "lara_mini"}
+_SINCE_5_24 = {
+    "hy_v4_vl", "hy_v4_vl_text", "inkling2_loop", "inkling2_loop_text", "lara_mini",
+}  # fmt: skip
 
 
 # How examples are drawn: anew each time for who develops, the same each time in CI, so that a

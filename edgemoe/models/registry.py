@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import FamilyError
 from edgemoe.models.experts import is_experts_class
+from edgemoe_runtime.messages import quote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -54,7 +55,6 @@ PUBLISHED_IN: dict[str, str] = {
     "qwen4_exp": "qwen4_exp_text",
 }
 
-_MOST_INPUT = 200  # characters that a message repeats
 _LONGEST_NAME = 64  # no family has a longer one
 
 
@@ -128,7 +128,7 @@ def unknown_family(model_type: object, *, wrapper: str | None = None) -> FamilyE
 def _refusal(model_type: object, reason: str) -> FamilyError:
     near = _nearest(model_type) if isinstance(model_type, str) else None
     return FamilyError(
-        f"model family must be one with experts, got {_quoted(model_type)}: {reason}. "
+        f"model family must be one with experts, got {quote(model_type)}: {reason}. "
         + (f"Did you mean {near}? " if near else "")
         + "docs/families.md lists the families that edgemoe is tested with. A dense llama "
         "checkpoint becomes a Mixture-of-Experts model with `edgemoe carve`."
@@ -140,11 +140,6 @@ def _nearest(model_type: str) -> str | None:
     name = model_type[:_LONGEST_NAME].lower().replace("-", "_").replace(" ", "_")
     found = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.8)
     return found[0] if found and found[0] != model_type else None
-
-
-def _quoted(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MOST_INPUT else f"{text[:_MOST_INPUT]}..."
 
 
 def _causal_lm(model_type: str) -> type[Any] | None:

@@ -236,35 +236,3 @@ def test_how_few_experts_a_router_runs_with_is_tried(
     shape = adapt_model(build_skeleton(find_family("deepseek_v3"), config)).layers[0].shape
 
     assert (shape.n_group, shape.min_experts) == expected
-
-
-@pytest.mark.parametrize("family", ["hy_v4_vl_text"])
-def test_a_language_part_without_a_class_of_its_own_says_what_the_whole_says(
-    tmp_path: Path, family: str
-) -> None:
-    import transformers
-
-    config = transformers.HYV4VLConfig(
-        text_config=tiny_config(family).to_dict(),
-        vision_config={
-            "attention_heads": 2,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "out_hidden_size": 64,
-        },
-    )
-    torch.manual_seed(0)
-    whole: Any = transformers.HYV4VLForConditionalGeneration(config).float().eval()
-    with torch.no_grad():
-        for parameter in whole.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        expected = whole(input_ids=random_ids(), use_cache=False).logits
-    whole.save_pretrained(tmp_path / "whole")
-
-    model = load_model(tmp_path / "whole")
-    assert model.family == family
-    assert model.model.lm_head.weight.dtype == torch.float32
-    assert torch.equal(logits_of(model), expected)
-    last = model.model(input_ids=random_ids(), use_cache=False, logits_to_keep=2).logits
-    torch.testing.assert_close(last, expected[:, -2:])
