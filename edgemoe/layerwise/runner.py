@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edgemoe.layerwise.activation_peaks import watched
 from edgemoe.layerwise.batch import digest_batches
 from edgemoe.layerwise.finished_layers import FinishedLayers, outputs_name
 from edgemoe.layerwise.outputs import DEFAULT_LIMIT_BYTES, LayerOutputs
@@ -250,7 +251,8 @@ def run_layers(
         StreamingError: The family cannot be run layer by layer.
     """
     if provider.is_whole and task.watches:
-        _run_whole(provider, batches, task, description, take)
+        with watched(provider.layers):
+            _run_whole(provider, batches, task, description, take)
         return
     chosen = range(len(provider.layers)) if layers is None else layers
     running = LayerPass(provider, batches, limit_bytes)
@@ -264,7 +266,12 @@ def run_layers(
     each = max(len(batches), 1)
     total = each * (len(left) + (take is not None))
     outer = provider.outer() if batches else contextlib.nullcontext()
-    with quiet_transformers(), outer, counting(total, description) as advance:
+    with (
+        quiet_transformers(),
+        outer,
+        watched(provider.layers),
+        counting(total, description) as advance,
+    ):
         for index in left:
             is_last = take is None and index == chosen[-1]
             with running.layer(index, work) as visit:
