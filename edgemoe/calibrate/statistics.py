@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgemoe.calibrate.header_check import check_header
 from edgemoe.calibrate.sample import TokenSample
 from edgemoe.calibrate.sums import LayerSums, array_types
 from edgemoe.calibrate.task_statistics import Source, TaskStatistics, refuse_overlap
@@ -248,6 +249,7 @@ def _assemble(
     header: dict[str, Any], tensors: Mapping[str, NDArray[Any]], path: Path
 ) -> Statistics:
     try:
+        check_header(header)
         layers = tuple(LayerShape(**layer) for layer in header["shape"]["layers"])
         shape = ModelShape(**{**header["shape"], "layers": layers})
         sources = {

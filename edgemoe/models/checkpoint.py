@@ -212,7 +212,8 @@ class Checkpoint:
     def has_experts(self) -> bool:
         """Whether its configuration makes layers with experts, of a supported family."""
         try:
-            skeleton = build_skeleton(self.family, self.config)
+            with refusing_misfits(self.path):
+                skeleton = build_skeleton(self.family, self.config)
         except FamilyError:
             return False
         return any(is_experts_module(module) for module in skeleton.modules())
