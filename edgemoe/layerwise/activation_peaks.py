@@ -77,11 +77,12 @@ def recording_peaks() -> Iterator[ActivationPeaks]:
 
 
 @contextlib.contextmanager
-def watched(layers: nn.ModuleList) -> Iterator[None]:
-    """Look at what the modules of layers return in a block, where somebody records.
+def watched(layers: nn.ModuleList, only: int | None = None) -> Iterator[None]:
+    """Look at what modules of layers are given and return in a block, where somebody records.
 
     Args:
         layers: Decoder layers; they need not be loaded yet.
+        only: The one that runs, where the others answer in place of a run; None watches all.
 
     Yields:
         Nothing.
@@ -92,15 +93,31 @@ def watched(layers: nn.ModuleList) -> Iterator[None]:
         return
     with contextlib.ExitStack() as stack:
         for index, layer in enumerate(layers):
+            if only not in (None, index):
+                continue
             for name, module in layer.named_modules():
 
                 def look(
-                    _: Any, __: Any, returned: Any, index: int = index, name: str = name
+                    _: Any, given: Any, *returned: Any, index: int = index, name: str = name
                 ) -> None:
-                    peaks.see(index, name, returned)
+                    peaks.see(index, name, returned or given)
 
                 stack.callback(module.register_forward_hook(look).remove)
+                if name:  # a layer that runs alone is given what the one before returned
+                    stack.callback(module.register_forward_pre_hook(look).remove)
         yield
+
+
+def see_outputs(layer: int, outputs: object) -> None:
+    """Look at what a layer handed on, where somebody records.
+
+    Args:
+        layer: The decoder layer.
+        outputs: Tensors.
+    """
+    peaks = _recording.get()
+    if peaks is not None:
+        peaks.see(layer, "", outputs)
 
 
 def overflow_remark(peaks: ActivationPeaks) -> str | None:

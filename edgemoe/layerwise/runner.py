@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.layerwise.activation_peaks import watched
+from edgemoe.layerwise.activation_peaks import see_outputs, watched
 from edgemoe.layerwise.batch import digest_batches
 from edgemoe.layerwise.finished_layers import FinishedLayers, outputs_name
 from edgemoe.layerwise.outputs import DEFAULT_LIMIT_BYTES, LayerOutputs
@@ -269,12 +269,11 @@ def run_layers(
     with (
         quiet_transformers(),
         outer,
-        watched(provider.layers),
         counting(total, description) as advance,
     ):
         for index in left:
             is_last = take is None and index == chosen[-1]
-            with running.layer(index, work) as visit:
+            with running.layer(index, work) as visit, watched(provider.layers, index):
                 seen = visit.send_on(task.visit(visit), advance, stored=not is_last)
             for _ in range(each - seen):
                 advance()
@@ -286,6 +285,7 @@ def run_layers(
                     zip(batches, running.before, strict=True)
                 ):
                     there = map_tensors(given, lambda tensor: tensor.to(provider.device))
+                    see_outputs(len(provider.layers) - 1, there)
                     arguments = batch.inputs(provider.device)
                     arguments["logits_to_keep"] = batch.logits_to_keep
                     take(number, finish(arguments, there).logits)
