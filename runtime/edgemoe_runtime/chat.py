@@ -258,7 +258,7 @@ def _environment() -> tuple[Any, type[Exception]]:
             " ones have holes in the sandbox. Run: pip install -U 'edgemoe[chat]'"
         )
 
-    class Spoken(extension.Extension):  # type: ignore[misc, name-defined]  # jinja2 is untyped here
+    class Spoken(extension.Extension):  # type: ignore[misc]  # jinja2 is untyped here
         """`{% generation %}`: marks what the assistant says; rendering passes it through."""
 
         tags = frozenset({"generation"})
@@ -268,7 +268,7 @@ def _environment() -> tuple[Any, type[Exception]]:
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
             return jinja2.nodes.Scope(body).set_lineno(line)
 
-    class Namespace(jinja2.utils.Namespace):  # type: ignore[misc, name-defined]  # as above
+    class Namespace(jinja2.utils.Namespace):  # type: ignore[misc]  # as above
         """Jinja's, without names that lead into Python."""
 
         def __setitem__(self, name: str, value: Any) -> None:

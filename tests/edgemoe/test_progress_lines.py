@@ -17,7 +17,8 @@ class Clock:
 
 
 def test_hours_of_steps_are_some_dozens_of_lines() -> None:
-    clock, lines = Clock(), []
+    clock = Clock()
+    lines: list[str] = []
     progress = LineProgress("calibrate", 3600, clock, lines.append)
     for _ in range(3600):
         clock.now += 2
@@ -30,7 +31,8 @@ def test_hours_of_steps_are_some_dozens_of_lines() -> None:
 
 
 def test_short_work_is_silent() -> None:
-    clock, lines = Clock(), []
+    clock = Clock()
+    lines: list[str] = []
     progress = LineProgress("apply", None, clock, lines.append)
     for _ in range(10):
         clock.now += 0.1
@@ -44,7 +46,8 @@ def test_short_work_is_silent() -> None:
 
 
 def test_each_stage_is_a_line_with_the_time_that_is_left() -> None:
-    clock, lines = Clock(), []
+    clock = Clock()
+    lines: list[str] = []
     stages = StageLines(4, clock, lines.append)
     for name in ("open", "trace", "write", "verify", "one more"):
         stages.begin(name)

@@ -122,7 +122,8 @@ def test_other_requests_are_checked_as_well(session: Session) -> None:
             session.token_logprobs(wrong, 1)
     with pytest.raises(RequestError, match="start must be"):
         session.token_logprobs([1, 2], True)
-    numpys = session.token_logprobs(np.array([1, 2, 3]), np.int64(1))
+    ids: Any = np.array([1, 2, 3])
+    numpys = session.token_logprobs(ids, int(ids[0]))
     assert np.array_equal(numpys, session.token_logprobs([1, 2, 3], 1))
     assert session.generate("ab", max_new_tokens=np.int64(2), temperature=np.float32(0))  # type: ignore[call-overload]
 
