@@ -11,6 +11,7 @@ from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.keep_all import keep_all
 from edgemoe.prune.registry import make_plan
+from edgemoe_exporters.bundle.engine_release import needed_onnxruntime
 from edgemoe_exporters.bundle.manifest import (
     CREATED_BY,
     describe_cache,
@@ -46,6 +47,7 @@ from edgemoe_runtime.bundle.k_ladder import KRung
 from edgemoe_runtime.bundle.manifest import Manifest
 from edgemoe_runtime.bundle.manifest_file import save_manifest
 from edgemoe_runtime.bundle.task_entry import TaskEntry
+from edgemoe_runtime.execution_providers import release_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -87,6 +89,7 @@ class WrittenGraphs:
         cache: The cache among them.
         size: Bytes on disk.
         separate_stacks: Stacks of experts that were stored apart although tasks share them.
+        needs_onnxruntime: The oldest release that computes all of them, such as `1.31`.
     """
 
     eager: Mapping[str, list[EagerRun]]
@@ -95,6 +98,7 @@ class WrittenGraphs:
     cache: KvCache
     size: SizeReport
     separate_stacks: tuple[str, ...]
+    needs_onnxruntime: str
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,7 @@ class ExportStages:
     ) -> WrittenGraphs:
         """Trace the model once; lower and write it with each task's experts."""
         eager = {}
+        needed: list[str] = []
         lower: Callable[[ir.Model, str], ir.Model] = lower_ort.lower
         if self.target.flavour == "tensorrt":
             lower = partial(lower_tensorrt.lower, static_shapes=self.request.static_shapes)
@@ -200,6 +205,7 @@ class ExportStages:
                     outputs = tensor_specs(lowered.graph.outputs)
                     depth = int(self.model.config.num_hidden_layers)
                     cache = describe_cache(lowered.graph, inputs, depth)
+                    needed.append(needed_onnxruntime(lowered))
                     writer.add_graph(name, lowered)
             self.on_stage("write the bundle")
             size = writer.finish()
@@ -210,6 +216,7 @@ class ExportStages:
                 cache=cache,
                 size=size,
                 separate_stacks=tuple(writer.separate_stacks),
+                needs_onnxruntime=max(needed, key=release_numbers),
             )
 
     def validate(
@@ -267,6 +274,7 @@ class ExportStages:
             target=self.target.name,
             flavour=self.target.flavour,
             precision=self.precision,
+            needs_onnxruntime=graphs.needs_onnxruntime,
             kv_cache=graphs.cache,
             tasks={
                 name: TaskEntry(
