@@ -105,7 +105,7 @@ def split_task(
             request for question in questions for request in _right_ones(question)
         )
         lines = len(questions)
-        choices = tuple(question for question in questions if question.choices)
+        choices = tuple(questions) if task.kind == "choice" else ()
     return TaskSamples(
         name=task.name,
         training=requests[False],
