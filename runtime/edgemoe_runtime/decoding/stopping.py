@@ -44,12 +44,15 @@ class TokenStops:
         if not self._sequences:
             return [token]
         self._held.append(token)
+        held = tuple(self._held)
+        complete = [len(one) for one in self._sequences if held[-len(one) :] == one]
+        if complete:
+            self.stopped = True
+            self._held = []
+            return list(held[: len(held) - max(complete)])
         passed: list[int] = []
         while self._held and not self._may_begin():
             passed.append(self._held.pop(0))
-        if tuple(self._held) in self._sequences:
-            self.stopped = True
-            self._held = []
         return passed
 
     def flush(self) -> list[int]:
