@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgemoe_runtime.bundle.manifest import Manifest
 from edgemoe_runtime.bundle.manifest_rules import check_manifest
-from edgemoe_runtime.bundle.names import BUNDLE_FORMAT, MANIFEST_FILE, SCHEMA_VERSION
+from edgemoe_runtime.bundle.names import BUNDLE_FORMAT, MANIFEST_FILE, READABLE_SCHEMAS
 from edgemoe_runtime.errors import ManifestError
 from edgemoe_runtime.json_fields import Json, Value, parse_json, read_plain_text
 
@@ -102,9 +102,10 @@ def _check_version(document: Json) -> None:
             " file. Give the directory that `edgemoe export -o` wrote."
         )
     version = document.get("schema_version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
+    if version not in READABLE_SCHEMAS or isinstance(version, (bool, float)):
         writer = document.get("created_by", "an unknown program")
         raise ManifestError(
-            f"schema_version must be {SCHEMA_VERSION}, got {version!r} written by {writer}."
-            " Install the edgemoe that wrote the bundle, or export it again with this one."
+            f"schema_version must be {' or '.join(map(str, READABLE_SCHEMAS))}, got"
+            f" {version!r} written by {writer}. Install the edgemoe that wrote the"
+            " bundle, or export it again with this one."
         )
