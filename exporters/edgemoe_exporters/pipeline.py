@@ -129,7 +129,7 @@ def run_export(request: ExportRequest, on_stage: OnStage) -> ExportReport:
                 name: stages.validate(name, task, graphs.eager[name], before, layouts)
                 for name, task in tasks.items()
             }
-            unpruned_bytes = round(graphs.size.total_bytes * max(1.0, parameters / stored))
+            unpruned_bytes = stages.estimate_unpruned(tasks, multiple)
             speeds = time_tasks(stages, tasks, unpruned_bytes)
         reports = {name: with_speed(one, speeds.get(name)) for name, one in reports.items()}
         # Reading a large checkpoint only to hash it takes as long as copying it.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from edgemoe.api.arguments import check_at_least_one
 from edgemoe.errors import ArgumentError, ExportError
-from edgemoe.evaluate.gate import find_limit_fault
 from edgemoe.staging import refuse_existing, refuse_inputs_inside
 from edgemoe_exporters.bundle.task_names import check_task_names
 from edgemoe_exporters.targets import Target, choose_precision, find_target
@@ -171,6 +170,8 @@ class ExportRequest:
                 )
         if self.max_drop is not None:
             # Whether it is large for its task is known once the files are read.
+            from edgemoe.evaluate.gate import find_limit_fault
+
             fault = find_limit_fault(self.max_drop, "text", accept_large=True)
             if fault is not None:
                 raise ExportError(fault)

@@ -58,13 +58,15 @@ class ExportCheckpointing:
         work: Where steps of this very export are kept; None where none are.
         kept: Where results that other exports of the checkpoint may use are kept.
         scratch: An empty directory for graphs that are measured and thrown away.
-        reused: What was found instead of made, such as `the statistics of code`.
+        earlier: Names of what an earlier attempt kept there.
+        reused: What of it was used, such as `the statistics of code`.
     """
 
     staged: Path
     work: WorkDirectory | None
     kept: WorkDirectory
     scratch: Path
+    earlier: frozenset[str] = frozenset()
     reused: list[str] = field(default_factory=list)
 
     @property
@@ -148,8 +150,9 @@ class ExportCheckpointing:
         return path
 
     def _is_kept(self, path: Path, what: str) -> bool:
+        name = path.relative_to(self.kept.path).parts[0]
         found = path.exists()
-        if found and what not in self.reused:
+        if found and name in self.earlier and what not in self.reused:
             self.reused.append(what)
         return found
 
@@ -226,16 +229,17 @@ def open_checkpointing(
     with resumable(request.output, keys.checkpoint, _PROGRESS, force=request.force) as whole:
         results = WorkDirectory(whole.path / _KEPT)
         results.path.mkdir(exist_ok=True)
+        earlier = frozenset(path.name for path in results.path.iterdir())
         scratch = whole.empty_directory(_SCRATCH)
         try:
             if not kept:
                 whole.remove(_STEPS)
                 with staged_directory(request.output, force=request.force) as staged:
-                    yield ExportCheckpointing(staged, None, results, scratch)
+                    yield ExportCheckpointing(staged, None, results, scratch, earlier)
                 return
             _begin_attempt(whole, keys.attempt, force=request.force)
             staged, steps = whole.path / _BUNDLE, whole.path / _STEPS
-            yield ExportCheckpointing(staged, WorkDirectory(steps), results, scratch)
+            yield ExportCheckpointing(staged, WorkDirectory(steps), results, scratch, earlier)
         except EdgemoeError as error:
             if not isinstance(error, OutputError):
                 # Refused weights would be refused again.

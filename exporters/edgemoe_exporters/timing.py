@@ -9,6 +9,7 @@ from edgemoe.plans.keep_all import keep_all
 from edgemoe_exporters.sources.task_model import TaskModel
 from edgemoe_exporters.validation.graph_runner import GraphRunner
 from edgemoe_exporters.validation.parity_text import sample_tokens
+from edgemoe_exporters.validation.sliced_runner import weight_bytes
 from edgemoe_exporters.validation.speed import (
     LEAST_LENGTH,
     answering_checkpoint,
@@ -42,8 +43,12 @@ def time_tasks(
         return {}
     if stages.max_length < LEAST_LENGTH:
         return {}
-    runners = {name: maker.open(stages.checkpointing.staged / f"{name}.onnx") for name in tasks}
-    whole = {name: one for name, one in runners.items() if isinstance(one, GraphRunner)}
+    paths = {name: stages.checkpointing.staged / f"{name}.onnx" for name in tasks}
+    whole = {
+        name: GraphRunner(path, spins=False)
+        for name, path in paths.items()
+        if weight_bytes(path) <= maker.limit
+    }
     if not whole:
         return {}
     maker.on_stage("time the graphs")
@@ -56,8 +61,7 @@ def time_tasks(
     )
     if fits and any(stages.is_pruned(task) for task in tasks.values()):
         folder.mkdir()
-        opened = maker.open(maker.write_alone(everything, "unpruned", folder))
-        unpruned = opened if isinstance(opened, GraphRunner) else None
+        unpruned = GraphRunner(maker.write_alone(everything, "unpruned", folder), spins=False)
     tokenizer = stages.chooser.tokenizer
     found = {}
     for name, runner in whole.items():

@@ -218,8 +218,10 @@ def bundle(checkpoint: Path, choices: Path, tmp_path_factory: pytest.TempPathFac
         target="cpu",
         precision="fp32",
         tasks={"choices": choices},
-        max_drop=2.0,
+        max_drop=1.0,
+        accept_weak_evidence=True,
         keep=1.0,
+        speed=False,
     )
     export_bundle(request)
     return output
@@ -312,6 +314,8 @@ def test_margins_of_texts_are_those_of_transformers(checkpoint: Path, tmp_path: 
         tasks={"texts": lines},
         keep=1.0,
         max_drop=100.0,
+        accept_large_drop=True,
+        accept_weak_evidence=True,
     )
     export_bundle(request)
     ladder = load_manifest(tmp_path / "bundle").tasks["texts"].k_ladder
