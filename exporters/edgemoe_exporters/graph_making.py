@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
-    from edgemoe.models.contract import MoeModel
     from edgemoe.resume import WorkDirectory
     from edgemoe_exporters.request import ExportRequest
     from edgemoe_exporters.sources.task_model import TaskModel
@@ -50,19 +49,19 @@ class GraphMaker:
     work: WorkDirectory | None = None
     _traced: dict[object, ir.Model] = field(default_factory=dict)
 
-    def traced(self, task: TaskModel, model: MoeModel) -> ir.Model:
+    def traced(self, task: TaskModel) -> ir.Model:
         """Return the graph of all models that are built as a task's is, tracing the first.
 
         Args:
-            task: The task.
-            model: A model that is built so.
+            task: The task; where it has the exported checkpoint's weights, its plan must not
+                be carried out on these at the moment.
 
         Returns:
             The graph; it must not be changed.
         """
         if task.trace_key not in self._traced:
             self.on_stage("trace the model")
-            self._traced[task.trace_key] = trace(model)
+            self._traced[task.trace_key] = trace(task.source.moe)
         return self._traced[task.trace_key]
 
     def lowered(self, task: TaskModel, small: TaskSource, *, counts_experts: bool) -> ir.Model:
@@ -76,7 +75,7 @@ class GraphMaker:
         Returns:
             A new graph; its weights are computed when they are written.
         """
-        bound = small.bind(self.traced(task, task.source.moe))
+        bound = small.bind(self.traced(task))
         if counts_experts:
             count_experts_used(bound)
         lower: Callable[[ir.Model, str], ir.Model] = lower_ort.lower
@@ -100,6 +99,7 @@ class GraphMaker:
             The graph's file; its weights lie beside it.
         """
         with BundleWriter(folder, (name,)) as writer:
+            self.traced(task)
             with task.opened({}, name) as small:
                 writer.add_graph(name, self.lowered(task, small, counts_experts=False))
             writer.finish()

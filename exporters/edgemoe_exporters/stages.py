@@ -152,6 +152,7 @@ class ExportStages:
         with writing as writer:
             for name, task in tasks.items():
                 self.maker.on_stage(f"make the graph of {name}")
+                self.maker.traced(task)
                 with task.opened(layouts, name) as small:
                     eager[name] = self.checkpointing.eager(
                         name, partial(small.run_eager, self._sample(name))
