@@ -60,13 +60,13 @@ def test_cuts_are_those_that_a_router_can_choose_from() -> None:
     )
     shape = ModelShape(family="t", layers=layers, hidden_size=64, intermediate_size=32)
     assert [cut.counts for cut in list_cuts("reap", shape)] == [
-        (7, 4), (6, 3), (5, 3), (4, 2),
+        (7, 4), (6, 3), (5, 3), (4, 2), (3, 2),
     ]  # fmt: skip
     grouped = replace(shape, layers=(replace(layers[0], n_group=4),))
     assert [cut.counts for cut in list_cuts("reap", grouped)] == [(4,)]
-    widths = [cut.counts[0] for cut in list_cuts("camera", shape)]
+    widths = [sum(cut.counts) for cut in list_cuts("camera", shape)]
     assert widths == sorted(set(widths), reverse=True)
-    assert max(widths) < 32
+    assert max(widths) < 64
     every = replace(shape, layers=(replace(layers[1], top_k=4),))
     with pytest.raises(PlanError, match="no expert can go"):
         list_cuts("reap", every)
@@ -97,6 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.fused
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("limit", [None, 0])
 def test_what_is_refused_is_kept_and_the_next_attempt_uses_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None
@@ -152,6 +153,7 @@ def test_what_is_refused_is_kept_and_the_next_attempt_uses_it(
 
 @pytest.mark.slow
 @pytest.mark.fused
+@pytest.mark.usefixtures("one_trace")
 def test_what_is_interrupted_is_kept(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

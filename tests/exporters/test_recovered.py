@@ -15,23 +15,19 @@ import edgemoe
 from edgemoe.errors import ExportError, TaskFileError
 from edgemoe.models.checkpoint import load_model
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
-from edgemoe_exporters import graph_making
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest, split_recoveries
-from edgemoe_exporters.tracing.trace import trace
 from edgemoe_exporters.validation.graph_runner import GraphRunner
 from edgemoe_runtime.bundle.integrity import verify_bundle
 from edgemoe_runtime.bundle.manifest_file import load_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
-
-    import onnx_ir as ir
 
     from edgemoe.models.contract import MoeModel
 
-pytestmark = pytest.mark.fused
+pytestmark = [pytest.mark.fused, pytest.mark.usefixtures("one_trace")]
 
 RAGGED = [[(0,), (2,), (3, 5), (7,)], [(1,), (4,), (6,)]]
 OTHER = [[(1,), (2,), (7,)], [(4,), (6,), (7,)]]
@@ -44,22 +40,6 @@ class Made:
     folder: Path
     plans: dict[str, Path]
     recovered: dict[str, Path]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_trace() -> Iterator[None]:
-    """Tracing is most of an export, and a graph does not depend on weights."""
-    traces: dict[object, ir.Model] = {}
-
-    def trace_once(model: MoeModel) -> ir.Model:
-        key = (model.family, tuple(layer.is_factored for layer in model.layers))
-        if key not in traces:
-            traces[key] = trace(model)
-        return traces[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph_making, "trace", trace_once)
-        yield
 
 
 def plan_of(layers: list[list[tuple[int, ...]]]) -> Plan:
