@@ -1,4 +1,6 @@
-"""Progress of whatever takes longer than two seconds: a bar on stderr, or calls to a listener.
+"""Progress of whatever takes longer than two seconds: a bar, lines, or calls to a listener.
+
+On a terminal it is a bar. Commands write lines where stderr is none, functions write nothing.
 
 Work that shows its progress may be a part of other work that does: only the outermost is shown.
 """
@@ -13,6 +15,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
+from edgemoe.progress_lines import LineProgress
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 _drawn: list[Progress] = []
+_lines_wanted: ContextVar[bool] = ContextVar("edgemoe_progress_lines", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,20 @@ def reporting_to(on_progress: OnProgress | None) -> Iterator[None]:
         _listener.set(before)
 
 
+@contextlib.contextmanager
+def in_lines() -> Iterator[None]:
+    """Write progress as lines in a block, where stderr is no terminal and nobody listens.
+
+    Yields:
+        Nothing.
+    """
+    token = _lines_wanted.set(True)
+    try:
+        yield
+    finally:
+        _lines_wanted.reset(token)
+
+
 def track(
     items: Iterable[Item], description: str, *, total: int | None = None
 ) -> Iterator[Item]:
@@ -89,7 +108,7 @@ def track(
         total: Number of items, where `items` has no length.
 
     Yields:
-        The items, unchanged. Nothing is drawn when stderr is not a terminal.
+        The items, unchanged.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
@@ -108,7 +127,7 @@ def counting(total: int, description: str) -> Iterator[Callable[[], None]]:
         description: What the bar says.
 
     Yields:
-        A function to call after each step. Nothing is drawn when stderr is not a terminal.
+        A function to call after each step.
     """
     with _shown(total, description) as advance:
         yield lambda: advance(None)
@@ -123,8 +142,7 @@ def telling(total: int, description: str) -> Iterator[Callable[[str], None]]:
         description: What the bar says.
 
     Yields:
-        A function to call with that word after each step. Nothing is drawn when stderr is not
-        a terminal.
+        A function to call with that word after each step.
     """
     with _shown(total, description) as advance:
         yield advance
@@ -145,6 +163,15 @@ def _shown(total: int | None, description: str) -> Iterator[Advance]:
                 advance=1,
                 description=description if note is None else f"{description}, {note}",
             )
+    elif listener is None and _lines_wanted.get() and not sys.stderr.isatty():
+        # What is inside of this work is a part of it.
+        token = _lines_wanted.set(False)
+        lines = LineProgress(description, total)
+        try:
+            yield lines.advance
+            lines.finish()
+        finally:
+            _lines_wanted.reset(token)
     else:
         yield lambda _: None
 

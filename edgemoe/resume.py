@@ -2,37 +2,55 @@
 
 A long command keeps finished steps in `<output>.partial` beside its output, under a key that
 says which work this is. The same command finds them and goes on; another one is refused. The
-directory goes when the work is done, and when it ends before its first step is finished.
+directory goes when the work is done, and when it ends before its first step is finished. A run
+that was killed after its output had appeared, but before the directory was gone, is finished by
+the same command too.
+
+How such a directory is recognised and held says `edgemoe.work_directory`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import glob
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edgemoe.errors import OutputError
+from edgemoe.disk import describe_full
+from edgemoe.errors import EdgemoeError, OutputError
+from edgemoe.output_lock import announcing, claimed
 from edgemoe.staging import refuse_existing, replace, sync
 from edgemoe.versions import library_versions
+from edgemoe.work_directory import (
+    PUBLISHED,
+    WorkDirectory,
+    create_work,
+    is_there,
+    locked,
+    partial_path,
+    read_key,
+    refuse_foreign,
+    remove_work,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
-_SUFFIX = ".partial"
-_KEY = "key.json"
-_LOCK = "lock"
-_NEW = ".new"
+__all__ = [
+    "ResumableInterrupt",
+    "WorkDirectory",
+    "partial_path",
+    "publish",
+    "resumable",
+    "resume_key",
+    "wait_until_free",
+]
+
 # Of what work directories hold: one of another layout cannot be gone on from.
-_LAYOUT = 2
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+_LAYOUT = 3
 
 
 class Stamped(Protocol):
@@ -82,106 +100,6 @@ class ResumableInterrupt(KeyboardInterrupt):
     """Ctrl-C in work of which steps are finished; the text says how to go on."""
 
 
-class WorkDirectory:
-    """Finished steps of one piece of work.
-
-    Attributes:
-        path: The directory.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Use an existing directory.
-
-        Args:
-            path: The directory.
-        """
-        self.path = path
-
-    def read(self, name: str) -> dict[str, Any] | None:
-        """Read what `write` wrote.
-
-        Args:
-            name: File name.
-
-        Returns:
-            The object; None where there is none.
-        """
-        file = self.path / name
-        if not file.exists():
-            return None
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return found
-
-    def write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON object, whole or not at all; what was written before it is kept too.
-
-        Args:
-            name: File name.
-            content: JSON values.
-        """
-        self.write_bytes(name, (json.dumps(content, indent=1) + "\n").encode())
-
-    def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a file, whole or not at all.
-
-        Args:
-            name: File name.
-            content: Its bytes.
-        """
-        new = self.path / (name + _NEW)
-        new.write_bytes(content)
-        self.commit(new, name)
-
-    def commit(self, new: Path, name: str) -> None:
-        """Give a finished file its name, once it has reached the disk.
-
-        Args:
-            new: A file in the directory.
-            name: Its name from now on.
-        """
-        sync(new)
-        new.rename(self.path / name)
-        sync(self.path)
-
-    def empty_directory(self, name: str) -> Path:
-        """Make a directory, or empty it.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            The directory.
-        """
-        directory = self.path / name
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir()
-        return directory
-
-    def remove(self, name: str) -> None:
-        """Remove a file or a directory, if there is one.
-
-        Args:
-            name: Its name.
-        """
-        path = self.path / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def partial_path(target: Path) -> Path:
-    """Name the work directory of an output.
-
-    Args:
-        target: The output.
-
-    Returns:
-        The directory, which need not exist.
-    """
-    return target.with_name(target.name + _SUFFIX)
-
-
 def wait_until_free(target: Path, seconds: float) -> None:
     """Wait until no process works for an output.
 
@@ -214,33 +132,76 @@ def resumable(
         exists.
 
     Raises:
-        OutputError: The directory is of other work, another process uses it, or the disk
-            refuses.
+        OutputError: The output exists and `force` is false, the directory is of other work,
+            another process uses it, or the disk refuses.
         ResumableInterrupt: Ctrl-C, once `progress` exists.
     """
     path = partial_path(target)
     made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not _is_same_work(path, key, progress, force=force):
-        shutil.rmtree(path)
-    if not path.exists():
-        _create(path, key)
-    with _locked(path):
-        try:
+    try:
+        with claimed(target), _opened(path, target, key, progress, force=force) as work:
+            with announcing(target, lambda staged: _note_published(work, staged)):
+                yield work
+            remove_work(path)
+    finally:
+        for parent in made:
+            # Only those that stayed empty go.
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+@contextlib.contextmanager
+def _opened(
+    path: Path, target: Path, key: Mapping[str, Any], progress: str, *, force: bool
+) -> Iterator[WorkDirectory]:
+    """Hold the work directory, the old one or a new one."""
+    if is_there(path):
+        refuse_foreign(path)
+        # Nobody may be at it.
+        with locked(path):
+            different = _differences(path, key)
+            if different and _was_published(path, target):
+                # That work is done: only its directory was left.
+                remove_work(path)
+            elif different and _is_begun(path, progress) and not force:
+                raise OutputError(
+                    "unfinished work must be finished by the command that began it, got "
+                    f"{path} with another {', '.join(different)}. Give that command again, or "
+                    "remove the directory, or pass --force to begin anew."
+                )
+            elif different:
+                remove_work(path)
+    if not is_there(path):
+        refuse_existing(target, force=force, directory=target.is_dir())
+        create_work(path, key)
+    with locked(path):
+        if _was_published(path, target):
+            _take_back(path, target)
+        refuse_existing(target, force=force, directory=target.is_dir())
+        with _kept_or_cleaned(path, target, progress):
             yield WorkDirectory(path)
-        except BaseException as error:
-            if not _is_begun(path, progress):
-                _clean(path, made)
-                _tell_full(target, error, kept=False)
-                raise
-            if isinstance(error, KeyboardInterrupt):
-                raise ResumableInterrupt(
-                    f"interrupted. What is finished is in {path}: the same command goes on "
-                    "from there."
-                ) from error
-            _tell_full(target, error, kept=True)
+
+
+@contextlib.contextmanager
+def _kept_or_cleaned(path: Path, target: Path, progress: str) -> Iterator[None]:
+    """Keep what is finished when the work fails, and nothing where nothing is."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_there(path):
             raise
-        shutil.rmtree(path, ignore_errors=True)
+        if not _is_begun(path, progress):
+            remove_work(path)
+            _tell_full(target, error, kept=False)
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            raise ResumableInterrupt(
+                f"interrupted. What is finished is in {path}: the same command goes on from "
+                "there."
+            ) from error
+        _tell_full(target, error, kept=True)
+        raise
 
 
 def publish(staged: Path, target: Path, *, force: bool) -> None:
@@ -255,63 +216,58 @@ def publish(staged: Path, target: Path, *, force: bool) -> None:
         OutputError: `target` exists and `force` is false.
     """
     refuse_existing(target, force=force, directory=True)
-    for file in staged.iterdir():
-        sync(file)
+    for file in staged.rglob("*"):
+        if file.is_file():
+            sync(file)
     sync(staged)
     replace(staged, target)
 
 
-def _create(path: Path, key: Mapping[str, Any]) -> None:
-    new = path.with_name(f".{path.name}.{os.getpid()}{_NEW}")
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*{_NEW}"):
-        owner = stale.name.split(".")[-2]
-        if stale == new or not Path("/proc", owner).exists():
-            shutil.rmtree(stale, ignore_errors=True)
-    new.mkdir()
-    WorkDirectory(new).write(_KEY, key)
-    new.rename(path)
-
-
-def _is_same_work(path: Path, key: Mapping[str, Any], progress: str, *, force: bool) -> bool:
-    found = WorkDirectory(path).read(_KEY) if path.is_dir() else None
-    if found is None:
-        raise OutputError(
-            f"{path} must be free for unfinished work, got something that edgemoe did not "
-            "put there. Move it, or choose another -o."
-        )
+def _differences(path: Path, key: Mapping[str, Any]) -> list[str]:
+    """Return the names of what decides the result and is another than in the directory."""
+    found = read_key(path) or {}
     wanted = json.loads(json.dumps(key))
-    different = sorted(
-        name for name in {*found, *wanted} if found.get(name) != wanted.get(name)
+    return sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+
+
+def _note_published(work: WorkDirectory, staged: Path) -> None:
+    found = staged.lstat()
+    inside = staged.is_relative_to(work.path)
+    work.write(
+        PUBLISHED,
+        {
+            "device": found.st_dev,
+            "inode": found.st_ino,
+            "name": str(staged.relative_to(work.path)) if inside else None,
+        },
     )
-    if different and _is_begun(path, progress) and not force:
-        raise OutputError(
-            f"unfinished work must be finished by the command that began it, got {path} with "
-            f"another {', '.join(different)}. Give that command again, or remove the "
-            "directory, or pass --force to begin anew."
-        )
-    if different:
-        # Nobody may be at it.
-        with _locked(path):
-            return False
-    return True
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with (path / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"one process at a time may use {path}, got another that does. Wait for it, "
-                "or choose another -o."
-            ) from error
-        yield
+def _was_published(path: Path, target: Path) -> bool:
+    """Tell whether the output is what the work in a directory became."""
+    note = WorkDirectory(path).read(PUBLISHED)
+    if note is None or not is_there(target):
+        return False
+    found = target.lstat()
+    return (found.st_dev, found.st_ino) == (note.get("device"), note.get("inode"))
+
+
+def _take_back(path: Path, target: Path) -> None:
+    """Undo the last rename of a run that was killed after it: the same run does it again."""
+    note = WorkDirectory(path).read(PUBLISHED)
+    inner = None if note is None else note.get("name")
+    if inner is None:
+        # A file that is made again from its steps, to the same bytes.
+        target.unlink()
+        return
+    place = path / inner
+    shutil.rmtree(place, ignore_errors=True)
+    target.rename(place)
 
 
 def _is_free(path: Path) -> bool:
     try:
-        with _locked(path):
+        with locked(path):
             return True
     except OutputError:
         return False
@@ -321,17 +277,10 @@ def _is_begun(path: Path, progress: str) -> bool:
     return any(True for _ in path.glob(progress))
 
 
-def _clean(path: Path, made: list[Path]) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    for parent in made:
-        with contextlib.suppress(OSError):
-            parent.rmdir()
-
-
 def _tell_full(target: Path, error: BaseException, *, kept: bool) -> None:
-    if isinstance(error, OSError) and error.errno in _FULL and type(error) is OSError:
+    reason = None if isinstance(error, EdgemoeError) else describe_full(error)
+    if reason is not None:
         left = "The same command goes on" if kept else "Nothing was left behind"
         raise OutputError(
-            f"{target} could not be written: {error.strerror}. {left}; free space or choose "
-            "another -o."
+            f"{target} could not be written: {reason}. {left}; free space or choose another -o."
         ) from error

@@ -3,42 +3,105 @@
 A reader never sees a half-written file or directory, and an interrupted or failed
 command leaves nothing behind: the staged copy is removed on any exception, and staged
 copies of processes that were killed are swept away by the next writer of the same target.
+One command at a time writes a target: `edgemoe.output_lock`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import os
 import secrets
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.errors import OutputError
+from edgemoe.disk import describe_full
+from edgemoe.errors import EdgemoeError, OutputError
 from edgemoe.interruption import end_if_asked
+from edgemoe.output_lock import WORK_SUFFIX, announce_finished, claimed
+from edgemoe_runtime.messages import clip, escape_controls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _STAGED_SUFFIX = ".edgemoe-staged"
 _OLD = "-old"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
-def refuse_existing(target: Path, *, force: bool, directory: bool) -> None:
+@contextlib.contextmanager
+def reserved(
+    target: Path | None,
+    *,
+    force: bool,
+    directory: bool,
+    inputs: Iterable[Path] = (),
+    resumes: bool = False,
+) -> Iterator[None]:
+    """Hold an output from a command's first check to its last rename.
+
+    Args:
+        target: File or directory that will be written; None where none will.
+        force: Whether an existing target may be replaced.
+        directory: Whether a directory is to be written, or a file.
+        inputs: Files and directories that are read.
+        resumes: Whether the command goes on with unfinished work of an earlier run, which may
+            have ended just after its output appeared.
+
+    Yields:
+        Nothing; until the block ends no other command can write the target.
+
+    Raises:
+        OutputError: As `refuse_existing` and `refuse_inputs_inside`; the folder that it goes
+            into is missing; or another command writes it.
+    """
+    if target is None:
+        yield
+        return
+    refuse_missing_parent(target)
+    with claimed(target):
+        recover(target)
+        refuse_existing(target, force=force, directory=directory, resumes=resumes)
+        refuse_inputs_inside(target, *inputs)
+        yield
+
+
+def refuse_missing_parent(target: Path) -> None:
+    """Refuse a target in a folder that does not exist: a slip of the pen would make one.
+
+    Args:
+        target: File or directory that is to be written.
+
+    Raises:
+        OutputError: Its parent is missing, or a file.
+    """
+    parent = target.absolute().parent
+    if not parent.exists():
+        shown = clip(shlex.quote(escape_controls(str(target.parent))))
+        raise OutputError(
+            f"the output's folder must exist, got {shown}, which does not. Make it first: "
+            f"mkdir -p {shown}"
+        )
+
+
+def refuse_existing(
+    target: Path, *, force: bool, directory: bool, resumes: bool = False
+) -> None:
     """Refuse a target that exists, unless forced, and one of the other kind always.
 
     Args:
         target: File or directory that is to be written.
         force: Whether an existing target may be replaced.
         directory: Whether a directory is to be written, or a file.
+        resumes: Whether the command goes on with unfinished work of an earlier run, which may
+            have ended just after its output appeared: `edgemoe.resume` looks then.
 
     Raises:
         OutputError: `target` exists and `force` is false or it is of the other kind, or
             its parent is a file.
     """
+    force = force or (resumes and target.with_name(target.name + WORK_SUFFIX).exists())
     if (target.exists() or target.is_symlink()) and not force:
         raise OutputError(
             f"output must not exist, got {target}. Choose another -o, or pass --force to "
@@ -77,27 +140,6 @@ def refuse_inputs_inside(target: Path, *inputs: Path) -> None:
             )
 
 
-def require_space(directory: Path, needed_bytes: int) -> None:
-    """Refuse early what the disk cannot hold.
-
-    Args:
-        directory: Where to write; need not exist yet.
-        needed_bytes: What will be written.
-
-    Raises:
-        OutputError: Less is free.
-    """
-    existing = next(
-        path for path in (directory, *directory.absolute().parents) if path.exists()
-    )
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise OutputError(
-            f"the disk of {directory} must have {needed_bytes / 1e6:.0f} MB free, got "
-            f"{free / 1e6:.0f} MB. Free space, or choose another -o or a lower --precision."
-        )
-
-
 @contextlib.contextmanager
 def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield an empty directory that becomes `target` when the block ends well.
@@ -110,12 +152,10 @@ def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         A new empty directory beside `target`.
 
     Raises:
-        OutputError: `target` exists and `force` is false, or is a file, or the disk
-            refuses (full, read-only).
+        OutputError: `target` exists and `force` is false, or is a file, another command
+            writes it, or the disk refuses (full, read-only).
     """
-    recover(target)
-    refuse_existing(target, force=force, directory=True)
-    with _staged(target) as staged:
+    with _staged(target, force=force, directory=True) as staged:
         staged.mkdir()
         yield staged
         for path in staged.rglob("*"):
@@ -137,58 +177,68 @@ def staged_file(target: Path, *, force: bool = False) -> Iterator[Path]:
         A path beside `target` that does not exist yet.
 
     Raises:
-        OutputError: `target` exists and `force` is false, or is a directory, or the disk
-            refuses (full, read-only).
+        OutputError: `target` exists and `force` is false, or is a directory, another command
+            writes it, or the disk refuses (full, read-only).
     """
-    refuse_existing(target, force=force, directory=False)
-    with _staged(target) as staged:
+    with _staged(target, force=force, directory=False) as staged:
         yield staged
         sync(staged)
         replace(staged, target)
 
 
 @contextlib.contextmanager
-def _staged(target: Path) -> Iterator[Path]:
+def _staged(target: Path, *, force: bool, directory: bool) -> Iterator[Path]:
     staged = (
         target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{_STAGED_SUFFIX}"
     )
     made = [parent for parent in target.parents if not parent.exists()]
     try:
+        refuse_existing(target, force=force, directory=directory)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        yield staged
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        if error.errno is None or not _is_output_failure(error, staged, target):
+        with claimed(target) as is_first:
+            recover(target)
+            refuse_existing(target, force=force, directory=directory)
+            if is_first:
+                _sweep(target)
+            try:
+                yield staged
+            finally:
+                _remove(staged)
+    except EdgemoeError:
+        raise
+    except Exception as error:
+        reason = _output_failure(error, staged, target)
+        if reason is None:
             raise
         raise OutputError(
-            f"{target} could not be written: {error.strerror}. Nothing was left behind; free "
-            "space or choose another -o."
+            f"{target} could not be written: {reason}. Nothing was left behind; free space or "
+            "choose another -o."
         ) from error
     finally:
-        _remove(staged)
         for parent in made:
             # Only those that stayed empty go.
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
 
-def _is_output_failure(error: OSError, staged: Path, target: Path) -> bool:
-    if error.errno in _FULL:
-        return True
-    if error.filename is None:
-        return False
-    path = Path(error.filename)
-    return path in (target, *target.parents, staged) or staged in path.parents
+def _output_failure(error: BaseException, staged: Path, target: Path) -> str | None:
+    """Return the system's words where an error is of the output, not of an input."""
+    full = describe_full(error)
+    if full is not None or not isinstance(error, OSError) or error.filename is None:
+        return full
+    path = Path(os.fsdecode(error.filename))
+    if path in (target, *target.parents, staged) or staged in path.parents:
+        return error.strerror
+    return None
 
 
 def _stale(target: Path) -> Iterator[Path]:
-    """Yield staged copies whose process is gone."""
+    """Yield staged copies of this user's whose process is gone."""
     for path in target.parent.glob(f".{glob.escape(target.name)}.*{_STAGED_SUFFIX}"):
         owner = path.name[len(target.name) + 2 :].split("-", 1)[0]
         if (
             owner.isdigit()
+            and path.lstat().st_uid == os.geteuid()
             and not Path("/proc", owner).exists()
             and Path("/proc/self").exists()
         ):
@@ -225,6 +275,7 @@ def replace(staged: Path, target: Path) -> None:
         KeyboardInterrupt: Someone asked the command to end, and Python forgot it.
     """
     end_if_asked()
+    announce_finished(staged, target)
     if target.is_dir() and not target.is_symlink():
         # rename(2) cannot replace a directory that is not empty.
         stem = f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}"

@@ -11,19 +11,24 @@ from edgemoe.api.arguments import (
     as_float,
     as_path,
     check_at_least_one,
+    check_plan,
     files_of,
     load_plan,
     option_texts,
     read_task,
 )
+from edgemoe.api.checks import check_checkpoint, check_output
+from edgemoe.api.extras import needs
+from edgemoe.api.method_names import POLICIES, check_name
 from edgemoe.api.running import running
+from edgemoe.staging import reserved
+from edgemoe.tasks import TaskFile
 
 if TYPE_CHECKING:
     from edgemoe.api.arguments import OneTask, Options, StrPath
     from edgemoe.models.checkpoint import Checkpoint
     from edgemoe.plans.plan import Plan
     from edgemoe.progress import OnProgress
-    from edgemoe.tasks import TaskFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,24 +118,30 @@ def allocate(
         >>> allocated = allocate("moe", {"code": "code.jsonl"}, mean_k=1.5)
         >>> saved = allocated.mean_k_before - allocated.mean_k
     """
-    check_at_least_one(max_tokens=max_tokens)
+    check_at_least_one(max_tokens=max_tokens, threads=threads)
     path, target = Path(model), as_path(output)
-    with running("export", threads=threads, on_progress=on_progress):
+    needs("export")
+    check_name(policy, POLICIES)
+    data = [task.path] if isinstance(task, TaskFile) else task.values()
+    check_output(target, path, *files_of(*data, plan), force=force, directory=False)
+    check_checkpoint(path)
+    loaded = read_task(task, path)
+    start = None if plan is None else replace(load_plan(plan), k_policy=None)
+    with (
+        running("export", threads=threads, on_progress=on_progress),
+        reserved(target, force=force, directory=False, resumes=True),
+    ):
         from edgemoe.allocate.registry import find_policy, read_options
         from edgemoe.models.checkpoint import Checkpoint
-        from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
-        if target is not None:
-            refuse_existing(target, force=force, directory=False)
         chosen = read_options(policy, option_texts(options))
         if target is not None and not find_policy(policy).trains:
             _refuse_unfinished(target)
-        loaded = read_task(task)
-        if target is not None:
-            refuse_inputs_inside(target, path, loaded.path, *files_of(plan))
-        start = None if plan is None else replace(load_plan(plan), k_policy=None)
+        checkpoint = Checkpoint(path)
+        if start is not None:
+            check_plan(start, checkpoint)
         return _decide(
-            Checkpoint(path),
+            checkpoint,
             loaded,
             policy,
             start,

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from edgemoe.api.arguments import files_of, load_plan
+from edgemoe.api.arguments import as_path, check_plan, files_of, load_plan
+from edgemoe.api.checks import check_checkpoint, check_output
+from edgemoe.api.extras import needs
 from edgemoe.api.running import running
 from edgemoe.errors import ArgumentError
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from edgemoe.api.arguments import StrPath
@@ -104,22 +107,24 @@ def apply_plan(
     """
     if not max_shard_gb > 0:
         raise ArgumentError(f"max_shard_gb must be in (0, inf), got {max_shard_gb}.")
-    path = Path(model)
-    with running("export", on_progress=on_progress):
+    path, target = Path(model), as_path(output)
+    needs("export")
+    check_output(target, path, *files_of(plan), force=force, directory=True)
+    check_checkpoint(path)
+    decision = load_plan(plan)
+    with (
+        running("export", on_progress=on_progress),
+        reserved(target, force=force, directory=True, resumes=True),
+    ):
         from edgemoe.apply.in_memory import apply_plan as apply_in_memory
         from edgemoe.models import load_model
         from edgemoe.models.checkpoint import Checkpoint
-        from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
-        if output is None:
-            return apply_in_memory(load_model(path), load_plan(plan))
-        target = Path(output)
-        refuse_existing(target, force=force, directory=True)
-        refuse_inputs_inside(target, path, *files_of(plan))
-        decision = load_plan(plan)
+        if target is None:
+            return apply_in_memory(load_model(path), decision)
         checkpoint = Checkpoint(path)
         shape = checkpoint.shape
-        decision.validate(shape)
+        check_plan(decision, checkpoint)
         family = _write(checkpoint, decision, target, int(max_shard_gb * 1e9), force=force)
         return ApplyReport(
             output=target, family=family, plan=decision, widths_per_layer=decision.widths(shape)

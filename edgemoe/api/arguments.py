@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from edgemoe.errors import ArgumentError, StatisticsError, TaskFileError
+from edgemoe.chat_tasks import load_task
+from edgemoe.errors import ArgumentError, PlanError, StatisticsError, TaskFileError
 from edgemoe.tasks import TaskFile, check_names_differ
+from edgemoe.token_check import check_tokens
+from edgemoe_runtime.messages import clip
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemoe.calibrate.statistics import Statistics
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe.plans.plan import Plan
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
@@ -22,11 +26,12 @@ OneTask: TypeAlias = "TaskFile | Mapping[str, StrPath]"
 Options: TypeAlias = "Mapping[str, object] | Sequence[str]"
 
 
-def read_tasks(tasks: Tasks) -> list[TaskFile]:
-    """Load tasks that are given by file.
+def read_tasks(tasks: Tasks, model: Path) -> list[TaskFile]:
+    """Load tasks that are given by file, and refuse tokens that the model does not know.
 
     Args:
         tasks: Files by name, or tasks that are loaded.
+        model: Checkpoint or bundle that reads them; its template renders chats.
 
     Returns:
         The tasks in their order.
@@ -35,20 +40,22 @@ def read_tasks(tasks: Tasks) -> list[TaskFile]:
         TaskFileError: There is none, two have one name, or a file breaks a rule.
     """
     if isinstance(tasks, Mapping):
-        loaded = [TaskFile.load(name, Path(path)) for name, path in tasks.items()]
+        loaded = [load_task(name, Path(path), model) for name, path in tasks.items()]
     else:
         loaded = list(tasks)
     check_names_differ([task.name for task in loaded])
     if not loaded:
         raise TaskFileError('there must be one task or more, got none. Give {"name": file}.')
+    check_tokens(model, loaded)
     return loaded
 
 
-def read_task(task: OneTask) -> TaskFile:
+def read_task(task: OneTask, model: Path) -> TaskFile:
     """Load the one task of a verb that takes no more.
 
     Args:
         task: The task, or its file by its name.
+        model: As in `read_tasks`.
 
     Returns:
         The task.
@@ -56,14 +63,11 @@ def read_task(task: OneTask) -> TaskFile:
     Raises:
         TaskFileError: There is not one, or the file breaks a rule.
     """
-    if isinstance(task, TaskFile):
-        return task
-    loaded = read_tasks(task)
-    if len(loaded) > 1:
+    if isinstance(task, Mapping) and len(task) > 1:
         raise TaskFileError(
-            f"there must be one task, got {', '.join(task)}. Call once for each."
+            f"there must be one task, got {clip(', '.join(task))}. Call once for each."
         )
-    return loaded[0]
+    return read_tasks([task] if isinstance(task, TaskFile) else task, model)[0]
 
 
 def task_paths(tasks: Tasks) -> dict[str, Path]:
@@ -80,13 +84,33 @@ def task_paths(tasks: Tasks) -> dict[str, Path]:
     return {task.name: task.path for task in tasks}
 
 
-def load_statistics(
-    statistics: Statistics | StrPath, model: Path, sha256: str, done: str
-) -> Statistics:
-    """Load statistics, and refuse those of another checkpoint.
+def read_statistics(statistics: Statistics | StrPath) -> Statistics:
+    """Load statistics that are given by file.
 
     Args:
         statistics: Statistics, or their file.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        StatisticsError: The file is malformed.
+    """
+    from edgemoe.calibrate.statistics import Statistics
+
+    return (
+        statistics if isinstance(statistics, Statistics) else Statistics.load(Path(statistics))
+    )
+
+
+def check_measured(
+    found: Statistics, given: Statistics | StrPath, model: Path, sha256: str, done: str
+) -> Statistics:
+    """Refuse statistics of another checkpoint.
+
+    Args:
+        found: The statistics.
+        given: What the caller gave, for the message.
         model: The checkpoint, for the message.
         sha256: Its fingerprint.
         done: What is done to it, for the message, such as `pruned`.
@@ -95,20 +119,32 @@ def load_statistics(
         The statistics.
 
     Raises:
-        StatisticsError: The file is malformed, or another checkpoint was measured.
+        StatisticsError: Another checkpoint was measured.
     """
-    from edgemoe.calibrate.statistics import Statistics
-
-    found = (
-        statistics if isinstance(statistics, Statistics) else Statistics.load(Path(statistics))
-    )
     if found.checkpoint_sha256 != sha256:
-        source = "statistics" if found is statistics else statistics
+        source = "statistics" if found is given else given
         raise StatisticsError(
             f"statistics must be of the checkpoint that is {done}, got {source} of checkpoint "
             f"{found.checkpoint_sha256[:12]} for {model}. Calibrate {model}."
         )
     return found
+
+
+def check_plan(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Refuse a plan that does not fit; one of another checkpoint is told as that first.
+
+    Args:
+        plan: The plan.
+        checkpoint: What it is to be carried out on; hashed only where the plan does not fit.
+
+    Raises:
+        PlanError: It does not fit.
+    """
+    try:
+        plan.validate(checkpoint.shape)
+    except PlanError:
+        plan.validate(checkpoint.shape, checkpoint.sha256)
+        raise
 
 
 def load_plan(plan: Plan | StrPath) -> Plan:

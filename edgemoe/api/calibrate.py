@@ -8,10 +8,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from edgemoe.api.arguments import as_path, check_at_least_one, read_tasks
+from edgemoe.api.arguments import as_path, check_at_least_one, read_tasks, task_paths
+from edgemoe.api.checks import check_checkpoint, check_output
+from edgemoe.api.extras import needs
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
 from edgemoe.errors import ArgumentError
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,6 +39,7 @@ def calibrate(
     ray: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    texts: bool = True,
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Statistics:
@@ -61,6 +65,9 @@ def calibrate(
         threads: CPU threads of each process, in [1, inf); None leaves what they are. The last
             bits of the sums depend on it.
         device: Where layers compute: `cpu`, `cuda`, `cuda:N` or `auto`.
+        texts: Keep the tokens that were read, four bytes each: methods that run layers (moe-i2,
+            naee, ream, camera, heapr, svd-whitened) read them again. Whoever has the file can
+            read the text then; it is made readable for its owner only.
         force: Whether `output`, and unfinished work of another call, may be replaced.
         on_progress: Called with each `edgemoe.progress.ProgressEvent`; None draws a bar
             where stderr is a terminal.
@@ -68,7 +75,7 @@ def calibrate(
     Returns:
         For each task and MoE layer float64 sums over its tokens: [experts] how often an expert
         is chosen, its router weights and output norms; [experts, experts] products of router
-        logits and how often two are chosen together. And a sample of the tokens.
+        logits and how often two are chosen together. And, with `texts`, the tokens.
 
     Raises:
         ArgumentError: `shard` is given together with `workers` or `ray`, `ray` without
@@ -91,16 +98,21 @@ def calibrate(
         raise ArgumentError("--shard cannot be used with --workers or --ray.")
     if ray is not None and output is None:
         raise ArgumentError("--ray needs an output, which is where workers leave their shards.")
-    check_at_least_one(max_tokens=max_tokens, workers=workers)
+    check_at_least_one(max_tokens=max_tokens, workers=workers, threads=threads)
     path, target = Path(model), as_path(output)
     extras = ("export", *extras_of(ray))
-    with running(*extras, threads=threads, on_progress=on_progress), _file(target) as file:
+    needs(*extras)
+    inputs = (path, *task_paths(tasks).values())
+    check_output(target, *inputs, force=force, directory=False)
+    check_checkpoint(path)
+    loaded = read_tasks(tasks, path)
+    with (
+        running(*extras, threads=threads, on_progress=on_progress),
+        _file(target) as file,
+        reserved(file, force=force, directory=False, resumes=True),
+    ):
         from edgemoe.models.device import device_here
-        from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
-        refuse_existing(file, force=force, directory=False)
-        loaded = read_tasks(tasks)
-        refuse_inputs_inside(file, path, *(task.path for task in loaded))
         executor = None
         if spread:
             if ray is None:
@@ -117,6 +129,7 @@ def calibrate(
             shard=shard,
             threads=threads,
             device=device,
+            texts=texts,
             force=force,
         )
 
@@ -141,6 +154,7 @@ def _measure(
     shard: tuple[int, int],
     threads: int | None,
     device: str,
+    texts: bool,
     force: bool,
 ) -> Statistics:
     """Measure layer by layer, or whole where that cannot be done, and write the file."""
@@ -161,6 +175,7 @@ def _measure(
                 max_tokens=max_tokens,
                 device=device,
                 threads=threads,
+                texts=texts,
                 force=force,
             )
         return calibrate_streamed(
@@ -170,6 +185,7 @@ def _measure(
             max_tokens=max_tokens,
             shard=shard,
             device=device_here(device),
+            texts=texts,
             force=force,
         )
     except StreamingError as error:
@@ -179,5 +195,7 @@ def _measure(
     statistics = collect(
         whole, tasks, load_tokenizer(model), max_tokens=max_tokens, shard=shard
     )
+    if not texts:
+        statistics = statistics.without_tokens()
     statistics.save(output, force=force)
     return statistics

@@ -6,8 +6,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgemoe.api.arguments import files_of
+from edgemoe.api.checks import check_checkpoint, check_output
+from edgemoe.api.extras import needs
 from edgemoe.api.running import running
+from edgemoe.chat_tasks import load_task
 from edgemoe.errors import ArgumentError, CarveError
+from edgemoe.file_kinds import describe_mistake, identify
+from edgemoe.staging import reserved
+from edgemoe.token_check import check_texts, check_tokens
+from edgemoe_runtime.input_files import read_file
+from edgemoe_runtime.messages import quote
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,13 +81,21 @@ def carve(
         >>> report = carve("dense", "carved", experts=4, top_k=2, data="code.jsonl")
         >>> share = report.active_fraction
     """
-    with running("export", on_progress=on_progress):
+    source, target = Path(dense), Path(output)
+    if learned is not None and data is not None:
+        raise ArgumentError("--learned needs no calibration: leave out --data.")
+    needs("export")
+    check_output(target, source, *files_of(data, learned), force=force, directory=True)
+    if identify(source).name != "gguf":
+        check_checkpoint(source)
+    texts = [] if learned is not None else _read_texts(data, source)
+    with (
+        running("export", on_progress=on_progress),
+        reserved(target, force=force, directory=True),
+    ):
         from edgemoe.carve.carve import CarveOptions, carve_checkpoint, rebuild_checkpoint
 
-        source, target = Path(dense), Path(output)
         if learned is not None:
-            if data is not None:
-                raise ArgumentError("--learned needs no calibration: leave out --data.")
             return rebuild_checkpoint(source, target, learned=Path(learned), force=force)
         options = CarveOptions(
             experts=experts,
@@ -87,26 +104,32 @@ def carve(
             max_tokens=max_tokens,
             seed=seed,
         )
-        return carve_checkpoint(
-            source, target, texts=_read_texts(data), options=options, force=force
-        )
+        return carve_checkpoint(source, target, texts=texts, options=options, force=force)
 
 
-def _read_texts(data: StrPath | Sequence[str] | None) -> list[str]:
-    from edgemoe.tasks import TaskFile
-
+def _read_texts(data: StrPath | Sequence[str] | None, model: Path) -> list[str]:
     if data is None:
         import pydoc_data.topics
 
         return [text for _, text in sorted(pydoc_data.topics.topics.items())]
     if not isinstance(data, (str, os.PathLike)):
+        check_texts(model, ((text, f"text {n}") for n, text in enumerate(data, start=1)))
         return list(data)
     path = Path(data)
     if path.suffix == ".jsonl":
-        return [record.calibration_text for record in TaskFile.load("data", path).records]
+        task = load_task("data", path, model)
+        check_tokens(model, [task])
+        return [record.calibration_text for record in task.records]
+    kind = identify(path).name
+    if kind not in ("text", "json", "task file", "other", "missing", "directory"):
+        raise CarveError(f"calibration text must be text, got {describe_mistake(path)}.")
     try:
-        return [path.read_text(encoding="utf-8")]
+        text = read_file(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise CarveError(
-            f"Could not open file {str(path)!r}: calibration text must be UTF-8."
+            f"calibration text must be UTF-8, got {quote(str(path))} with the byte "
+            f"0x{error.object[error.start]:02x}. Convert it to UTF-8."
         ) from error
+    lines = ((line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), start=1))
+    check_texts(model, lines)
+    return [text]

@@ -5,8 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.api.arguments import as_path, files_of, load_plan, load_statistics, option_texts
+from edgemoe.api.arguments import (
+    as_path,
+    check_measured,
+    files_of,
+    load_plan,
+    option_texts,
+    read_statistics,
+)
+from edgemoe.api.checks import check_checkpoint, check_fraction, check_output
+from edgemoe.api.extras import needs
+from edgemoe.api.method_names import DECOMPOSITION, check_name
 from edgemoe.api.running import running
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from edgemoe.api.arguments import Options, StrPath
@@ -74,29 +85,38 @@ def decompose(
         >>> share = ranked.parameters_after / ranked.parameters_before
     """
     path, target = Path(model), as_path(output)
-    with running("export", on_progress=on_progress):
+    needs("export")
+    check_name(method, DECOMPOSITION)
+    check_fraction(
+        "--param-ratio", "the fraction of the experts' parameters to keep,", float(param_ratio)
+    )
+    check_output(target, path, *files_of(statistics, plan), force=force, directory=False)
+    check_checkpoint(path)
+    measured = read_statistics(statistics)
+    measured.task(task)
+    given = None if plan is None else load_plan(plan)
+    with (
+        running("export", on_progress=on_progress),
+        reserved(target, force=force, directory=False),
+    ):
         from edgemoe.apply.checks import refuse_changes
         from edgemoe.apply.expert_tensors import planned_tensors
         from edgemoe.decompose.decision import add_ranks, read_options
         from edgemoe.layerwise.provider import open_layers
         from edgemoe.models.checkpoint import Checkpoint
         from edgemoe.plans.keep_all import keep_all
-        from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
-        if target is not None:
-            refuse_existing(target, force=force, directory=False)
-            refuse_inputs_inside(target, path, *files_of(statistics))
         chosen = read_options(method, option_texts(options))
         checkpoint = Checkpoint(path)
         structure = checkpoint.structure
         refuse_changes(structure)
-        start = keep_all(structure.shape) if plan is None else load_plan(plan)
+        start = keep_all(structure.shape) if given is None else given
         sha256 = checkpoint.sha256
         start.validate(structure.shape, sha256)
         found = add_ranks(
             start,
             structure.layers,
-            load_statistics(statistics, path, sha256, "factored"),
+            check_measured(measured, statistics, path, sha256, "factored"),
             task,
             method,
             float(param_ratio),

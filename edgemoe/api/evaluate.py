@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from edgemoe.api.arguments import read_task
+from edgemoe.api.checks import check_checkpoint
+from edgemoe.api.extras import needs
 from edgemoe.api.running import running
+from edgemoe.file_kinds import identify
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,11 +83,13 @@ def evaluate(
         >>> evaluation = evaluate("moe", {"code": "code.test.jsonl"})
         >>> low, high = evaluation.ci95
     """
-    loaded, path = read_task(task), Path(model)
-    from edgemoe_runtime.bundle.names import MANIFEST_FILE
-
+    path = Path(model)
     # A bundle can be evaluated where it runs, without torch.
-    extras = () if (path / MANIFEST_FILE).is_file() else ("export",)
+    extras = () if identify(path).name == "bundle" else ("export",)
+    needs(*extras)
+    if extras:
+        check_checkpoint(path)
+    loaded = read_task(task, path)
     with running(*extras, on_progress=on_progress):
         from edgemoe.evaluate.contamination import examples_seen, keep_held_out
         from edgemoe.evaluate.evaluation import evaluate as score

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.api.arguments import as_path
+from edgemoe.api.checks import check_output
 from edgemoe.api.running import running
 from edgemoe.errors import ArgumentError
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,13 +50,14 @@ def merge_statistics(
         >>> halves = [calibrate("moe", {"code": "code.jsonl"}, shard=(i, 2)) for i in range(2)]
         >>> whole = merge_statistics(halves)
     """
-    with running("export"):
+    target = as_path(output)
+    check_output(target, force=force, directory=False)
+    with (
+        running("export"),
+        reserved(target, force=force, directory=False),
+    ):
         from edgemoe.calibrate.statistics import Statistics, merge
-        from edgemoe.staging import refuse_existing
 
-        target = as_path(output)
-        if target is not None:
-            refuse_existing(target, force=force, directory=False)
         if not statistics:
             raise ArgumentError("there must be statistics to add up, got none.")
         merged = merge(

@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Literal
 from edgemoe.api.arguments import (
     as_path,
     check_at_least_one,
+    check_measured,
     files_of,
-    load_statistics,
     option_texts,
+    read_statistics,
 )
+from edgemoe.api.checks import check_checkpoint, check_fraction, check_output
+from edgemoe.api.extras import needs
+from edgemoe.api.method_names import PRUNING, check_name
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
 from edgemoe.errors import ArgumentError
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -107,19 +112,27 @@ def prune(
     """
     if (keep is None) == (keep_experts is None):
         raise ArgumentError("give exactly one of --keep and --keep-experts.")
-    check_at_least_one(workers=workers)
+    check_at_least_one(workers=workers, threads=threads)
     path, target = Path(model), as_path(output)
     extras = ("export", *extras_of(ray))
-    with running(*extras, threads=threads, on_progress=on_progress):
+    needs(*extras)
+    check_name(method, PRUNING)
+    kept = "neurons" if method in ("camera", "heapr") else "experts"
+    check_fraction("--keep", f"a fraction of the {kept}", keep)
+    check_output(target, path, *files_of(statistics), force=force, directory=False)
+    check_checkpoint(path)
+    measured = read_statistics(statistics)
+    for name in [task] if isinstance(task, str) else task:
+        measured.task(name)
+    with (
+        running(*extras, threads=threads, on_progress=on_progress),
+        reserved(target, force=force, directory=False),
+    ):
         from edgemoe.apply.checks import refuse_changes
         from edgemoe.models.checkpoint import Checkpoint
         from edgemoe.oracle.oracle import LayerOracle
         from edgemoe.prune.registry import find_method, make_plan, read_options
-        from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
-        if target is not None:
-            refuse_existing(target, force=force, directory=False)
-            refuse_inputs_inside(target, path, *files_of(statistics))
         asked = keep_experts
         weights = task if isinstance(task, str) else {n: float(w) for n, w in task.items()}
         texts = [*_layers_option(layers, asked), *option_texts(options)]
@@ -134,7 +147,7 @@ def prune(
         structure = checkpoint.structure
         refuse_changes(structure)
         counts = _counts(method, structure.shape, keep, asked)
-        measured = load_statistics(statistics, path, checkpoint.sha256, "pruned")
+        check_measured(measured, statistics, path, checkpoint.sha256, "pruned")
         with contextlib.ExitStack() as stack:
             executor = choose_executor(workers, ray)
             pool = stack.enter_context(_open_pool(executor, path, threads)) if spread else None

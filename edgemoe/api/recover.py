@@ -5,8 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.api.arguments import as_float, as_path, read_tasks
+from edgemoe.api.arguments import (
+    as_float,
+    as_path,
+    check_at_least_one,
+    files_of,
+    read_tasks,
+    task_paths,
+)
+from edgemoe.api.checks import check_checkpoint, check_output
+from edgemoe.api.extras import needs
+from edgemoe.api.method_names import RECOVERY, check_name
 from edgemoe.api.running import running
+from edgemoe.recover.options import RecoverOptions
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from edgemoe.api.arguments import StrPath, Tasks
@@ -101,29 +113,40 @@ def recover(
         >>> found = recover("moe-code", tasks, "least-squares", "better", teacher="moe")
         >>> won = found.before.loss - found.after.loss
     """
-    with running("export", threads=threads, on_progress=on_progress):
+    check_at_least_one(threads=threads)
+    options = RecoverOptions(
+        steps=steps,
+        learning_rate=as_float(learning_rate),
+        batch_tokens=batch_tokens,
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
+        held_out_fraction=float(held_out),
+        seed=seed,
+        kd_weight=as_float(kd_weight),
+        temperature=as_float(temperature),
+        rank=rank,
+        alpha=as_float(alpha),
+        router_steps=router_steps,
+    )
+    path, target = Path(model), Path(output)
+    needs("export")
+    check_name(method, RECOVERY)
+    inputs = files_of(path, teacher, *task_paths(tasks).values())
+    check_output(target, *inputs, force=force, directory=True)
+    for checkpoint in files_of(path, teacher):
+        check_checkpoint(checkpoint)
+    loaded = read_tasks(tasks, path)
+    with (
+        running("export", threads=threads, on_progress=on_progress),
+        reserved(target, force=force, directory=True, resumes=True),
+    ):
         from edgemoe.models.device import device_here
-        from edgemoe.recover.options import RecoverOptions
         from edgemoe.recover.recovery import recover_checkpoint
 
-        options = RecoverOptions(
-            steps=steps,
-            learning_rate=as_float(learning_rate),
-            batch_tokens=batch_tokens,
-            sequence_length=sequence_length,
-            max_tokens=max_tokens,
-            held_out_fraction=float(held_out),
-            seed=seed,
-            kd_weight=as_float(kd_weight),
-            temperature=as_float(temperature),
-            rank=rank,
-            alpha=as_float(alpha),
-            router_steps=router_steps,
-        )
         return recover_checkpoint(
-            Path(model),
-            read_tasks(tasks),
-            Path(output),
+            path,
+            loaded,
+            target,
             method=method,
             teacher=as_path(teacher),
             options=options,

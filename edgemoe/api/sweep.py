@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.api.arguments import option_texts, task_paths
+from edgemoe.api.arguments import check_at_least_one, option_texts, read_tasks, task_paths
+from edgemoe.api.checks import check_checkpoint, check_fraction, check_output
+from edgemoe.api.extras import needs
+from edgemoe.api.method_names import PRUNING, RECOVERY, check_name
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
+from edgemoe.errors import SweepError
+from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,16 +113,34 @@ def sweep(
         >>> outcome = sweep("moe", {"code": "code.jsonl"}, ["reap"], "report", keeps=[0.5])
         >>> smallest = outcome.thresholds["code"].best
     """
-    with running("export", "sweep", *extras_of(ray), on_progress=on_progress):
-        from edgemoe.api.arguments import check_at_least_one
+    check_at_least_one(workers=workers, threads=threads)
+    path, target, extras = Path(model), Path(output), ("export", "sweep", *extras_of(ray))
+    needs(*extras)
+    for argument in methods:
+        for name in argument.split(","):
+            check_name(name.strip(), PRUNING)
+    given = recoveries if isinstance(recoveries, Mapping) else list(recoveries)
+    for recovery in given:
+        check_name(recovery.partition(":")[0], RECOVERY)
+    for keep in keeps:
+        check_fraction("--keep", "fractions of each layer's experts", keep, SweepError)
+    inputs = (path, *task_paths(tasks).values(), *task_paths(held_out).values())
+    check_output(target, *inputs, force=force, directory=True)
+    check_checkpoint(path)
+    for some in (tasks, held_out):
+        if some:
+            read_tasks(some, path)  # read again where they are used: here for what is wrong
+    with (
+        running(*extras, on_progress=on_progress),
+        reserved(target, force=force, directory=True, resumes=True),
+    ):
         from edgemoe.sweep.recoveries import read_recoveries
         from edgemoe.sweep.request import SweepRequest, read_methods
         from edgemoe.sweep.sweep import run_sweep
 
-        check_at_least_one(threads=threads)
         request = SweepRequest(
-            model=Path(model),
-            output=Path(output),
+            model=path,
+            output=target,
             tasks=task_paths(tasks),
             methods=read_methods(methods, _texts(options), layers),
             recoveries=recoveries

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from edgemoe.apply.expert_tensors import planned_tensors
 from edgemoe.decompose.walk import FactoringTask
+from edgemoe.disk import require_space
 from edgemoe.layerwise.finished_layers import layers_done
 from edgemoe.layerwise.provider import StreamedLayers
-from edgemoe.staging import require_space
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

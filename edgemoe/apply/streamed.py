@@ -21,13 +21,14 @@ from edgemoe.apply.expert_tensors import apply_layer, keeps_all
 from edgemoe.apply.factor_streamed import factor_streamed
 from edgemoe.apply.provenance import describe_plan
 from edgemoe.decompose.registry import find_method
+from edgemoe.disk import require_space
 from edgemoe.layerwise.finished_layers import read_state
 from edgemoe.models.checkpoint import Checkpoint
-from edgemoe.models.factored_experts import Ranks
 from edgemoe.models.factored_layer import empty_factors
 from edgemoe.models.k_policy import save_k_policy
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.saving import float32_names, save_settings
+from edgemoe.models.shapes import Ranks
 from edgemoe.models.shards import (
     DEFAULT_SHARD_BYTES,
     PlannedTensor,
@@ -39,7 +40,6 @@ from edgemoe.models.shared_basis_layer import empty_bases
 from edgemoe.plans.plan import LayerPlan, MergedExpert
 from edgemoe.progress import counting
 from edgemoe.resume import publish, resumable, resume_key
-from edgemoe.staging import recover, refuse_existing, require_space
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,8 +105,6 @@ def apply_streamed(
             the plan's method runs them.
         OutputError: The output exists, or the disk has not enough space.
     """
-    recover(output)
-    refuse_existing(output, force=force, directory=True)
     checkpoint = Checkpoint.open(path)
     streamed = open_streamed(checkpoint)
     plan.validate(streamed.moe.shape)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from edgemoe.calibrate.statistics import Statistics, TaskStatistics
+from edgemoe.calibrate.statistics import Statistics
 from edgemoe.calibrate.sums import LayerSums
+from edgemoe.calibrate.task_statistics import TaskStatistics
 from edgemoe.calibrate.windows import SEQUENCE_LENGTH, cut_tasks
 from edgemoe.layerwise.batch import Batch
 from edgemoe.layerwise.outputs import DEFAULT_LIMIT_BYTES

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe.calibrate.sample import Window
-from edgemoe.calibrate.statistics import TaskStatistics
 from edgemoe.calibrate.sums import SUM_NAMES, LayerSums
+from edgemoe.calibrate.task_statistics import TaskStatistics
 from edgemoe.errors import StatisticsError
 
 if TYPE_CHECKING:
@@ -23,19 +23,28 @@ if TYPE_CHECKING:
     from edgemoe.calibrate.statistics import Statistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mixture:
     """Statistics of one or several tasks, as methods read them.
 
     Attributes:
         measured: Sums over the mixture.
-        windows: Tokens of all its tasks, as many of each as its share.
         digests: Of the lines that the tasks' sums cover.
+        tasks: What is mixed, and how many tokens of each stand for its share.
     """
 
     measured: TaskStatistics
-    windows: Sequence[Window]
     digests: frozenset[int]
+    tasks: Sequence[tuple[TaskStatistics, int]]
+
+    @property
+    def windows(self) -> list[Window]:
+        """Tokens of all its tasks; `StatisticsError` where a task has none."""
+        return [
+            window
+            for task, tokens in self.tasks
+            for window in spread_windows(task.windows, tokens)
+        ]
 
 
 def mix(statistics: Statistics, weights: Mapping[str, float]) -> Mixture:
@@ -65,7 +74,7 @@ def mix(statistics: Statistics, weights: Mapping[str, float]) -> Mixture:
     digests = frozenset[int]().union(*(task.digests for task in tasks.values()))
     if len(tasks) == 1:
         (only,) = tasks.values()
-        return Mixture(only, only.windows, digests)
+        return Mixture(measured=only, digests=digests, tasks=[(only, only.tokens)])
     total = math.fsum(weights.values())
     shares = {name: weight / total for name, weight in weights.items()}
     tokens = sum(task.tokens for task in tasks.values())
@@ -76,13 +85,10 @@ def mix(statistics: Statistics, weights: Mapping[str, float]) -> Mixture:
     }
     # As many tokens as the scarcest task allows at its share.
     most = min(task.tokens / shares[name] for name, task in tasks.items())
-    windows = [
-        window
-        for name, task in tasks.items()
-        for window in spread_windows(task.windows, max(1, round(shares[name] * most)))
-    ]
+    parts = [(task, max(1, round(shares[name] * most))) for name, task in tasks.items()]
     sources = tuple(source for task in tasks.values() for source in task.sources)
-    return Mixture(TaskStatistics(sources=sources, layers=layers), windows, digests)
+    measured = TaskStatistics(sources=sources, layers=layers)
+    return Mixture(measured=measured, digests=digests, tasks=parts)
 
 
 def spread_windows(windows: Sequence[Window], tokens: int) -> list[Window]:

@@ -3,8 +3,9 @@
 Sums tell most methods enough. Those that search or train (how far is a layer's output from
 what it was, without these experts?) must run layers again, on the tokens that were measured.
 So statistics keep them, four bytes each, with the lines that they are from: whoever has the
-statistics file can read the calibration text. The lines' digests also tell, later, whether a
-score is of lines that calibration read.
+statistics file can read the calibration text. `TokenSample.without_tokens` leaves them out. The
+lines' digests stay then: they tell, later, whether a score is of lines that calibration read,
+and whoever can guess a line can see that it was one of them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class TokenSample:
     """Windows of tokens, by rising line and start.
 
     Attributes:
-        ids: The tokens of all windows, int32 [tokens].
+        ids: The tokens of all windows, int32 [tokens]; none where they were left out.
         table: Line, start, length and digest of each window, int64 [windows, 4].
     """
 
@@ -79,7 +80,25 @@ class TokenSample:
         Returns:
             All their windows.
         """
-        return cls.of([window for sample in samples for window in sample.windows])
+        parts = list(samples)
+        if all(sample.has_tokens for sample in parts):
+            return cls.of([window for sample in parts for window in sample.windows])
+        table = np.concatenate([sample.table for sample in parts])
+        order = np.lexsort((table[:, 1], table[:, 0]))
+        return cls(ids=np.zeros(0, np.int32), table=table[order])
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the tokens are there, not only where they were."""
+        return len(self.ids) == int(self.table[:, 2].sum())
+
+    def without_tokens(self) -> TokenSample:
+        """Leave out the tokens, and with them the text.
+
+        Returns:
+            The same windows, of which only line, place, length and digest are known.
+        """
+        return TokenSample(ids=np.zeros(0, np.int32), table=self.table)
 
     @property
     def windows(self) -> list[Window]:
@@ -130,7 +149,7 @@ class TokenSample:
                 f"{table.dtype}{list(table.shape)}"
             )
         lengths = table.astype(np.int64)[:, 2]
-        if (lengths < 1).any() or lengths.sum() != len(ids):
+        if (lengths < 1).any() or lengths.sum() != len(ids) > 0:
             raise ValueError(
                 f"windows must have {len(ids)} tokens between them, got {lengths.sum()}"
             )

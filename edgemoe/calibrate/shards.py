@@ -72,6 +72,7 @@ def calibrate_in_shards(
     sequence_length: int = SEQUENCE_LENGTH,
     device: str = "cpu",
     threads: int | None = None,
+    texts: bool = True,
     force: bool = False,
 ) -> Statistics:
     """Measure tasks with several workers and write the statistics file.
@@ -87,6 +88,7 @@ def calibrate_in_shards(
             turns at its GPUs.
         threads: CPU threads of each worker; by default as many as this process has, on a
             cluster those that Ray gives.
+        texts: As in `edgemoe.calibrate.streamed.calibrate_streamed`.
         force: Whether `output`, and unfinished work of another call, may be replaced.
 
     Returns:
@@ -150,6 +152,8 @@ def calibrate_in_shards(
                 count_layers()
                 raise
             statistics = merge(*map(Statistics.load, outputs))
+            if not texts:
+                statistics = statistics.without_tokens()
             statistics.save(output, force=force)
     return statistics
 

@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from dataclasses import asdict, dataclass, field, fields, replace
-from fractions import Fraction
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,84 +30,23 @@ import numpy as np
 
 from edgemoe.calibrate.sample import TokenSample
 from edgemoe.calibrate.sums import LayerSums, array_types
+from edgemoe.calibrate.task_statistics import Source, TaskStatistics, refuse_overlap
 from edgemoe.errors import StatisticsError
+from edgemoe.file_kinds import describe_mistake, identify
 from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.staging import staged_file
 from edgemoe.versions import __version__
+from edgemoe_runtime.input_files import parse_strict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from edgemoe.calibrate.sample import Window
 
 FORMAT = "edgemoe.statistics"
 VERSION = 3
 _METADATA_KEY = "edgemoe"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One calibration pass over (a shard of) one task file.
-
-    Attributes:
-        sha256: Hash of the task file.
-        lines: Lines that were read at least in part.
-        tokens: Tokens that were read.
-        shard: `(index, of)`: the pass read every `of`-th line from `index` on.
-        sequence_length: Longest window of tokens that the model saw at once.
-        max_tokens: How many tokens of the file the pass and its fellow shards were to read;
-            None where all.
-        sample: What was read.
-    """
-
-    sha256: str
-    lines: int
-    tokens: int
-    shard: tuple[int, int] = (0, 1)
-    sequence_length: int
-    max_tokens: int | None = None
-    sample: TokenSample = field(compare=False)
-
-    def header(self) -> dict[str, Any]:
-        """Return all but the sample, as JSON values."""
-        names = (entry.name for entry in fields(self))
-        return {name: getattr(self, name) for name in names if name != "sample"}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TaskStatistics:
-    """One task's sums.
-
-    Attributes:
-        sources: The passes that were added up, sorted.
-        layers: Sums by decoder layer index, ascending.
-    """
-
-    sources: tuple[Source, ...]
-    layers: Mapping[int, LayerSums]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the sums cover."""
-        return sum(source.tokens for source in self.sources)
-
-    @property
-    def windows(self) -> list[Window]:
-        """The windows of tokens that the sums cover."""
-        return [window for source in self.sources for window in source.sample.windows]
-
-    @property
-    def digests(self) -> frozenset[int]:
-        """Digests of the lines that the sums cover."""
-        return frozenset[int]().union(*(source.sample.digests for source in self.sources))
-
-    def __add__(self, other: TaskStatistics) -> TaskStatistics:
-        return TaskStatistics(
-            sources=_unite(self.sources + other.sources),
-            layers={layer: sums + other.layers[layer] for layer, sums in self.layers.items()},
-        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,12 +83,37 @@ class Statistics:
         return self.tasks[name]
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether the text of some calibration can be read from it."""
+        return any(
+            source.sample.has_tokens for task in self.tasks.values() for source in task.sources
+        )
+
+    def without_tokens(self) -> Statistics:
+        """Leave out the tokens that were read, and with them the text.
+
+        Returns:
+            The same sums, for methods that run no layers.
+        """
+        tasks = {
+            name: replace(
+                task,
+                sources=tuple(
+                    replace(source, sample=source.sample.without_tokens())
+                    for source in task.sources
+                ),
+            )
+            for name, task in self.tasks.items()
+        }
+        return replace(self, tasks=tasks)
+
+    @property
     def sha256(self) -> str:
         """Hash of the file that `save` writes."""
         return hashlib.sha256(self._to_bytes()).hexdigest()
 
     def save(self, path: Path | str, *, force: bool = False) -> None:
-        """Write the file, whole or not at all.
+        """Write the file, whole or not at all, for its owner alone: it can hold text.
 
         Args:
             path: The file to write.
@@ -161,6 +123,7 @@ class Statistics:
             OutputError: The file exists and `force` is false, or it cannot be written.
         """
         with staged_file(Path(path), force=force) as staged:
+            staged.touch(mode=0o600)
             staged.write_bytes(self._to_bytes())
 
     @classmethod
@@ -181,6 +144,11 @@ class Statistics:
         from safetensors.numpy import load_file
 
         path = Path(path)
+        if identify(path).name != "statistics":
+            raise StatisticsError(
+                "statistics must be a file that `edgemoe calibrate` wrote, got "
+                f"{describe_mistake(path)}. Pass the file that calibrate's -o named."
+            )
         try:
             header = _read_header(path)
             tensors = load_file(path)
@@ -246,50 +214,10 @@ def merge(first: Statistics, *others: Statistics) -> Statistics:
         tasks = dict(merged.tasks)
         for name, task in other.tasks.items():
             if name in tasks:
-                _refuse_overlap(name, tasks[name].sources, task.sources)
+                refuse_overlap(name, tasks[name].sources, task.sources)
             tasks[name] = tasks[name] + task if name in tasks else task
         merged = replace(merged, tasks=tasks)
     return merged
-
-
-def _unite(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-    """Sort passes, and replace shards that cover a whole file by one pass over it."""
-    groups: dict[tuple[Any, ...], list[Source]] = {}
-    for source in sources:
-        of_one_run = (source.sha256, source.sequence_length, source.max_tokens)
-        groups.setdefault(of_one_run, []).append(source)
-    united: list[Source] = []
-    for group in groups.values():
-        # No two shards share a line, so they are all lines where their parts add up to one.
-        # Only wholes are replaced: what halves became would depend on the order of merging.
-        if sum(Fraction(1, source.shard[1]) for source in group) == 1:
-            whole = replace(
-                group[0],
-                shard=(0, 1),
-                lines=sum(source.lines for source in group),
-                tokens=sum(source.tokens for source in group),
-                sample=TokenSample.union(source.sample for source in group),
-            )
-            united.append(whole)
-        else:
-            united.extend(group)
-    return tuple(sorted(united, key=_sort_key))
-
-
-def _sort_key(source: Source) -> tuple[str, int, int, tuple[int, int]]:
-    return source.sha256, source.sequence_length, source.max_tokens or 0, source.shard
-
-
-def _refuse_overlap(task: str, first: tuple[Source, ...], second: tuple[Source, ...]) -> None:
-    for one in first:
-        for other in second:
-            (i, n), (j, m) = one.shard, other.shard
-            # Lines of residue i modulo n and j modulo m meet exactly where this holds.
-            if one.sha256 == other.sha256 and (i - j) % math.gcd(n, m) == 0:
-                raise StatisticsError(
-                    f"lines must be counted once, got shard {i}/{n} and shard {j}/{m} of one "
-                    f"file for task {task!r}. Leave one of the two out."
-                )
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -297,12 +225,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
-    if _METADATA_KEY not in metadata:
-        raise StatisticsError(
-            f"{path} must be a file that `edgemoe calibrate` wrote, got some other safetensors "
-            "file. Pass the file that calibrate's -o named."
-        )
-    header = json.loads(metadata[_METADATA_KEY])
+    header = parse_strict(metadata[_METADATA_KEY])
     if (header["format"], header["version"]) != (FORMAT, VERSION):
         raise StatisticsError(
             f"{path} must be {FORMAT} version {VERSION}, got {header['format']} version "

@@ -34,6 +34,7 @@ def calibrate_streamed(
     shard: tuple[int, int] = (0, 1),
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
     device: str = "cpu",
+    texts: bool = True,
     force: bool = False,
 ) -> Statistics:
     """Measure tasks and write the statistics file.
@@ -50,6 +51,7 @@ def calibrate_streamed(
         shard: As there.
         limit_bytes: Memory for what layers returned; the rest is read from files.
         device: Where layers compute, such as `cuda:0`.
+        texts: Whether the tokens that were read are kept in the file.
         force: Whether `output`, and unfinished work of another call, may be replaced.
 
     Returns:
@@ -77,6 +79,8 @@ def calibrate_streamed(
         checkpoint.hashes.remember(work)
         layers = StreamedLayers(streamed, checkpoint.hashes)
         statistics = measure(layers, tasks, windows, work, limit_bytes)
+        if not texts:
+            statistics = statistics.without_tokens()
         statistics.save(output, force=force)
     return statistics
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe.calibrate.sample import TokenSample, Window
-from edgemoe.calibrate.statistics import Source
+from edgemoe.calibrate.task_statistics import Source
 from edgemoe.data_provenance import digest_line
 from edgemoe.errors import TaskFileError
 

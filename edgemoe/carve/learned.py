@@ -22,6 +22,7 @@ from edgemoe.carve.build import CarvedLayer, build_moe
 from edgemoe.carve.channels import NeuronAssignment
 from edgemoe.carve.router import LinearRouter
 from edgemoe.errors import CarveError
+from edgemoe_runtime.input_files import parse_strict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -91,7 +92,7 @@ class LearnedCarve:
                 top_k=int(header["top_k"]),
                 dense_sha256=header["dense_sha256"],
                 tensors=tensors,
-                provenance=json.loads(header["provenance"]),
+                provenance=parse_strict(header["provenance"]),
             )
         except (SafetensorError, KeyError, ValueError) as error:
             if isinstance(error, CarveError):

@@ -17,7 +17,7 @@ from edgemoe.cli.options import (
     report,
     reporting,
 )
-from edgemoe.tasks import TaskFile
+from edgemoe.tasks import split_task_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,7 +73,7 @@ def allocate(as_json: bool, task: str, **given: Any) -> None:
     the model changes, and a token's k depends on that token alone. When the training of ada-k
     is interrupted, the same command goes on.
     """
-    allocated = decide(task=TaskFile.parse(task), **given)
+    allocated = decide(task=split_task_arguments([task]), **given)
     result: dict[str, Any] = {
         "output": given["output"],
         "sha256": allocated.plan.sha256,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,9 @@ from edgemoe.cli.options import (
     reporting,
 )
 from edgemoe.tasks import split_task_arguments
+
+if TYPE_CHECKING:
+    from edgemoe.calibrate.statistics import Statistics
 
 option = options_of(measure)
 
@@ -70,6 +73,14 @@ def parse_shard(_: click.Context, __: click.Parameter, value: str) -> tuple[int,
     metavar="cpu|cuda|cuda:N|auto",
     help="Where layers compute; with several GPUs, workers take turns at them.",
 )
+@option(
+    "--no-texts",
+    "texts",
+    is_flag=True,
+    flag_value=False,
+    help="Leave out the tokens that were read: nobody can read the text in the file then, and "
+    "methods that run layers (moe-i2, naee, ream, camera, heapr, svd-whitened) refuse it.",
+)
 @force_option
 @reporting
 def calibrate(as_json: bool, tasks: tuple[str, ...], **given: Any) -> None:
@@ -91,7 +102,18 @@ def calibrate(as_json: bool, tasks: tuple[str, ...], **given: Any) -> None:
             "sha256": statistics.sha256,
             "moe_layers": layers,
             "tokens": tokens,
+            "holds_texts": statistics.has_tokens,
         },
-        f"{given['output']}: {layers} MoE layers over {counted}",
+        f"{given['output']}: {layers} MoE layers over {counted}{_holds(statistics)}",
         as_json=as_json,
+    )
+
+
+def _holds(statistics: Statistics) -> str:
+    """Say whose text can be read in the file."""
+    if not statistics.has_tokens:
+        return ". It holds no text."
+    return (
+        ". It holds the text of these tokens, readable for you alone: treat it like the task "
+        "files, or calibrate with --no-texts."
     )

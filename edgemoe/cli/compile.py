@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgemoe.cli.options import PATH, command, human_bytes, report, reporting
+from edgemoe.api.checks import check_bundle
+from edgemoe.cli.options import PATH, command, report, reporting
+from edgemoe.disk import human_bytes
 from edgemoe_runtime.bundle.names import TARGETS
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ def compile_(
     TensorRT for RTX builds for every GPU without one; the engines of TensorRT and of Jetson
     boards have to be built on the device itself.
     """
+    check_bundle(bundle)
     from edgemoe_exporters.compiler.compile import compile_bundle
 
     engines = compile_bundle(

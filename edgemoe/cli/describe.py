@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import math
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.api.extras import needs
+from edgemoe.cli.describe_checkpoint import describe_checkpoint
 from edgemoe.cli.describe_report import REPORT_FILE, REPORT_FORMAT, describe_report
-from edgemoe.cli.options import human_bytes
+from edgemoe.disk import human_bytes
 from edgemoe.errors import CheckpointError, EdgemoeError
+from edgemoe.file_kinds import describe_mistake, identify
 from edgemoe_runtime.bundle.names import MANIFEST_FILE
+from edgemoe_runtime.input_files import parse_strict, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from edgemoe.k_policy import KPolicy
-    from edgemoe.models.ragged import RaggedNote
     from edgemoe.plans.plan import Plan
 
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _MAX_JSON_BYTES = 256 << 20  # 256 MiB: no plan or key is near it
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path, *, full: bool = False) -> dict[str, Any]:
     """Tell what a path holds.
 
     Args:
         path: A checkpoint, bundle or report directory, or a statistics, plan or engine file.
+        full: Whether to build the structure of a checkpoint's model.
 
     Returns:
         JSON values; `kind` comes first.
@@ -39,28 +39,28 @@ def describe(path: Path) -> dict[str, Any]:
     if path.is_dir():
         if (path / MANIFEST_FILE).exists():
             return _describe_bundle(path)
-        if (path / "config.json").exists():
-            return _describe_checkpoint(path)
+        # What is an adapter alone is refused as such.
+        if any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+            return describe_checkpoint(path, full=full)
         if (path / REPORT_FILE).exists():
             return describe_report(path)
         raise CheckpointError(
             f"a directory must be a checkpoint (config.json), a bundle ({MANIFEST_FILE}) or a "
             f"sweep's report ({REPORT_FILE}), got {path}, which has none of them."
         )
-    if not path.exists():
+    kind = identify(path).name
+    if kind == "missing":
         raise CheckpointError(f"the path must exist, got {path}.")
-    if _is_safetensors(path):
+    if kind == "statistics":
         return _describe_statistics(path)
-    if path.suffix == ".engine":
+    if kind == "engine":
         return _describe_engine(path.with_suffix(".json"))
+    if kind not in ("plan", "report", "engine key", "json"):
+        raise EdgemoeError(
+            f"{path} must be a checkpoint, statistics, a plan, a bundle or an engine, got "
+            f"{describe_mistake(path)}."
+        )
     return _describe_json(path)
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Tell by the first bytes, a header's length and its brace: any name will do."""
-    with path.open("rb") as opened:
-        head = opened.read(9)
-    return path.suffix == ".safetensors" or (head[7:] == b"\0{")
 
 
 def _describe_bundle(path: Path) -> dict[str, Any]:
@@ -77,6 +77,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "target": manifest.target,
         "flavour": manifest.flavour,
         "precision": manifest.precision,
+        "needs_onnxruntime": manifest.needs_onnxruntime,
         "model": document["model"],
         "size": document["size"],
         "tasks": document["tasks"],
@@ -94,72 +95,8 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
     }
 
 
-def _describe_checkpoint(path: Path) -> dict[str, Any]:
-    needs("export")
-    from edgemoe.models.checkpoint import Checkpoint
-    from edgemoe.models.safety import read_json_object
-
-    checkpoint = Checkpoint(path)
-    config = read_json_object(path / "config.json", checkpoint.read("config.json"))
-    family = config.get("model_type")
-    tensors = [item for file in checkpoint.weights for item in _read_tensors(file)]
-    facts: dict[str, Any] = {
-        "kind": "dense checkpoint",
-        "path": str(path),
-        "family": family,
-        "parameters": sum(math.prod(shape) for _, shape in tensors),
-        "dtypes": sorted({dtype for dtype, _ in tensors}),
-        "weight_bytes": sum(file.stat().st_size for file in checkpoint.weights),
-        "layers": config.get("num_hidden_layers"),
-        "hidden_size": config.get("hidden_size"),
-        "vocab_size": config.get("vocab_size"),
-    }
-    if not checkpoint.has_experts:
-        if any(config.get(name) for name in _EXPERT_COUNTS):
-            facts["kind"] = "MoE checkpoint of a family that is not supported"
-        return facts
-    shape, note = checkpoint.shape, checkpoint.note
-    ranks = (None if note is None else note.ranks_per_layer) or ()
-    embedded = config.get("edgemoe") or {}
-    return {
-        **facts,
-        "kind": "MoE checkpoint" if note is None else "ragged MoE checkpoint",
-        "moe_layers": [layer.layer for layer in shape.layers],
-        "experts_per_layer": list(shape.experts_per_layer),
-        "top_k": [layer.top_k for layer in shape.layers],
-        "expert_intermediate_size": shape.intermediate_size,
-        **_describe_widths(shape.widths_per_layer),
-        **_describe_ranks([None if pair is None else (pair.up, pair.down) for pair in ranks]),
-        **_describe_bases(note),
-        **_describe_policy(checkpoint.k_policy),
-        "provenance": embedded.get("provenance") if note is None else note.provenance,
-    }
-
-
-def _describe_widths(widths: Sequence[int]) -> dict[str, Any]:
-    """Name the widths of layers, where they differ."""
-    return {} if len(set(widths)) == 1 else {"widths_per_layer": list(widths)}
-
-
-def _describe_bases(note: RaggedNote | None) -> dict[str, Any]:
-    if note is None or note.basis_per_layer is None:
-        return {}
-    return {"basis_per_layer": list(note.basis_per_layer)}
-
-
 def _describe_policy(policy: KPolicy | None) -> dict[str, Any]:
     return {} if policy is None else {"k_policy": policy.describe()}
-
-
-def _read_tensors(file: Path) -> list[tuple[str, list[int]]]:
-    """Read dtype and shape of every tensor from the header of a safetensors file."""
-    with file.open("rb") as opened:
-        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    return [
-        (entry["dtype"], entry["shape"])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    ]
 
 
 def _describe_statistics(path: Path) -> dict[str, Any]:
@@ -192,8 +129,8 @@ def _describe_json(path: Path) -> dict[str, Any]:
             f"{path} must be a file of edgemoe, got {human_bytes(path.stat().st_size)}."
         )
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        document = parse_strict(read_file(path))
+    except (OSError, ValueError) as error:
         raise EdgemoeError(
             f"{path} must be a checkpoint, statistics, a plan, a bundle or an engine, got "
             "something else."

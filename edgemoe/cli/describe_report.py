@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import SweepError
+from edgemoe_runtime.input_files import parse_strict, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,7 +30,7 @@ def describe_report(folder: Path) -> dict[str, Any]:
     """
     file = folder / REPORT_FILE
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_strict(read_file(file))
         known = (found["format"], found["version"]) == (REPORT_FORMAT, _VERSION)
         if known:
             return _summarise(folder, found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from edgemoe.cli.options import command, human_bytes, report, reporting
+from edgemoe.cli.options import command, report, reporting
+from edgemoe.disk import human_bytes
 
 
 @command("edgemoe doctor")

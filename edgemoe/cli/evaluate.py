@@ -8,7 +8,7 @@ import click
 
 from edgemoe.api.evaluate import evaluate as score
 from edgemoe.cli.options import PATH, command, options_of, report, reporting
-from edgemoe.tasks import TaskFile
+from edgemoe.tasks import split_task_arguments
 
 option = options_of(score)
 
@@ -45,7 +45,7 @@ def evaluate(as_json: bool, task: str, **given: Any) -> None:
     Text and completions are scored by perplexity, choices by accuracy, and with --generate
     completions by exact match of greedy generation; each with a 95% confidence interval.
     """
-    evaluation = score(task=TaskFile.parse(task), **given)
+    evaluation = score(task=split_task_arguments([task]), **given)
     low, high = evaluation.ci95
     metric = evaluation.metric.replace("_", " ")
     used = evaluation.experts_per_token

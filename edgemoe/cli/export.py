@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +16,8 @@ from edgemoe.cli.options import (
     report,
     reporting,
 )
+from edgemoe.progress_lines import StageLines
+from edgemoe.tasks import split_task_arguments
 from edgemoe_runtime.bundle.names import PRECISIONS, TARGETS
 
 if TYPE_CHECKING:
@@ -207,15 +208,16 @@ def export(
     needs("export", "ort")
     from edgemoe_exporters.export import export_bundle
     from edgemoe_exporters.request import ExportRequest
+    from edgemoe_exporters.request_inputs import count_stages
 
     request = ExportRequest(
         model=model,
         output=output,
         target=target,
         precision=precision,
-        tasks=_named_paths(tasks),
-        plans=_named_paths(plans),
-        recovered=_named_paths(recovered),
+        tasks=split_task_arguments(tasks),
+        plans=split_task_arguments(plans, of="plan"),
+        recovered=split_task_arguments(recovered, of="from"),
         recover=recover,
         keep=keep,
         max_drop=max_drop,
@@ -231,23 +233,7 @@ def export(
         static_shapes=static_shapes,
         memory_limit_bytes=None if memory_limit is None else int(memory_limit * 1e9),
     )
-    exported = export_bundle(request, on_stage=_show_stage)
+    stages = StageLines(count_stages(request))
+    exported = export_bundle(request, on_stage=stages.begin)
+    stages.finish()
     report(exported.to_json(), describe_export(exported), as_json=as_json)
-
-
-def _named_paths(arguments: tuple[str, ...]) -> dict[str, Path]:
-    from edgemoe.errors import ExportError
-    from edgemoe.tasks import split_task_argument
-
-    named: dict[str, Path] = {}
-    for argument in arguments:
-        name, path = split_task_argument(argument)
-        if name in named:
-            raise ExportError(f"a task must be named once, got {name!r} twice. Rename one.")
-        named[name] = path
-    return named
-
-
-def _show_stage(stage: str) -> None:
-    if sys.stderr.isatty():
-        click.echo(f"{stage} ...", err=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.cli.options import human_bytes
+from edgemoe.disk import human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from edgemoe.cli.options import debugging
+from edgemoe.disk import describe_full
 from edgemoe.errors import EdgemoeError
 from edgemoe.interruption import interruptible
+from edgemoe.progress import in_lines
 from edgemoe_runtime.errors import EdgemoeRuntimeError
+from edgemoe_runtime.messages import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,13 +33,24 @@ class FailureReportingGroup(click.Group):
         del ctx
         return list(self.commands)
 
+    def make_context(self, *given: Any, **settings: Any) -> click.Context:
+        """Parse the options of the group; what is refused is made fit to print."""
+        try:
+            return super().make_context(*given, **settings)
+        except click.ClickException as error:
+            error.message = printable(error.message)
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command and report its failure."""
         _silence_libraries()
         try:
-            with interruptible(), _remarks_on_stderr():
+            with interruptible(), _remarks_on_stderr(), in_lines():
                 return super().invoke(ctx)
-        except (click.exceptions.Exit, click.ClickException):
+        except click.exceptions.Exit:
+            raise
+        except click.ClickException as error:
+            error.message = printable(error.message)
             raise
         except BrokenPipeError:
             # The reader of our output has left (`edgemoe ... | head`): no failure of ours.
@@ -51,6 +65,9 @@ class FailureReportingGroup(click.Group):
         except MemoryError as error:
             _fail(ctx, "out of memory. Free some, or choose a smaller model.", error)
         except Exception as error:
+            full = describe_full(error)
+            if full is not None:
+                _fail(ctx, f"a file could not be written: {full}. Free space.", error)
             # A defect of ours: still one line, and how to see the rest of it.
             summary = next(iter(str(error).splitlines()), "")
             _fail(
@@ -63,7 +80,7 @@ class FailureReportingGroup(click.Group):
 def _fail(ctx: click.Context, message: str, error: BaseException) -> NoReturn:
     if debugging(ctx):
         raise error
-    raise click.ClickException(message) from error
+    raise click.ClickException(printable(message)) from error
 
 
 def _describe_os_error(error: OSError) -> str:
@@ -76,20 +93,23 @@ class _Remarks(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "Warning: " if record.levelno >= logging.WARNING else ""
-        click.echo(f"{prefix}{record.getMessage()}", err=True)
+        click.echo(f"{prefix}{printable(record.getMessage())}", err=True)
 
 
 @contextlib.contextmanager
 def _remarks_on_stderr() -> Iterator[None]:
-    logger, handler = logging.getLogger("edgemoe.api"), _Remarks()
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    handler = _Remarks()
+    loggers = [logging.getLogger(name) for name in ("edgemoe.api", "edgemoe.models")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.setLevel(before)
-        logger.removeHandler(handler)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+            logger.removeHandler(handler)
 
 
 def _silence_libraries() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from edgemoe.errors import ArgumentError
+from edgemoe_runtime.messages import escape_controls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,21 @@ class Command(click.Command):
         super().__init__(*given, **settings)
         self.examples = examples
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line, and refuse an option that is given twice and counts once.
+
+        click itself takes the last one, so the others would be ignored in silence.
+        """
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in {id(one): one for one in order}.values():
+            if _counts_once(parameter) and (times := order.count(parameter)) > 1:
+                raise click.UsageError(
+                    f"{parameter.opts[-1]} must be given once, got it {times} times. Leave "
+                    "all but one out, or run the command once for each.",
+                    ctx,
+                )
+        return super().parse_args(ctx, args)
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples below the options."""
         del ctx
@@ -53,6 +69,13 @@ class Command(click.Command):
                 )
                 text = indent + f" \\\n{indent}".join(lines) + "\n"
                 formatter.write(text.replace("\N{NO-BREAK SPACE}", " "))
+
+
+def _counts_once(parameter: click.Parameter) -> bool:
+    """Return whether a second one would replace the first: not so for flags, said twice."""
+    if not isinstance(parameter, click.Option) or parameter.multiple or parameter.count:
+        return False
+    return not parameter.is_flag or bool(parameter.secondary_opts)
 
 
 def command(
@@ -158,17 +181,10 @@ def reporting(function: Callable[..., None]) -> Callable[..., None]:
 
 def report(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """Print a result as one JSON object or as text for a person."""
-    click.echo(json.dumps(result, ensure_ascii=False, default=str) if as_json else text)
-
-
-def human_bytes(count: int) -> str:
-    """Return a size in powers of ten, such as `93.1 MB`."""
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
+    if as_json:
+        click.echo(json.dumps(result, ensure_ascii=False, default=str))
+    else:
+        click.echo(escape_controls(text))
 
 
 def span(numbers: Sequence[int]) -> str:

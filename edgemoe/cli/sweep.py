@@ -216,6 +216,8 @@ def _text(outcome: Outcome) -> str:
             *(tell_threshold(outcome, found, folder) for found in outcome.thresholds.values()),
             f"{folder}: report.md, report.json, sweep.csv, sweep.png and "
             f"{len({found.plan_file for found in outcome.findings})} plans",
+            f"{folder} holds the text of the held-out and the calibration lines, readable for "
+            "you alone: share report.md, report.json, sweep.csv and sweep.png.",
             *(f"note: {note}" for note in outcome.notes),
         ]
     )

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgemoe.cli.options import PATH, command, human_bytes, report, reporting
+from edgemoe.api.checks import check_bundle
+from edgemoe.cli.options import PATH, command, report, reporting
+from edgemoe.disk import human_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,6 +23,7 @@ def verify(bundle: Path, as_json: bool) -> None:
     Compares SHA-256 digests, and graph inputs and outputs with the manifest; external data must
     lie inside the bundle. Engines are not hashed.
     """
+    check_bundle(bundle)
     from edgemoe_runtime.bundle.integrity import verify_bundle
     from edgemoe_runtime.bundle.names import ENGINES_FOLDER
 
@@ -35,8 +38,10 @@ def verify(bundle: Path, as_json: bool) -> None:
             "hashed_files": verified.hashed_files,
             "hashed_bytes": verified.hashed_bytes,
             "engines_not_checked": engines,
+            "needs_onnxruntime": verified.manifest.needs_onnxruntime,
         },
         f"{bundle}: intact; {verified.hashed_files} files, "
-        f"{human_bytes(verified.hashed_bytes)}, tasks {', '.join(verified.tasks)}{unchecked}",
+        f"{human_bytes(verified.hashed_bytes)}, tasks {', '.join(verified.tasks)}{unchecked}; "
+        f"needs onnxruntime {verified.manifest.needs_onnxruntime} or later",
         as_json=as_json,
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgemoe.calibrate.statistics import TaskStatistics
+    from edgemoe.calibrate.task_statistics import TaskStatistics
     from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.plans.plan import Plan
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from edgemoe.decompose.layer_factors import LayerFactors
     from edgemoe.layerwise.provider import LayerProvider
-    from edgemoe.layerwise.replay import Outputs
+    from edgemoe.layerwise.returned import Outputs
     from edgemoe.layerwise.runner import Visit
     from edgemoe.models.layer import MoeLayer
     from edgemoe.plans.layer_plan import LayerPlan

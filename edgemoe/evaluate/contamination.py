@@ -7,13 +7,13 @@ digests of these lines (`edgemoe.data_provenance`).
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.data_provenance import digest_line, read_digests
 from edgemoe.errors import TaskFileError
 from edgemoe_runtime.bundle.names import MANIFEST_FILE
+from edgemoe_runtime.input_files import parse_strict, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -109,8 +109,8 @@ def lines_of(provenance: Any) -> frozenset[int]:
 def _read(path: Path, read: Callable[[str], bytes | None] | None) -> dict[str, Any]:
     # What is broken is refused, with its reason, by those who open it.
     try:
-        found = path.read_bytes() if read is None else read(path.name) or b""
-        content = json.loads(found.decode("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = read_file(path) if read is None else read(path.name) or b""
+        content = parse_strict(found, infinities=True)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

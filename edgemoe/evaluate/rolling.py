@@ -7,7 +7,6 @@ token of context: every token of a text is scored once, the first of all after a
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from edgemoe.errors import CheckpointError
 from edgemoe.evaluate.intervals import bootstrap_perplexity
 from edgemoe.evaluate.scorer import Request
+from edgemoe_runtime.input_files import parse_strict, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -145,7 +145,7 @@ def find_prefix_token(path: Path, tokenizer: Tokenizer) -> int | None:
 
 def _read_settings(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_bytes())
+        found = parse_strict(read_file(file), infinities=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} must be JSON, got: {error}. Copy it again.") from error
     if not isinstance(found, dict):

@@ -14,14 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from edgemoe.layerwise.replay import map_tensors
+from edgemoe.layerwise.returned import Sharing, map_tensors
 from edgemoe.models.stored_tensors import read_stored_tensors
+from edgemoe_runtime.input_files import parse_strict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from edgemoe.layerwise.replay import Outputs
+    from edgemoe.layerwise.returned import Outputs
 
 DEFAULT_LIMIT_BYTES = 256 << 20
 _CHUNK_BYTES = 32 << 20
@@ -117,7 +118,7 @@ class LayerOutputs:
             tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
             return name
 
-        structures = [map_tensors(outputs, name_of) for outputs in self._waiting]
+        structures = [_plain(map_tensors(outputs, name_of)) for outputs in self._waiting]
         assert self._directory is not None
         file = self._directory / f"{len(self._files):06}.safetensors"
         save_file(tensors, str(file), {_METADATA_KEY: json.dumps(structures)})
@@ -128,9 +129,20 @@ class LayerOutputs:
         self._waiting_bytes = 0
 
 
+def _plain(structure: Any) -> Any:
+    """Make what JSON can hold of the structure of outputs with names for tensors."""
+    if isinstance(structure, Sharing):
+        shared = {
+            name: {key: _plain(value) for key, value in entries.items()}
+            for name, entries in structure.shared.items()
+        }
+        return {"returned": _plain(structure.returned), "shared": shared}
+    return [_plain(item) for item in structure] if type(structure) is tuple else structure
+
+
 def _read_structures(file: Path) -> list[Any]:
     with safe_open(file, framework="numpy") as opened:
-        structures: list[Any] = json.loads(opened.metadata()[_METADATA_KEY])
+        structures: list[Any] = parse_strict(opened.metadata()[_METADATA_KEY])
     return structures
 
 
@@ -142,6 +154,12 @@ def _read(file: Path) -> Iterator[Outputs]:
             return None
         if isinstance(structure, str):
             return stored[structure].read()
+        if isinstance(structure, dict):
+            shared = {
+                name: {key: rebuild(value) for key, value in entries.items()}
+                for name, entries in structure["shared"].items()
+            }
+            return Sharing(rebuild(structure["returned"]), shared)
         return tuple(rebuild(item) for item in structure)
 
     for structure in _read_structures(file):

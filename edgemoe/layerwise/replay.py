@@ -5,26 +5,28 @@ its own. Decoder layers before the one that runs answer at once: the last of the
 returned before, the others with not-a-number, and the call ends after the layer.
 
 That is right wherever a decoder layer learns of the layers before it only through what the
-layer just before returned. Where a family does otherwise, it is noticed: a layer that changes
-what it was given (a shared cache, say), or one that is given not-a-number, ends in
+layer just before returned, and through dictionaries that all layers are given, which get back
+what layers left in them. Where a family does otherwise, it is noticed: a layer that changes
+anything else that it was given (a cache, say), or one that is given not-a-number, ends in
 `edgemoe.errors.StreamingError`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from edgemoe.errors import StreamingError
+from edgemoe.layerwise.returned import Sharing, check_returned, map_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
-# What a decoder layer returns: a tensor, or (nested) tuples of tensors and None.
-Outputs: TypeAlias = "torch.Tensor | tuple[Any, ...] | None"
+    from edgemoe.layerwise.returned import Outputs, Shared
 
 _DEPTH = 6
 
@@ -32,9 +34,36 @@ _DEPTH = 6
 class _LayerDone(BaseException):
     """The layer has run; no handler in a model may take this for an error of its own."""
 
-    def __init__(self, outputs: Any) -> None:
+    def __init__(self, outputs: Outputs) -> None:
         super().__init__()
         self.outputs = outputs
+
+
+class _Answers:
+    """What layers answer that do not run: the last of them what it returned, others poison."""
+
+    def __init__(self) -> None:
+        self.last: Outputs = None
+        self.shared: Shared = {}
+        self._poison: Outputs = None
+
+    def set(self, handed: Outputs) -> None:
+        if isinstance(handed, Sharing):
+            self.last, self.shared = handed.returned, handed.shared
+        else:
+            self.last, self.shared = handed, {}
+        self._poison = map_tensors(self.last, _poisoned)
+
+    def choose(self, is_last: bool) -> Callable[..., Outputs]:
+        def answer_last(*_: Any, **options: Any) -> Outputs:
+            for name, entries in self.shared.items():
+                options[name].update(entries)
+            return self.last
+
+        def answer_poison(*_: Any, **__: Any) -> Outputs:
+            return self._poison
+
+        return answer_last if is_last else answer_poison
 
 
 @contextlib.contextmanager
@@ -49,50 +78,40 @@ def only_layer(
         index: Which runs.
 
     Yields:
-        A function from the decoder's arguments and what the layer before returned for them
-        (None for the first layer) to what this layer returns.
+        A function from the decoder's arguments and what the layer before handed on for them
+        (None for the first layer) to what this layer hands on.
     """
-    before: list[Outputs] = [None]
-    poison: list[Outputs] = [None]
-
-    def answer_before(*_: Any, **__: Any) -> Outputs:
-        return before[0]
-
-    def answer_poison(*_: Any, **__: Any) -> Outputs:
-        return poison[0]
+    answers = _Answers()
+    described = f"layer {index} ({type(layers[index]).__name__})"
 
     def run(*arguments: Any, **options: Any) -> Any:
-        _refuse_poison(arguments, options, before[0], index)
-        given = {name: _describe(value) for name, value in options.items()}
-        given["positional"] = _describe(arguments[1:])
-        outputs = own_forward(*arguments, **options)
-        left = {name: _describe(value) for name, value in options.items()}
-        left["positional"] = _describe(arguments[1:])
-        # Its first argument is its own to change.
-        changed = sorted(n for n in given if n != "hidden_states" and given[n] != left[n])
-        if changed:
+        _refuse_poison(arguments, options, answers.last, index)
+        given, versions = _describe_arguments(arguments, options), _versions(answers.shared)
+        returned = own_forward(*arguments, **options)
+        left = _describe_arguments(arguments, options)
+        shared = _find_shared(options, given, left, answers.shared, described)
+        if _versions(answers.shared) != versions:
             raise StreamingError(
-                f"a decoder layer must pass on nothing but what it returns, got layer {index} "
-                f"({type(layers[index]).__name__}), which changes its argument {changed[0]}."
+                "a decoder layer must leave tensors of other layers as they are, got "
+                f"{described}, which changes one in place."
             )
-        raise _LayerDone(outputs)
+        returned = check_returned(returned, described)
+        raise _LayerDone(Sharing(returned, shared) if shared else returned)
 
     own_forward = layers[index].forward
     with contextlib.ExitStack() as stack:
         for number in range(index):
-            answer = answer_before if number == index - 1 else answer_poison
-            _replace_forward(layers[number], answer, stack)
+            _replace_forward(layers[number], answers.choose(number == index - 1), stack)
         _replace_forward(layers[index], run, stack)
 
         def call(inputs: Mapping[str, Any], outputs_before: Outputs) -> Outputs:
-            before[0] = outputs_before
-            poison[0] = map_tensors(outputs_before, _poisoned)
+            answers.set(outputs_before)
             try:
                 # Not inference_mode: its tensors do not tell whether they were changed.
                 with torch.no_grad():
                     decoder(**inputs)
             except _LayerDone as done:
-                return check_outputs(done.outputs, index)
+                return done.outputs
             raise StreamingError(
                 f"a decoder must run its layers in order, got {type(decoder).__name__}, which "
                 f"did not run layer {index}."
@@ -128,28 +147,19 @@ def from_layer(
         first: The first that runs, in [0, len(layers)].
 
     Yields:
-        A function from the model's arguments and what the layer before returned for them (None
+        A function from the model's arguments and what the layer before handed on for them (None
         for the first layer) to what the model returns.
     """
-    answers: list[Outputs] = [None, None]
-
-    def answer_last(*_: Any, **__: Any) -> Outputs:
-        return answers[0]
-
-    def answer_poison(*_: Any, **__: Any) -> Outputs:
-        return answers[1]
-
+    answers = _Answers()
     with contextlib.ExitStack() as stack:
         for number in range(first):
-            is_last = number == first - 1
-            _replace_forward(layers[number], answer_last if is_last else answer_poison, stack)
+            _replace_forward(layers[number], answers.choose(number == first - 1), stack)
 
         def call(inputs: Mapping[str, Any], outputs_before: Outputs) -> Any:
-            answers[0] = outputs_before
-            answers[1] = map_tensors(outputs_before, _poisoned)
+            answers.set(outputs_before)
             with torch.no_grad():
                 output = model(**inputs)
-            if _has_nan(output.logits) and not _has_nan(outputs_before):
+            if _has_nan(output.logits) and not _has_nan(answers.last):
                 raise StreamingError(
                     "what follows a decoder layer must depend only on what that layer "
                     f"returned, got {type(model).__name__}, which also reads outputs of "
@@ -158,48 +168,6 @@ def from_layer(
             return output
 
         yield call
-
-
-def check_outputs(outputs: Any, index: int) -> Outputs:
-    """Refuse what cannot be stored.
-
-    Args:
-        outputs: What a decoder layer returned.
-        index: Which layer.
-
-    Returns:
-        The same, detached.
-
-    Raises:
-        StreamingError: There is something else in it than tensors, tuples and None.
-    """
-    if outputs is None:
-        return None
-    if isinstance(outputs, torch.Tensor):
-        return outputs.detach()
-    if type(outputs) is tuple:
-        return tuple(check_outputs(item, index) for item in outputs)
-    raise StreamingError(
-        "a decoder layer must return tensors or tuples of them, got a "
-        f"{type(outputs).__name__} from layer {index}."
-    )
-
-
-def map_tensors(outputs: Outputs, change: Callable[[torch.Tensor], Any]) -> Any:
-    """Apply a function to every tensor of a layer's outputs.
-
-    Args:
-        outputs: What a layer returned.
-        change: The function.
-
-    Returns:
-        The same structure with the results.
-    """
-    if outputs is None:
-        return None
-    if isinstance(outputs, torch.Tensor):
-        return change(outputs)
-    return tuple(map_tensors(item, change) for item in outputs)
 
 
 def _replace_forward(
@@ -222,7 +190,7 @@ def _has_nan(value: Any) -> bool:
         return value.is_floating_point() and bool(torch.isnan(value).any())
     if isinstance(value, (tuple, list)):
         return any(_has_nan(item) for item in value)
-    return isinstance(value, dict) and any(_has_nan(item) for item in value.values())
+    return isinstance(value, Mapping) and any(_has_nan(item) for item in value.values())
 
 
 def _refuse_poison(
@@ -235,6 +203,49 @@ def _refuse_poison(
         )
 
 
+def _find_shared(
+    options: Mapping[str, Any],
+    given: Mapping[str, Any],
+    left: Mapping[str, Any],
+    carried: Shared,
+    layer: str,
+) -> dict[str, dict[str, Outputs]]:
+    """Find what a layer and those before it put into dictionaries that all layers are given."""
+    shared: dict[str, dict[str, Outputs]] = {}
+    # Its first argument is its own to change.
+    changed = {n for n in given if n != "hidden_states" and given[n] != left[n]}
+    for name in sorted(changed | carried.keys()):
+        found = options.get(name)
+        if (
+            not isinstance(found, MutableMapping)
+            or not all(isinstance(key, str) for key in found)
+            or not found.keys() >= given[name].keys()
+        ):
+            raise StreamingError(
+                "a decoder layer must pass on only what it returns and what it puts into "
+                f"dictionaries of all layers, got {layer}, which changes its argument {name}."
+            )
+        old, new = given[name], left[name]
+        keys = {key for key in new if old.get(key) != new[key]} | carried.get(name, {}).keys()
+        shared[name] = {key: check_returned(found[key], layer) for key in sorted(keys)}
+    return shared
+
+
+def _versions(shared: Shared) -> list[int]:
+    found: list[int] = []
+    for entries in shared.values():
+        for value in entries.values():
+            map_tensors(value, lambda tensor: found.append(tensor._version))
+    return found
+
+
+def _describe_arguments(
+    arguments: tuple[Any, ...], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    described = {name: _describe(value) for name, value in options.items()}
+    return {**described, "positional": _describe(arguments[1:])}
+
+
 def _describe(value: Any, depth: int = _DEPTH) -> Any:
     """Reduce a value to what differs once somebody has changed it in place."""
     if isinstance(value, torch.Tensor):
@@ -243,7 +254,7 @@ def _describe(value: Any, depth: int = _DEPTH) -> Any:
         return value
     if depth == 0 or isinstance(value, nn.Module):
         return id(value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(key): _describe(item, depth - 1) for key, item in value.items()}
     if isinstance(value, (tuple, list, set, frozenset)):
         return [_describe(item, depth - 1) for item in value]

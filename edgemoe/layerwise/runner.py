@@ -17,7 +17,8 @@ import torch
 from edgemoe.layerwise.batch import digest_batches
 from edgemoe.layerwise.finished_layers import FinishedLayers, outputs_name
 from edgemoe.layerwise.outputs import DEFAULT_LIMIT_BYTES, LayerOutputs
-from edgemoe.layerwise.replay import map_tensors, only_head, only_layer
+from edgemoe.layerwise.replay import only_head, only_layer
+from edgemoe.layerwise.returned import map_tensors
 from edgemoe.models.loading import quiet_transformers
 from edgemoe.progress import counting, track
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from edgemoe.layerwise.batch import Batch
     from edgemoe.layerwise.provider import LayerProvider
-    from edgemoe.layerwise.replay import Outputs
+    from edgemoe.layerwise.returned import Outputs
     from edgemoe.resume import WorkDirectory
 
 

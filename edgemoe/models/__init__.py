@@ -1,17 +1,42 @@
-"""Families of Mixture-of-Experts models: the only place that knows transformers' classes."""
+"""Families of Mixture-of-Experts models: the only place that knows transformers' classes.
+
+Names are imported on first use: shapes, statistics and what a file holds cost no torch.
+"""
 
 from __future__ import annotations
 
-from edgemoe.models.adapter import adapt_model
-from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
-from edgemoe.models.contract import MoeModel
-from edgemoe.models.hooks import limit_k, observe
-from edgemoe.models.layer import MoeLayer
-from edgemoe.models.registry import FAMILIES
-from edgemoe.models.router_rule import RouterRule
-from edgemoe.models.routers import Routing, route
-from edgemoe.models.saving import save_model
-from edgemoe.models.shapes import LayerShape, ModelShape
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgemoe.models.adapter import adapt_model
+    from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
+    from edgemoe.models.contract import MoeModel
+    from edgemoe.models.hooks import limit_k, observe
+    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.registry import FAMILIES
+    from edgemoe.models.router_rule import RouterRule
+    from edgemoe.models.routers import Routing, route
+    from edgemoe.models.saving import save_model
+    from edgemoe.models.shapes import LayerShape, ModelShape
+
+_MODULES = {
+    "FAMILIES": "registry",
+    "LayerShape": "shapes",
+    "ModelShape": "shapes",
+    "MoeLayer": "layer",
+    "MoeModel": "contract",
+    "RouterRule": "router_rule",
+    "Routing": "routers",
+    "adapt_model": "adapter",
+    "limit_k": "hooks",
+    "load_model": "checkpoint",
+    "load_tokenizer": "checkpoint",
+    "observe": "hooks",
+    "read_shape": "checkpoint",
+    "route": "routers",
+    "save_model": "saving",
+}
 
 __all__ = [
     "FAMILIES",
@@ -30,3 +55,9 @@ __all__ = [
     "route",
     "save_model",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"edgemoe.models.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'edgemoe.models' has no attribute {name!r}")

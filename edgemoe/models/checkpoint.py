@@ -16,27 +16,33 @@ import torch
 
 from edgemoe.errors import CheckpointError, FamilyError
 from edgemoe.models.adapter import adapt_model
+from edgemoe.models.configuration import Configuration, check_family, read_configuration
+from edgemoe.models.conversion import Conversion
 from edgemoe.models.discovery import build_skeleton, discover
 from edgemoe.models.experts import is_experts_module
 from edgemoe.models.fingerprint import FileHashes, hash_file
 from edgemoe.models.k_policy import FILE_NAME as K_POLICY
 from edgemoe.models.k_policy import put_k_policy, read_k_policy
+from edgemoe.models.left_out import LeftOut, judge_left_out, quantised_message
 from edgemoe.models.loading import (
     align_tensors,
     check_fit,
     quiet_transformers,
+    read_generation_settings,
     refusing_misfits,
     stored_dtype,
 )
+from edgemoe.models.quantisation_notes import QuantisationNote, find_quantisation_note
 from edgemoe.models.ragged import FILE_NAME as RAGGED_NOTE
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note, resize_layers
-from edgemoe.models.registry import find_family
+from edgemoe.models.remarks import remark_once, remarks
 from edgemoe.models.safety import check_directory, check_weights, read_json_object
-from edgemoe.models.transformers_internals import read_special_floats
+from edgemoe.models.stored_tensors import read_stored_tensors
+from edgemoe.models.streaming import Skeleton
+from edgemoe.models.tokenizer_file import open_tokenizer
+from edgemoe_runtime.input_files import read_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from tokenizers import Tokenizer
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -72,6 +78,7 @@ class Checkpoint:
         check_directory(path)
         self.path = path
         self._contents: dict[str, bytes | None] = {}
+        self._left_out: tuple[LeftOut, ...] | None = None
 
     @classmethod
     def open(cls, path: Path | str | Checkpoint) -> Checkpoint:
@@ -99,36 +106,41 @@ class Checkpoint:
         """
         if name not in self._contents:
             file = self.path / name
-            self._contents[name] = file.read_bytes() if file.exists() else None
+            self._contents[name] = _read_small(file) if file.exists() else None
         return self._contents[name]
 
     @cached_property
-    def _read_config(self) -> tuple[Family, PreTrainedConfig]:
+    def configuration(self) -> Configuration:
+        """What its config.json says, of whatever family transformers knows."""
         content = read_json_object(self.path / _CONFIG, self.read(_CONFIG))
-        family = find_family(content.get("model_type"))
-        if content.get("quantization_config") is not None:
-            raise CheckpointError(
-                f"{self.path} must hold plain weights, got quantization_config in config.json. "
-                "Use the checkpoint that it was quantised from."
-            )
-        try:
-            config = _configuration(content).get_text_config(decoder=True)
-            return find_family(config.model_type), config
-        except Exception as error:  # the strict dataclasses of the hub raise their own classes
-            raise CheckpointError(
-                f"{self.path / _CONFIG} must be a {family.model_type} configuration, got: "
-                f"{error}. Correct the entry."
-            ) from error
+        note = self.quantisation_note
+        if note is not None and note.is_in_config:
+            raise CheckpointError(quantised_message(self.path, str(note)))
+        return read_configuration(self.path / _CONFIG, content)
 
-    @property
+    @cached_property
+    def quantisation_note(self) -> QuantisationNote | None:
+        """What announces that its weights are quantised; None where nothing does."""
+        content = read_json_object(self.path / _CONFIG, self.read(_CONFIG))
+        return find_quantisation_note(content, self.read)
+
+    @cached_property
     def family(self) -> Family:
         """Its family; `FamilyError` where that is not supported."""
-        return self._read_config[0]
+        content = read_json_object(self.path / _CONFIG, self.read(_CONFIG))
+        check_family(content)
+        return self.configuration.family
+
+    @property
+    def wrapper(self) -> str | None:
+        """Model type of the whole where the language model is a part of it, None elsewhere."""
+        found = self.configuration
+        return None if found.whole is found.text else str(found.whole.model_type)
 
     @property
     def config(self) -> PreTrainedConfig:
-        """A copy of its configuration: models change theirs."""
-        return copy.deepcopy(self._read_config[1])
+        """A copy of its language model's configuration: models change theirs."""
+        return copy.deepcopy(self.configuration.text)
 
     @cached_property
     def note(self) -> RaggedNote | None:
@@ -144,6 +156,51 @@ class Checkpoint:
     def weights(self) -> list[Path]:
         """Its weight files, checked: `CheckpointError` where they are unsafe or not whole."""
         return check_weights(self.path)
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What its weights hold that the language model has no place for.
+
+        Raises:
+            CheckpointError: The model cannot be right without it, or weights are quantised.
+        """
+        if self._left_out is None:
+            self._left_out = self._match(self.structure.model)
+        return self._left_out
+
+    def check_left_out(
+        self, skeleton: Skeleton | None = None, model: PreTrainedModel | None = None
+    ) -> None:
+        """Refuse weights that hold what the model needs and has no place for; remark the rest.
+
+        Args:
+            skeleton: The model, matched with the weights, where that was done.
+            model: A model without experts that the weights are for, on the meta device.
+
+        Raises:
+            CheckpointError: As `left_out`.
+        """
+        if self._left_out is None and skeleton is not None:
+            self._left_out = self._judge(skeleton.model, skeleton.conversion)
+        elif self._left_out is None and model is not None:
+            self._left_out = self._match(model)
+        for remark in remarks(self.configuration.dropped, self.left_out):
+            remark_once(self.path, remark)
+
+    def _match(self, model: PreTrainedModel) -> tuple[LeftOut, ...]:
+        is_whole = model.config.model_type == self.configuration.whole.model_type
+        with refusing_misfits(self.path):
+            conversion = Conversion(
+                model, read_stored_tensors(self.weights), None if is_whole else self.wrapper
+            )
+        return self._judge(model, conversion)
+
+    def _judge(self, model: PreTrainedModel, conversion: Conversion) -> tuple[LeftOut, ...]:
+        note = self.quantisation_note
+        found = judge_left_out(model, conversion, self.path, note)
+        if note is not None:
+            remark_once(self.path, f"its weights are plain numbers, in spite of {note}")
+        return found
 
     @property
     def spec(self) -> ModelSpec:
@@ -171,7 +228,7 @@ class Checkpoint:
     @property
     def max_length(self) -> int:
         """Most tokens that the model was built for."""
-        config = self._read_config[1]
+        config = self.configuration.text
         return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
     @cached_property
@@ -186,7 +243,7 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer, without truncation or padding."""
-        return _open_tokenizer(self.path)
+        return open_tokenizer(self.path)
 
     @cached_property
     def tokenizer_sha256(self) -> str:
@@ -248,8 +305,21 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
     """
     checkpoint = Checkpoint.open(path)
     # What is refused without a look at the weights comes first.
-    config, _, _ = checkpoint.config, checkpoint.note, checkpoint.weights
+    _, config, _, files = (
+        checkpoint.family,
+        checkpoint.config,
+        checkpoint.note,
+        checkpoint.weights,
+    )
     model_class = checkpoint.model_class
+    checkpoint.check_left_out()
+    if checkpoint.wrapper is not None:
+        # transformers knows the names of the whole only where it builds the whole.
+        with refusing_misfits(checkpoint.path):
+            skeleton = Skeleton(model_class, config, files, dtype, wrapper=checkpoint.wrapper)
+            skeleton.load_all()
+        read_generation_settings(skeleton.model, checkpoint.path)
+        return checkpoint.adapt(skeleton.model, stored_dtype(config) or skeleton.stored_dtype)
     with refusing_misfits(checkpoint.path), quiet_transformers():
         model, report = model_class.from_pretrained(
             str(checkpoint.path),
@@ -295,34 +365,10 @@ def load_tokenizer(path: Path | Checkpoint) -> Tokenizer:
     return Checkpoint.open(path).tokenizer
 
 
-def _configuration(content: Mapping[str, Any]) -> PreTrainedConfig:
-    from transformers import CONFIG_MAPPING
-
-    configuration = CONFIG_MAPPING[content["model_type"]]
-    # JSON has no infinity; transformers writes it as an object.
-    found: PreTrainedConfig = configuration.from_dict(
-        read_special_floats(configuration, content)
-    )
-    return found
-
-
-def _open_tokenizer(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    file = path / "tokenizer.json"
-    if not file.exists():
-        raise CheckpointError(
-            f"a checkpoint must have tokenizer.json, got none in {path}. Copy it from the "
-            "original model, or write it with "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
-        )
+def _read_small(file: Path) -> bytes:
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises Exception itself
+        return read_file(file)
+    except OSError as error:
         raise CheckpointError(
-            f"{file} must be a tokenizer of the tokenizers library, got: {error}. Copy it "
-            "again."
+            f"{file} must be readable, got: {error.strerror}. Copy the checkpoint again."
         ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

@@ -13,7 +13,6 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -24,6 +23,7 @@ from transformers.core_model_loading import (
 
 from edgemoe.models.stored_tensors import read_together
 from edgemoe.models.transformers_internals import set_saving_rules
+from edgemoe.models.wrapped_names import reading_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -62,27 +62,36 @@ class Conversion:
 
     Attributes:
         groups: All groups, by the order of their stored names.
-        unexpected: Stored tensors that the model has no place for.
+        unexpected: Stored tensors that the model has no place for, and the names that they
+            would have in it.
     """
 
-    def __init__(self, model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stored: Mapping[str, StoredTensor],
+        wrapper: str | None = None,
+    ) -> None:
         """Match every stored tensor.
 
         Args:
             model: The model, on the meta device; it is told which rules it was loaded by, so
                 that `revert` writes the same layout.
             stored: The checkpoint's tensors.
+            wrapper: Model type of the checkpoint where the model is a part of it; `revert`
+                writes the layout of the part alone.
 
         Raises:
-            ValueError: Tensors that one rule would join do not fit together.
+            ValueError: Tensors that one rule would join do not fit together, or two have one
+                place.
         """
         self._model = model
         self.groups: list[TensorGroup] = []
-        self.unexpected: list[str] = []
-        rules = get_model_conversion_mapping(model)
+        self.unexpected: list[tuple[StoredTensor, str]] = []
+        rules, own = reading_rules(model, stored, wrapper)
         self._match(rules, stored)
         # What save_pretrained would read: the rules that matched, in their order.
-        self.used_rules = [rule for rule in rules if rule.was_used()]
+        self.used_rules = [rule for rule in own if rule.was_used()]
         set_saving_rules(model, self.used_rules)
         for group in self.groups:
             shapes = [source.on_meta() for source, _ in group.sources]
@@ -93,9 +102,10 @@ class Conversion:
         prefix = self._model.base_model_prefix
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        # Of two converters for a pattern the first is the one that matches.
         by_pattern = {
             pattern: converter
-            for converter in converters
+            for converter in reversed(converters)
             for pattern in converter.source_patterns
         }
         groups: dict[str, TensorGroup] = {}
@@ -104,11 +114,14 @@ class Conversion:
             if target not in expected and name in expected:
                 target, pattern = rename_source_key(name, [], [], prefix, expected)
             if target not in expected:
-                self.unexpected.append(name)
+                self.unexpected.append((stored[name], target))
                 continue
             if target not in groups:
                 rule = WeightRenaming(name, target) if pattern is None else by_pattern[pattern]
                 groups[target] = TensorGroup(first_target=target, rule=rule)
+            elif pattern is None or not isinstance(groups[target].rule, WeightConverter):
+                first = groups[target].sources[0][0].name
+                raise ValueError(f"{first} and {name} both stand for {target}")
             groups[target].sources.append((stored[name], pattern or name))
         self.groups = list(groups.values())
 

@@ -13,7 +13,6 @@ Biases stay. That is how MoE-I² (https://arxiv.org/abs/2411.01016) stores what 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,19 +27,6 @@ if TYPE_CHECKING:
 
 FACTOR_NAMES = ("up_in", "up_out", "down_in", "down_out")
 _MARK = "_edgemoe_factored"
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Ranks of one layer's experts, the largest of them.
-
-    Attributes:
-        up: Of the first product.
-        down: Of the second product.
-    """
-
-    up: int
-    down: int
 
 
 def is_factored(experts: nn.Module) -> bool:

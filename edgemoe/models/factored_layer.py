@@ -15,7 +15,8 @@ from torch import nn
 from edgemoe.errors import CheckpointError
 from edgemoe.models.expert_tensors import ExpertTensor
 from edgemoe.models.experts import restored
-from edgemoe.models.factored_experts import FACTOR_NAMES, Ranks, factored_class, is_factored
+from edgemoe.models.factored_experts import FACTOR_NAMES, factored_class, is_factored
+from edgemoe.models.shapes import Ranks
 from edgemoe.models.transformers_internals import mark_initialised
 
 if TYPE_CHECKING:

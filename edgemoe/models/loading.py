@@ -92,6 +92,19 @@ def refusing_misfits(path: Path) -> Iterator[None]:
         ) from error
 
 
+def read_generation_settings(model: PreTrainedModel, path: Path) -> None:
+    """Give a model the generation settings of its checkpoint, where that has some.
+
+    Args:
+        model: The model.
+        path: The checkpoint.
+    """
+    from transformers import GenerationConfig
+
+    if (path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(str(path))
+
+
 def align_tensors(model: PreTrainedModel) -> None:
     """Move tensors to aligned memory.
 

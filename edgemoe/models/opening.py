@@ -53,10 +53,16 @@ def open_streamed(
         StreamingError: The family's layers cannot be loaded one by one.
     """
     checkpoint = Checkpoint.open(path)
-    config, _, files = checkpoint.config, checkpoint.note, checkpoint.weights
+    _, config, _, files = (
+        checkpoint.family,
+        checkpoint.config,
+        checkpoint.note,
+        checkpoint.weights,
+    )
     model_class = checkpoint.model_class
     with refusing_misfits(checkpoint.path), quiet_transformers():
-        skeleton = Skeleton(model_class, config, files, dtype, device)
+        skeleton = Skeleton(model_class, config, files, dtype, device, checkpoint.wrapper)
+    checkpoint.check_left_out(skeleton)
     stored = stored_dtype(config) or skeleton.stored_dtype
     return StreamedModel(checkpoint.adapt(skeleton.model, stored), skeleton)
 

@@ -7,6 +7,7 @@ below are those that the support table (docs/families.md) was made for.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ FAMILIES: tuple[str, ...] = (
     "qwen3_next", "qwen4_exp_text", "solar_open", "zaya",
 )  # fmt: skip
 
+_MOST_INPUT = 200  # characters that a message repeats
+_LONGEST_NAME = 64  # no family has a longer one
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -51,11 +55,12 @@ class Family:
         return found
 
 
-def find_family(model_type: object) -> Family:
+def find_family(model_type: object, *, wrapper: str | None = None) -> Family:
     """Find a family by its name in config.json.
 
     Args:
         model_type: The value of `model_type`.
+        wrapper: The model that this one is the language part of, for messages.
 
     Returns:
         Its classes.
@@ -64,28 +69,67 @@ def find_family(model_type: object) -> Family:
         FamilyError: transformers has no such language model, or it has no experts.
     """
     causal_lm = _causal_lm(model_type) if isinstance(model_type, str) else None
-    if causal_lm is None or not _has_experts(causal_lm):
-        from transformers import __version__
-
-        reason = (
-            f"transformers {__version__} has no language model of that name"
-            if causal_lm is None
-            else "it has no experts"
-        )
-        raise FamilyError(
-            f"model family must be one with experts, got {model_type!r}: {reason}. Families "
-            f"that edgemoe is tested with: {', '.join(FAMILIES)}. A dense llama checkpoint "
-            "becomes a Mixture-of-Experts model with `edgemoe carve`."
+    if causal_lm is None:
+        raise unknown_family(model_type, wrapper=wrapper)
+    if not _has_experts(causal_lm):
+        raise _refusal(
+            model_type if wrapper is None else wrapper,
+            "it has no experts"
+            if wrapper is None
+            else f"its language part {model_type} has no experts",
         )
     return Family(model_type=str(model_type), causal_lm=causal_lm)
+
+
+def unknown_family(model_type: object, *, wrapper: str | None = None) -> FamilyError:
+    """Say that transformers has no language model of a name, and which one may be meant.
+
+    Args:
+        model_type: The value of `model_type`.
+        wrapper: The model that this one is the language part of.
+
+    Returns:
+        The error to raise.
+    """
+    from transformers import __version__
+
+    if wrapper is not None:
+        return _refusal(
+            wrapper,
+            f"transformers {__version__} has no class for its language part {model_type} alone",
+        )
+    return _refusal(
+        model_type, f"transformers {__version__} has no language model of that name"
+    )
+
+
+def _refusal(model_type: object, reason: str) -> FamilyError:
+    near = _nearest(model_type) if isinstance(model_type, str) else None
+    return FamilyError(
+        f"model family must be one with experts, got {_quoted(model_type)}: {reason}. "
+        + (f"Did you mean {near}? " if near else "")
+        + "docs/families.md lists the families that edgemoe is tested with. A dense llama "
+        "checkpoint becomes a Mixture-of-Experts model with `edgemoe carve`."
+    )
+
+
+def _nearest(model_type: str) -> str | None:
+    """Return the family whose name is nearly this one."""
+    name = model_type[:_LONGEST_NAME].lower().replace("-", "_").replace(" ", "_")
+    found = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.8)
+    return found[0] if found and found[0] != model_type else None
+
+
+def _quoted(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_INPUT else f"{text[:_MOST_INPUT]}..."
 
 
 def _causal_lm(model_type: str) -> type[Any] | None:
     from transformers.models.auto import configuration_auto, modeling_auto
 
     name = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    configuration = configuration_auto.CONFIG_MAPPING_NAMES.get(model_type)
-    if configuration is None:
+    if model_type not in configuration_auto.CONFIG_MAPPING_NAMES:
         return None
     folder = configuration_auto.model_type_to_module_name(model_type)
     try:
@@ -98,8 +142,10 @@ def _causal_lm(model_type: str) -> type[Any] | None:
     # A few language models are missing from the automatic classes.
     for candidate in vars(module).values():
         if isinstance(candidate, type) and candidate.__name__.endswith("ForCausalLM"):
-            causal_lm: type[Any] = candidate
-            if causal_lm.config_class.model_type == model_type:
+            # A file may import the automatic class, which has no configuration.
+            configuration = getattr(candidate, "config_class", None)
+            if getattr(configuration, "model_type", None) == model_type:
+                causal_lm: type[Any] = candidate
                 return causal_lm
     return None
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from edgemoe.errors import CheckpointError
+from edgemoe.file_kinds import describe_mistake
 from edgemoe_runtime.bundle.names import MANIFEST_FILE
+from edgemoe_runtime.input_files import parse_strict, read_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_ADAPTER = "adapter_config.json"
+_ADAPTER_FILES = (_ADAPTER, "adapter_model.safetensors", "adapter_model.bin")
+_MOST_INPUT = 200  # characters that a message repeats
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -32,14 +36,15 @@ def read_json_object(path: Path, content: bytes | None = None) -> dict[str, Any]
         CheckpointError: The file is missing, not UTF-8 JSON, or not an object.
     """
     try:
-        text = path.read_text("utf-8") if content is None else content.decode("utf-8")
-        found = json.loads(text)
+        content = read_file(path) if content is None else content
+        # Published configurations have bare infinities, where a limit is open.
+        found = parse_strict(content, infinities=True)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"a checkpoint must have {path.name}, got none in {path.parent}. Give the "
             "directory of a Hugging Face checkpoint."
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} must be a JSON object, got {error}. Copy the checkpoint again."
         ) from error
@@ -58,24 +63,61 @@ def check_directory(path: Path) -> None:
         path: What the user named.
 
     Raises:
-        CheckpointError: It is missing, a file, or a bundle.
+        CheckpointError: It is missing, a file, a bundle, or has files of an adapter.
     """
     if not path.exists():
         raise CheckpointError(
             f"checkpoint must be a directory, got {path}, which does not exist."
         )
-    if path.is_file():
+    if not path.is_dir():
         remedy = "Give the directory that holds config.json and the safetensors files."
         if path.suffix in _PICKLE_SUFFIXES:
             remedy = "Pickles run code when opened: save the model as safetensors."
         elif path.suffix == ".gguf":
             remedy = "Turn GGUF into a checkpoint with `edgemoe carve`."
+        else:
+            raise CheckpointError(
+                f"checkpoint must be a directory, got {describe_mistake(path)}. {remedy}"
+            )
         raise CheckpointError(f"checkpoint must be a directory, got the file {path}. {remedy}")
     if (path / MANIFEST_FILE).exists() and not (path / _SINGLE).exists():
         raise CheckpointError(
             f"checkpoint must be a Hugging Face directory, got the bundle {path}. Give the "
             "checkpoint that it was exported from."
         )
+    check_no_adapter(path)
+
+
+def check_no_adapter(path: Path) -> None:
+    """Refuse an adapter, and weights that one lies beside.
+
+    Whether weights contain an adapter already cannot be seen, and transformers adds it to them
+    where peft is installed and only there.
+
+    Args:
+        path: Checkpoint directory.
+
+    Raises:
+        CheckpointError: There are files of an adapter.
+    """
+    found = [name for name in _ADAPTER_FILES if (path / name).exists()]
+    if not found:
+        return
+    if any((path / name).exists() for name in (_SINGLE, _INDEX)):
+        raise CheckpointError(
+            f"a checkpoint must be weights without an adapter, got {found[0]} beside them in "
+            f"{path}. Where the adapter is merged into the weights, move its files elsewhere; "
+            "where it is not, merge it first with merge_and_unload() of peft."
+        )
+    base = ""
+    if (path / _ADAPTER).exists():
+        named = read_json_object(path / _ADAPTER).get("base_model_name_or_path")
+        base = f" of {str(named)[:_MOST_INPUT]}" if named else ""
+    raise CheckpointError(
+        f"a checkpoint must have weights, got an adapter{base} alone in {path}. Merge it into "
+        "its model first: peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()"
+        ".save_pretrained(directory)."
+    )
 
 
 def check_weights(path: Path) -> list[Path]:
@@ -88,8 +130,10 @@ def check_weights(path: Path) -> list[Path]:
         The weight files, in order.
 
     Raises:
-        CheckpointError: Weights are pickles, missing, truncated, or not as the index says.
+        CheckpointError: Weights are pickles, missing, truncated, or not as the index says, or
+            an adapter lies beside them.
     """
+    check_no_adapter(path)
     # transformers prefers the single file where there are both.
     single = path / _SINGLE
     if single.exists():

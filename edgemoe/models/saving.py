@@ -15,6 +15,7 @@ from edgemoe.models.factored_layer import ranks_of
 from edgemoe.models.k_policy import save_k_policy
 from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.ragged import RaggedNote
+from edgemoe_runtime.input_files import parse_strict, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.factored_experts import Ranks
+    from edgemoe.models.shapes import Ranks
 
 # What belongs to a checkpoint besides configuration and weights, where the source has it.
 _COMPANIONS = (
@@ -258,7 +259,7 @@ def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
 def _complete_config(
     file: Path, dtype: torch.dtype, note: Mapping[str, Any], entries: Mapping[str, int]
 ) -> None:
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = parse_strict(read_file(file), infinities=True)
     config.update(entries)
     config["dtype"] = str(dtype).removeprefix("torch.")
     config.pop("edgemoe", None)

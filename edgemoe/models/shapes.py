@@ -73,3 +73,16 @@ class ModelShape:
         """
         found = (layer.intermediate_size for layer in self.layers if layer.layer == index)
         return next(found, None) or self.intermediate_size
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks of one layer's experts, the largest of them.
+
+    Attributes:
+        up: Of the first product.
+        down: Of the second product.
+    """
+
+    up: int
+    down: int

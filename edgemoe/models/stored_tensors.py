@@ -7,7 +7,6 @@ on memory counts, and every tensor starts at an aligned address.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from edgemoe.errors import CheckpointError
+from edgemoe_runtime.input_files import parse_strict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -182,7 +182,7 @@ def read_stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     for file in files:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-            header: dict[str, Any] = json.loads(stream.read(length))
+            header: dict[str, Any] = parse_strict(stream.read(length))
         for name, entry in header.items():
             if name == "__metadata__":
                 continue

@@ -60,6 +60,7 @@ class Skeleton:
         files: Sequence[Path],
         dtype: torch.dtype,
         device: str = "cpu",
+        wrapper: str | None = None,
     ) -> None:
         """Build the model and match it with a checkpoint's headers; no weight is read.
 
@@ -69,6 +70,7 @@ class Skeleton:
             files: Its weight files.
             dtype: Floating type to hold weights in.
             device: Where to hold them.
+            wrapper: Model type of the checkpoint where the language model is a part of it.
 
         Raises:
             CheckpointError: Tensors are missing, or have another shape than the
@@ -82,7 +84,7 @@ class Skeleton:
         self._refuse_shared_layers()
         stored = read_stored_tensors(files)
         try:
-            self.conversion = Conversion(self.model, stored)
+            self.conversion = Conversion(self.model, stored, wrapper)
         except (RuntimeError, ValueError, IndexError) as error:
             raise CheckpointError(
                 f"the weights in {files[0].parent} must fit its config.json, got tensors that "
@@ -138,6 +140,13 @@ class Skeleton:
                     self._place(target, placed, [])
         if any(wanted.intersection(pair) for pair in ties.items()):
             self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
+
+    def load_all(self) -> None:
+        """Load the whole model, for good."""
+        for group in self.conversion.groups:
+            for target, tensor in self.conversion.read(group):
+                self._place(target, tensor.to(self.device, self._types[target]), [])
+        self.model.tie_weights(missing_keys=set(self._absent), recompute_mapping=False)
 
     @contextlib.contextmanager
     def outer(self) -> Iterator[None]:

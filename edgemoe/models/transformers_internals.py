@@ -81,6 +81,11 @@ def optional_patterns(model: PreTrainedModel) -> Sequence[str]:
     return cast("Any", model)._keys_to_ignore_on_load_missing or ()
 
 
+def needless_patterns(model: PreTrainedModel) -> Sequence[str]:
+    """Return regular expressions of tensors that checkpoints have and the family leaves out."""
+    return cast("Any", model)._keys_to_ignore_on_load_unexpected or ()
+
+
 def dtype_plan(model: PreTrainedModel, dtype: torch.dtype) -> Mapping[str, torch.dtype]:
     """Return which tensors stay in another type than the model's, by parts of their names."""
     found: Mapping[str, torch.dtype] = cast("Any", model)._get_dtype_plan(dtype)

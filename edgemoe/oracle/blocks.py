@@ -11,12 +11,12 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+from edgemoe.layerwise.returned import hidden_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from edgemoe.layerwise.replay import Outputs
+    from edgemoe.layerwise.returned import Outputs
     from edgemoe.models.layer import MoeLayer
     from edgemoe.oracle.oracle import LayerOracle
 
@@ -149,13 +149,6 @@ def squared_distance(one: Sequence[Outputs], other: Sequence[Outputs]) -> float:
         Sum of the squared differences of the hidden states, in float64.
     """
     return sum(
-        float((_hidden(a) - _hidden(b)).double().square().sum())
+        float((hidden_of(a) - hidden_of(b)).double().square().sum())
         for a, b in zip(one, other, strict=True)
     )
-
-
-def _hidden(outputs: Outputs) -> torch.Tensor:
-    while not isinstance(outputs, torch.Tensor):
-        assert outputs
-        outputs = outputs[0]
-    return outputs

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.sample import Window
     from edgemoe.layerwise.provider import LayerProvider
-    from edgemoe.layerwise.replay import Outputs
+    from edgemoe.layerwise.returned import Outputs
     from edgemoe.layerwise.runner import Visit
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.layer import MoeLayer

@@ -51,6 +51,11 @@ def parse_options(
                 f"an option of {method} must be NAME=VALUE, got {text!r}. Options with their "
                 f"defaults: {listed}."
             )
+        if name in options:
+            raise PlanError(
+                f"option {name} of {method} must be given once, got it again as {text!r}. "
+                "Leave one out."
+            )
         if isinstance(known[name], str):
             options[name] = value
         elif isinstance(known[name], float):

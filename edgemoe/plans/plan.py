@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.data_provenance import read_digests
 from edgemoe.errors import CheckpointError, PlanError
+from edgemoe.file_kinds import describe_mistake, identify
 from edgemoe.k_policy import KPolicy
 from edgemoe.plans.factors import Factors
 from edgemoe.plans.layer_plan import (
@@ -24,6 +25,7 @@ from edgemoe.plans.layer_plan import (
 )
 from edgemoe.plans.plan_json import PlanReader
 from edgemoe.staging import staged_file
+from edgemoe_runtime.input_files import read_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -261,8 +263,14 @@ class Plan:
         Raises:
             PlanError: The file is missing, no UTF-8 JSON, or breaks the format.
         """
+        kind = identify(path).name
+        if kind not in ("plan", "missing", "json", "text"):
+            raise PlanError(
+                "a plan must be a file that `edgemoe prune`, `decompose` or `allocate` wrote, "
+                f"got {describe_mistake(path)}."
+            )
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_file(path).decode("utf-8")
         except FileNotFoundError as error:
             raise PlanError(
                 f"a plan must be a file, got {path}, which does not exist. Make one with "
@@ -274,8 +282,13 @@ class Plan:
             ) from error
         return cls.from_json(text, str(path))
 
+    @property
+    def holds_texts(self) -> bool:
+        """Whether it holds tokens of the calibration, for a method that runs layers."""
+        return self.factors is not None and self.factors.sample is not None
+
     def save(self, path: Path, *, force: bool = False) -> None:
-        """Write the plan, whole or not at all.
+        """Write the plan, whole or not at all; for its owner alone where it holds text.
 
         Args:
             path: The file.
@@ -285,6 +298,7 @@ class Plan:
             OutputError: The file exists and `force` is false, or it cannot be written.
         """
         with staged_file(path, force=force) as staged:
+            staged.touch(mode=0o600 if self.holds_texts else 0o666)
             staged.write_text(self.to_json(), encoding="utf-8")
 
 

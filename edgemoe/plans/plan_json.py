@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from edgemoe.errors import PlanError
+from edgemoe_runtime.input_files import parse_strict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,12 +43,10 @@ class PlanReader:
             PlanError: The text is no JSON, or no object, or repeats a key.
         """
         try:
-            found = json.loads(
-                text, object_pairs_hook=_refuse_repeated_keys, parse_constant=_refuse_constant
-            )
+            found = parse_strict(text)
             # What cannot be written again, such as half a surrogate pair, has no stable bytes.
             json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise PlanError(
                 f"{source}: a plan must be JSON, got: {error}. {_REMEDY}"
             ) from error
@@ -267,15 +266,3 @@ def _is_natural(value: object) -> bool:
 
 def _is_pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_is_natural, value))
-
-
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} twice")
-    return found
-
-
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text}, which is no JSON number")

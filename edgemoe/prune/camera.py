@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemoe.calibrate.statistics import TaskStatistics
+    from edgemoe.calibrate.task_statistics import TaskStatistics
     from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.oracle import LayerOracle, LayerView
     from edgemoe.plans.plan import LayerPlan

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemoe.calibrate.sample import Window
-    from edgemoe.calibrate.statistics import TaskStatistics
+    from edgemoe.calibrate.task_statistics import TaskStatistics
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.gradients import LayerGradient

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.errors import PlanError
+from edgemoe_runtime.input_files import parse_strict, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,8 +115,8 @@ def parse_keep_experts(text: str) -> int | tuple[int, ...]:
     values: object
     if path.is_file():
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            values = parse_strict(read_file(path))
+        except (OSError, ValueError) as error:
             raise PlanError(
                 f"{path} must hold a JSON list of integers, got: {error}."
             ) from error

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemoe.calibrate.statistics import TaskStatistics
+    from edgemoe.calibrate.task_statistics import TaskStatistics
     from edgemoe.models.shapes import LayerShape, ModelShape
     from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.plans.plan import LayerPlan

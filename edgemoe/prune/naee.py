@@ -25,7 +25,7 @@ from edgemoe.prune.selection import keep_set, router_groups
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemoe.calibrate.statistics import TaskStatistics
+    from edgemoe.calibrate.task_statistics import TaskStatistics
     from edgemoe.models.shapes import LayerShape, ModelShape
     from edgemoe.oracle.oracle import LayerOracle
     from edgemoe.plans.plan import LayerPlan

@@ -11,7 +11,7 @@ from edgemoe.prune.selection import keep_highest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemoe.calibrate.statistics import TaskStatistics
+    from edgemoe.calibrate.task_statistics import TaskStatistics
     from edgemoe.models.shapes import ModelShape
     from edgemoe.plans.plan import LayerPlan
 

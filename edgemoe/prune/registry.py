@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemoe.calibrate.sample import Window
-    from edgemoe.calibrate.statistics import Statistics, TaskStatistics
+    from edgemoe.calibrate.statistics import Statistics
     from edgemoe.calibrate.sums import LayerSums
+    from edgemoe.calibrate.task_statistics import TaskStatistics
     from edgemoe.models.shapes import ModelShape
     from edgemoe.oracle.oracle import LayerOracle
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemoe.calibrate.statistics import TaskStatistics
     from edgemoe.calibrate.sums import LayerSums
+    from edgemoe.calibrate.task_statistics import TaskStatistics
     from edgemoe.models.shapes import LayerShape, ModelShape
 
 

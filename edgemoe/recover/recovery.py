@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edgemoe.disk import require_space
 from edgemoe.models.checkpoint import Checkpoint, load_model
 from edgemoe.models.saving import float32_names, save_model
 from edgemoe.recover.held_out import Quality, measure
@@ -25,8 +26,7 @@ from edgemoe.recover.state import PROGRESS, TrainingState
 from edgemoe.recover.teacher import check_teacher, load_teacher
 from edgemoe.recover.trainer import CHECKPOINT_SECONDS, TrainingTask, train
 from edgemoe.resume import publish, resumable, resume_key
-from edgemoe.staging import recover as put_back
-from edgemoe.staging import refuse_existing, refuse_inputs_inside, require_space
+from edgemoe.staging import refuse_inputs_inside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,17 +78,14 @@ def recover_checkpoint(
         TaskFileError: A task has too few lines or tokens.
         OutputError: The output exists, or the disk refuses.
     """
-    put_back(output)
-    refuse_existing(output, force=force, directory=True)
     checkpoints = [path] if teacher is None else [path, teacher]
     refuse_inputs_inside(output, *checkpoints, *(task.path for task in tasks))
     chosen = find_method(method)
     settled = chosen.settle(options or RecoverOptions(), has_teacher=teacher is not None)
     opened = [Checkpoint(checkpoint) for checkpoint in checkpoints]
-    tokenizer = opened[0].tokenizer
     samples = _cut(opened[0], tasks, settled)
     if teacher is not None:
-        check_teacher(teacher, path, tokenizer)
+        check_teacher(opened[1], opened[0])
     weights, free = weight_bytes(*checkpoints), free_bytes(device)
     require_memory(weights, free, " and ".join(map(str, checkpoints)))
     key = resume_key(
@@ -108,7 +105,7 @@ def recover_checkpoint(
         sha256 = [one.hashes.fingerprint("read the checkpoints") for one in opened]
         student = load_model(opened[0])
         student.model.to(device)
-        master = None if teacher is None else load_teacher(teacher).to(device)
+        master = None if teacher is None else load_teacher(opened[1]).to(device)
         training = chosen.prepare(student, settled)
         width, length = student.config.vocab_size, settled.sequence_length
         needed = weights + training_bytes(training, width, length)

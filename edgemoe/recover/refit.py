@@ -13,6 +13,7 @@ from torch import nn
 from edgemoe.calibrate.sample import Window
 from edgemoe.errors import RecoveryError, StreamingError
 from edgemoe.layerwise.provider import InMemoryLayers
+from edgemoe.layerwise.returned import hidden_of
 from edgemoe.layerwise.runner import LayerTask, Visit, run_layer, run_layers
 from edgemoe.oracle.oracle import batches_of, view_layer
 from edgemoe.recover.down_projections import (
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
-    from edgemoe.layerwise.replay import Outputs
+    from edgemoe.layerwise.returned import Outputs
     from edgemoe.models.layer import MoeLayer
     from edgemoe.recover.samples import TaskSamples
     from edgemoe.recover.state import TrainingState
@@ -147,8 +148,9 @@ class _Refit(LayerTask):
 
     def visit(self, visit: Visit) -> Iterable[Outputs]:
         """Change one layer, if that helps."""
-        index, before = visit.index, list(visit.before)
-        # Before the first layer there is nothing.
+        index = visit.index
+        # Pairs of what teacher and student hand on; before the first layer there is nothing.
+        before: list[Any] = list(visit.before)
         given = [[pair and pair[number] for pair in before] for number in range(2)]
         theirs = list(run_layer(self._teacher, index, self._batches, given[0]))
         ours = Visit(self._student, self._batches, index, given[1])
@@ -255,13 +257,7 @@ def rows_of(outputs: Sequence[Outputs]) -> torch.Tensor:
     Returns:
         [tokens of all windows, hidden].
     """
-    rows = []
-    for one in outputs:
-        while isinstance(one, tuple):
-            one = one[0]
-        assert one is not None
-        rows.append(one.flatten(0, -2))
-    return torch.cat(rows)
+    return torch.cat([hidden_of(one).flatten(0, -2) for one in outputs])
 
 
 @contextlib.contextmanager

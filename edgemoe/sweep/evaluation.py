@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from edgemoe.evaluate.evaluation import Evaluation, evaluate
 from edgemoe.sweep.sizes import Sizes
 from edgemoe.sweep.sweep_dir import HELD_OUT, leave
 from edgemoe.tasks import TaskFile
+from edgemoe_runtime.input_files import parse_strict, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ class CandidateEvaluation:
         Returns:
             The judgement.
         """
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_strict(read_file(file))
         return cls(
             scores={name: Evaluation.from_json(found["scores"][name]) for name in tasks},
             sizes=Sizes(**found["sizes"]),

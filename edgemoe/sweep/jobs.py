@@ -8,7 +8,6 @@ decision. A worker keeps the model, in memory whole, from one job to the next.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from edgemoe.sweep.evaluation import CandidateEvaluation, judge
 from edgemoe.sweep.request import method_of
 from edgemoe.sweep.sizes import Sizes
 from edgemoe.sweep.sweep_dir import STATISTICS, leave
+from edgemoe_runtime.input_files import parse_strict, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -129,7 +129,7 @@ def read_plan(sweep_dir: SweepDir, candidate: Candidate) -> tuple[Plan, float]:
     Returns:
         The plan, and the seconds that it took.
     """
-    found = json.loads(sweep_dir.plan_file(candidate).read_text(encoding="utf-8"))
+    found = parse_strict(read_file(sweep_dir.plan_file(candidate)))
     return Plan.from_json(found["plan"], str(sweep_dir.plan_file(candidate))), float(
         found["seconds"]
     )

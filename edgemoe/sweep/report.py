@@ -49,13 +49,15 @@ def write_report(outcome: Outcome, folder: Path, work: Path) -> None:
     write_plot(outcome, folder / "sweep.png")
     (folder / PLANS).mkdir()
     for finding in outcome.findings:
-        (folder / finding.plan_file).write_text(finding.plan.to_json(), encoding="utf-8")
+        # A cut and its recoveries have one plan.
+        finding.plan.save(folder / finding.plan_file, force=True)
     for kind in (HELD_OUT, *([CALIBRATION] if outcome.request.recoveries else [])):
         (folder / kind).mkdir()
         for name in outcome.lines:
             file = f"{kind}/{name}.jsonl"
-            shutil.copyfile(work / file, folder / file)
-    shutil.copyfile(work / STATISTICS, folder / STATISTICS)
+            # With its mode: it is for its owner alone.
+            shutil.copy(work / file, folder / file)
+    shutil.copy(work / STATISTICS, folder / STATISTICS)
 
 
 def describe(outcome: Outcome) -> dict[str, Any]:

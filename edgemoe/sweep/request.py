@@ -103,7 +103,7 @@ class SweepRequest:
                 f"{', '.join(self.tasks)}."
             )
         recover(self.output)
-        refuse_existing(self.output, force=self.force, directory=True)
+        refuse_existing(self.output, force=self.force, directory=True, resumes=True)
         inputs = (self.model, *self.tasks.values(), *self.held_out.values())
         refuse_inputs_inside(self.output, *inputs)
 

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from edgemoe.chat_tasks import load_task
 from edgemoe.data_provenance import digest_line
 from edgemoe.errors import TaskFileError
 from edgemoe.evaluate.gate import ACCEPT_WEAK, MINIMUM_LINES, lines_are_few
@@ -47,6 +48,7 @@ def load_lines(
     tasks: Mapping[str, Path],
     held_out: Mapping[str, Path],
     seen: Collection[int] = frozenset(),
+    model: Path | None = None,
 ) -> dict[str, TaskLines]:
     """Read tasks and set their lines apart.
 
@@ -54,6 +56,7 @@ def load_lines(
         tasks: Task files by name.
         held_out: Files to judge tasks by; every fourth line judges the other tasks.
         seen: Digests of lines that the swept checkpoint was itself made from.
+        model: The checkpoint, whose template renders chats.
 
     Returns:
         The tasks, in their order.
@@ -64,9 +67,9 @@ def load_lines(
     """
     pairs: dict[str, tuple[TaskFile, TaskFile]] = {}
     for name, path in tasks.items():
-        task = TaskFile.load(name, path)
+        task = load_task(name, path, model)
         if name in held_out:
-            pairs[name] = task, TaskFile.load(name, held_out[name])
+            pairs[name] = task, load_task(name, held_out[name], model)
         else:
             remedy = f"Add lines, or give others to judge by: --held-out {name}=FILE."
             pairs[name] = hold_out(task, remedy=remedy)
@@ -134,13 +137,14 @@ def check_judging(
 
 
 def write_lines(task: TaskFile, path: Path) -> None:
-    """Write a task's lines as a task file.
+    """Write a task's lines as a task file, readable for its owner alone.
 
     Args:
         task: The task.
         path: The file, which is replaced.
     """
     rows = [json.dumps(_to_row(record), ensure_ascii=False) for record in task.records]
+    path.touch(mode=0o600)
     path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.cli.options import human_bytes
+from edgemoe.disk import human_bytes
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.session_scorer import SessionScorer
 from edgemoe.evaluate.subject import load_dense

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from edgemoe.cli.options import human_bytes
+from edgemoe.disk import human_bytes
 from edgemoe.evaluate.subject import load_dense
 from edgemoe.models import load_model
 from examples.demo.measure import bench, time_eager

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgemoe.api.extras import needs
 from edgemoe.api.running import running
+from edgemoe.staging import reserved
+from edgemoe_exporters.request_inputs import check_request
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +56,13 @@ def export_bundle(
         OutputError: The output exists and `force` is false, or the disk refuses. After every
             error the output is as it was before.
     """
-    with running("export", "ort", on_progress=on_progress):
+    needs("export", "ort")
+    check_request(request)
+    output, force = request.output, request.force
+    with (
+        running("export", "ort", on_progress=on_progress),
+        reserved(output, force=force, directory=True, resumes=True),
+    ):
         # Imported here: the name of this function costs no torch.
         from edgemoe_exporters.pipeline import run_export
 

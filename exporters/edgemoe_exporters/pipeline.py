@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from edgemoe.api.arguments import check_plan
 from edgemoe.apply.checks import check_width_pruning, refuse_changes, refuse_k_policy
+from edgemoe.disk import require_space
 from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.memory_budget import default_limit
 from edgemoe.models.opening import open_larger
 from edgemoe.prune.registry import count_for
-from edgemoe.staging import require_space
+from edgemoe_exporters.bundle.end_tokens import NO_END, find_end_tokens
 from edgemoe_exporters.bundle.task_experts import (
     count_least_parameters,
     count_parameters,
@@ -68,7 +70,7 @@ def run_export(request: ExportRequest, on_stage: OnStage) -> ExportReport:
         check_exportable(found.checkpoint, precision)
     # Plans that no later stage could apply are refused before anything is loaded or calibrated.
     for name, plan in data.plans.items():
-        plan.validate(shape)
+        check_plan(plan, model)
         if name not in request.recovered_here:
             refuse_factors(name, plan)
         check_width_pruning(plan, structure)
@@ -83,6 +85,7 @@ def run_export(request: ExportRequest, on_stage: OnStage) -> ExportReport:
     else:
         least = ()
     tokenizer = model.tokenizer
+    ends = find_end_tokens(model, tokenizer)
     limit = request.memory_limit_bytes
     limit = default_limit() if limit is None else limit
     on_stage("open the checkpoint")
@@ -112,7 +115,7 @@ def run_export(request: ExportRequest, on_stage: OnStage) -> ExportReport:
             require_space(checkpointing.staged, int(fewest) - written)
         maker = GraphMaker(request, target, precision, on_stage, limit, checkpointing.work)
         chooser = TaskChooser(model, source, data, maker, checkpointing, tokenizer)
-        stages = ExportStages(chooser, maker, checkpointing, source)
+        stages = ExportStages(chooser, maker, checkpointing, source, ends)
         before = stages.evaluate_before()
         with stages.sharing_quantised():
             tasks = chooser.choose(before)
@@ -152,7 +155,7 @@ def run_export(request: ExportRequest, on_stage: OnStage) -> ExportReport:
             for name, report in reports.items()
         },
         separate_stacks=graphs.separate_stacks,
-        remarks=data.remarks,
+        remarks=(*data.remarks, *([] if ends else [NO_END])),
         reused=tuple(checkpointing.reused),
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from edgemoe.api.arguments import check_at_least_one
+from edgemoe.api.method_names import PRUNING, check_name
 from edgemoe.errors import ArgumentError, ExportError
 from edgemoe.staging import refuse_existing, refuse_inputs_inside
 from edgemoe_exporters.bundle.task_names import check_task_names
@@ -143,10 +144,7 @@ class ExportRequest:
             )
         check_task_names(self.names)
         if self.pruned_here:
-            # Imported here: who only makes a request need not load torch.
-            from edgemoe.prune.registry import find_method
-
-            find_method(self.method)
+            check_name(self.method, PRUNING)
         if self.seed < 0:
             raise ExportError(f"the seed must be in [0, inf), got {self.seed}.")
         self._check_recoveries()
@@ -182,7 +180,7 @@ class ExportRequest:
                     f"{', '.join(unjudged)}. Add --task NAME=FILE.jsonl for it, or leave "
                     "--max-drop out."
                 )
-        refuse_existing(self.output, force=self.force, directory=True)
+        refuse_existing(self.output, force=self.force, directory=True, resumes=True)
         inputs = (*self.tasks.values(), *self.plans.values(), *self.recovered.values())
         refuse_inputs_inside(self.output, self.model, *inputs)
         return target, precision

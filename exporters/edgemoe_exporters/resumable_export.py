@@ -1,11 +1,11 @@
 """Checkpointing of an export: its staged directory, and the results of its finished steps.
 
-Two kinds of results are in `<output>.partial` until the bundle is whole. Statistics, scores and
-recovered checkpoints are named by what they were made from: an export that was refused or
-interrupted leaves them, and the next one takes what it needs, with another `--keep` or
-`--max-drop` too. Of a checkpoint that is larger than memory, whose export takes hours, the
-weights that were written are kept besides, and the same command resumes from there. A resumed
-export gives the same bytes.
+Two kinds of results are kept beside the output until the bundle is whole. Statistics, scores
+and recovered checkpoints are in `<output>.kept.partial`, named by what they were made from: an
+export that was refused or interrupted leaves them, and the next one takes what it needs, with
+another `--keep` or `--max-drop` too. Of a checkpoint that is larger than memory, whose export
+takes hours, the weights that were written are in `<output>.partial`, and the same command
+resumes from there. A resumed export gives the same bytes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from edgemoe.calibrate.statistics import Statistics
 from edgemoe.errors import EdgemoeError, OutputError
 from edgemoe.evaluate.evaluation import Evaluation
 from edgemoe.resume import WorkDirectory, publish, resumable
-from edgemoe.staging import recover, staged_directory
+from edgemoe.staging import staged_directory
 from edgemoe_exporters.sources.eager_run import runs_from_bytes, runs_to_bytes
 from edgemoe_exporters.validation.parity import Parity
+from edgemoe_runtime.input_files import parse_strict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -37,9 +38,8 @@ _STEPS = "steps"
 _BUNDLE = "bundle"
 _KEPT = "kept"
 _SCRATCH = "scratch"
-_ATTEMPT = "attempt.json"
-# Whatever is in the two directories of results, kept and steps.
-_PROGRESS = "[ks][et]*/**/*.*"
+# What is kept has a kind and a hash in its name.
+_WORTH = f"{_KEPT}/*.*.*"
 _PLURALS = {
     "statistics": "statistics",
     "score": "scores",
@@ -124,7 +124,7 @@ class ExportCheckpointing:
         name = _name_kept(task, "score", {"what": what, **key})
         path = self.kept.path / name
         if self._is_kept(path, f"the score of the {what} on {task}"):
-            return Evaluation.from_json(json.loads(path.read_bytes()))
+            return Evaluation.from_json(parse_strict(path.read_bytes()))
         score = evaluate()
         self.kept.write_bytes(name, _as_json(score))
         return score
@@ -182,7 +182,7 @@ class ExportCheckpointing:
             f"{task}.parity.json",
             measure,
             _as_json,
-            lambda content: Parity(**json.loads(content)),
+            lambda content: Parity(**parse_strict(content)),
         )
         return parity
 
@@ -225,52 +225,52 @@ def open_checkpointing(
         OutputError: The output exists, there is other unfinished work for it, or the disk
             refuses.
     """
-    recover(request.output)
-    with resumable(request.output, keys.checkpoint, _PROGRESS, force=request.force) as whole:
-        results = WorkDirectory(whole.path / _KEPT)
+    with (
+        resumable(
+            _kept_for(request.output), keys.checkpoint, _WORTH, force=request.force
+        ) as all_,
+        _told_if_refused(all_),
+    ):
+        results = WorkDirectory(all_.path / _KEPT)
         results.path.mkdir(exist_ok=True)
         earlier = frozenset(path.name for path in results.path.iterdir())
-        scratch = whole.empty_directory(_SCRATCH)
-        try:
-            if not kept:
-                whole.remove(_STEPS)
-                with staged_directory(request.output, force=request.force) as staged:
-                    yield ExportCheckpointing(staged, None, results, scratch, earlier)
-                return
-            _begin_attempt(whole, keys.attempt, force=request.force)
-            staged, steps = whole.path / _BUNDLE, whole.path / _STEPS
-            yield ExportCheckpointing(staged, WorkDirectory(steps), results, scratch, earlier)
-        except EdgemoeError as error:
-            if not isinstance(error, OutputError):
-                # Refused weights would be refused again.
-                whole.remove(_STEPS)
-                whole.remove(_BUNDLE)
-                _say_what_is_kept(error, results.path)
-            raise
-        finally:
-            whole.remove(_SCRATCH)
-        publish(staged, request.output, force=request.force)
+        scratch = all_.empty_directory(_SCRATCH)
+        if not kept:
+            with staged_directory(request.output, force=request.force) as staged:
+                yield ExportCheckpointing(staged, None, results, scratch, earlier)
+            return
+        key = {**keys.checkpoint, **keys.attempt}
+        with resumable(request.output, key, f"{_STEPS}/**/*.*", force=request.force) as whole:
+            steps, staged = whole.path / _STEPS, whole.path / _BUNDLE
+            steps.mkdir(exist_ok=True)
+            staged.mkdir(exist_ok=True)
+            try:
+                yield ExportCheckpointing(
+                    staged, WorkDirectory(steps), results, scratch, earlier
+                )
+            except EdgemoeError as error:
+                if not isinstance(error, OutputError):
+                    # Refused weights would be refused again.
+                    whole.remove(_STEPS)
+                raise
+            publish(staged, request.output, force=request.force)
 
 
-def _begin_attempt(whole: WorkDirectory, key: Mapping[str, Any], *, force: bool) -> None:
-    """Go on with the weights that were written, or begin anew where there are none."""
-    wanted, found = json.loads(json.dumps(key)), whole.read(_ATTEMPT)
-    steps = whole.path / _STEPS
-    if found != wanted and found is not None and any(steps.glob("*.*")):
-        if not force:
-            different = sorted(
-                name for name in {*found, *wanted} if found.get(name) != wanted.get(name)
-            )
-            raise OutputError(
-                f"unfinished work must be finished by the command that began it, got "
-                f"{whole.path} with another {', '.join(different)}. Give that command again, "
-                "or pass --force to write the weights anew: statistics and scores stay."
-            )
-        whole.remove(_STEPS)
-        whole.remove(_BUNDLE)
-    whole.write(_ATTEMPT, wanted)
-    for name in (_STEPS, _BUNDLE):
-        (whole.path / name).mkdir(exist_ok=True)
+def _kept_for(output: Path) -> Path:
+    """Name what results are kept for, beside the weights of an export that was interrupted."""
+    return output.with_name(f"{output.name}.{_KEPT}")
+
+
+@contextlib.contextmanager
+def _told_if_refused(work: WorkDirectory) -> Iterator[None]:
+    try:
+        yield
+    except EdgemoeError as error:
+        if not isinstance(error, OutputError):
+            _say_what_is_kept(error, work.path / _KEPT)
+        raise
+    finally:
+        work.remove(_SCRATCH)
 
 
 def _say_what_is_kept(error: EdgemoeError, folder: Path) -> None:

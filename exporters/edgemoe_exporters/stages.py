@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from edgemoe.plans.keep_all import keep_all
+from edgemoe_exporters.bundle.engine_release import needed_onnxruntime
 from edgemoe_exporters.bundle.manifest import (
     CREATED_BY,
     describe_cache,
@@ -42,6 +43,7 @@ from edgemoe_runtime.bundle.k_ladder import KRung
 from edgemoe_runtime.bundle.manifest import Manifest
 from edgemoe_runtime.bundle.manifest_file import save_manifest
 from edgemoe_runtime.bundle.task_entry import QualityReport, TaskEntry, WeightsInfo
+from edgemoe_runtime.execution_providers import release_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -77,6 +79,7 @@ class WrittenGraphs:
         cache: The cache among them.
         size: Bytes on disk.
         separate_stacks: Stacks of experts that were stored apart although tasks share them.
+        needs_onnxruntime: The oldest release that computes all of them, such as `1.31`.
     """
 
     eager: Mapping[str, list[EagerRun]]
@@ -85,6 +88,7 @@ class WrittenGraphs:
     cache: KvCache
     size: SizeReport
     separate_stacks: tuple[str, ...]
+    needs_onnxruntime: str
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,14 @@ class ExportStages:
         maker: Makes graphs.
         checkpointing: Where it writes, and what its finished steps gave.
         source: The checkpoint.
+        end_tokens: Tokens that end a text.
     """
 
     chooser: TaskChooser
     maker: GraphMaker
     checkpointing: ExportCheckpointing
     source: ModelSource
+    end_tokens: tuple[int, ...]
 
     @property
     def request(self) -> ExportRequest:
@@ -144,6 +150,7 @@ class ExportStages:
     ) -> WrittenGraphs:
         """Lower and write the graph of each task."""
         eager = {}
+        needed: list[str] = []
         counts_experts = any(task.policy is not None for task in tasks.values())
         staged = self.checkpointing.staged
         writing = BundleWriter(
@@ -162,6 +169,7 @@ class ExportStages:
                     outputs = tensor_specs(lowered.graph.outputs)
                     depth = int(self.model.config.num_hidden_layers)
                     cache = describe_cache(lowered.graph, inputs, depth)
+                    needed.append(needed_onnxruntime(lowered))
                     writer.add_graph(name, lowered)
             self.maker.on_stage("write the bundle")
             size = writer.finish()
@@ -172,6 +180,7 @@ class ExportStages:
                 cache=cache,
                 size=size,
                 separate_stacks=tuple(writer.separate_stacks),
+                needs_onnxruntime=max(needed, key=release_numbers),
             )
 
     def sharing_quantised(self) -> contextlib.AbstractContextManager[None]:
@@ -282,10 +291,13 @@ class ExportStages:
         full = (tuple(map(max, zip(*(task.full_k for task in tasks.values()), strict=True))),)
         manifest = Manifest(
             created_by=CREATED_BY,
-            model=describe_model(self.source.moe, self.request.model.resolve().name),
+            model=describe_model(
+                self.source.moe, self.request.model.resolve().name, self.end_tokens
+            ),
             target=self.maker.target.name,
             flavour=self.maker.target.flavour,
             precision=self.maker.precision,
+            needs_onnxruntime=graphs.needs_onnxruntime,
             kv_cache=graphs.cache,
             tasks={
                 name: TaskEntry(

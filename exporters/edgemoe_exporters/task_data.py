@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgemoe.chat_tasks import load_task
 from edgemoe.data_provenance import digest_line
 from edgemoe.evaluate.contamination import examples_seen, keep_held_out, lines_of
 from edgemoe.plans.plan import Plan
-from edgemoe.tasks import TaskFile
 from edgemoe_exporters.sources.recovered import RecoveredCheckpoint
 from edgemoe_exporters.validation.quality_gate import check_evidence, split_task
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from edgemoe.models.checkpoint import Checkpoint
+    from edgemoe.tasks import TaskFile
     from edgemoe_exporters.request import ExportRequest
 
 
@@ -57,7 +58,9 @@ class TaskData:
             ExportError: A recovered checkpoint is of another model, or the limit is out of
                 range for a task.
         """
-        files = {name: TaskFile.load(name, path) for name, path in request.tasks.items()}
+        files = {
+            name: load_task(name, path, request.model) for name, path in request.tasks.items()
+        }
         trained = {*request.pruned_here, *request.recovered_here}
         splits = {name: split_task(file) for name, file in files.items() if name in trained}
         given = {name: Plan.load(path) for name, path in request.plans.items()}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import stat
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from edgemoe_runtime.errors import ManifestError
+from edgemoe_runtime.hub_cache import resolve_blob
+from edgemoe_runtime.input_files import parse_strict
+from edgemoe_runtime.messages import quote
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,7 +25,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def read_plain_text(path: Path, max_bytes: int) -> str:
-    """Read a UTF-8 file that is no link, no pipe and no device, and is not too long.
+    """Read a UTF-8 file that is no pipe and no device, and is not too long.
+
+    A link is refused unless it is one of a hub's cache.
 
     Args:
         path: the file.
@@ -34,8 +38,15 @@ def read_plain_text(path: Path, max_bytes: int) -> str:
         OSError: when it cannot be read.
         UnicodeDecodeError: when it is not UTF-8.
     """
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise ManifestError(f"{path} must be a regular file and no link. {_REMEDY}")
+    plain = path
+    if path.is_symlink() and (blob := resolve_blob(path.parent, path)) is not None:
+        plain = blob
+    if not stat.S_ISREG(plain.lstat().st_mode):
+        raise ManifestError(
+            f"{path} must be a regular file and no link, unless a hub's cache made it and it"
+            " leads into the cache's own folder blobs. Copy the bundle with `cp -rL` and use"
+            " the copy."
+        )
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -53,34 +64,10 @@ def parse_json(text: str, source: str) -> Json:
     Raises:
         ManifestError: when the text is not strict JSON.
     """
-
-    def unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-        mapping = dict(pairs)
-        if len(mapping) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise ManifestError(
-                f"{source} must not repeat a key, got {twice} more than once. {_REMEDY}"
-            )
-        return mapping
-
-    def refuse_constant(name: str) -> NoReturn:
-        raise ManifestError(f"{source} must hold finite numbers, got {name}. {_REMEDY}")
-
     try:
-        return cast(
-            "Json",
-            json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant),
-        )
-    except ManifestError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{source} must be valid JSON, got {error}. {_REMEDY}") from error
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+        return cast("Json", parse_strict(text))
+    except ValueError as error:
+        raise ManifestError(f"{source} must be strict JSON, got: {error}. {_REMEDY}") from error
 
 
 class Value:
@@ -96,7 +83,8 @@ class Value:
         Raises:
             ManifestError: always.
         """
-        raise ManifestError(f"{self._path} must {rule}, got {_shown(self._value)}. {_REMEDY}")
+        shown = quote(self._value, _SHOWN_CHARACTERS)
+        raise ManifestError(f"{self._path} must {rule}, got {shown}. {_REMEDY}")
 
     def raw(self) -> Json:
         """Return the value unchecked."""
@@ -174,10 +162,11 @@ class Value:
         missing = [name for name in names if name not in entries]
         unknown = [name for name in entries if name not in names]
         if missing:
-            raise ManifestError(f"{self._path} must have the keys {missing}. {_REMEDY}")
+            raise ManifestError(f"{self._path} must have the keys {quote(missing)}. {_REMEDY}")
         if unknown:
             raise ManifestError(
-                f"{self._path} must have no keys but {list(names)}, got {unknown}. {_REMEDY}"
+                f"{self._path} must have no keys but {list(names)}, got {quote(unknown)}. "
+                f"{_REMEDY}"
             )
         return entries
 

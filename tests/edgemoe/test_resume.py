@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import contextlib
 import errno
-import json
+import os
+import shutil
+import signal
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
 
 from edgemoe.errors import OutputError
-from edgemoe.resume import ResumableInterrupt, partial_path, resumable, resume_key
+from edgemoe.resume import ResumableInterrupt, partial_path, publish, resumable, resume_key
+from edgemoe.staging import staged_file
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 KEY = {"command": "test", "options": [1, 2]}
@@ -75,12 +82,12 @@ def test_a_key_names_what_decides_and_work_of_another_layout_is_refused(
     assert {"edgemoe", "torch", "transformers", "peft"} == key["versions"].keys()
     assert resume_key("test", "cd")["checkpoint"] == "cd"
 
-    # What an earlier edgemoe left has no layout in its key.
-    work = partial_path(tmp_path / "out")
-    work.mkdir()
-    (work / "progress.json").write_text("{}")
-    old = {name: value for name, value in key.items() if name != "layout"}
-    (work / "key.json").write_text(json.dumps(old))
+    with (
+        contextlib.suppress(ValueError),
+        resumable(tmp_path / "out", {**key, "layout": 0}, "*progress.json") as work,
+    ):
+        work.write("progress.json", {})
+        raise ValueError
     with (
         pytest.raises(OutputError, match=r"another layout\. Give that command again"),
         resumable(tmp_path / "out", key, "*progress.json"),
@@ -88,9 +95,12 @@ def test_a_key_names_what_decides_and_work_of_another_layout_is_refused(
         raise AssertionError
 
 
-def test_what_somebody_else_put_there_is_spared(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", [None, "{}", '{"token": 1}', '{"token": "aa"}', "[1"])
+def test_what_somebody_else_put_there_is_spared(tmp_path: Path, key: str | None) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "precious").touch()
+    if key is not None:
+        (tmp_path / "out.partial" / "key.json").write_text(key)
 
     with (
         pytest.raises(OutputError, match="did not put there"),
@@ -101,14 +111,92 @@ def test_what_somebody_else_put_there_is_spared(tmp_path: Path) -> None:
     assert (tmp_path / "out.partial" / "precious").exists()
 
 
-@pytest.mark.parametrize("key", [KEY, OTHER])
-def test_two_processes_are_kept_apart(tmp_path: Path, key: dict[str, object]) -> None:
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    """Neither where the folder would be, nor its lock, nor the output's."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    work_until_kept(tmp_path / "elsewhere")
+    (tmp_path / "linked.partial").symlink_to(partial_path(tmp_path / "elsewhere"))
+    with pytest.raises(OutputError, match="did not put there"):
+        work_until_kept(tmp_path / "linked")
+    work_until_kept(tmp_path / "out")
+    lock = partial_path(tmp_path / "out") / "lock"
+    lock.unlink()
+    lock.symlink_to(victim)
+    with pytest.raises(OutputError, match="can be locked"):
+        work_until_kept(tmp_path / "out")
+    (tmp_path / ".other.edgemoe-lock").symlink_to(victim)
+    with pytest.raises(OutputError, match="could not be written"):
+        work_until_kept(tmp_path / "other")
+    assert victim.read_text() == "precious"
+
+
+def work_until_kept(target: Path) -> None:
+    with contextlib.suppress(ValueError):
+        work_until(target, ValueError("stop"), "step")
+
+
+def test_work_is_for_its_user_alone(tmp_path: Path) -> None:
+    work_until_kept(tmp_path / "out")
+    assert stat.S_IMODE(partial_path(tmp_path / "out").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("directory", [True, False])
+def test_a_run_that_was_killed_after_its_last_rename_is_finished_by_the_same(
+    tmp_path: Path, directory: bool
+) -> None:
+    target = tmp_path / "out"
+
+    def finish(content: str, key: Mapping[str, object] = KEY, *, kill: bool = False) -> None:
+        with resumable(target, key, "step") as work:
+            work.write("step", {})
+            if directory:
+                staged = work.path / "staged"
+                staged.mkdir(exist_ok=True)
+                (staged / "content").write_text(content)
+                publish(staged, target, force=False)
+            else:
+                with staged_file(target) as staged:
+                    staged.write_text(content)
+            if kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed() -> None:
+        child = os.fork()
+        if child == 0:
+            finish("first", kill=True)
+        os.waitpid(child, 0)
+        assert target.exists()
+        assert partial_path(target).exists()
+
+    def read() -> str:
+        return (target / "content" if directory else target).read_text()
+
+    killed()
+    finish("second")
+    assert read() == "second"
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+    _remove(target)
+    killed()
+    # Another command does not take the finished output away.
+    with pytest.raises(OutputError, match="must not exist"):
+        finish("other", OTHER)
+    assert read() == "first"
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_two_that_write_one_output_are_kept_apart(tmp_path: Path) -> None:
     with (
         resumable(tmp_path / "out", KEY, "step"),
-        pytest.raises(OutputError, match="one process at a time"),
-        resumable(tmp_path / "out", key, "step"),
+        ThreadPoolExecutor(1) as other,
+        pytest.raises(OutputError, match="one command at a time"),
     ):
-        raise AssertionError
+        other.submit(work_until, tmp_path / "out", ValueError(), "step").result()
 
 
 def test_a_full_disk_says_so(tmp_path: Path) -> None:

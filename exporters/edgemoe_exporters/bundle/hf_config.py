@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from edgemoe_runtime.input_files import parse_strict
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -27,7 +29,7 @@ def write_config(content: bytes, target: Path) -> None:
         target: The bundle's.
     """
     text = content.decode("utf-8").replace("\r\n", "\n")
-    config = json.loads(text)
+    config = parse_strict(text, infinities=True)
     adapted = adapt_config(config)
     if adapted != config:
         text = json.dumps(adapted, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

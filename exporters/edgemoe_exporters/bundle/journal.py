@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from edgemoe.errors import OutputError
+from edgemoe_runtime.input_files import parse_strict
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -153,7 +154,7 @@ class WeightJournal:
             for line in file:
                 if not line.endswith(b"\n"):  # the last one, cut short
                     break
-                found = json.loads(line)
+                found = parse_strict(line)
                 digests = tuple(bytes.fromhex(digest) for digest in found["digests"])
                 contents = Contents(found["length"], digests)
                 self._earlier.append((found["task"], found["name"], contents))

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from edgemoe.disk import require_space
 from edgemoe.errors import OutputError
-from edgemoe.staging import require_space
 from edgemoe_runtime.bundle.names import SHARED_WEIGHTS_FILE, weights_file
 
 if TYPE_CHECKING:

@@ -106,6 +106,12 @@ def compile_bundle(
             f"{manifest.flavour} (target {manifest.target}). Export the model again with "
             f"--target {target}."
         )
+    if manifest.target != target:
+        raise CompileError(
+            f"engines must be for the target of the bundle, which is {manifest.target}, got "
+            f"{target}: its shapes and precisions were chosen for the other. Give --target "
+            f"{manifest.target}, or export the model again with --target {target}."
+        )
     limits = choose_limits(
         manifest,
         max_batch=max_batch,

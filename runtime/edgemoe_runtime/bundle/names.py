@@ -21,10 +21,7 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 BUNDLE_FORMAT = "edgemoe.bundle"
 SCHEMA_VERSION = 2
-"""Version of manifest.json that is written."""
-
-READABLE_SCHEMAS = (1, 2)
-"""Versions that are read: 1 lacks what was measured beside scores, and whose weights."""
+"""Version of manifest.json that is written; version 1 is read, too."""
 
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"

@@ -35,6 +35,7 @@ def content(path: Path) -> dict[str, bytes]:
 def test_calibrate_prune_apply_evaluate(folder: Path, tmp_path: Path) -> None:
     moe, data, held_out = (folder / name for name in ("moe", "code.jsonl", "code.test.jsonl"))
     ours, theirs = tmp_path / "api", tmp_path / "cli"
+    ours.mkdir()
     theirs.mkdir()
 
     statistics = edgemoe.calibrate(moe, {"code": data}, ours / "stats", max_tokens=500)

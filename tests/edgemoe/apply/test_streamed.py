@@ -166,6 +166,6 @@ def test_refusals_leave_nothing(
         apply_streamed(path, make_plan(path, [[0, 1]]), tmp_path / "out")
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: full)
-    with pytest.raises(OutputError, match=r"must have .* MB free"):
+    with pytest.raises(OutputError, match=r"must have .* free, got 1.0 kB"):
         apply_streamed(path, make_plan(path, UNIFORM), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from edgemoe.calibrate.mixture import mix, spread_windows
 from edgemoe.calibrate.sample import TokenSample, Window
-from edgemoe.calibrate.statistics import Source, Statistics, TaskStatistics
+from edgemoe.calibrate.statistics import Statistics
 from edgemoe.calibrate.sums import SUM_NAMES, LayerSums
+from edgemoe.calibrate.task_statistics import Source, TaskStatistics
 from edgemoe.errors import StatisticsError
 from edgemoe.models.shapes import LayerShape, ModelShape
 

@@ -33,6 +33,7 @@ from edgemoe.parallel.workers import InProcess, Processes, RayCluster
 from edgemoe.resume import WorkDirectory, partial_path
 from edgemoe.tasks import TaskFile
 from edgemoe.versions import library_versions
+from edgemoe.work_directory import create_work
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,8 +183,7 @@ def test_other_work_beside_the_output_is_refused(
 ) -> None:
     output = tmp_path / "several"
     work = partial_path(output)
-    work.mkdir()
-    (work / "key.json").write_text('{"command": "calibrate shards", "options": []}')
+    create_work(work, {"command": "calibrate shards", "options": []})
     (work / "shards.json").write_text("{}")
     with pytest.raises(OutputError, match="unfinished work must be finished by the command"):
         calibrate_in_shards(make_checkpoint("mixtral"), tasks, output, InProcess())

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from edgemoe.calibrate.sample import TokenSample, Window
-from edgemoe.calibrate.statistics import Source, Statistics, TaskStatistics, merge
+from edgemoe.calibrate.statistics import Statistics, merge
 from edgemoe.calibrate.sums import LayerSums
+from edgemoe.calibrate.task_statistics import Source, TaskStatistics
 from edgemoe.errors import OutputError, StatisticsError
 from edgemoe.models.shapes import LayerShape, ModelShape
 
@@ -224,3 +225,44 @@ def test_missing_malformed_and_infinite_sums_are_refused(tmp_path: Path) -> None
     refuse("version 1", json.dumps({**header, "version": 1}))
     refuse("malformed", json.dumps({**header, "tasks": {"a": [{"lines": 1}]}}))
     refuse("malformed", json.dumps({**header, "shape": {}}))
+
+
+def test_without_tokens_the_sums_stay_and_the_text_goes(tmp_path: Path) -> None:
+    statistics = make_statistics(0, "a", "b")
+    bare = statistics.without_tokens()
+    bare.save(tmp_path / "bare")
+    loaded = Statistics.load(tmp_path / "bare")
+    assert_equal(loaded, bare)
+    assert statistics.has_tokens
+    assert not loaded.has_tokens
+    # Whether a line was read can still be told.
+    assert loaded.task("a").digests == statistics.task("a").digests
+    assert loaded.task("a").tokens == 9
+    tensors = load_file(tmp_path / "bare")
+    assert all(value.size == 0 for name, value in tensors.items() if name.endswith("/ids"))
+    for layer, sums in loaded.task("a").layers.items():
+        of_all = statistics.task("a").layers[layer].to_arrays()
+        assert all(np.array_equal(value, of_all[n]) for n, value in sums.to_arrays().items())
+    with pytest.raises(StatisticsError, match=r"without --no-texts, or choose a method"):
+        _ = loaded.task("a").windows
+
+
+def test_merged_halves_have_text_only_where_both_have(tmp_path: Path) -> None:
+    def half(index: int) -> Statistics:
+        whole = make_statistics(5, "a")
+        (source,) = whole.task("a").sources
+        part = replace(source, shard=(index, 2), sample=make_sample(index + 1))
+        return replace(whole, tasks={"a": replace(whole.task("a"), sources=(part,))})
+
+    both = merge(half(0), half(1))
+    assert both.has_tokens
+    one = merge(half(0), half(1).without_tokens())
+    assert_equal(one, merge(half(1).without_tokens(), half(0)))
+    assert not one.has_tokens
+    assert_equal(one, both.without_tokens())
+
+
+def test_what_can_hold_text_is_for_its_owner_alone(tmp_path: Path) -> None:
+    for statistics in (make_statistics(0, "a"), make_statistics(0, "a").without_tokens()):
+        statistics.save(tmp_path / "stats", force=True)
+        assert (tmp_path / "stats").stat().st_mode & 0o777 == 0o600

@@ -12,10 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from edgemoe.errors import StreamingError
 from edgemoe.layerwise.outputs import LayerOutputs
 from edgemoe.layerwise.replay import from_layer, only_layer
+from edgemoe.layerwise.returned import Sharing, hidden_of, map_tensors
 from edgemoe.models.safety import check_weights
 from edgemoe.models.streaming import Skeleton
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 COMMON: dict[str, Any] = {
@@ -46,7 +48,8 @@ LATENT = {
     "topk_group": 1,
 }
 MIXED = ["sliding_attention", "full_attention"] * 2
-# Transposed and biased experts, latent attention, state spaces, linear attention, convolution.
+# Transposed and biased experts, latent attention, state spaces, linear attention, convolution,
+# and keys of two layers that later ones use too.
 FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 8},
     "granitemoe": {"num_local_experts": 8},
@@ -75,17 +78,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1,
         "layer_types": ["conv", "full_attention"] * 2,
     },
-}
-SHARES_KEYS = {
-    "enable_moe_block": True,
-    "num_experts": 8,
-    "top_k_experts": 2,
-    "moe_intermediate_size": 16,
-    "num_kv_shared_layers": 2,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 96,
-    "layer_types": MIXED,
-    "global_head_dim": 8,
+    "gemma4_text": {
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 96,
+        "layer_types": MIXED,
+        "global_head_dim": 8,
+    },
 }
 
 
@@ -128,8 +131,7 @@ def test_families_with_any_layer_replay_to_the_bit(tmp_path: Path, family: str) 
                 outputs.append(run({"input_ids": batch, "use_cache": False}, given))
         outputs.finish()
         for found, wanted in zip(outputs, expected, strict=True):
-            assert isinstance(found, torch.Tensor)
-            assert torch.equal(found, wanted[index]), index
+            assert torch.equal(hidden_of(found), wanted[index]), index
         before = outputs if index % 2 else LayerOutputs.reopen(folder)
 
 
@@ -148,22 +150,11 @@ def test_all_but_the_first_layers_give_the_bits_of_all(tmp_path: Path, family: s
             with only_layer(decoder, decoder.layers, first) as run:
                 given = run(inputs, given)
     # What the layers before returned is all that counts.
-    with from_layer(whole, decoder.layers, 2) as finish:
-        assert not torch.allclose(finish(inputs, torch.ones(1, 9, 32)).logits, expected)
-
-
-def test_keys_shared_between_layers_are_noticed(tmp_path: Path) -> None:
-    _, skeleton = make(tmp_path, "gemma4_text", SHARES_KEYS)
-    skeleton.load_outer()
-
-    with (
-        skeleton.layer(0),
-        only_layer(skeleton.decoder, skeleton.layers, 0) as run,
-        pytest.raises(
-            StreamingError, match=r"layer 0 .* changes its argument shared_kv_states"
-        ),
-    ):
-        run({"input_ids": torch.tensor([[1, 2, 3]]), "use_cache": False}, None)
+    with only_layer(decoder, decoder.layers, 0) as run:
+        returned = run(inputs, None)
+    with from_layer(whole, decoder.layers, 1) as finish:
+        other = map_tensors(returned, torch.ones_like)
+        assert not torch.allclose(finish(inputs, other).logits, expected)
 
 
 class Decoder(nn.Module):
@@ -196,3 +187,74 @@ def test_outputs_that_skip_a_layer_are_noticed() -> None:
         run({"hidden": hidden}, given)
     # Nothing of it stays behind.
     assert torch.isfinite(decoder(hidden)).all()
+
+
+class Sharer(nn.Module):
+    """A layer that tells all later ones of itself, through whatever it is given."""
+
+    def __init__(self, tell: Callable[[Any, torch.Tensor], None]) -> None:
+        super().__init__()
+        self.tell = tell
+
+    def forward(self, hidden: torch.Tensor, told: Any) -> torch.Tensor:
+        self.tell(told, hidden)
+        return hidden + 1
+
+
+class SharingDecoder(nn.Module):
+    """Three such layers."""
+
+    def __init__(self, tell: Callable[[Any, torch.Tensor], None], start: type) -> None:
+        super().__init__()
+        self.start = start
+        self.layers = nn.ModuleList(Sharer(tell) for _ in range(3))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        told = self.start()
+        for layer in self.layers:
+            hidden = layer(hidden, told=told)
+        return hidden
+
+
+def test_what_layers_put_into_a_dictionary_of_all_is_carried_on() -> None:
+    decoder = SharingDecoder(lambda told, hidden: told.update({f"{len(told)}": hidden}), dict)
+    given: Any = None
+    for index in range(3):
+        with only_layer(decoder, decoder.layers, index) as run:
+            given = run({"hidden": torch.zeros(1)}, given)
+
+    assert isinstance(given, Sharing)
+    assert given.shared == {"told": {"0": 0, "1": 1, "2": 2}}
+    assert hidden_of(given) == 3
+
+
+def in_place(told: Any, hidden: torch.Tensor) -> None:
+    told.setdefault("sum", hidden.clone()).add_(hidden)
+
+
+@pytest.mark.parametrize(
+    ("tell", "start", "message"),
+    [
+        (
+            lambda told, hidden: told.append(hidden),
+            list,
+            r"layer 0 .* changes its argument told",
+        ),
+        (lambda told, _: told.update({0: None}), dict, r"layer 0 .* changes its argument told"),
+        (lambda told, hidden: told.update(a=[hidden]), dict, r"got a list from layer 0"),
+        (in_place, dict, r"layer 1 \(Sharer\), which changes one in place"),
+    ],
+)
+def test_what_layers_tell_otherwise_is_refused(
+    tell: Callable[[Any, torch.Tensor], None], start: type, message: str
+) -> None:
+    decoder = SharingDecoder(tell, start)
+
+    def run_two() -> None:
+        given: Any = None
+        for index in range(2):
+            with only_layer(decoder, decoder.layers, index) as run:
+                given = run({"hidden": torch.ones(1)}, given)
+
+    with pytest.raises(StreamingError, match=message):
+        run_two()

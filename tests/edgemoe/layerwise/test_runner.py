@@ -10,7 +10,7 @@ import torch
 from edgemoe.layerwise.batch import Batch
 from edgemoe.layerwise.finished_layers import layers_done, read_state
 from edgemoe.layerwise.provider import InMemoryLayers, StreamedLayers
-from edgemoe.layerwise.replay import map_tensors
+from edgemoe.layerwise.returned import map_tensors
 from edgemoe.layerwise.runner import LayerTask, run_layers
 from edgemoe.models.checkpoint import load_model
 from edgemoe.models.opening import open_streamed
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.layerwise.provider import LayerProvider
-    from edgemoe.layerwise.replay import Outputs
+    from edgemoe.layerwise.returned import Outputs
     from edgemoe.layerwise.runner import Visit
 
 LAYERS = 5

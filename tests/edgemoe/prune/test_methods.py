@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgemoe.calibrate.sample import TokenSample
-from edgemoe.calibrate.statistics import Source, Statistics, TaskStatistics
+from edgemoe.calibrate.statistics import Statistics
 from edgemoe.calibrate.sums import LayerSums
+from edgemoe.calibrate.task_statistics import Source, TaskStatistics
 from edgemoe.errors import PlanError, StatisticsError
 from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.plans.plan import Plan
