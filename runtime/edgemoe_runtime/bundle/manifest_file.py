@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgemoe_runtime.bundle.manifest import Manifest
 from edgemoe_runtime.bundle.manifest_rules import check_manifest
-from edgemoe_runtime.bundle.names import BUNDLE_FORMAT, MANIFEST_FILE
+from edgemoe_runtime.bundle.names import BUNDLE_FORMAT, MANIFEST_FILE, SCHEMA_VERSION
 from edgemoe_runtime.errors import ManifestError
 from edgemoe_runtime.json_fields import Json, Value, parse_json, read_plain_text
 
