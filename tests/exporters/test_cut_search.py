@@ -65,7 +65,7 @@ def test_cuts_are_those_that_a_router_can_choose_from() -> None:
     grouped = replace(shape, layers=(replace(layers[0], n_group=4),))
     assert [cut.counts for cut in list_cuts("reap", grouped)] == [(4,)]
     widths = [sum(cut.counts) for cut in list_cuts("camera", shape)]
-    assert widths == sorted(set(widths), reverse=True)
+    assert widths == sorted(widths, reverse=True)
     assert max(widths) < 64
     every = replace(shape, layers=(replace(layers[1], top_k=4),))
     with pytest.raises(PlanError, match="no expert can go"):
@@ -117,8 +117,8 @@ def test_what_is_refused_is_kept_and_the_next_attempt_uses_it(
     )
     with pytest.raises(QualityGateError, match=r"got none: --keep 0\.875: .*Kept in .*partial"):
         export_bundle(request)
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle.partial"]
-    kept = {path.name.split(".")[1] for path in (tmp_path / "bundle.partial/kept").iterdir()}
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle.kept.partial"]
+    kept = {path.name.split(".")[1] for path in (tmp_path / "bundle.kept.partial/kept").iterdir()}
     assert kept == {"score", "statistics"}
     # Neither the checkpoint is scored again, nor is anything calibrated.
     scored: list[object] = []
@@ -141,7 +141,7 @@ def test_what_is_refused_is_kept_and_the_next_attempt_uses_it(
     assert entry.quality.drop["ci95"][1] <= 1.0  # type: ignore[index]
     kept_experts = entry.experts_per_layer
     assert max(kept_experts) < 8
-    assert not (tmp_path / "bundle.partial").exists()
+    assert not (tmp_path / "bundle.kept.partial").exists()
     # One expert fewer would not hold, or cannot be.
     if kept_experts[0] > 2:
         deeper = replace(request, keep=(kept_experts[0] - 1) / 8, max_drop=1.0, force=True)

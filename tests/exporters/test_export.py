@@ -307,7 +307,7 @@ def test_plan_is_evaluated_on_all_examples_of_its_task(
     with pytest.raises(QualityGateError, match=r"--max-drop 0 .* got .* 12 held-out lines"):
         export_bundle(weak)
     # Only the scores stay.
-    kept = [path.name for path in (tmp_path / "bundle.partial" / "kept").iterdir()]
+    kept = [path.name for path in (tmp_path / "bundle.kept.partial" / "kept").iterdir()]
     assert len(kept) == 2
     assert all(name.startswith("low.score.") for name in kept)
 
