@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemoe.errors import CheckpointError
-from edgemoe.models.gguf.decoding import read_block
+from edgemoe.models.gguf.decoding import read_values
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -116,11 +116,10 @@ def _yarn(
 def _divisors(metadata: Metadata, name: str, size: int) -> npt.NDArray[np.float32]:
     block = metadata.container.blocks[name]
     if math.prod(block.shape) != size // 2:
-        raise CheckpointError(
-            f"{name} must have {size // 2} values, one for each frequency, got "
-            f"{block.shape} in {metadata.container.path}. Download the file again."
-        )
-    found: npt.NDArray[np.float32] = read_block(block).float().numpy().reshape(-1)
+        metadata.refuse_tensor(block, f"of {size // 2} values, one for each frequency")
+    if block.type_name != "F32":
+        metadata.refuse_tensor(block, "of type F32")
+    found: npt.NDArray[np.float32] = read_values(block).reshape(-1)
     if not np.isfinite(found).all() or (found <= 0).any():
         raise CheckpointError(
             f"{name} must hold numbers above 0, got {found.min()} to {found.max()} in "
@@ -129,9 +128,7 @@ def _divisors(metadata: Metadata, name: str, size: int) -> npt.NDArray[np.float3
     return found
 
 
-def _from_divisors(
-    divisors: npt.NDArray[np.float32], base: float, size: int
-) -> dict[str, Any]:
+def _from_divisors(divisors: npt.NDArray[np.float32], base: float, size: int) -> dict[str, Any]:
     """Say divisors of frequencies as Llama 3's rule where they follow it, else one by one."""
     if (divisors == 1.0).all():
         return {}
@@ -154,7 +151,9 @@ def _from_divisors(
             "factor": factor,
             "low_freq_factor": _LOW,
             "high_freq_factor": _HIGH,
-            "original_max_position_embeddings": int(length) if length == int(length) else length,
+            "original_max_position_embeddings": int(length)
+            if length == int(length)
+            else length,
         }
     return {
         "rope_type": "longrope",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgemoe.errors import CheckpointError
-from edgemoe.models.gguf.decoding import dtype_of, read_block
+from edgemoe.models.gguf.decoding import dtype_name, read_values
 from edgemoe.models.gguf.rope import TENSORS as ROPE_TENSORS
 from edgemoe.models.gguf.rules import Rule, Sizes, alone
 from edgemoe.models.stored_tensors import StoredTensor, as_bytes
@@ -48,7 +48,7 @@ class GgufTensor(StoredTensor):
 
     @property
     def stored_type(self) -> str:
-        """ggml's name of the type that it is stored in, such as `Q4_K`."""
+        """Ggml's name of the type that it is stored in, such as `Q4_K`."""
         return self.parts[0][0].type_name
 
     @property
@@ -71,7 +71,7 @@ class GgufTensor(StoredTensor):
         Raises:
             CheckpointError: The file has become shorter than its header says.
         """
-        contents = [read_block(block, index).to(self.dtype) for block, index in self.parts]
+        contents = [_read(block, index).to(self.dtype) for block, index in self.parts]
         made = self.build(contents, self.sizes)
         if memory is None:
             return made.contiguous()
@@ -160,8 +160,8 @@ def _tensor(
     name: str, parts: list[tuple[Block, int | None]], build: Build, sizes: Sizes
 ) -> GgufTensor:
     block = parts[0][0]
-    types = {dtype_of(part) for part, _ in parts}
-    dtype = types.pop() if len(types) == 1 else torch.float32
+    types = {dtype_name(part) for part, _ in parts}
+    dtype = getattr(torch, types.pop()) if len(types) == 1 else torch.float32
     shapes = [part.shape if index is None else part.shape[1:] for part, index in parts]
     shape = shapes[0]
     if build is not alone:
@@ -170,8 +170,8 @@ def _tensor(
             shape = tuple(build(metas, sizes).shape)
         except (RuntimeError, IndexError, ValueError) as error:
             raise CheckpointError(
-                f"tensors of {block.file} must fit its metadata, got {block.name!r:.100} of shape "
-                f"{block.shape}: {error!s:.100}. Download it again."
+                f"tensors of {block.file} must fit its metadata, got {block.name!r:.100} of "
+                f"shape {block.shape}: {error!s:.100}. Download it again."
             ) from error
     made: dict[str, Any] = {
         "name": name,
@@ -181,6 +181,11 @@ def _tensor(
         "begin": block.begin,
     }
     return GgufTensor(**made, parts=tuple(parts), build=build, sizes=sizes)
+
+
+def _read(block: Block, index: int | None) -> torch.Tensor:
+    found = torch.from_numpy(read_values(block, index))
+    return found.view(torch.bfloat16) if block.type_name == "BF16" else found
 
 
 def _no_place(container: Container, name: str) -> CheckpointError:
