@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgemoe.errors import CheckpointError, PlanError
+from edgemoe.errors import CheckpointError, EdgemoeError, PlanError
 from edgemoe.file_kinds import describe_mistake, identify
 from edgemoe.staging import refuse_existing, refuse_inputs_inside, refuse_missing_parent
 
@@ -75,19 +75,21 @@ def check_output(output: Path | None, *inputs: Path, force: bool, directory: boo
     refuse_missing_parent(output)
 
 
-def check_fraction(option: str, of: str, value: float | None) -> None:
+def check_fraction(
+    option: str, rule: str, value: float | None, error: type[EdgemoeError] = PlanError
+) -> None:
     """Refuse what is no fraction.
 
     Args:
         option: The option, for the message.
-        of: What it is a fraction of.
+        rule: What it must be, such as `a fraction of the experts`.
         value: Its value; None was not given.
+        error: What to raise.
 
     Raises:
-        PlanError: It is not in (0, 1].
+        EdgemoeError: It is not in (0, 1].
     """
     if value is not None and not 0 < value <= 1:
-        remedy = " For a number of experts use --keep-experts." if of == "experts" else ""
-        raise PlanError(
-            f"{option} must be a fraction of the {of} in (0, 1], got {value}.{remedy}"
-        )
+        counted = rule.endswith("the experts")
+        remedy = " For a number of experts use --keep-experts." if counted else ""
+        raise error(f"{option} must be {rule} in (0, 1], got {value:g}.{remedy}")

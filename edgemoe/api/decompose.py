@@ -87,7 +87,9 @@ def decompose(
     path, target = Path(model), as_path(output)
     needs("export")
     check_name(method, DECOMPOSITION)
-    check_fraction("--param-ratio", "experts' parameters to keep", float(param_ratio))
+    check_fraction(
+        "--param-ratio", "the fraction of the experts' parameters to keep,", float(param_ratio)
+    )
     check_output(target, path, *files_of(statistics, plan), force=force, directory=False)
     check_checkpoint(path)
     measured = read_statistics(statistics)

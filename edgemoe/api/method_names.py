@@ -11,7 +11,7 @@ PRUNING = (
 )  # fmt: skip
 DECOMPOSITION = ("shared-basis", "svd", "svd-whitened")
 POLICIES = ("ada-k", "alloc-l", "fisher", "fixed", "top-p")
-RECOVERY = ("least-squares", "router-kd", "lora", "lora+router-kd", "uncurl")
+RECOVERY = ("least-squares", "lora", "lora+router-kd", "router-kd", "uncurl")
 
 _REFUSALS: dict[tuple[str, ...], tuple[str, type[EdgemoeError]]] = {
     PRUNING: ("method", PlanError),

@@ -118,7 +118,7 @@ def prune(
     needs(*extras)
     check_name(method, PRUNING)
     kept = "neurons" if method in ("camera", "heapr") else "experts"
-    check_fraction("--keep", kept, keep)
+    check_fraction("--keep", f"a fraction of the {kept}", keep)
     check_output(target, path, *files_of(statistics), force=force, directory=False)
     check_checkpoint(path)
     measured = read_statistics(statistics)

@@ -12,6 +12,7 @@ from edgemoe.api.extras import needs
 from edgemoe.api.method_names import PRUNING, RECOVERY, check_name
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
+from edgemoe.errors import SweepError
 from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def sweep(
     for recovery in given:
         check_name(recovery.partition(":")[0], RECOVERY)
     for keep in keeps:
-        check_fraction("--keep", "experts", keep)
+        check_fraction("--keep", "fractions of each layer's experts", keep, SweepError)
     inputs = (path, *task_paths(tasks).values(), *task_paths(held_out).values())
     check_output(target, *inputs, force=force, directory=True)
     check_checkpoint(path)

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgemoe.api.checks import check_bundle
+from edgemoe.cli.context_length import MAX_LENGTH, choose_length
 from edgemoe.cli.options import PATH, command, report, reporting
 from edgemoe.disk import human_bytes
+from edgemoe.errors import EdgemoeError
 
 if TYPE_CHECKING:
     from edgemoe_runtime import Session
     from edgemoe_runtime.decoding.answers import Generation
 
+_SLACK = 16  # whole words may come to some tokens more than asked for
 _PROSE = (
     "The spindle of station four vibrates above its limit. Check the bearing first, then the "
     "alignment, and write down what was found, because the next shift has to decide from it. "
@@ -47,6 +50,7 @@ _PROSE = (
     show_default=True,
     help="Measured repetitions.",
 )
+@click.option("--max-length", type=click.IntRange(1), **MAX_LENGTH)
 @click.option("--k-cap", type=click.IntRange(1), help="At most so many experts per token.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of the engine.")
 @click.option("--backend", metavar="NAME", help="Only this engine: onnxruntime, tensorrt ...")
@@ -57,6 +61,7 @@ def bench(
     prompt_tokens: int,
     new_tokens: int,
     repeat: int,
+    max_length: int | None,
     k_cap: int | None,
     threads: int | None,
     backend: str | None,
@@ -67,10 +72,26 @@ def bench(
     Medians of the repetitions, after a warm-up that is not counted.
     """
     check_bundle(bundle)
-    from edgemoe_runtime import Session
+    from edgemoe_runtime import Session, load_manifest
 
+    longest = load_manifest(bundle).model.max_position_embeddings
+    needed = prompt_tokens + new_tokens
+    if needed > min(longest, max_length or longest):
+        limit = f"the model takes {longest} tokens"
+        limit = limit if max_length is None else f"{limit} and --max-length is {max_length}"
+        raise EdgemoeError(
+            f"--prompt-tokens and --new-tokens must fit into a session, and {limit}, got "
+            f"{prompt_tokens} + {new_tokens}. Give smaller numbers."
+        )
+    if max_length is None:
+        max_length = choose_length(bundle, needed + _SLACK)
     with Session.open(
-        bundle, task=task, k_cap=k_cap, threads=threads, backend=backend
+        bundle,
+        task=task,
+        k_cap=k_cap,
+        threads=threads,
+        backend=backend,
+        max_length=max_length,
     ) as session:
         prompt = _prompt(session, prompt_tokens)
         session.generate(prompt, max_new_tokens=2)

@@ -39,7 +39,8 @@ def describe(path: Path, *, full: bool = False) -> dict[str, Any]:
     if path.is_dir():
         if (path / MANIFEST_FILE).exists():
             return _describe_bundle(path)
-        if (path / "config.json").exists():
+        # What is an adapter alone is refused as such.
+        if any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             return describe_checkpoint(path, full=full)
         if (path / REPORT_FILE).exists():
             return describe_report(path)
@@ -76,6 +77,7 @@ def _describe_bundle(path: Path) -> dict[str, Any]:
         "target": manifest.target,
         "flavour": manifest.flavour,
         "precision": manifest.precision,
+        "needs_onnxruntime": manifest.needs_onnxruntime,
         "model": document["model"],
         "size": document["size"],
         "tasks": document["tasks"],

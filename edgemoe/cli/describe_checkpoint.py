@@ -35,6 +35,10 @@ _ONE_EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.(.*)")
 # One tensor with all experts of a layer: granitemoe and gpt-oss name theirs so.
 _STACK = re.compile(r"(?:^|\.)(?:experts|block_sparse_moe)\.(?!\d)(.*)")
 _DOWN = re.compile(r"(?:^|\.)(?:down_proj|w2|output_linear|linear_2|fc2)(?:\.weight|$)")
+# Parts that see and hear have layers too, but no experts, nor a place in these.
+_LANGUAGE = re.compile(
+    r"(?:^|\.)(?:language_model|text_model|llm)\.|^(?:model|backbone)\.layers\."
+)
 _HEADER_BYTES = 100 << 20  # the limit of safetensors itself
 
 Tensors = dict[str, tuple[str, list[int]]]
@@ -56,6 +60,7 @@ def describe_checkpoint(path: Path, *, full: bool = False) -> dict[str, Any]:
     """
     needs("export")
     from edgemoe.models.k_policy_file import read_k_policy
+    from edgemoe.models.quantisation_notes import find_quantisation_note
     from edgemoe.models.ragged_note import read_ragged_note
     from edgemoe.models.safety import check_directory, check_weights, read_json_object
 
@@ -64,6 +69,9 @@ def describe_checkpoint(path: Path, *, full: bool = False) -> dict[str, Any]:
     weights = check_weights(path)
     tensors = read_headers(weights)
     text = text_config(config)
+    quantised = find_quantisation_note(
+        config, lambda name: (path / name).read_bytes() if (path / name).is_file() else None
+    )
     facts: dict[str, Any] = {
         "kind": "dense checkpoint",
         "path": str(path),
@@ -74,6 +82,8 @@ def describe_checkpoint(path: Path, *, full: bool = False) -> dict[str, Any]:
         "layers": text.get("num_hidden_layers"),
         "hidden_size": text.get("hidden_size"),
         "vocab_size": text.get("vocab_size"),
+        **({} if quantised is None else {"quantised_by": str(quantised)}),
+        **_left_out(tensors),
     }
     note, policy = read_ragged_note(path), read_k_policy(path)
     embedded = config.get("edgemoe")
@@ -202,7 +212,25 @@ def _of_structure(
         **_describe_note(note, shape.widths_per_layer),
         **_describe_policy(policy),
         "provenance": provenance if note is None else note.provenance,
+        "left_out": [
+            {"name": part.what, "tensors": part.tensors, "example": part.example}
+            for part in checkpoint.left_out
+        ],
+        "dropped_settings": list(checkpoint.configuration.dropped),
     }
+
+
+def _left_out(tensors: Tensors) -> dict[str, Any]:
+    """Count what is no part of the language model, as far as names tell."""
+    from edgemoe.models.name_words import kind_by_name
+
+    parts: dict[str, dict[str, Any]] = {}
+    for name in tensors:
+        kind = None if _LANGUAGE.search(name) else kind_by_name(name)
+        if kind is not None:
+            part = parts.setdefault(kind, {"name": kind, "tensors": 0, "example": name})
+            part["tensors"] += 1
+    return {"left_out": list(parts.values())} if parts else {}
 
 
 def _describe_note(note: RaggedNote | None, widths: Sequence[int]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,7 +58,14 @@ def _lines(facts: dict[str, Any], indent: str = "", *, full: bool) -> list[str]:
             ]
         else:
             text = f"{label}  {_text(value, full=full)}"
-            lines.append(text if full else _clip(text))
+            if full or len(text) <= _MOST_COLUMNS:
+                lines.append(text)
+            elif isinstance(value, str):
+                lines += textwrap.wrap(
+                    text, _MOST_COLUMNS, subsequent_indent=" " * (len(label) + 2)
+                )
+            else:
+                lines.append(_clip(text))
     return lines
 
 
@@ -110,7 +118,7 @@ def _text(value: object, *, full: bool) -> str:
         return ", ".join(texts) or "-"
     if isinstance(value, float):
         return f"{value:.6g}"
-    if isinstance(value, str) and not full and len(value) > _MOST_COLUMNS:
+    if isinstance(value, str) and not full and len(value) > _MOST_COLUMNS and " " not in value:
         # digests of lines and packed tokens: base64 that only programs read
         return f"{value[:16]}... ({len(value)} characters)"
     return "-" if value is None else str(value)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 
 from edgemoe.api.checks import check_bundle
+from edgemoe.cli.context_length import MAX_LENGTH, choose_length
 from edgemoe.cli.options import PATH, command, report, reporting
+from edgemoe.cli.prompt import read_prompt
+from edgemoe.errors import ArgumentError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,9 +19,23 @@ if TYPE_CHECKING:
     from edgemoe_runtime.decoding.answers import Generation
 
 
-@command('edgemoe run demo/bundle --task code --prompt "import os" --max-new-tokens 32')
+_TEMPLATE_TOKENS = 1024
+
+
+@command(
+    'edgemoe run demo/bundle --task code --prompt "import os" --max-new-tokens 32',
+    'edgemoe run demo/bundle --task code --chat --prompt "What does os.walk do?"',
+    "edgemoe run demo/bundle --task code --prompt-file question.txt",
+)
 @click.argument("bundle", type=PATH)
-@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--prompt", metavar="TEXT", help="Text to continue; - reads standard input.")
+@click.option("--prompt-file", type=PATH, metavar="FILE", help="Text file to continue.")
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="The prompt is what a user says: written by the bundle's chat template.",
+)
+@click.option("--system", metavar="TEXT", help="With --chat: a system message before it.")
 @click.option("--task", metavar="NAME", help="The task, where the bundle has several.")
 @click.option(
     "--max-new-tokens",
@@ -26,6 +44,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens to generate at most.",
 )
+@click.option("--max-length", type=click.IntRange(1), **MAX_LENGTH)
 @click.option("--k-cap", type=click.IntRange(1), help="At most so many experts per token.")
 @click.option(
     "--deadline-ms",
@@ -61,9 +80,13 @@ if TYPE_CHECKING:
 @reporting
 def run(
     bundle: Path,
-    prompt: str,
+    prompt: str | None,
+    prompt_file: Path | None,
+    chat: bool,
+    system: str | None,
     task: str | None,
     max_new_tokens: int,
+    max_length: int | None,
     k_cap: int | None,
     deadline_ms: float | None,
     token_ms: float | None,
@@ -77,8 +100,15 @@ def run(
     stream: bool,
     as_json: bool,
 ) -> None:
-    """Generate text with BUNDLE, behind a prompt. Needs no torch."""
+    """Generate text with BUNDLE, behind a prompt or in answer to a user. Needs no torch."""
+    if system is not None and not chat:
+        raise ArgumentError("--system is a message of a chat: give --chat too.")
     check_bundle(bundle)
+    text = read_prompt(prompt, prompt_file)
+    if max_length is None:
+        # A token is a byte at least; what a template adds is much less than the slack.
+        most = len(text.encode("utf-8", "replace")) + len(system or "") + max_new_tokens
+        max_length = choose_length(bundle, most + _TEMPLATE_TOKENS * chat)
     from edgemoe_runtime import Session, TextStream
 
     with Session.open(
@@ -90,9 +120,11 @@ def run(
         adapt=adapt,
         threads=threads,
         backend=backend,
+        max_length=max_length,
     ) as session:
-        answer = session.generate(
-            prompt,
+        said = [] if system is None else [{"role": "system", "content": system}]
+        said.append({"role": "user", "content": text})
+        answer = (partial(session.chat, said) if chat else partial(session.generate, text))(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -106,9 +138,12 @@ def run(
                 if not as_json:
                     click.echo(piece, nl=False)
             answer = answer.generation
-    report(answer.to_dict(), "" if stream else answer.text, as_json=as_json)
-    if not as_json:
-        click.echo(_summary(answer), err=True)
+    if as_json:
+        report(answer.to_dict(), "", as_json=True)
+        return
+    # The text of the model as it is: what it writes is the point.
+    click.echo("" if stream else answer.text)
+    click.echo(_summary(answer), err=True)
 
 
 def _summary(answer: Generation) -> str:

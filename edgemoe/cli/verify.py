@@ -38,8 +38,10 @@ def verify(bundle: Path, as_json: bool) -> None:
             "hashed_files": verified.hashed_files,
             "hashed_bytes": verified.hashed_bytes,
             "engines_not_checked": engines,
+            "needs_onnxruntime": verified.manifest.needs_onnxruntime,
         },
         f"{bundle}: intact; {verified.hashed_files} files, "
-        f"{human_bytes(verified.hashed_bytes)}, tasks {', '.join(verified.tasks)}{unchecked}",
+        f"{human_bytes(verified.hashed_bytes)}, tasks {', '.join(verified.tasks)}{unchecked}; "
+        f"needs onnxruntime {verified.manifest.needs_onnxruntime} or later",
         as_json=as_json,
     )

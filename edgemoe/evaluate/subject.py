@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from edgemoe.evaluate.exact_match import Generate
     from edgemoe.evaluate.scorer import Scorer
+    from edgemoe.models.checkpoint import Checkpoint
 
 _LOADING_FAILURES = (RuntimeError, ValueError, TypeError, KeyError, OSError)
 
@@ -80,7 +82,7 @@ def open_subject(
         if layers is not None and not layers.is_whole:
             folder = tempfile.TemporaryDirectory(prefix="edgemoe-evaluate-")
             work = WorkDirectory(Path(stack.enter_context(folder)))
-        scorer = TorchScorer(layers or load_dense(path), k_cap=k_cap, work=work)
+        scorer = TorchScorer(layers or load_dense(checkpoint), k_cap=k_cap, work=work)
 
         def generate(prompt: str, max_new_tokens: int) -> str:
             made = scorer.generate(encode_once(tokenizer, prompt).ids, max_new_tokens)
@@ -89,11 +91,11 @@ def open_subject(
         yield Subject(scorer, tokenizer, generate, lambda: scorer.experts_per_token)
 
 
-def load_dense(path: Path) -> PreTrainedModel:
+def load_dense(path: Path | Checkpoint) -> PreTrainedModel:
     """Open a checkpoint of a language model without experts.
 
     Args:
-        path: Checkpoint directory.
+        path: The checkpoint.
 
     Returns:
         The model in float32, in eval mode, without gradients.
@@ -103,26 +105,26 @@ def load_dense(path: Path) -> PreTrainedModel:
         FamilyError: It has experts, and its family is not supported.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe.models.experts import is_experts_module
     from edgemoe.models.loading import check_fit, quiet_transformers
     from edgemoe.models.registry import find_family
-    from edgemoe.models.safety import check_directory, check_weights
 
-    check_directory(path)
-    check_weights(path)
+    checkpoint = Checkpoint.open(path)
+    del path
+    _ = checkpoint.weights
+    config = copy.deepcopy(checkpoint.configuration.whole)
     try:
-        config = AutoConfig.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
+            empty = AutoModelForCausalLM.from_config(copy.deepcopy(config))
         has_experts = any(is_experts_module(module) for module in empty.modules())
         if not has_experts:
+            checkpoint.check_left_out(model=empty)
             with quiet_transformers():
                 model, report = AutoModelForCausalLM.from_pretrained(
-                    str(path),
+                    str(checkpoint.path),
                     config=config,
                     dtype=torch.float32,
                     use_safetensors=True,
@@ -131,14 +133,18 @@ def load_dense(path: Path) -> PreTrainedModel:
                     output_loading_info=True,
                 )
     except _LOADING_FAILURES as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
-            f"{path} must be a causal language model that transformers opens, got: {error}. "
-            "Copy the checkpoint again."
+            f"{checkpoint.path} must be a causal language model that transformers opens, got: "
+            f"{str(error)[:200]}. Copy the checkpoint again."
         ) from error
     if has_experts:
         find_family(config.model_type)
-        raise CheckpointError(f"{path} has experts, so it must be opened with load_model.")
-    check_fit(report, path)
+        raise CheckpointError(
+            f"{checkpoint.path} has experts, so it must be opened with load_model."
+        )
+    check_fit(report, checkpoint.path)
     opened: Any = model.eval().requires_grad_(False)
     dense: PreTrainedModel = opened
     return dense

@@ -23,7 +23,7 @@ from edgemoe.models.experts import is_experts_module
 from edgemoe.models.fingerprint import FileHashes, hash_file
 from edgemoe.models.k_policy import FILE_NAME as K_POLICY
 from edgemoe.models.k_policy import put_k_policy, read_k_policy
-from edgemoe.models.left_out import LeftOut, judge_left_out
+from edgemoe.models.left_out import LeftOut, judge_left_out, quantised_message
 from edgemoe.models.loading import (
     align_tensors,
     check_fit,
@@ -32,13 +32,15 @@ from edgemoe.models.loading import (
     refusing_misfits,
     stored_dtype,
 )
+from edgemoe.models.quantisation_notes import QuantisationNote, find_quantisation_note
 from edgemoe.models.ragged import FILE_NAME as RAGGED_NOTE
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note, resize_layers
 from edgemoe.models.remarks import remark_once, remarks
 from edgemoe.models.safety import check_directory, check_weights, read_json_object
 from edgemoe.models.stored_tensors import read_stored_tensors
 from edgemoe.models.streaming import Skeleton
-from edgemoe_runtime.input_files import read_file, require_regular
+from edgemoe.models.tokenizer_file import open_tokenizer
+from edgemoe_runtime.input_files import read_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -111,12 +113,16 @@ class Checkpoint:
     def configuration(self) -> Configuration:
         """What its config.json says, of whatever family transformers knows."""
         content = read_json_object(self.path / _CONFIG, self.read(_CONFIG))
-        if content.get("quantization_config") is not None:
-            raise CheckpointError(
-                f"{self.path} must hold plain weights, got quantization_config in config.json. "
-                "Use the checkpoint that it was quantised from."
-            )
+        note = self.quantisation_note
+        if note is not None and note.is_in_config:
+            raise CheckpointError(quantised_message(self.path, str(note)))
         return read_configuration(self.path / _CONFIG, content)
+
+    @cached_property
+    def quantisation_note(self) -> QuantisationNote | None:
+        """What announces that its weights are quantised; None where nothing does."""
+        content = read_json_object(self.path / _CONFIG, self.read(_CONFIG))
+        return find_quantisation_note(content, self.read)
 
     @cached_property
     def family(self) -> Family:
@@ -159,25 +165,42 @@ class Checkpoint:
             CheckpointError: The model cannot be right without it, or weights are quantised.
         """
         if self._left_out is None:
-            stored = read_stored_tensors(self.weights)
-            with refusing_misfits(self.path):
-                conversion = Conversion(self.structure.model, stored, self.wrapper)
-            self._left_out = judge_left_out(self.structure.model, conversion, self.path)
+            self._left_out = self._match(self.structure.model)
         return self._left_out
 
-    def check_left_out(self, skeleton: Skeleton | None = None) -> None:
+    def check_left_out(
+        self, skeleton: Skeleton | None = None, model: PreTrainedModel | None = None
+    ) -> None:
         """Refuse weights that hold what the model needs and has no place for; remark the rest.
 
         Args:
             skeleton: The model, matched with the weights, where that was done.
+            model: A model without experts that the weights are for, on the meta device.
 
         Raises:
             CheckpointError: As `left_out`.
         """
-        if skeleton is not None and self._left_out is None:
-            self._left_out = judge_left_out(skeleton.model, skeleton.conversion, self.path)
+        if self._left_out is None and skeleton is not None:
+            self._left_out = self._judge(skeleton.model, skeleton.conversion)
+        elif self._left_out is None and model is not None:
+            self._left_out = self._match(model)
         for remark in remarks(self.configuration.dropped, self.left_out):
             remark_once(self.path, remark)
+
+    def _match(self, model: PreTrainedModel) -> tuple[LeftOut, ...]:
+        is_whole = model.config.model_type == self.configuration.whole.model_type
+        with refusing_misfits(self.path):
+            conversion = Conversion(
+                model, read_stored_tensors(self.weights), None if is_whole else self.wrapper
+            )
+        return self._judge(model, conversion)
+
+    def _judge(self, model: PreTrainedModel, conversion: Conversion) -> tuple[LeftOut, ...]:
+        note = self.quantisation_note
+        found = judge_left_out(model, conversion, self.path, note)
+        if note is not None:
+            remark_once(self.path, f"its weights are plain numbers, in spite of {note}")
+        return found
 
     @property
     def spec(self) -> ModelSpec:
@@ -220,7 +243,7 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer, without truncation or padding."""
-        return _open_tokenizer(self.path)
+        return open_tokenizer(self.path)
 
     @cached_property
     def tokenizer_sha256(self) -> str:
@@ -349,26 +372,3 @@ def _read_small(file: Path) -> bytes:
         raise CheckpointError(
             f"{file} must be readable, got: {error.strerror}. Copy the checkpoint again."
         ) from error
-
-
-def _open_tokenizer(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    file = path / "tokenizer.json"
-    if not file.exists():
-        raise CheckpointError(
-            f"a checkpoint must have tokenizer.json, got none in {path}. Copy it from the "
-            "original model, or write it with "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
-        )
-    try:
-        require_regular(file)
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises Exception itself
-        raise CheckpointError(
-            f"{file} must be a tokenizer of the tokenizers library, got: {error}. Copy it "
-            "again."
-        ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer

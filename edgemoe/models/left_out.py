@@ -13,6 +13,14 @@ from typing import TYPE_CHECKING
 
 from edgemoe.errors import CheckpointError, StreamingError
 from edgemoe.models.decoder import find_layers
+from edgemoe.models.name_words import (
+    COMPUTED,
+    PREDICTING,
+    PREDICTING_LAYER,
+    QUANTISED,
+    UNKNOWN,
+    kind_by_name,
+)
 from edgemoe.models.transformers_internals import needless_patterns
 
 if TYPE_CHECKING:
@@ -22,29 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from edgemoe.models.conversion import Conversion
+    from edgemoe.models.quantisation_notes import QuantisationNote
     from edgemoe.models.stored_tensors import StoredTensor
-
-# How producers name what goes with quantised weights: scales, zero points, orders, packed
-# blocks. Sources: compressed-tensors, ModelOpt, AutoGPTQ, AutoAWQ, bitsandbytes, gpt-oss, MLX.
-_QUANTISED = re.compile(
-    r"scale|zero|g_idx|qweight|packed|absmax|quant_(state|map)|_blocks$|weight_shape|amax$"
-    r"|\.biases$|SCB$",
-)
-_PREDICTS = re.compile(r"(^|\.)(mtp|nextn|mtp_\w+|nextn_\w+)\.|(^|\.)mtp")
-_PREDICTING_LAYER = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|mtp\w*)\.")
-_SEES = re.compile(
-    r"(^|[._])(visual|vision|vit|image|images|video|patch|pixel|mm_projector|multi_modal|"
-    r"multimodal|merger|perceive|perceiver|siglip|clip|mlp1)"
-)
-_HEARS = re.compile(
-    r"(^|[._])(audio|sound|speech|perception|talker|code2wav|token2wav|ctc|whisper)"
-)
-
-_SEEING = "parts that see"
-_HEARING = "parts that hear or speak"
-_PREDICTING = "layers that predict further tokens"
-COMPUTED = "tables that are computed anew"
-_UNKNOWN = "tensors that the language model does not use"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +52,10 @@ class LeftOut:
 
 
 def judge_left_out(
-    model: PreTrainedModel, conversion: Conversion, path: Path
+    model: PreTrainedModel,
+    conversion: Conversion,
+    path: Path,
+    announced: QuantisationNote | None = None,
 ) -> tuple[LeftOut, ...]:
     """Tell what is left out of a checkpoint, and refuse what a model cannot be right without.
 
@@ -73,6 +63,7 @@ def judge_left_out(
         model: The language model, possibly on the meta device.
         conversion: How the checkpoint's tensors become the model's.
         path: The checkpoint.
+        announced: What says that it is quantised.
 
     Returns:
         What is left out, by kind.
@@ -81,8 +72,9 @@ def judge_left_out(
         CheckpointError: A tensor that is left out belongs to a part that runs, or weights are
             quantised and nothing has turned them into numbers.
     """
-    _check_types(model, conversion, path)
-    judge = _Judge(model, [target for _, target in conversion.unexpected], path)
+    told = "" if announced is None else f", as announced by {announced}"
+    _check_types(model, conversion, path, told)
+    judge = _Judge(model, [target for _, target in conversion.unexpected], path, told)
     kinds: dict[str, list[StoredTensor]] = {}
     for tensor, target in conversion.unexpected:
         kinds.setdefault(judge.kind(tensor.name, target), []).append(tensor)
@@ -113,7 +105,7 @@ def quantised_message(path: Path, got: str) -> str:
     )
 
 
-def _check_types(model: PreTrainedModel, conversion: Conversion, path: Path) -> None:
+def _check_types(model: PreTrainedModel, conversion: Conversion, path: Path, told: str) -> None:
     """Refuse whole numbers and one-byte numbers where the model computes with fractions."""
     held = model.state_dict()
     for group in conversion.groups:
@@ -121,18 +113,20 @@ def _check_types(model: PreTrainedModel, conversion: Conversion, path: Path) -> 
             for source, _ in group.sources:
                 if not source.dtype.is_floating_point or source.dtype.itemsize == 1:
                     shown = str(source.dtype).removeprefix("torch.")
-                    got = f"{source.name} stored as {shown}"
+                    got = f"{source.name} stored as {shown}{told}"
                     raise CheckpointError(quantised_message(path, got))
 
 
 class _Judge:
     """Knows a model's parts, and says to which of them a name would belong."""
 
-    def __init__(self, model: PreTrainedModel, unexpected: Sequence[str], path: Path) -> None:
+    def __init__(
+        self, model: PreTrainedModel, unexpected: Sequence[str], path: Path, told: str
+    ) -> None:
         self._modules = dict(model.named_modules())
         self._stem, self._count = _layers_of(model)
         self._needless = [re.compile(rule) for rule in needless_patterns(model)]
-        self._path = path
+        self._path, self._told = path, told
         layers = (self._layer_of(target) for target in unexpected)
         beyond = {number for number, _ in layers if number >= self._count}
         announced = getattr(model.config, "num_nextn_predict_layers", None) or 0
@@ -141,7 +135,7 @@ class _Judge:
             for number in beyond
             if number < self._count + announced
             or any(
-                _PREDICTING_LAYER.search(target)
+                PREDICTING_LAYER.search(target)
                 for target in unexpected
                 if target.startswith(f"{self._stem}.{number}.")
             )
@@ -157,22 +151,32 @@ class _Judge:
                     f"{self._count} layers, got {name} of a further one. Correct "
                     "num_hidden_layers, or copy the checkpoint again."
                 )
-            return _PREDICTING
+            return PREDICTING
         parent, _, leaf = target.rpartition(".")
         owner = self._modules.get(parent)
         if leaf.endswith("inv_freq") or (
             owner is not None and leaf in dict(owner.named_buffers())
         ):
             return COMPUTED
-        for words, kind in ((_PREDICTS, _PREDICTING), (_SEES, _SEEING), (_HEARS, _HEARING)):
-            if number < 0 and words.search(name):
-                return kind
+        kind = kind_by_name(name)
+        if number < 0 and kind is not None:
+            return kind
         runs = number >= 0 or (
             owner is not None and parent and any(True for _ in owner.parameters(recurse=False))
         )
         if runs and not self._is_needless(target):
-            raise CheckpointError(_misplaced(name, target, self._path))
-        return _UNKNOWN
+            raise CheckpointError(self._misplaced(name, target))
+        return UNKNOWN
+
+    def _misplaced(self, name: str, target: str) -> str:
+        if QUANTISED.search(target):
+            got = f"{name}, which goes with quantised weights{self._told}"
+            return quantised_message(self._path, got)
+        return (
+            f"the weights in {self._path} must fit its config.json, got {name}, which the "
+            "model that it describes has no place for and would be wrong without. Correct the "
+            "entry of config.json that leaves it out, or copy the checkpoint again."
+        )
 
     def _layer_of(self, target: str) -> tuple[int, str]:
         """Return the decoder layer of a name, -1 for none, and the name in that layer."""
@@ -191,13 +195,3 @@ def _layers_of(model: PreTrainedModel) -> tuple[str | None, int]:
     except StreamingError:
         return None, 0
     return stem, len(layers)
-
-
-def _misplaced(name: str, target: str, path: Path) -> str:
-    if _QUANTISED.search(target):
-        return quantised_message(path, f"{name}, which goes with quantised weights")
-    return (
-        f"the weights in {path} must fit its config.json, got {name}, which the model that it "
-        "describes has no place for and would be wrong without. Correct the entry of "
-        "config.json that leaves it out, or copy the checkpoint again."
-    )

@@ -6,7 +6,7 @@ import logging
 import multiprocessing
 from typing import TYPE_CHECKING
 
-from edgemoe.models.left_out import COMPUTED
+from edgemoe.models.name_words import COMPUTED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

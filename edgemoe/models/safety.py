@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_ADAPTER = "adapter_config.json"
+_ADAPTER_FILES = (_ADAPTER, "adapter_model.safetensors", "adapter_model.bin")
+_MOST_INPUT = 200  # characters that a message repeats
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -60,7 +63,7 @@ def check_directory(path: Path) -> None:
         path: What the user named.
 
     Raises:
-        CheckpointError: It is missing, a file, or a bundle.
+        CheckpointError: It is missing, a file, a bundle, or has files of an adapter.
     """
     if not path.exists():
         raise CheckpointError(
@@ -82,6 +85,39 @@ def check_directory(path: Path) -> None:
             f"checkpoint must be a Hugging Face directory, got the bundle {path}. Give the "
             "checkpoint that it was exported from."
         )
+    check_no_adapter(path)
+
+
+def check_no_adapter(path: Path) -> None:
+    """Refuse an adapter, and weights that one lies beside.
+
+    Whether weights contain an adapter already cannot be seen, and transformers adds it to them
+    where peft is installed and only there.
+
+    Args:
+        path: Checkpoint directory.
+
+    Raises:
+        CheckpointError: There are files of an adapter.
+    """
+    found = [name for name in _ADAPTER_FILES if (path / name).exists()]
+    if not found:
+        return
+    if any((path / name).exists() for name in (_SINGLE, _INDEX)):
+        raise CheckpointError(
+            f"a checkpoint must be weights without an adapter, got {found[0]} beside them in "
+            f"{path}. Where the adapter is merged into the weights, move its files elsewhere; "
+            "where it is not, merge it first with merge_and_unload() of peft."
+        )
+    base = ""
+    if (path / _ADAPTER).exists():
+        named = read_json_object(path / _ADAPTER).get("base_model_name_or_path")
+        base = f" of {str(named)[:_MOST_INPUT]}" if named else ""
+    raise CheckpointError(
+        f"a checkpoint must have weights, got an adapter{base} alone in {path}. Merge it into "
+        "its model first: peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()"
+        ".save_pretrained(directory)."
+    )
 
 
 def check_weights(path: Path) -> list[Path]:
@@ -94,8 +130,10 @@ def check_weights(path: Path) -> list[Path]:
         The weight files, in order.
 
     Raises:
-        CheckpointError: Weights are pickles, missing, truncated, or not as the index says.
+        CheckpointError: Weights are pickles, missing, truncated, or not as the index says, or
+            an adapter lies beside them.
     """
+    check_no_adapter(path)
     # transformers prefers the single file where there are both.
     single = path / _SINGLE
     if single.exists():

@@ -218,7 +218,12 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     sizes = {name: size for name, size in _SIZES.items() if name in known - set(aliases)}
     # Of an entry that is given by two names, transformers takes either.
     given = {aliases.get(name, name): value for name, value in changes.items()}
-    made: PreTrainedConfig = configuration(**{**sizes, **_SPECIAL.get(model_type, {}), **given})
+    special = dict(_SPECIAL.get(model_type, {}))
+    for name in special:
+        if "vocab_size" in name and special[name] == VOCAB_SIZE:
+            # Tables beside the embedding have a row for every token too.
+            special[name] = given.get("vocab_size", VOCAB_SIZE)
+    made: PreTrainedConfig = configuration(**{**sizes, **special, **given})
     return made
 
 

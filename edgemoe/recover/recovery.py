@@ -83,10 +83,9 @@ def recover_checkpoint(
     chosen = find_method(method)
     settled = chosen.settle(options or RecoverOptions(), has_teacher=teacher is not None)
     opened = [Checkpoint(checkpoint) for checkpoint in checkpoints]
-    tokenizer = opened[0].tokenizer
     samples = _cut(opened[0], tasks, settled)
     if teacher is not None:
-        check_teacher(teacher, path, tokenizer)
+        check_teacher(opened[1], opened[0])
     weights, free = weight_bytes(*checkpoints), free_bytes(device)
     require_memory(weights, free, " and ".join(map(str, checkpoints)))
     key = resume_key(
@@ -106,7 +105,7 @@ def recover_checkpoint(
         sha256 = [one.hashes.fingerprint("read the checkpoints") for one in opened]
         student = load_model(opened[0])
         student.model.to(device)
-        master = None if teacher is None else load_teacher(teacher).to(device)
+        master = None if teacher is None else load_teacher(opened[1]).to(device)
         training = chosen.prepare(student, settled)
         width, length = student.config.vocab_size, settled.sequence_length
         needed = weights + training_bytes(training, width, length)

@@ -51,7 +51,7 @@ def main() -> None:
     prepare_only = parser.parse_args().prepare
     if sys.version_info < (3, 11):
         sys.exit(
-            "the demo's int4 bundle needs onnxruntime 1.28, and so Python 3.11 to 3.13, got "
+            "the demo's int4 bundle needs onnxruntime 1.31, and so Python 3.11 to 3.13, got "
             f"{sys.version.split()[0]}: make clean, then make PYTHON=python3.12 demo"
         )
     started = time.perf_counter()

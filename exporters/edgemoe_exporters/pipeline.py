@@ -11,6 +11,7 @@ from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.memory_budget import default_limit
 from edgemoe.models.opening import open_larger
 from edgemoe.prune.registry import count_for
+from edgemoe_exporters.bundle.end_tokens import NO_END, find_end_tokens
 from edgemoe_exporters.bundle.task_experts import (
     count_least_parameters,
     count_parameters,
@@ -68,6 +69,7 @@ def run_export(request: ExportRequest, on_stage: OnStage) -> ExportReport:
         count_for(request.method, shape, request.keep_or_default) if request.pruned_here else ()
     )
     tokenizer = model.tokenizer
+    ends = find_end_tokens(model, tokenizer)
     limit = request.memory_limit_bytes
     limit = default_limit() if limit is None else limit
     on_stage("open the checkpoint")
@@ -92,7 +94,16 @@ def run_export(request: ExportRequest, on_stage: OnStage) -> ExportReport:
         least = count_least_parameters(source.moe, kept, multiple) * bytes_per_parameter
         require_space(checkpointing.staged, int(least) - written)
         stages = ExportStages(
-            request, target, precision, checkpointing, source, tokenizer, data, on_stage, limit
+            request,
+            target,
+            precision,
+            checkpointing,
+            source,
+            tokenizer,
+            data,
+            on_stage,
+            limit,
+            ends,
         )
         plans = stages.choose_plans(counts)
         before = stages.evaluate_before()
@@ -128,5 +139,5 @@ def run_export(request: ExportRequest, on_stage: OnStage) -> ExportReport:
             for name, report in reports.items()
         },
         separate_stacks=graphs.separate_stacks,
-        remarks=data.remarks,
+        remarks=(*data.remarks, *([] if ends else [NO_END])),
     )

@@ -11,6 +11,7 @@ from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.keep_all import keep_all
 from edgemoe.prune.registry import make_plan
+from edgemoe_exporters.bundle.engine_release import needed_onnxruntime
 from edgemoe_exporters.bundle.manifest import (
     CREATED_BY,
     describe_cache,
@@ -46,6 +47,7 @@ from edgemoe_runtime.bundle.k_ladder import KRung
 from edgemoe_runtime.bundle.manifest import Manifest
 from edgemoe_runtime.bundle.manifest_file import save_manifest
 from edgemoe_runtime.bundle.task_entry import TaskEntry
+from edgemoe_runtime.execution_providers import release_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -87,6 +89,7 @@ class WrittenGraphs:
         cache: The cache among them.
         size: Bytes on disk.
         separate_stacks: Stacks of experts that were stored apart although tasks share them.
+        needs_onnxruntime: The oldest release that computes all of them, such as `1.31`.
     """
 
     eager: Mapping[str, list[EagerRun]]
@@ -95,6 +98,7 @@ class WrittenGraphs:
     cache: KvCache
     size: SizeReport
     separate_stacks: tuple[str, ...]
+    needs_onnxruntime: str
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ class ExportStages:
         data: Task files and plans.
         on_stage: Called with a short text at the beginning of each stage.
         limit: Largest graph that is opened as a whole, in bytes.
+        end_tokens: Tokens that end a text.
     """
 
     request: ExportRequest
@@ -122,6 +127,7 @@ class ExportStages:
     data: TaskData
     on_stage: OnStage
     limit: int
+    end_tokens: tuple[int, ...]
 
     @property
     def model(self) -> MoeModel:
@@ -166,6 +172,7 @@ class ExportStages:
     ) -> WrittenGraphs:
         """Trace the model once; lower and write it with each task's experts."""
         eager = {}
+        needed: list[str] = []
         lower: Callable[[ir.Model, str], ir.Model] = lower_ort.lower
         if self.target.flavour == "tensorrt":
             lower = partial(lower_tensorrt.lower, static_shapes=self.request.static_shapes)
@@ -198,6 +205,7 @@ class ExportStages:
                     outputs = tensor_specs(lowered.graph.outputs)
                     depth = int(self.model.config.num_hidden_layers)
                     cache = describe_cache(lowered.graph, inputs, depth)
+                    needed.append(needed_onnxruntime(lowered))
                     writer.add_graph(name, lowered)
             self.on_stage("write the bundle")
             size = writer.finish()
@@ -208,6 +216,7 @@ class ExportStages:
                 cache=cache,
                 size=size,
                 separate_stacks=tuple(writer.separate_stacks),
+                needs_onnxruntime=max(needed, key=release_numbers),
             )
 
     def validate(
@@ -259,10 +268,13 @@ class ExportStages:
         """Write manifest.json, last of all files."""
         manifest = Manifest(
             created_by=CREATED_BY,
-            model=describe_model(self.model, self.request.model.resolve().name),
+            model=describe_model(
+                self.model, self.request.model.resolve().name, self.end_tokens
+            ),
             target=self.target.name,
             flavour=self.target.flavour,
             precision=self.precision,
+            needs_onnxruntime=graphs.needs_onnxruntime,
             kv_cache=graphs.cache,
             tasks={
                 name: TaskEntry(

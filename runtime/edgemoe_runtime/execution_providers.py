@@ -1,4 +1,4 @@
-"""Execution providers of onnxruntime by name, and the version that computes them right."""
+"""Execution providers of onnxruntime by name, and the release that runs every bundle."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ PROVIDER_NAMES: dict[str, str] = {
     "tensorrt-rtx": TENSORRT_RTX,
 }
 
-# the fused MoE of older versions silently uses another model's constants
-# (microsoft/onnxruntime-genai#2062, fixed by microsoft/onnxruntime#28467)
-MINIMUM_VERSION = (1, 28)
+# the release that runs every bundle, and that pyproject.toml asks for; a bundle whose graphs
+# need less says so in its manifest (needs_onnxruntime)
+MINIMUM_VERSION = (1, 31)
+
+
+def release_numbers(version: str) -> tuple[int, ...]:
+    """Return major and minor number of a version of onnxruntime, such as "1.31.1".
+
+    Args:
+        version: what the package or a manifest says.
+    """
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())

@@ -8,6 +8,7 @@ import stat
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from edgemoe_runtime.errors import ManifestError
+from edgemoe_runtime.hub_cache import resolve_blob
 from edgemoe_runtime.input_files import parse_strict
 from edgemoe_runtime.messages import quote
 
@@ -24,7 +25,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def read_plain_text(path: Path, max_bytes: int) -> str:
-    """Read a UTF-8 file that is no link, no pipe and no device, and is not too long.
+    """Read a UTF-8 file that is no pipe and no device, and is not too long.
+
+    A link is refused unless it is one of a hub's cache.
 
     Args:
         path: the file.
@@ -35,8 +38,15 @@ def read_plain_text(path: Path, max_bytes: int) -> str:
         OSError: when it cannot be read.
         UnicodeDecodeError: when it is not UTF-8.
     """
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise ManifestError(f"{path} must be a regular file and no link. {_REMEDY}")
+    plain = path
+    if path.is_symlink() and (blob := resolve_blob(path.parent, path)) is not None:
+        plain = blob
+    if not stat.S_ISREG(plain.lstat().st_mode):
+        raise ManifestError(
+            f"{path} must be a regular file and no link, unless a hub's cache made it and it"
+            " leads into the cache's own folder blobs. Copy the bundle with `cp -rL` and use"
+            " the copy."
+        )
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:

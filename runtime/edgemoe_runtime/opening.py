@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe_runtime.adaptive_k.adaptation import AdaptationConfig
 from edgemoe_runtime.adaptive_k.k_cap import check_k_cap
+from edgemoe_runtime.arguments import check_threads
 from edgemoe_runtime.backends.base import OpenRequest
 from edgemoe_runtime.backends.chain import plan_chain
 from edgemoe_runtime.backends.engine import Engine
@@ -80,8 +81,7 @@ def open_task(
     caps = check_k_cap(k_cap, top_k=entry.top_k, layers=len(manifest.model.moe_layers))
     chain = plan_chain(manifest.target, backend, providers)
     adaptation = adaptation or AdaptationConfig()
-    if threads is not None and threads < 1:
-        raise RequestError(f"threads must be above 0, got {threads}.")
+    threads = check_threads(threads)
     length = _check_length(manifest, max_length)
     if TOKENIZER_FILE not in manifest.files:
         raise BundleError(

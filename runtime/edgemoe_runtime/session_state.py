@@ -19,10 +19,20 @@ from edgemoe_runtime.stats import SessionStats
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from edgemoe_runtime.bundle.manifest import Manifest
     from edgemoe_runtime.opening import OpenedTask
 
 _LOG = logging.getLogger(__name__)
 _FALLBACKS_KEPT = 64
+
+
+def computes_in_half(manifest: Manifest) -> bool:
+    """Return whether the activations of a bundle's graphs are in float16.
+
+    Args:
+        manifest: that of the bundle.
+    """
+    return manifest.precision == "fp16" or manifest.kv_cache.dtype == "float16"
 
 
 class SessionState:
@@ -57,6 +67,9 @@ class SessionState:
             opened.k_cap or self._ladder.full_k,
             top_k=self._top_k,
             vocab_size=opened.manifest.model.vocab_size,
+            name_of=opened.tokenizer.token,
+            half=computes_in_half(opened.manifest),
+            longest=opened.manifest.model.max_position_embeddings,
         )
         self._request_fallbacks: deque[Fallback] = deque(maxlen=_FALLBACKS_KEPT)
         self._is_fixed = False

@@ -273,6 +273,7 @@ def make_manifest(
         target=target,
         flavour=flavour,
         precision="fp32",
+        needs_onnxruntime="1.23",
         kv_cache=KvCache(form=form, dtype="float32", layers=(layer,) * LAYERS),
         tasks={
             task: TaskEntry(

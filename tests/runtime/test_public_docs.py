@@ -39,7 +39,7 @@ def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
         if not inspect.isclass(value):
             yield name, value
             continue
-        for method, found in vars(value).items():
+        for method, found in inspect.getmembers(value):
             function = getattr(found, "__func__", found)
             if inspect.isfunction(function) and not method.startswith("_"):
                 yield f"{name}.{method}", function

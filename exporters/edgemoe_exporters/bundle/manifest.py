@@ -22,22 +22,18 @@ _PAST = "past_key_values."
 CREATED_BY = f"edgemoe {__version__}"
 
 
-def describe_model(model: MoeModel, name: str) -> ModelInfo:
+def describe_model(model: MoeModel, name: str, ends: tuple[int, ...]) -> ModelInfo:
     """Describe the language model.
 
     Args:
         model: The whole model.
         name: Name shown to people.
+        ends: Tokens that end a text.
 
     Returns:
         Its entry in the manifest.
     """
     config: Any = model.config
-    generation: Any = getattr(model.model, "generation_config", None) or config
-    eos = generation.eos_token_id
-    if eos is None:
-        eos = config.eos_token_id
-    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     vocabulary = int(config.vocab_size)
     bos = config.bos_token_id
     return ModelInfo(
@@ -48,7 +44,7 @@ def describe_model(model: MoeModel, name: str) -> ModelInfo:
         num_layers=int(config.num_hidden_layers),
         max_position_embeddings=int(config.max_position_embeddings),
         bos_token_id=bos if isinstance(bos, int) and 0 <= bos < vocabulary else None,
-        eos_token_ids=tuple(token for token in ends if 0 <= token < vocabulary),
+        eos_token_ids=ends,
         moe_layers=tuple(layer.index for layer in model.layers),
         checkpoint_sha256=model.sha256,
     )

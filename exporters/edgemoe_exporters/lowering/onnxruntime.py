@@ -1,4 +1,4 @@
-"""Lower a traced model to ops of onnxruntime 1.28 or later, on a CPU or on CUDA.
+"""Lower a traced model to ops of onnxruntime, on a CPU or on CUDA.
 
 Past and present of a layer may be one buffer `[B, heads, slots, size]`: the attention mask
 `[B, total]` says how many slots are in use. A batch of more than one row cannot read several

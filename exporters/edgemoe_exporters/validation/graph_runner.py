@@ -11,7 +11,7 @@ from edgemoe.errors import ExportError
 from edgemoe.progress import track
 from edgemoe_exporters.validation.graph_calls import cache_shape, last_uses
 from edgemoe_runtime.bundle.names import EXPERTS_USED
-from edgemoe_runtime.execution_providers import MINIMUM_VERSION
+from edgemoe_runtime.execution_providers import MINIMUM_VERSION, release_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -164,19 +164,18 @@ class GraphRunner:
 
 
 def check_engine(flavour: str) -> None:
-    """Check that the installed onnxruntime computes the graphs of a flavour correctly.
+    """Check that the installed onnxruntime computes the graphs of a flavour.
 
     Args:
-        flavour: `ort` or `tensorrt`; only the former has fused experts.
+        flavour: `ort` or `tensorrt`; only the former has operators of recent releases.
 
     Raises:
         ExportError: onnxruntime is too old.
     """
-    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-    if flavour == "ort" and version < MINIMUM_VERSION:
+    if flavour == "ort" and release_numbers(onnxruntime.__version__) < MINIMUM_VERSION:
         needed = ".".join(map(str, MINIMUM_VERSION))
         raise ExportError(
             f"targets cpu and cuda need onnxruntime {needed} or later, got "
-            f"{onnxruntime.__version__}, which computes fused experts wrongly. Update it "
-            "(Python 3.10 gets no later one: use 3.11 or later), or choose a TensorRT target."
+            f"{onnxruntime.__version__}, which lacks operators of their graphs. Update it "
+            "(Python 3.10 gets 1.23 at most: use 3.11 or later), or choose a TensorRT target."
         )

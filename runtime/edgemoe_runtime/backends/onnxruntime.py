@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,13 @@ from edgemoe_runtime.backends.base import CacheMark
 from edgemoe_runtime.backends.kv_onnxruntime import make_kv_cache
 from edgemoe_runtime.bundle.engine_cache import graph_fingerprint
 from edgemoe_runtime.bundle.names import EXPERTS_USED
-from edgemoe_runtime.bundle.onnx_wire import read_graph
 from edgemoe_runtime.errors import BackendError, BackendUnavailableError
 from edgemoe_runtime.execution_providers import (
     CPU,
-    MINIMUM_VERSION,
     PROVIDERS,
     TENSORRT,
     TENSORRT_RTX,
+    release_numbers,
 )
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemoe_runtime.backends.base import LogitArray, LogitRows, OpenRequest, TokenArray
-
-FUSED_OPERATORS = frozenset({"com.microsoft::MoE", "com.microsoft::QMoE"})
 
 
 class OnnxRuntimeBackend:
@@ -199,17 +197,17 @@ def open_onnxruntime(request: OpenRequest) -> OnnxRuntimeBackend:
 
 
 def _check_version(version: str, request: OpenRequest) -> None:
-    if tuple(int(part) for part in version.split(".")[:2]) >= MINIMUM_VERSION:
+    needed = request.manifest.needs_onnxruntime
+    if release_numbers(version) >= release_numbers(needed):
         return
-    # Python 3.10, which JetPack 6 brings, gets no newer one: other graphs run with it
-    operators = read_graph(request.graph.read_bytes(), request.graph.name).operators
-    fused = sorted(operators & FUSED_OPERATORS)
-    if fused:
-        raise BackendUnavailableError(
-            f"onnxruntime must be at least {'.'.join(map(str, MINIMUM_VERSION))} for"
-            f" {', '.join(fused)}, got {version}, which computes it wrongly; update it, or"
-            " export with a target whose graphs have no fused experts"
-        )
+    remedy = f"`pip install --upgrade 'onnxruntime>={needed}'` (with a GPU onnxruntime-gpu)"
+    if sys.version_info < (3, 11):
+        # which JetPack 6 brings
+        remedy = "Python 3.10 gets 1.23 at most, so use Python 3.11 or later"
+    raise BackendUnavailableError(
+        f"onnxruntime must be {needed} or later for the graphs of this bundle, got {version};"
+        f" {remedy}, or export for a target of TensorRT, whose graphs need less"
+    )
 
 
 def _open_session(ort: Any, request: OpenRequest, provider: str) -> Any:

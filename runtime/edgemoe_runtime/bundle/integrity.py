@@ -25,6 +25,8 @@ from edgemoe_runtime.bundle.onnx_wire import (
     read_graph,
 )
 from edgemoe_runtime.errors import IntegrityError
+from edgemoe_runtime.hub_cache import resolve_blob
+from edgemoe_runtime.messages import clip
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -174,9 +176,15 @@ def _plain_file(root: Path, name: str) -> os.stat_result:
                 f"A bundle must hold every listed file, got {error}. {_REMEDY}"
             ) from error
         if stat.S_ISLNK(status.st_mode):
-            raise IntegrityError(
-                f"{name} must be no symbolic link, for it could leave the bundle. {_REMEDY}"
-            )
+            blob = resolve_blob(root, path) if path == root / name else None
+            if blob is None:
+                raise IntegrityError(
+                    f"{name} must be no symbolic link, for it could leave the bundle, unless a"
+                    " hub's cache made it and it leads into the cache's own folder blobs. Copy"
+                    f" the files instead of the links: cp -rL {clip(str(root), 120)} COPY, and"
+                    " use the copy."
+                )
+            path = blob
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise IntegrityError(f"{name} must be a regular file. {_REMEDY}")

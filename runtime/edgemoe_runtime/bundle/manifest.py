@@ -26,6 +26,7 @@ _KEYS = (
     "target",
     "flavour",
     "precision",
+    "needs_onnxruntime",
     "kv_cache",
     "tasks",
     "inputs",
@@ -46,6 +47,8 @@ class Manifest:
         target: `cpu`, `cuda`, `tensorrt`, `tensorrt-rtx`, `jetson-orin` or `jetson-thor`.
         flavour: `ort` or `tensorrt`: whose operators the graphs use.
         precision: `fp32`, `fp16`, `int8` or `int4`.
+        needs_onnxruntime: the oldest release of onnxruntime that computes all graphs right, as
+            major and minor number such as "1.31"; TensorRT's own engines need none.
         kv_cache: form and shape of the key-value cache.
         tasks: one graph per task; a single unnamed task is called "model".
         inputs: graph inputs, the same for every task.
@@ -61,6 +64,7 @@ class Manifest:
     target: str
     flavour: str
     precision: str
+    needs_onnxruntime: str
     kv_cache: KvCache
     tasks: Mapping[str, TaskEntry]
     inputs: tuple[TensorSpec, ...]
@@ -89,6 +93,7 @@ class Manifest:
             target=root["target"].text(),
             flavour=root["flavour"].text(),
             precision=root["precision"].text(),
+            needs_onnxruntime=root["needs_onnxruntime"].text(),
             kv_cache=KvCache.read(root["kv_cache"]),
             tasks={
                 name: TaskEntry.read(value) for name, value in root["tasks"].mapping().items()
@@ -116,6 +121,7 @@ class Manifest:
             "target": self.target,
             "flavour": self.flavour,
             "precision": self.precision,
+            "needs_onnxruntime": self.needs_onnxruntime,
             "kv_cache": self.kv_cache.to_json(),
             "tasks": {name: task.to_json() for name, task in self.tasks.items()},
             "inputs": [spec.to_json() for spec in self.inputs],

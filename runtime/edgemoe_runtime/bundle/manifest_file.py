@@ -57,8 +57,7 @@ def parse_manifest(document: Json) -> Manifest:
     Raises:
         ManifestError: when the document is not a manifest of this schema version.
     """
-    _check_version(document)
-    manifest = Manifest.read(Value(document, "manifest"))
+    manifest = Manifest.read(Value(_current(document), "manifest"))
     check_manifest(manifest)
     return manifest
 
@@ -95,16 +94,23 @@ def save_manifest(manifest: Manifest, directory: str | os.PathLike[str]) -> Path
     return folder / MANIFEST_FILE
 
 
-def _check_version(document: Json) -> None:
+def _current(document: Json) -> Json:
+    """Return a document of this schema version; version 1 did not say what release it needs."""
     if not isinstance(document, dict) or document.get("format") != BUNDLE_FORMAT:
         raise ManifestError(
             f'A manifest must be a JSON object with "format": "{BUNDLE_FORMAT}", got another'
             " file. Give the directory that `edgemoe export -o` wrote."
         )
     version = document.get("schema_version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
+    if version not in (1, SCHEMA_VERSION) or isinstance(version, bool):
         writer = document.get("created_by", "an unknown program")
         raise ManifestError(
-            f"schema_version must be {SCHEMA_VERSION}, got {version!r} written by {writer}."
-            " Install the edgemoe that wrote the bundle, or export it again with this one."
+            f"schema_version must be 1 or {SCHEMA_VERSION}, got {version!r} written by"
+            f" {writer}. Install the edgemoe that wrote the bundle, or export it again with"
+            " this one."
         )
+    if version == 1 and "needs_onnxruntime" not in document:
+        quantised = document.get("precision") in ("int8", "int4")
+        needed = "1.31" if quantised else "1.28" if document.get("flavour") == "ort" else "1.23"
+        return {**document, "needs_onnxruntime": needed}
+    return document

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from edgemoe_runtime.bundle.manifest import Manifest
     from edgemoe_runtime.bundle.task_entry import TaskEntry
 
+_RELEASE = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}")
 _KV_FORMS = ("shared_buffer", "concat")
 _CACHE_DTYPES = ("float32", "float16", "bfloat16")
 _DTYPES = ("int64", "int32", "float32", "float16", "bfloat16")
@@ -86,6 +88,11 @@ def _check_names(manifest: Manifest) -> None:
         *(("kv_cache.states.dtype", s.dtype, _CACHE_DTYPES) for s in manifest.kv_cache.states),
     ):
         _require(value in names, f"{key} must be one of {', '.join(names)}", value)
+    _require(
+        _RELEASE.fullmatch(manifest.needs_onnxruntime) is not None,
+        "needs_onnxruntime must be a release such as 1.31",
+        manifest.needs_onnxruntime,
+    )
 
 
 def _check_model(manifest: Manifest) -> None:

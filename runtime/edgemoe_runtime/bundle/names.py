@@ -20,8 +20,8 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 """Number formats of the weights, as `--precision` says them."""
 
 BUNDLE_FORMAT = "edgemoe.bundle"
-SCHEMA_VERSION = 1
-"""Version of manifest.json that is written and read."""
+SCHEMA_VERSION = 2
+"""Version of manifest.json that is written; version 1 is read, too."""
 
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemoe_runtime.adaptive_k.k_cap import experts_per_token
-from edgemoe_runtime.decoding.sampling import FloatArray, log_probabilities
+from edgemoe_runtime.decoding.sampling import FloatArray, NotFiniteError, log_probabilities
 from edgemoe_runtime.errors import RequestError
+from edgemoe_runtime.messages import quote
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from edgemoe_runtime.backends.base import (
         Backend,
@@ -32,11 +33,28 @@ class Decoder:
         *,
         top_k: int,
         vocab_size: int,
+        name_of: Callable[[int], str | None] = lambda _: None,
+        half: bool = False,
+        longest: int | None = None,
     ) -> None:
+        """Take over an open engine.
+
+        Args:
+            backend: the engine.
+            k_cap: experts per token at most, by MoE layer.
+            top_k: experts per token that the graph has.
+            vocab_size: tokens that the model has embeddings for.
+            name_of: returns what a token is called, for messages.
+            half: whether activations are in float16.
+            longest: tokens that the model takes at most, for messages.
+        """
         self._backend = backend
         self._k_cap = np.array(k_cap, dtype=np.int64)
         self._top_k = top_k
         self._vocab_size = vocab_size
+        self._name_of = name_of
+        self._half = half
+        self._longest = longest
         self._experts_used = 0
         self._tokens_run = 0
 
@@ -71,6 +89,9 @@ class Decoder:
 
     def _run(self, tokens: TokenArray, rows: LogitRows) -> LogitArray:
         logits = self._backend.run(tokens, self._k_cap, rows)
+        # an overflow is told by NaN in the last row, before anything is made of it
+        if self._half and len(logits) and not np.isfinite(highest := logits[-1].max()):
+            raise NotFiniteError(highest, "fp16")
         used = self._backend.experts_used()
         if used is None:
             # Every token uses what the caps allow.
@@ -182,13 +203,27 @@ class Decoder:
         if len(ids) + extra > self.max_length:
             raise RequestError(
                 f"Prompt and answer must fit into max_length {self.max_length} tokens, got"
-                f" {len(ids) + extra}. Shorten the prompt, or open the session with a larger"
-                " max_length (at most the model's max_position_embeddings)."
+                f" {len(ids) + extra}. {self._longer()}"
             )
         lowest, highest = min(ids), max(ids)
         if lowest < 0 or highest >= self._vocab_size:
             wrong = lowest if lowest < 0 else highest
-            raise RequestError(f"token ids must be in [0, {self._vocab_size}), got {wrong}.")
+            name = self._name_of(wrong)
+            called = "" if name is None else f" ({quote(name, 80)})"
+            raise RequestError(
+                f"token ids must be in [0, {self._vocab_size}), the tokens that the model has"
+                f" embeddings for, got {wrong}{called}. Take that token out of the text: the"
+                " tokenizer knows it, the model does not."
+            )
+
+    def _longer(self) -> str:
+        if self._longest is not None and self.max_length >= self._longest:
+            return "Shorten the prompt: the model takes no more."
+        most = "the model's max_position_embeddings" if self._longest is None else self._longest
+        return (
+            f"Shorten the prompt, or open the session with a larger max_length, at most {most}:"
+            " `--max-length` of `edgemoe run` and `edgemoe bench`."
+        )
 
     def _chunks(self, ids: Sequence[int]) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
         array = np.array(ids, dtype=np.int64)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from edgemoe_runtime.decoding.sampling import Sampling, choose_token
-from edgemoe_runtime.decoding.stopping import StopFilter
+from edgemoe_runtime.decoding.stopping import StopFilter, TokenStops
 from edgemoe_runtime.decoding.tokenizer import Detokenizer, Tokenizer
 from edgemoe_runtime.errors import RequestError
 
@@ -32,6 +32,7 @@ class GenerationRequest:
         sampling: how tokens are chosen.
         seed: of the random generator; None takes a new one.
         stop: strings that end the text.
+        stop_tokens: sequences of tokens that end it: stop strings with special tokens.
         eos_token_ids: tokens that end the text.
         needs_margin: whether to sum up the margins of the most likely tokens.
     """
@@ -43,6 +44,7 @@ class GenerationRequest:
     stop: tuple[str, ...]
     eos_token_ids: frozenset[int]
     needs_margin: bool = False
+    stop_tokens: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         most = cast("object", self.max_new_tokens)
@@ -154,6 +156,7 @@ def generate_pieces(
     """
     generator = np.random.default_rng(request.seed)
     text, stop = Detokenizer(tokenizer, request.prompt), StopFilter(request.stop)
+    special = TokenStops(request.stop_tokens)
     check_claim()
     controller.begin(progress.seconds)
     # the first new token comes out of the prompt
@@ -173,12 +176,12 @@ def generate_pieces(
         if token in request.eos_token_ids:
             progress.finish_reason = "eos"
             break
-        piece = stop.push(text.push(token))
+        piece = "".join(stop.push(text.push(passed)) for passed in special.push(token))
         if piece:
             controller.pause()
             yield piece
             controller.resume()
-        if stop.stopped:
+        if stop.stopped or special.stopped:
             break
         if len(progress.tokens) >= request.max_new_tokens:
             break
@@ -190,10 +193,11 @@ def generate_pieces(
         begin = time.perf_counter()
         logits = decoder.step(token)
         controller.after_step(time.perf_counter() - begin)
-    rest = stop.push(text.flush())
-    if stop.stopped:
+    rest = "".join(stop.push(text.push(passed)) for passed in special.flush())
+    rest += stop.push(text.flush())
+    if stop.stopped or special.stopped:
         progress.finish_reason = "stop"
-    else:
+    if not stop.stopped:
         rest += stop.flush()
     if rest:
         yield rest

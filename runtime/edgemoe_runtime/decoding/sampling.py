@@ -9,12 +9,38 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe_runtime.arguments import check_count, check_number
 from edgemoe_runtime.errors import BackendError, RequestError
 
 if TYPE_CHECKING:
     from edgemoe_runtime.backends.base import LogitArray
 
 FloatArray = NDArray[np.float64]
+
+
+class NotFiniteError(BackendError):
+    """The engine returned logits that are NaN or infinite."""
+
+    def __init__(self, got: object, precision: str | None = None) -> None:
+        """Say what is likely to be wrong.
+
+        Args:
+            got: a logit.
+            precision: `fp16` where activations are in float16, else None.
+        """
+        self.got = got
+        likely = (
+            "the graph or the engine is broken. Verify the bundle, or open the session with"
+            " another backend."
+        )
+        if precision == "fp16":
+            likely = (
+                "an activation of this float16 graph has overflowed, which ends at 65504. The"
+                " bundle is whole: some texts need a wider range. Export the model again with"
+                " --precision fp32, or int8 or int4 for the target cpu, whose activations are"
+                " in float32."
+            )
+        super().__init__(f"Logits must be finite, got {got}: {likely}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +59,15 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+        rule = "a finite number >= 0"
+        if check_number("temperature", self.temperature, rule) < 0.0:
             raise RequestError(
-                f"temperature must be a finite number >= 0, got {self.temperature}. Use 0 for"
-                " the most likely token."
+                f"temperature must be {rule}, got {self.temperature}. Use 0 for the most likely"
+                " token."
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise RequestError(f"top_k must be None or >= 1, got {self.top_k}.")
-        if not 0.0 < self.top_p <= 1.0:
+        if self.top_k is not None:
+            check_count("top_k", self.top_k, 1)
+        if not 0.0 < check_number("top_p", self.top_p, "in (0, 1]") <= 1.0:
             raise RequestError(f"top_p must be in (0, 1], got {self.top_p}.")
 
 
@@ -57,10 +84,7 @@ def choose_token(logits: LogitArray, sampling: Sampling, generator: np.random.Ge
     """
     best = int(np.argmax(logits))
     if not math.isfinite(float(logits[best])):
-        raise BackendError(
-            f"Logits must be finite, got {logits[best]}: the graph or the engine is broken."
-            " Verify the bundle, or open the session with another backend."
-        )
+        raise NotFiniteError(logits[best])
     if sampling.temperature == 0.0:
         return best
     tokens, probabilities = keep_likely(logits, sampling)
@@ -119,10 +143,7 @@ def log_probabilities(logits: LogitArray, tokens: NDArray[np.int64]) -> FloatArr
     """
     highest = logits.max(axis=-1, keepdims=True)
     if not np.isfinite(highest).all():
-        raise BackendError(
-            "Logits must be finite, got others: the graph or the engine is broken. Verify the"
-            " bundle, or open the session with another backend."
-        )
+        raise NotFiniteError(highest[~np.isfinite(highest)][0])
     normaliser: FloatArray = np.log(np.exp(logits - highest).sum(axis=-1, dtype=np.float64))
     chosen = logits[np.arange(len(tokens)), tokens].astype(np.float64)
     likely: FloatArray = chosen - highest[:, 0].astype(np.float64) - normaliser

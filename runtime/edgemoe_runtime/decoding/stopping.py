@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgemoe_runtime.errors import RequestError
+from edgemoe_runtime.messages import quote
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,12 +15,50 @@ def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Return stop strings as a tuple.
 
     Raises:
-        RequestError: when one is empty.
+        RequestError: when one is empty or no string.
     """
-    strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in strings:
-        raise RequestError(f"stop must hold non-empty strings, got {strings!r}.")
-    return strings
+    given = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(given, (list, tuple)) or not all(
+        isinstance(one, str) and one for one in given
+    ):
+        raise RequestError(
+            f"stop must be a string or a list of non-empty strings, got {quote(stop)}."
+        )
+    return tuple(given)
+
+
+class TokenStops:
+    """Stop sequences of tokens: for special tokens, which a text is written without.
+
+    Tokens are held back while they may be the beginning of a sequence.
+    """
+
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+        self._sequences = tuple(map(tuple, sequences))
+        self._held: list[int] = []
+        self.stopped = False
+
+    def push(self, token: int) -> list[int]:
+        """Add a token and return those that are part of the text for certain."""
+        if not self._sequences:
+            return [token]
+        self._held.append(token)
+        passed: list[int] = []
+        while self._held and not self._may_begin():
+            passed.append(self._held.pop(0))
+        if tuple(self._held) in self._sequences:
+            self.stopped = True
+            self._held = []
+        return passed
+
+    def flush(self) -> list[int]:
+        """Return the tokens that were held back, at the end of the text."""
+        held, self._held = self._held, []
+        return held
+
+    def _may_begin(self) -> bool:
+        held = tuple(self._held)
+        return any(sequence[: len(held)] == held for sequence in self._sequences)
 
 
 class StopFilter:

@@ -52,6 +52,29 @@ class Tokenizer:
         ids: list[int] = encoding.ids
         return ids
 
+    def special_sequence(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of a text that has special tokens in it, () of any other.
+
+        Special tokens are left out of decoded text, so nothing in it can match them.
+
+        Args:
+            text: a stop string.
+        """
+        added: dict[int, Any] = self._tokenizer.get_added_tokens_decoder()
+        special = {id_: token.content for id_, token in added.items() if token.special}
+        for id_, content in special.items():
+            if content == text:
+                return (id_,)
+        if not any(content in text for content in special.values()):
+            return ()
+        ids = self.encode(text, special_tokens=False)
+        return tuple(ids) if special.keys() & set(ids) else ()
+
+    def token(self, id_: int) -> str | None:
+        """Return what a token is called, None where there is none of this id."""
+        name: str | None = self._tokenizer.id_to_token(id_)
+        return name
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids without special tokens."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)

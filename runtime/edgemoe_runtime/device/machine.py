@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 from edgemoe_runtime.device.gpu import compute_capability
 from edgemoe_runtime.device.jetson import Jetson, detect_jetson
 from edgemoe_runtime.device.sensors import Sensors, read_sensors
-from edgemoe_runtime.execution_providers import CPU, CUDA, MINIMUM_VERSION
+from edgemoe_runtime.execution_providers import (
+    CPU,
+    CUDA,
+    MINIMUM_VERSION,
+    release_numbers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -150,8 +155,9 @@ def find_problems(
         "pip install 'edgemoe[ort]', with a GPU 'edgemoe[ort-gpu]'",
     )
     add(
-        version is not None and _version(version) < MINIMUM_VERSION,
-        f"onnxruntime {version} computes fused experts wrongly, so it refuses such graphs",
+        version is not None and release_numbers(version) < MINIMUM_VERSION,
+        f"onnxruntime {version} does not run all bundles for targets cpu and cuda (`edgemoe"
+        " inspect` says what each needs)",
         f"update it to {'.'.join(map(str, MINIMUM_VERSION))} or later (needs Python 3.11)",
     )
     add(
@@ -238,8 +244,3 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _version(text: str) -> tuple[int, ...]:
-    numbers = [part for part in text.split(".")[:2] if part.isdigit()]
-    return tuple(map(int, numbers))

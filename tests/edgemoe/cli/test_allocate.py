@@ -186,8 +186,10 @@ def test_lines_that_chose_k_judge_nothing_and_experts_stay(
     assert refused.exit_code == 1
     assert "12 of 12 lines" in refused.stderr
     # Its tokens are shared out among these experts: others are for the whole model.
+    measured = tmp_path / "stats"
+    answer("calibrate", road / "moe", task, "--max-tokens", 50, "-o", measured)
     small, left = tmp_path / "small", sorted(tmp_path.iterdir())
-    stats = ("--stats", tmp_path / "none", "--task", "code")
+    stats = ("--stats", measured, "--task", "code")
     plan = tmp_path / "cut.json"
     plan.write_text(Plan.load(output).to_json())
     for words in (

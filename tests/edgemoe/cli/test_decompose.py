@@ -130,7 +130,7 @@ def test_the_same_call_gives_the_same_bytes_and_a_text(
     assert third.startswith("ranks per layer, up + down: ")
     ranks = [layer.ranks for layer in Plan.load(tmp_path / "one").layers]
     assert all(pairs is not None and len(set(pairs)) > 1 for pairs in ranks)
-    shown = invoke("inspect", tmp_path / "one").stdout
+    shown = invoke("inspect", tmp_path / "one", "--full").stdout
     assert "up ranks" in shown
     assert "sample sha256" in shown
 

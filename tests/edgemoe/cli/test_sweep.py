@@ -150,7 +150,7 @@ def test_inspect_tells_what_a_report_found(
     assert answer("inspect", report / "report.json") == told
 
     (report / best["plan"]).unlink()
-    shown = invoke("inspect", report).stdout
+    shown = invoke("inspect", report, "--full").stdout
     assert f"missing plans      {best['plan']}" in shown
     assert f"verdict           {swept['thresholds']['code']['sentence']}" in shown
     text = (report / "report.json").read_text()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from edgemoe_runtime import BackendError, Session
 from edgemoe_runtime.backends.chain import CHAINS, plan_chain
 from edgemoe_runtime.backends.registry import BACKENDS
+from edgemoe_runtime.bundle.manifest_file import load_manifest, save_manifest
 from edgemoe_runtime.bundle.names import TARGETS
 from edgemoe_runtime.errors import BackendUnavailableError
 
@@ -81,13 +84,18 @@ def test_a_graph_that_does_not_load_is_an_error_not_a_crash(
         Session.open(bundles["concat"])
 
 
-def test_old_onnxruntime_is_refused_fused_experts(
-    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+def test_an_onnxruntime_older_than_the_bundle_needs_is_refused_by_name(
+    tmp_path: Path, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnxruntime.__version__", "1.27.2")
+    monkeypatch.setattr("onnxruntime.__version__", "1.30.0")
     with Session.open(bundles["concat"]) as session:
         assert session.generate("abc", max_new_tokens=1).new_tokens == 1
-    operators = frozenset({"Einsum"})
-    monkeypatch.setattr("edgemoe_runtime.backends.onnxruntime.FUSED_OPERATORS", operators)
-    with pytest.raises(BackendError, match=r"at least 1\.28 for Einsum, got 1\.27\.2"):
-        Session.open(bundles["concat"])
+    bundle = tmp_path / "bundle"
+    shutil.copytree(bundles["concat"], bundle)
+    save_manifest(replace(load_manifest(bundle), needs_onnxruntime="1.31"), bundle)
+    rule = r"onnxruntime must be 1\.31 or later for the graphs of this bundle, got 1\.30\.0"
+    with pytest.raises(BackendError, match=rule):
+        Session.open(bundle)
+    monkeypatch.setattr("onnxruntime.__version__", "1.31.0.dev20261101")
+    with Session.open(bundle) as session:
+        assert session.generate("abc", max_new_tokens=1).new_tokens == 1

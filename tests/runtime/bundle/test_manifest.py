@@ -92,9 +92,31 @@ def test_states_are_read_back_and_must_be_those_of_the_graph(manifest: Manifest)
 
 
 def test_a_newer_schema_is_refused_with_a_remedy(manifest: Manifest) -> None:
-    document = manifest.to_json() | {"schema_version": 2, "created_by": "edgemoe 9.0"}
-    with pytest.raises(ManifestError, match=r"must be 1, got 2 written by edgemoe 9\.0\. Inst"):
+    document = manifest.to_json() | {"schema_version": 3, "created_by": "edgemoe 9.0"}
+    rule = r"must be 1 or 2, got 3 written by edgemoe 9\.0\. Inst"
+    with pytest.raises(ManifestError, match=rule):
         parse_manifest(document)
+
+
+@pytest.mark.parametrize(
+    ("flavour", "precision", "needed"),
+    [("ort", "fp16", "1.28"), ("ort", "int4", "1.31"), ("tensorrt", "fp16", "1.23")],
+)
+def test_the_first_schema_is_read_as_needing_what_its_graphs_did(
+    manifest: Manifest, flavour: str, precision: str, needed: str
+) -> None:
+    changed = replace(manifest, flavour=flavour, precision=precision)
+    document = changed.to_json() | {"schema_version": 1}
+    del document["needs_onnxruntime"]
+    assert parse_manifest(document) == replace(changed, needs_onnxruntime=needed)
+    with pytest.raises(ManifestError, match=r"must have the keys \['needs_onnxruntime'\]"):
+        parse_manifest(document | {"schema_version": 2})
+
+
+@pytest.mark.parametrize("release", ["1", "1.31.0", "latest", "1.x", "1.99999"])
+def test_a_release_has_two_numbers(manifest: Manifest, release: str) -> None:
+    with pytest.raises(ManifestError, match=r"must be a release such as 1\.31"):
+        check_manifest(replace(manifest, needs_onnxruntime=release))
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "long"])

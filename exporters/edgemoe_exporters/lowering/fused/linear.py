@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from edgemoe_exporters.graph.editor import (
     Attribute,
     Editor,
@@ -21,6 +19,9 @@ from edgemoe_exporters.lowering.fused.sensitive import find_sensitive
 from edgemoe_exporters.lowering.quantize_once import quantize_later
 
 if TYPE_CHECKING:
+    from typing import Any
+
+    import numpy as np
     import onnx_ir as ir
 
     from edgemoe_exporters.precision import Precision
@@ -160,9 +161,7 @@ def lower_embedding(editor: Editor, precision: Precision) -> None:
         shape = (size_of(weight, 0), width)
         name = f"{weight.name}.rows"
         if name not in editor.graph.initializers:
-            rows = (
-                LazyWeight.of(blocks).map(partial(np.reshape, shape=shape), shape).tensor(name)
-            )
+            rows = LazyWeight.of(blocks).map(partial(_reshape, shape), shape).tensor(name)
             rows.metadata_props[SAME_BYTES] = str(blocks.name)
             editor.initializer(name, rows)
         flat = editor.graph.initializers[name]
@@ -180,3 +179,8 @@ def lower_embedding(editor: Editor, precision: Precision) -> None:
             domain=MICROSOFT,
         )
         editor.replace(node.outputs[0], output)
+
+
+def _reshape(shape: tuple[int, ...], array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    # What np.reshape calls `shape` has another name before numpy 2.1.
+    return array.reshape(shape)

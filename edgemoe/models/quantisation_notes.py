@@ -1,0 +1,87 @@
+"""Where tools write that a checkpoint's weights are quantised."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+# In config.json: transformers and most tools; compressed-tensors before 0.5; MLX.
+_ENTRIES = ("quantization_config", "compression_config", "quantization")
+# Beside it: ModelOpt; AutoGPTQ; AutoAWQ; TorchAO and Quanto.
+_FILES = (
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization.json",
+)
+_METHODS = ("quant_method", "quant_algo", "format", "bits", "w_bit")
+_MOST_INPUT = 200  # characters that a message repeats
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisationNote:
+    """What a checkpoint announces.
+
+    Attributes:
+        place: Where, such as `hf_quant_config.json` or `text_config.quantization_config`.
+        method: In the tool's words, such as `FP8`; "" where it gives none.
+        settings: All that it says there.
+    """
+
+    place: str
+    method: str
+    settings: Mapping[str, Any]
+
+    @property
+    def is_in_config(self) -> bool:
+        """Whether config.json says it, and not a file that may be a remnant."""
+        return self.place not in _FILES
+
+    def __str__(self) -> str:
+        """Return it as part of a message."""
+        kind = f" {self.method}" if self.method else ""
+        return (
+            f"{self.place}{' of config.json' if self.is_in_config else ''} with{kind} settings"
+        )
+
+
+def find_quantisation_note(
+    content: Mapping[str, Any], read: Callable[[str], bytes | None]
+) -> QuantisationNote | None:
+    """Find what announces that weights are quantised.
+
+    Args:
+        content: The JSON object of config.json.
+        read: Reads a small file beside it by its name; None where there is none.
+
+    Returns:
+        The first note; None where there is none, or all say that nothing is quantised.
+    """
+    nested = ((f"{name}.", part) for name, part in content.items() if isinstance(part, dict))
+    for prefix, part in (("", content), *nested):
+        for name in _ENTRIES:
+            if isinstance(part.get(name), dict) and part[name]:
+                return _note(f"{prefix}{name}", part[name])
+    for name in _FILES:
+        found = read(name)
+        try:
+            settings = None if found is None else json.loads(found)
+        except (ValueError, RecursionError):
+            settings = None
+        if isinstance(settings, dict) and settings:
+            inner = settings.get("quantization")
+            note = _note(name, inner if isinstance(inner, dict) else settings)
+            # A tool writes its file also where it quantises nothing but the cache of keys.
+            if note.method:
+                return note
+    return None
+
+
+def _note(place: str, settings: Mapping[str, Any]) -> QuantisationNote:
+    named = (settings.get(name) for name in _METHODS)
+    method = next((value for value in named if isinstance(value, str | int)), "")
+    return QuantisationNote(place=place, method=str(method)[:_MOST_INPUT], settings=settings)
