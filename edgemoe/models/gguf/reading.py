@@ -13,7 +13,7 @@ from edgemoe.models.gguf.container import read_container
 from edgemoe.models.gguf.decoding import check_types, dtype_name
 from edgemoe.models.gguf.metadata import Metadata
 from edgemoe.models.gguf.paths import find_gguf
-from edgemoe.models.gguf.rules import Sizes
+from edgemoe.models.gguf.rules import Sizes, is_unused
 from edgemoe.models.gguf.token_settings import USED, token_settings
 from edgemoe.models.gguf.tokens import make_tokenizer
 
@@ -97,7 +97,8 @@ class GgufModel:
         return list(self.container.files)
 
     @cached_property
-    def _named(self) -> tuple[dict[str, StoredTensor], list[str]]:
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Its tensors by their names in a Hugging Face checkpoint."""
         from edgemoe.models.gguf.tensors import name_tensors
 
         config = self.config
@@ -106,11 +107,6 @@ class GgufModel:
         )
         rules, layers = self.architecture.rules, config["num_hidden_layers"]
         return name_tensors(self.container, rules, layers, sizes)
-
-    @property
-    def tensors(self) -> dict[str, StoredTensor]:
-        """Its tensors by their names in a Hugging Face checkpoint."""
-        return self._named[0]
 
     @cached_property
     def settings(self) -> dict[str, bytes]:
@@ -158,7 +154,9 @@ class GgufModel:
             for key in self.container.metadata
             if key not in own and not key.startswith(prefix)
         ]
-        return (*sorted(keys), *self._told, *self._named[1])
+        layers = self.config["num_hidden_layers"]
+        unused = [name for name in self.container.blocks if is_unused(name, layers)]
+        return (*sorted(keys), *self._told, *unused)
 
 
 def open_gguf(path: Path) -> GgufModel | None:

@@ -24,6 +24,7 @@ LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 TENSORS = (FREQUENCIES, LONG, SHORT)
 # Llama 3.1 to 3.3 name the same two bounds; the third number follows from the divisors.
 _LOW, _HIGH = 1.0, 4.0
+_RTOL = 4e-7
 _DEFAULT_BASE = 10000.0
 
 
@@ -130,11 +131,14 @@ def _divisors(metadata: Metadata, name: str, size: int) -> npt.NDArray[np.float3
 
 def _from_divisors(divisors: npt.NDArray[np.float32], base: float, size: int) -> dict[str, Any]:
     """Say divisors of frequencies as Llama 3's rule where they follow it, else one by one."""
+    whole = np.round(divisors)
+    # Divisions in float32 leave a last digit behind.
+    divisors = np.where(np.isclose(divisors, whole, rtol=_RTOL, atol=0), whole, divisors)
     if (divisors == 1.0).all():
         return {}
-    factor = float(str(divisors.max()))
+    factor = float(str(np.float32(divisors.max())))
     wavelengths = 2 * math.pi * base ** (np.arange(0, size, 2) / size)
-    between = (divisors > 1.0) & (divisors < divisors.max())
+    between = (divisors > 1.0) & (divisors < divisors.max() * (1 - _RTOL))
     if between.any():
         # The blend is linear in the inverse wavelength: each value in between tells the length.
         blend = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
@@ -145,7 +149,7 @@ def _from_divisors(divisors: npt.NDArray[np.float32], base: float, size: int) ->
         length = float(kept.max() * _HIGH * 1.01) if kept.size else float(wavelengths[0] / 2)
     length = float(round(length)) if abs(length - round(length)) < 1e-3 * length else length
     ramp = np.clip((length / wavelengths - _LOW) / (_HIGH - _LOW), 0.0, 1.0)
-    if np.allclose((1 - ramp) / factor + ramp, 1 / divisors, rtol=1e-6, atol=0):
+    if np.allclose((1 - ramp) / factor + ramp, 1 / divisors, rtol=_RTOL, atol=0):
         return {
             "rope_type": "llama3",
             "factor": factor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     import torch
 
     Build: TypeAlias = "Callable[[list[torch.Tensor], Sizes], torch.Tensor]"
+
+
+LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +162,21 @@ def attention(*, paired: bool) -> tuple[Rule, ...]:
         *both("self_attn.q_norm", "attn_q_norm"),
         *both("self_attn.k_norm", "attn_k_norm"),
     )
+
+
+def is_unused(name: str, layers: int) -> bool:
+    """Return whether llama.cpp and the model compute without a tensor of a layer.
+
+    Args:
+        name: Its name in the file.
+        layers: Decoder layers that the model has: those behind predict later tokens.
+
+    Returns:
+        Whether it is left out.
+    """
+    match = LAYER.fullmatch(name)
+    # The first files held a table of positions that is computed anew.
+    return match is not None and (int(match[1]) >= layers or match[2] == "attn_rot_embd.weight")
 
 
 AFTER_ATTENTION = both("post_attention_layernorm", "ffn_norm")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +10,16 @@ import torch
 from edgemoe.errors import CheckpointError
 from edgemoe.models.gguf.decoding import dtype_name, read_values
 from edgemoe.models.gguf.rope import TENSORS as ROPE_TENSORS
-from edgemoe.models.gguf.rules import Rule, Sizes, alone
+from edgemoe.models.gguf.rules import LAYER, Rule, Sizes, alone, is_unused
 from edgemoe.models.stored_tensors import StoredTensor, as_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from edgemoe.models.gguf.container import Block, Container
     from edgemoe.models.gguf.rules import Build
 
-_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -28,8 +27,6 @@ _OUTER = {
     "output.weight": "lm_head.weight",
     "output.bias": "lm_head.bias",
 }
-# A table that llama.cpp's first files held; it and llama.cpp compute it anew.
-_COMPUTED = "attn_rot_embd.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +55,11 @@ class GgufTensor(StoredTensor):
             block.nbytes // (1 if index is None else block.shape[0])
             for block, index in self.parts
         )
+
+    def extents(self) -> Iterator[tuple[Path, int]]:
+        """Yield each file that it is read from, with the end of its bytes there."""
+        for block, _ in self.parts:
+            yield block.file, block.begin + block.nbytes
 
     def read(self, memory: torch.Tensor | None = None) -> torch.Tensor:
         """Read the contents, dequantised.
@@ -90,7 +92,7 @@ class GgufTensor(StoredTensor):
 
 def name_tensors(
     container: Container, rules: Sequence[Rule], layers: int, sizes: Sizes
-) -> tuple[dict[str, StoredTensor], list[str]]:
+) -> dict[str, StoredTensor]:
     """Give a model's tensors the names of a Hugging Face checkpoint.
 
     Args:
@@ -100,25 +102,22 @@ def name_tensors(
         sizes: What tensors are made with.
 
     Returns:
-        The tensors by name, and the stored tensors that no model is computed with.
+        The tensors by name.
 
     Raises:
         CheckpointError: A stored tensor has no place, or a rule's tensors do not fit together.
     """
     found: dict[str, StoredTensor] = {}
-    left_out: list[str] = []
     by_layer: dict[int, dict[str, Block]] = {}
     for name, block in container.blocks.items():
-        match = _LAYER.fullmatch(name)
+        match = LAYER.fullmatch(name)
         if match is None:
             if name in _OUTER:
                 target = _OUTER[name]
                 found[target] = _tensor(target, [(block, None)], alone, sizes)
             elif name not in ROPE_TENSORS:
                 raise _no_place(container, name)
-        elif int(match[1]) >= layers or match[2] == _COMPUTED:
-            left_out.append(name)
-        else:
+        elif not is_unused(name, layers):
             by_layer.setdefault(int(match[1]), {})[match[2]] = block
     for layer, blocks in sorted(by_layer.items()):
         used: set[str] = set()
@@ -131,7 +130,7 @@ def name_tensors(
         for name in sorted(set(blocks) - used):
             # A scale of 4-bit weights, for one, must not be passed over.
             raise _no_place(container, f"blk.{layer}.{name}")
-    return found, left_out
+    return found
 
 
 def _match(

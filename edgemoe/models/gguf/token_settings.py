@@ -30,7 +30,8 @@ USED = (
         f"{PREFIX}{name}"
         for name in (
             *_SPECIAL.values(), *_ENDS, "model", "pre", "tokens", "token_type", "scores",
-            "merges", "add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces",
+            "merges", "add_bos_token", "add_eos_token", "add_space_prefix",
+            "remove_extra_whitespaces",
         )
     ),
 )  # fmt: skip
@@ -165,21 +166,22 @@ def _check_kind(container: Container) -> None:
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(
             f"{PREFIX}model must be gpt2 (byte-level BPE) or llama (SentencePiece BPE), got "
-            f"{kind!r:.40} in {container.path}. Use the Hugging Face checkpoint that it was made "
-            "from."
+            f"{kind!r:.40} in {container.path}. Use the Hugging Face checkpoint that it was "
+            "made from."
         )
     name = read_key(container, "pre", str, "")
     if kind == "gpt2" and name not in NAMES:
         raise CheckpointError(
             f"{PREFIX}pre must name how text is split (such as {', '.join(NAMES[:8])}), got "
-            f"{name!r:.40} in {container.path}. Use the Hugging Face checkpoint that it was made "
-            "from."
+            f"{name!r:.40} in {container.path}. Use the Hugging Face checkpoint that it was "
+            "made from."
         )
     for key in ("remove_extra_whitespaces", "add_eos_token"):
         if read_key(container, key, bool, False):
             raise CheckpointError(
                 f"{PREFIX}{key} must be false, got true in {container.path}: edgemoe's "
-                "tokenizer does not do this. Use the Hugging Face checkpoint that the file was made from."
+                "tokenizer does not do this. Use the Hugging Face checkpoint that it was made "
+                "from."
             )
     tokens = read_key(container, "tokens", list, [])
     types = read_key(container, "token_type", list, [1] * len(tokens))

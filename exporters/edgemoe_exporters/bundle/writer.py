@@ -237,6 +237,8 @@ def copy_model_files(source: Path | Checkpoint, directory: Path) -> None:
         path = checkpoint.path / name
         if name == "config.json" and (content := checkpoint.read(name)) is not None:
             write_config(content, directory / name)
+        elif checkpoint.gguf is not None and (content := checkpoint.read(name)) is not None:
+            (directory / name).write_bytes(content)
         elif path.is_file():
             shutil.copyfile(path, directory / name)
         elif name in {"config.json", "tokenizer.json"}:
