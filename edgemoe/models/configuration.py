@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import CheckpointError, FamilyError
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.registry import Family, find_family, unknown_family
 from edgemoe.models.transformers_internals import read_special_floats
 from edgemoe_runtime.messages import clip, quote
@@ -117,10 +118,11 @@ def read_configuration(path: Path, content: Mapping[str, Any]) -> Configuration:
     kept = _without_code(content, dropped)
     try:
         configuration = CONFIG_MAPPING[model_type]
-        # JSON has no infinity; transformers writes it as an object.
-        whole: PreTrainedConfig = configuration.from_dict(
-            read_special_floats(configuration, kept)
-        )
+        with quiet_transformers():
+            # JSON has no infinity; transformers writes it as an object.
+            whole: PreTrainedConfig = configuration.from_dict(
+                read_special_floats(configuration, kept)
+            )
         text: PreTrainedConfig = whole.get_text_config(decoder=True)
         if text is not whole:
             _move_in(kept, whole, text)

@@ -9,6 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from edgemoe.models.loading import quiet_transformers
+from edgemoe.models.registry import PUBLISHED_IN
 from edgemoe.models.tiny import tiny_config
 
 if TYPE_CHECKING:
@@ -16,28 +17,33 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-# The checkpoint's model type, its language model's, and the class that it is published with.
-WRAPPERS: dict[str, tuple[str, str]] = {
-    "aria": ("aria_text", "AriaForConditionalGeneration"),
-    "dots3_note": ("dots3_note_text", "Dots3NoteForConditionalGeneration"),
-    "gemma4": ("gemma4_text", "Gemma4ForConditionalGeneration"),
-    "inkling2": ("inkling2_text", "Inkling2ForConditionalGeneration"),
-    "inkling_mm_model": ("inkling_text", "InklingForConditionalGeneration"),
-    "internvl": ("qwen3_moe", "InternVLForConditionalGeneration"),
-    "kimi_k25": ("deepseek_v3", "Kimi_K25ForConditionalGeneration"),
-    "lfm2_vl": ("lfm2_moe", "Lfm2VlForConditionalGeneration"),
-    "llava": ("mixtral", "LlavaForConditionalGeneration"),
-    "minimax_m3_vl": ("minimax_m3_vl_text", "MiniMaxM3SparseForConditionalGeneration"),
-    "mistral3": ("mistral4", "Mistral3ForConditionalGeneration"),
-    "nemotron_h_omni": ("nemotron_h", "NemotronH_Omni_Reasoning_V3"),
-    "qwen3_5_moe": ("qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration"),
-    "qwen4_exp": ("qwen4_exp_text", "Qwen4ExpForConditionalGeneration"),
+# The class that a checkpoint of each is published with.
+_CLASSES = {
+    "aria": "AriaForConditionalGeneration",
+    "dots3_note": "Dots3NoteForConditionalGeneration",
+    "gemma4": "Gemma4ForConditionalGeneration",
+    "hy_v4_vl": "HYV4VLForConditionalGeneration",
+    "inkling2": "Inkling2ForConditionalGeneration",
+    "inkling2_loop": "Inkling2LoopForConditionalGeneration",
+    "inkling_mm_model": "InklingForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "kimi_k25": "Kimi_K25ForConditionalGeneration",
+    "lfm2_vl": "Lfm2VlForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+    "minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "nemotron_h_omni": "NemotronH_Omni_Reasoning_V3",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
+    "qwen4_exp": "Qwen4ExpForConditionalGeneration",
 }
+# The checkpoint's model type, its language model's, and the class.
+WRAPPERS = {wrapper: (family, _CLASSES[wrapper]) for wrapper, family in PUBLISHED_IN.items()}
 
 _SMALL: dict[str, Any] = {
     "adapter_in_dim": 32,
     "adapter_input_size": 32,
     "adapter_out_dim": 64,
+    "attention_heads": 2,
     "depth": 1,
     "downsample_hidden_size": 8,
     "head_dim": 16,
