@@ -126,6 +126,7 @@ class Conversion:
                     first_target=target, rule=rule, is_foreign=is_foreign
                 )
             elif pattern is None or not isinstance(groups[target].rule, WeightConverter):
+                # transformers 5.24 takes one of them in silence.
                 first = groups[target].sources[0][0].name
                 raise ValueError(f"{first} and {name} both stand for {target}")
             groups[target].sources.append((stored[name], pattern or name))
