@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from edgemoe.errors import CarveError, CheckpointError
 from edgemoe.evaluate.subject import load_dense as read_dense
-from edgemoe.models.checkpoint import Checkpoint, load_dense_gguf
+from edgemoe.models.checkpoint import Checkpoint
+from edgemoe.models.dense_gguf import load_dense_gguf
 from edgemoe.models.gguf.reading import open_gguf
 from edgemoe.models.saving import copy_companions, save_pretrained
 from edgemoe_runtime.messages import clip
