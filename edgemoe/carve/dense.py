@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe.errors import CarveError, CheckpointError
+from edgemoe.evaluate.subject import load_dense as read_dense
+from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.loading import check_fit, quiet_transformers
-from edgemoe.models.safety import check_weights
 from edgemoe.models.saving import copy_companions, save_pretrained
+from edgemoe_runtime.messages import clip
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,32 +60,20 @@ def load_dense(source: Path) -> DenseModel:
             f"a dense checkpoint must hold config.json or one .gguf file, got {source}. "
             "Point at a Hugging Face directory or at a .gguf file."
         )
-    check_weights(source)
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
+    checkpoint = Checkpoint(source)
+    _check_family(str(checkpoint.configuration.whole.model_type))
+    _ = checkpoint.weights
+    _check_tokenizer(source)
+    model = read_dense(checkpoint).requires_grad_(True)
     try:
-        config = AutoConfig.from_pretrained(
-            source, local_files_only=True, trust_remote_code=False
-        )
-        _check_family(config.model_type)
-        _check_tokenizer(source)
-        with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype="float32",
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        check_fit(report, source)
         # tokenizer.json as it is: the class that a family maps to may rewrite it.
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
-    except (CarveError, CheckpointError):
-        raise
     except Exception as error:
         raise CheckpointError(
-            f"{source} could not be read as a checkpoint: {error} Download or convert it again."
+            f"{source} could not be read as a checkpoint: {clip(str(error))} Download or "
+            "convert it again."
         ) from error
     return DenseModel(model=model.eval(), tokenizer=tokenizer, source=source)
 

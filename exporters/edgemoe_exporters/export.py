@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgemoe.api.extras import needs
 from edgemoe.api.running import running
+from edgemoe.errors import EdgemoeError
 from edgemoe.staging import reserved
 from edgemoe_exporters.request_inputs import check_request
 
@@ -64,6 +67,23 @@ def export_bundle(
         reserved(output, force=force, directory=True, resumes=True),
     ):
         # Imported here: the name of this function costs no torch.
+        from edgemoe.layerwise.activation_peaks import overflow_remark, recording_peaks
         from edgemoe_exporters.pipeline import run_export
 
-        return run_export(request, on_stage)
+        with recording_peaks() if _is_half(request) else nullcontext() as peaks:
+            try:
+                report = run_export(request, on_stage)
+            except EdgemoeError as error:
+                remark = None if peaks is None else overflow_remark(peaks)
+                if remark is None:
+                    raise
+                # The disagreement, or the NaN, that was found has this cause most likely.
+                raise type(error)(f"{error} Note: {remark}") from error
+        remark = None if peaks is None else overflow_remark(peaks)
+        return report if remark is None else replace(report, remarks=(*report.remarks, remark))
+
+
+def _is_half(request: ExportRequest) -> bool:
+    """Return whether activations of the graphs are in float16."""
+    _, precision = request.check()
+    return precision == "fp16"

@@ -52,7 +52,10 @@ def _expert_width(metadata: Metadata) -> int:
 
 def _has(metadata: Metadata, part: str) -> bool:
     """Return whether a decoder layer has a tensor."""
-    return any(name.startswith("blk.") and name.endswith(f".{part}") for name in metadata.container.blocks)
+    return any(
+        name.startswith("blk.") and name.endswith(f".{part}")
+        for name in metadata.container.blocks
+    )
 
 
 def _dense(metadata: Metadata) -> dict[str, Any]:
@@ -291,9 +294,7 @@ _GPT_OSS = (
         sources=("ffn_gate_exps.bias", "ffn_up_exps.bias"),
         build=rules.alternating_bias,
     ),
-    Rule(
-        target="mlp.experts.down_proj", sources=("ffn_down_exps.weight",), build=rules.turned
-    ),
+    Rule(target="mlp.experts.down_proj", sources=("ffn_down_exps.weight",), build=rules.turned),
     Rule(target="mlp.experts.down_proj_bias", sources=("ffn_down_exps.bias",)),
 )
 

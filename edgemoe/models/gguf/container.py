@@ -215,7 +215,11 @@ class _Header:
             if inner in _SCALARS:
                 form = _SCALARS[inner]
                 self._fits(count, struct.calcsize(form), "values")
-                return list(struct.unpack(f"<{count}{form[1]}", self._take(count * struct.calcsize(form))))
+                return list(
+                    struct.unpack(
+                        f"<{count}{form[1]}", self._take(count * struct.calcsize(form))
+                    )
+                )
             self._fits(count, 8, "values")
             return [self._value(inner, depth + 1) for _ in range(count)]
         if kind not in _SCALARS:

@@ -96,4 +96,6 @@ def read_block(block: Block, index: int | None = None) -> torch.Tensor:
     from gguf import GGMLQuantizationType, dequantize
 
     rows = memory.reshape(math.prod(shape[:-1]), -1)
-    return torch.from_numpy(dequantize(rows, GGMLQuantizationType(block.type_id))).reshape(shape)
+    return torch.from_numpy(dequantize(rows, GGMLQuantizationType(block.type_id))).reshape(
+        shape
+    )

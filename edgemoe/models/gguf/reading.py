@@ -128,7 +128,11 @@ def _open(stamps: tuple[tuple[Path, int, int, int], ...]) -> GgufModel:
         stored[block.type_name] = stored.get(block.type_name, 0) + block.nbytes
     generation = {
         **tokens.ids,
-        **{name: container.metadata[key] for key, name in _SAMPLING.items() if key in container.metadata},
+        **{
+            name: container.metadata[key]
+            for key, name in _SAMPLING.items()
+            if key in container.metadata
+        },
     }
     if len(generation) > len(tokens.ids):
         generation["do_sample"] = True

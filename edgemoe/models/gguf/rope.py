@@ -129,9 +129,7 @@ def _divisors(metadata: Metadata, name: str, size: int) -> npt.NDArray[np.float3
     return found
 
 
-def _from_divisors(
-    divisors: npt.NDArray[np.float32], base: float, size: int
-) -> dict[str, Any]:
+def _from_divisors(divisors: npt.NDArray[np.float32], base: float, size: int) -> dict[str, Any]:
     """Say divisors of frequencies as Llama 3's rule where they follow it, else one by one."""
     if (divisors == 1.0).all():
         return {}
@@ -154,7 +152,9 @@ def _from_divisors(
             "factor": factor,
             "low_freq_factor": _LOW,
             "high_freq_factor": _HIGH,
-            "original_max_position_embeddings": int(length) if length == int(length) else length,
+            "original_max_position_embeddings": int(length)
+            if length == int(length)
+            else length,
         }
     return {
         "rope_type": "longrope",

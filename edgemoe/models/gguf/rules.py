@@ -178,11 +178,17 @@ def each_expert(module: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
         return Rule(target=target, sources=(f"{source}.weight",), build=build)
 
     return (
-        *(one(name, f"ffn_{part}_exps") for name, part in ((gate, "gate"), (up, "up"), (down, "down"))),
+        *(
+            one(name, f"ffn_{part}_exps")
+            for name, part in ((gate, "gate"), (up, "up"), (down, "down"))
+        ),
         one(gate, "ffn_gate_up_exps", first_half),
         one(up, "ffn_gate_up_exps", second_half),
         # Until 2024 each expert was a tensor of its own.
-        *(one(name, f"ffn_{part}.{{expert}}") for name, part in ((gate, "gate"), (up, "up"), (down, "down"))),
+        *(
+            one(name, f"ffn_{part}.{{expert}}")
+            for name, part in ((gate, "gate"), (up, "up"), (down, "down"))
+        ),
     )
 
 

@@ -128,7 +128,9 @@ class _Vocabulary:
         self._types: list[int] = types
         self._ids = {token: index for index, token in enumerate(tokens)}
         if len(self._ids) != len(tokens):
-            twice = next(token for index, token in enumerate(tokens) if self._ids[token] != index)
+            twice = next(
+                token for index, token in enumerate(tokens) if self._ids[token] != index
+            )
             raise CheckpointError(
                 f"{_PREFIX}tokens must hold each token once, got {twice!r:.60} again in "
                 f"{container.path}. Convert it again."
@@ -184,7 +186,14 @@ class _Vocabulary:
         tokenizer.pre_tokenizer = splitter
         tokenizer.decoder = decoders.ByteLevel()
         # What llama.cpp takes where the file does not say.
-        self.adds_bos = name in ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
+        self.adds_bos = name in (
+            "llama3",
+            "llama-v3",
+            "llama-bpe",
+            "falcon3",
+            "pixtral",
+            "tekken",
+        )
         return tokenizer
 
     def sentence_pieces(self) -> Tokenizer:
@@ -197,7 +206,11 @@ class _Vocabulary:
                 f"{len(scores)} in {self._container.path}. Download it again."
             )
         unknown = self.token("unknown_token_id") or next(
-            (token for token, kind in zip(self._tokens, self._types, strict=True) if kind == _UNKNOWN),
+            (
+                token
+                for token, kind in zip(self._tokens, self._types, strict=True)
+                if kind == _UNKNOWN
+            ),
             None,
         )
         tokenizer = self._merging(
