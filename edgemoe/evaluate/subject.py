@@ -108,7 +108,7 @@ def load_dense(path: Path | Checkpoint) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from edgemoe.models.checkpoint import Checkpoint
+    from edgemoe.models.checkpoint import Checkpoint, load_dense_gguf
     from edgemoe.models.experts import is_experts_module
     from edgemoe.models.loading import check_fit, quiet_transformers
     from edgemoe.models.registry import find_family
@@ -117,6 +117,8 @@ def load_dense(path: Path | Checkpoint) -> PreTrainedModel:
     del path
     _ = checkpoint.weights
     config = copy.deepcopy(checkpoint.configuration.whole)
+    if checkpoint.gguf is not None and not checkpoint.has_experts:
+        return load_dense_gguf(checkpoint)
     try:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(copy.deepcopy(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+GENERATION_FILE = "generation_config.json"
 _ALIGNMENT_BYTES = 64
 # What torch and transformers raise when weights and configuration contradict each other.
 _MISFITS = (
@@ -100,16 +102,21 @@ def _in_a_line(error: Exception) -> str:
     return f"no such entry as {line}" if isinstance(error, KeyError) else line
 
 
-def read_generation_settings(model: PreTrainedModel, path: Path) -> None:
+def read_generation_settings(
+    model: PreTrainedModel, path: Path, content: bytes | None = None
+) -> None:
     """Give a model the generation settings of its checkpoint, where that has some.
 
     Args:
         model: The model.
         path: The checkpoint.
+        content: Content of its settings, where they are no file of a directory.
     """
     from transformers import GenerationConfig
 
-    if (path / "generation_config.json").exists():
+    if content is not None:
+        model.generation_config = GenerationConfig.from_dict(json.loads(content))
+    elif (path / GENERATION_FILE).exists():
         model.generation_config = GenerationConfig.from_pretrained(str(path))
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transformers import GenerationConfig
-
 from edgemoe.calibrate.collect import collect
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.layerwise.provider import InMemoryLayers, StreamedLayers
 from edgemoe.models.checkpoint import load_model
+from edgemoe.models.loading import GENERATION_FILE, read_generation_settings
 from edgemoe.resume import WorkDirectory
 from edgemoe_exporters.sources.in_memory import task_in_memory
 from edgemoe_exporters.sources.streamed import streamed_task
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
     from edgemoe.tasks import TaskFile
     from edgemoe_exporters.bundle.expert_layout import StackLayout
     from edgemoe_exporters.sources.task_source import TaskSource
-
-_GENERATION = "generation_config.json"
 
 
 class ModelSource:
@@ -59,10 +56,9 @@ class ModelSource:
         if streamed is None:
             return
         self._layers = StreamedLayers(streamed, checkpoint.hashes)
-        if (checkpoint.path / _GENERATION).exists():
-            # A skeleton has the configuration of the model only.
-            found = GenerationConfig.from_pretrained(str(checkpoint.path))
-            streamed.moe.model.generation_config = found
+        # A skeleton has the configuration of the model only.
+        settings = None if checkpoint.gguf is None else checkpoint.read(GENERATION_FILE)
+        read_generation_settings(streamed.moe.model, checkpoint.path, settings)
 
     @property
     def layers(self) -> LayerProvider:
