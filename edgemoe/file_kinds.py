@@ -34,7 +34,7 @@ _WORDS: dict[str, tuple[str, str]] = {
     "directory": ("a directory of something else", ""),
     "engine": ("a TensorRT engine", "`edgemoe inspect` takes it"),
     "engine key": ("the key of a TensorRT engine", "`edgemoe inspect` takes it"),
-    "gguf": ("a GGUF file", "`edgemoe carve` takes it"),
+    "gguf": ("a GGUF file", "commands take it where they take a checkpoint"),
     "graph": ("an ONNX graph", "give the bundle that it lies in to `edgemoe run`"),
     "json": ("JSON of another kind", ""),
     "missing": ("nothing: there is no such file", ""),

@@ -86,8 +86,7 @@ def carve(
         raise ArgumentError("--learned needs no calibration: leave out --data.")
     needs("export")
     check_output(target, source, *files_of(data, learned), force=force, directory=True)
-    if identify(source).name != "gguf":
-        check_checkpoint(source)
+    check_checkpoint(source)
     texts = [] if learned is not None else _read_texts(data, source)
     with (
         running("export", on_progress=on_progress),

@@ -26,6 +26,7 @@ def check_checkpoint(path: Path) -> None:
         CheckpointError: It is missing, of another kind, or has no safetensors weights that are
             whole, or its config.json is no JSON object.
     """
+    from edgemoe.models.gguf.paths import find_gguf
     from edgemoe.models.safety import check_directory, check_weights, read_json_object
 
     check_directory(path)
@@ -33,7 +34,8 @@ def check_checkpoint(path: Path) -> None:
         raise CheckpointError(
             f"a checkpoint must have config.json, got {describe_mistake(path)}."
         )
-    read_json_object(path / "config.json")
+    if find_gguf(path) is None:
+        read_json_object(path / "config.json")
     check_weights(path)
 
 

@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe.errors import CarveError, CheckpointError
-from edgemoe.models.loading import check_fit, quiet_transformers
-from edgemoe.models.safety import check_weights
+from edgemoe.evaluate.subject import load_dense as read_dense
+from edgemoe.models.checkpoint import Checkpoint, load_dense_gguf
+from edgemoe.models.gguf.reading import open_gguf
 from edgemoe.models.saving import copy_companions, save_pretrained
+from edgemoe_runtime.messages import clip
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from edgemoe.models.gguf.reading import GgufModel
 
 DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Dense families whose attention the carved family can hold without a change."""
@@ -50,7 +54,7 @@ def load_dense(source: Path) -> DenseModel:
     """
     if not source.exists():
         raise CheckpointError(f"a dense checkpoint must exist, got {source}. Check the path.")
-    gguf = _gguf_file(source)
+    gguf = open_gguf(source)
     if gguf is not None:
         return _load_gguf(gguf, source)
     if not (source / "config.json").is_file():
@@ -58,32 +62,20 @@ def load_dense(source: Path) -> DenseModel:
             f"a dense checkpoint must hold config.json or one .gguf file, got {source}. "
             "Point at a Hugging Face directory or at a .gguf file."
         )
-    check_weights(source)
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
+    checkpoint = Checkpoint(source)
+    _check_family(str(checkpoint.configuration.whole.model_type))
+    _ = checkpoint.weights
+    _check_tokenizer(source)
+    model = read_dense(checkpoint).requires_grad_(True)
     try:
-        config = AutoConfig.from_pretrained(
-            source, local_files_only=True, trust_remote_code=False
-        )
-        _check_family(config.model_type)
-        _check_tokenizer(source)
-        with quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype="float32",
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        check_fit(report, source)
         # tokenizer.json as it is: the class that a family maps to may rewrite it.
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
-    except (CarveError, CheckpointError):
-        raise
     except Exception as error:
         raise CheckpointError(
-            f"{source} could not be read as a checkpoint: {error} Download or convert it again."
+            f"{source} could not be read as a checkpoint: {clip(str(error))} Download or "
+            "convert it again."
         ) from error
     return DenseModel(model=model.eval(), tokenizer=tokenizer, source=source)
 
@@ -106,66 +98,19 @@ def save_tokenizer(dense: DenseModel, directory: Path) -> None:
         dense: The model.
         directory: An existing directory to fill.
     """
-    if dense.source.is_file() or not (dense.source / "tokenizer.json").is_file():
-        dense.tokenizer.save_pretrained(directory)
-    if dense.source.is_dir():
-        copy_companions(dense.source, directory)
+    copy_companions(dense.source, directory)
 
 
-def _gguf_file(source: Path) -> Path | None:
-    if source.is_file():
-        if source.suffix != ".gguf":
-            raise CheckpointError(
-                f"a checkpoint file must end in .gguf, got {source}. "
-                "Point at a Hugging Face directory or at a .gguf file."
-            )
-        return source
-    if (source / "config.json").is_file():
-        return None
-    files = sorted(source.glob("*.gguf"))
-    if len(files) > 1:
-        names = ", ".join(path.name for path in files)
-        raise CheckpointError(
-            f"a directory must hold one .gguf file, got {names} in {source}. "
-            "Name the file itself."
-        )
-    return files[0] if files else None
+def _load_gguf(gguf: GgufModel, source: Path) -> DenseModel:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
-
-def _load_gguf(file: Path, source: Path) -> DenseModel:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        with quiet_transformers():
-            loaded, report = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                dtype=torch.float32,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        check_fit(report, file)
-        tokenizer = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True
-        )
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{file} could not be read as GGUF: {error} Download it again."
-        ) from error
-    _check_family(loaded.config.model_type)
-    # A model that carries a quantization_config refuses save_pretrained, although its
-    # weights are plain float32 by now: rebuild it without.
-    settings = loaded.config.to_dict()
-    settings.pop("quantization_config", None)
-    settings.pop("_name_or_path", None)
-    config = type(loaded.config)(**settings)
-    model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
-    return DenseModel(model=model.eval(), tokenizer=tokenizer, source=source)
+    _check_family(gguf.config["model_type"])
+    checkpoint = Checkpoint.open(source)
+    model = load_dense_gguf(checkpoint)
+    text = gguf.settings["tokenizer.json"].decode("utf-8")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text))
+    return DenseModel(model=model, tokenizer=tokenizer, source=source)
 
 
 def _check_tokenizer(source: Path) -> None:

@@ -44,13 +44,18 @@ def describe(path: Path, *, full: bool = False) -> dict[str, Any]:
             return describe_checkpoint(path, full=full)
         if (path / REPORT_FILE).exists():
             return describe_report(path)
+        if any(path.glob("*.gguf")):
+            return describe_checkpoint(path, full=full)
         raise CheckpointError(
-            f"a directory must be a checkpoint (config.json), a bundle ({MANIFEST_FILE}) or a "
-            f"sweep's report ({REPORT_FILE}), got {path}, which has none of them."
+            "a directory must be a checkpoint (config.json or a .gguf file), a bundle "
+            f"({MANIFEST_FILE}) or a sweep's report ({REPORT_FILE}), got {path}, which has "
+            "none of them."
         )
     kind = identify(path).name
     if kind == "missing":
         raise CheckpointError(f"the path must exist, got {path}.")
+    if kind == "gguf":
+        return describe_checkpoint(path, full=full)
     if kind == "statistics":
         return _describe_statistics(path)
     if kind == "engine":

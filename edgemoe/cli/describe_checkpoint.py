@@ -59,12 +59,17 @@ def describe_checkpoint(path: Path, *, full: bool = False) -> dict[str, Any]:
             are not those of the model that config.json describes.
     """
     needs("export")
+    from edgemoe.cli.describe_gguf import describe_gguf
+    from edgemoe.models.gguf.reading import open_gguf
     from edgemoe.models.k_policy_file import read_k_policy
     from edgemoe.models.quantisation_notes import find_quantisation_note
     from edgemoe.models.ragged_note import read_ragged_note
     from edgemoe.models.safety import check_directory, check_weights, read_json_object
 
     check_directory(path)
+    gguf = open_gguf(path)
+    if gguf is not None:
+        return describe_gguf(path, gguf, full=full)
     config = read_json_object(path / "config.json")
     weights = check_weights(path)
     tensors = read_headers(weights)

@@ -7,6 +7,7 @@ token of context: every token of a text is scored once, the first of all after a
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ import numpy as np
 from edgemoe.errors import CheckpointError
 from edgemoe.evaluate.intervals import bootstrap_perplexity
 from edgemoe.evaluate.scorer import Request
+from edgemoe.models.gguf.reading import open_gguf
+from edgemoe_runtime.bundle.names import MANIFEST_FILE
 from edgemoe_runtime.input_files import parse_strict, read_file
 
 if TYPE_CHECKING:
@@ -133,7 +136,11 @@ def find_prefix_token(path: Path, tokenizer: Tokenizer) -> int | None:
     Raises:
         CheckpointError: A file that would name them is no JSON object.
     """
-    settings = [_read_settings(path / name) for name in _FILES if (path / name).is_file()]
+    gguf = None if (path / MANIFEST_FILE).exists() else open_gguf(path)
+    if gguf is not None:
+        settings = [json.loads(gguf.settings[_FILES[0]])]
+    else:
+        settings = [_read_settings(path / name) for name in _FILES if (path / name).is_file()]
     for key in _PREFIXES:
         for found in settings:
             value = found.get(key)

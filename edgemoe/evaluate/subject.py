@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from edgemoe.errors import CheckpointError
 from edgemoe_runtime.bundle.names import MANIFEST_FILE, TOKENIZER_FILE
 from edgemoe_runtime.decoding.tokenizer import encode_once
+from edgemoe_runtime.messages import clip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -107,7 +108,7 @@ def load_dense(path: Path | Checkpoint) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from edgemoe.models.checkpoint import Checkpoint
+    from edgemoe.models.checkpoint import Checkpoint, load_dense_gguf
     from edgemoe.models.experts import is_experts_module
     from edgemoe.models.loading import check_fit, quiet_transformers
     from edgemoe.models.registry import find_family
@@ -116,6 +117,8 @@ def load_dense(path: Path | Checkpoint) -> PreTrainedModel:
     del path
     _ = checkpoint.weights
     config = copy.deepcopy(checkpoint.configuration.whole)
+    if checkpoint.gguf is not None and not checkpoint.has_experts:
+        return load_dense_gguf(checkpoint)
     try:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(copy.deepcopy(config))
@@ -137,7 +140,7 @@ def load_dense(path: Path | Checkpoint) -> PreTrainedModel:
             raise
         raise CheckpointError(
             f"{checkpoint.path} must be a causal language model that transformers opens, got: "
-            f"{str(error)[:200]}. Copy the checkpoint again."
+            f"{clip(str(error))}. Copy the checkpoint again."
         ) from error
     if has_experts:
         find_family(config.model_type)

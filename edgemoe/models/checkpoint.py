@@ -8,6 +8,7 @@ take its path as well, for whoever asks one thing.
 from __future__ import annotations
 
 import copy
+import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,12 @@ from edgemoe.models.conversion import Conversion
 from edgemoe.models.discovery import build_skeleton, discover
 from edgemoe.models.experts import is_experts_module
 from edgemoe.models.fingerprint import FileHashes, hash_file
+from edgemoe.models.gguf.reading import open_gguf
 from edgemoe.models.k_policy import FILE_NAME as K_POLICY
 from edgemoe.models.k_policy import put_k_policy, read_k_policy
 from edgemoe.models.left_out import LeftOut, judge_left_out, quantised_message
 from edgemoe.models.loading import (
+    GENERATION_FILE,
     align_tensors,
     check_fit,
     quiet_transformers,
@@ -37,8 +40,8 @@ from edgemoe.models.ragged import FILE_NAME as RAGGED_NOTE
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note, resize_layers
 from edgemoe.models.remarks import remark_once, remarks
 from edgemoe.models.safety import check_directory, check_weights, read_json_object
-from edgemoe.models.stored_tensors import read_stored_tensors
 from edgemoe.models.streaming import Skeleton
+from edgemoe.models.tensor_files import list_tensors
 from edgemoe.models.tokenizer_file import open_tokenizer
 from edgemoe_runtime.input_files import read_file
 
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from edgemoe.k_policy import KPolicy
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.discovery import ModelSpec
+    from edgemoe.models.gguf.reading import GgufModel
     from edgemoe.models.ragged import RaggedNote
     from edgemoe.models.registry import Family
     from edgemoe.models.shapes import ModelShape
@@ -57,7 +61,7 @@ _CONFIG = "config.json"
 
 
 class Checkpoint:
-    """A checkpoint directory that is open; what was read of it is not read again.
+    """A checkpoint that is open, a directory or a GGUF file; nothing is read twice.
 
     What it hands out belongs to whoever asked and may be changed, but for `structure`, `spec`
     and `tokenizer`, which are the same objects each time.
@@ -104,10 +108,17 @@ class Checkpoint:
         Returns:
             Its content; None where there is no such file.
         """
+        if self.gguf is not None:
+            return self.gguf.read(name)
         if name not in self._contents:
             file = self.path / name
             self._contents[name] = _read_small(file) if file.exists() else None
         return self._contents[name]
+
+    @cached_property
+    def gguf(self) -> GgufModel | None:
+        """The GGUF model that it is; None where it is a Hugging Face directory."""
+        return open_gguf(self.path)
 
     @cached_property
     def configuration(self) -> Configuration:
@@ -191,7 +202,7 @@ class Checkpoint:
         is_whole = model.config.model_type == self.configuration.whole.model_type
         with refusing_misfits(self.path):
             conversion = Conversion(
-                model, read_stored_tensors(self.weights), None if is_whole else self.wrapper
+                model, list_tensors(self.weights), None if is_whole else self.wrapper
             )
         return self._judge(model, conversion)
 
@@ -235,7 +246,7 @@ class Checkpoint:
     def has_experts(self) -> bool:
         """Whether its configuration makes layers with experts, of a supported family."""
         try:
-            with refusing_misfits(self.path):
+            with refusing_misfits(self.path), quiet_transformers():
                 skeleton = build_skeleton(self.family, self.config)
         except FamilyError:
             return False
@@ -249,6 +260,8 @@ class Checkpoint:
     @cached_property
     def tokenizer_sha256(self) -> str:
         """SHA-256 of tokenizer.json, in hexadecimal."""
+        if self.gguf is not None:
+            return hashlib.sha256(self.read("tokenizer.json") or b"").hexdigest()
         return hash_file(self.path / "tokenizer.json")
 
     @cached_property
@@ -314,12 +327,17 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
     )
     model_class = checkpoint.model_class
     checkpoint.check_left_out()
-    if checkpoint.wrapper is not None:
-        # transformers knows the names of the whole only where it builds the whole.
+    if checkpoint.wrapper is not None or checkpoint.gguf is not None:
+        # transformers knows the names of the whole only where it builds the whole, and does not
+        # read what is quantised tensor by tensor.
         with refusing_misfits(checkpoint.path):
             skeleton = Skeleton(model_class, config, files, dtype, wrapper=checkpoint.wrapper)
             skeleton.load_all()
-        read_generation_settings(skeleton.model, checkpoint.path)
+        read_generation_settings(
+            skeleton.model,
+            checkpoint.path,
+            None if checkpoint.gguf is None else checkpoint.read(GENERATION_FILE),
+        )
         return checkpoint.adapt(skeleton.model, stored_dtype(config) or skeleton.stored_dtype)
     with refusing_misfits(checkpoint.path), quiet_transformers():
         model, report = model_class.from_pretrained(
@@ -333,6 +351,45 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
     check_fit(report, checkpoint.path)
     align_tensors(model)
     return checkpoint.adapt(model, stored_dtype(config) or dtype)
+
+
+def load_dense_gguf(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Load a GGUF model without experts.
+
+    Args:
+        checkpoint: The checkpoint.
+
+    Returns:
+        The model in float32, in eval mode, without gradients.
+
+    Raises:
+        CheckpointError: Its tensors are not those of the model that it describes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(checkpoint.configuration.whole)
+    with refusing_misfits(checkpoint.path), quiet_transformers():
+        with torch.device("meta"):
+            model_class: Any = type(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
+        model, report = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict={
+                name: tensor.read() for name, tensor in list_tensors(checkpoint.weights).items()
+            },
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    check_fit(report, checkpoint.path)
+    if report["unexpected_keys"]:
+        raise CheckpointError(
+            f"the weights in {checkpoint.path} must fit its metadata, got "
+            f"{min(report['unexpected_keys'])}, which the model has no place for. Use the "
+            "Hugging Face checkpoint that the file was made from."
+        )
+    read_generation_settings(model, checkpoint.path, checkpoint.read(GENERATION_FILE))
+    found: PreTrainedModel = model.eval().requires_grad_(False)
+    return found
 
 
 def read_shape(path: Path | Checkpoint) -> ModelShape:

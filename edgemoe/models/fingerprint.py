@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edgemoe.models.gguf.paths import SUFFIX as GGUF_SUFFIX
 from edgemoe.models.safety import check_weights
 from edgemoe.progress import track
 
@@ -62,12 +63,15 @@ class FileHashes:
         Raises:
             CheckpointError: Weights are missing, or are not safetensors.
         """
+        found = check_weights(path) if weights is None else weights
+        # A GGUF file says its settings itself.
+        inside = bool(found) and found[0].suffix == GGUF_SUFFIX
         settings = [
             path / name
-            for name in _DEFINING
+            for name in (() if inside else _DEFINING)
             if ((path / name).exists() if read is None else read(name) is not None)
         ]
-        self.files = sorted([*settings, *(check_weights(path) if weights is None else weights)])
+        self.files = sorted([*settings, *found])
         self._read = read
         self._hashes: dict[str, str] = {}
         self._begun: dict[str, tuple[hashlib._Hash, int]] = {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from edgemoe.errors import CheckpointError, EdgemoeError
+from edgemoe_runtime.messages import clip
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+GENERATION_FILE = "generation_config.json"
 _ALIGNMENT_BYTES = 64
 # What torch and transformers raise when weights and configuration contradict each other.
 _MISFITS = (
@@ -87,21 +90,33 @@ def refusing_misfits(path: Path) -> Iterator[None]:
         raise
     except _MISFITS as error:
         raise CheckpointError(
-            f"the weights in {path} must fit its config.json, got: {error}. Copy the "
-            "checkpoint again, or correct config.json."
+            f"the weights in {path} must fit its config.json, got: {_in_a_line(error)}. Copy "
+            "the checkpoint again, or correct config.json."
         ) from error
 
 
-def read_generation_settings(model: PreTrainedModel, path: Path) -> None:
+def _in_a_line(error: Exception) -> str:
+    """Say what another library raised: without the stack that torch puts behind it."""
+    line = clip(next(iter(str(error).splitlines()), "") or type(error).__name__)
+    # What a mapping lacks says nothing by itself.
+    return f"no such entry as {line}" if isinstance(error, KeyError) else line
+
+
+def read_generation_settings(
+    model: PreTrainedModel, path: Path, content: bytes | None = None
+) -> None:
     """Give a model the generation settings of its checkpoint, where that has some.
 
     Args:
         model: The model.
         path: The checkpoint.
+        content: Content of its settings, where they are no file of a directory.
     """
     from transformers import GenerationConfig
 
-    if (path / "generation_config.json").exists():
+    if content is not None:
+        model.generation_config = GenerationConfig.from_dict(json.loads(content))
+    elif (path / GENERATION_FILE).exists():
         model.generation_config = GenerationConfig.from_pretrained(str(path))
 
 

@@ -8,8 +8,11 @@ from safetensors import SafetensorError, safe_open
 
 from edgemoe.errors import CheckpointError
 from edgemoe.file_kinds import describe_mistake
+from edgemoe.models.gguf.paths import SUFFIX as GGUF_SUFFIX
+from edgemoe.models.gguf.reading import open_gguf
 from edgemoe_runtime.bundle.names import MANIFEST_FILE
 from edgemoe_runtime.input_files import parse_strict, read_file
+from edgemoe_runtime.messages import quote
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +21,6 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
 _ADAPTER_FILES = (_ADAPTER, "adapter_model.safetensors", "adapter_model.bin")
-_MOST_INPUT = 200  # characters that a message repeats
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -65,21 +67,21 @@ def check_directory(path: Path) -> None:
     Raises:
         CheckpointError: It is missing, a file, a bundle, or has files of an adapter.
     """
+    rule = "checkpoint must be a directory or a GGUF file"
     if not path.exists():
-        raise CheckpointError(
-            f"checkpoint must be a directory, got {path}, which does not exist."
-        )
+        raise CheckpointError(f"{rule}, got {path}, which does not exist.")
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        return
     if not path.is_dir():
-        remedy = "Give the directory that holds config.json and the safetensors files."
         if path.suffix in _PICKLE_SUFFIXES:
-            remedy = "Pickles run code when opened: save the model as safetensors."
-        elif path.suffix == ".gguf":
-            remedy = "Turn GGUF into a checkpoint with `edgemoe carve`."
-        else:
             raise CheckpointError(
-                f"checkpoint must be a directory, got {describe_mistake(path)}. {remedy}"
+                f"{rule}, got the file {path}. Pickles run code when opened: save the model as "
+                "safetensors."
             )
-        raise CheckpointError(f"checkpoint must be a directory, got the file {path}. {remedy}")
+        raise CheckpointError(
+            f"{rule}, got {describe_mistake(path)}. Give the directory that holds config.json "
+            "and the safetensors files, or a file that ends in .gguf."
+        )
     if (path / MANIFEST_FILE).exists() and not (path / _SINGLE).exists():
         raise CheckpointError(
             f"checkpoint must be a Hugging Face directory, got the bundle {path}. Give the "
@@ -112,7 +114,7 @@ def check_no_adapter(path: Path) -> None:
     base = ""
     if (path / _ADAPTER).exists():
         named = read_json_object(path / _ADAPTER).get("base_model_name_or_path")
-        base = f" of {str(named)[:_MOST_INPUT]}" if named else ""
+        base = f" of {quote(named)}" if named else ""
     raise CheckpointError(
         f"a checkpoint must have weights, got an adapter{base} alone in {path}. Merge it into "
         "its model first: peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()"
@@ -133,6 +135,9 @@ def check_weights(path: Path) -> list[Path]:
         CheckpointError: Weights are pickles, missing, truncated, or not as the index says, or
             an adapter lies beside them.
     """
+    gguf = open_gguf(path)
+    if gguf is not None:
+        return gguf.files
     check_no_adapter(path)
     # transformers prefers the single file where there are both.
     single = path / _SINGLE

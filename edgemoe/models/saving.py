@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from edgemoe.errors import OutputError
 from edgemoe.models.config_width import width_entries
 from edgemoe.models.factored_layer import ranks_of
+from edgemoe.models.gguf.reading import open_gguf
 from edgemoe.models.k_policy import save_k_policy
 from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.ragged import RaggedNote
@@ -215,6 +216,13 @@ def copy_companions(source: Path, directory: Path) -> None:
         source: Checkpoint that has them.
         directory: Checkpoint that gets them.
     """
+    gguf = open_gguf(source)
+    if gguf is not None:
+        for name, content in gguf.settings.items():
+            if name != "config.json":
+                (directory / name).write_bytes(content)
+        # What lies beside a file may belong to another one.
+        return
     for pattern in _COMPANIONS:
         for file in sorted(source.glob(pattern)):
             if file.is_file():

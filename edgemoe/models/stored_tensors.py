@@ -64,6 +64,10 @@ class StoredTensor:
         """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def extents(self) -> Iterator[tuple[Path, int]]:
+        """Yield each file that it is read from, with the end of its bytes there."""
+        yield self.file, self.begin + self.nbytes
+
     def on_meta(self) -> torch.Tensor:
         """Return a tensor of this type and shape without contents."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")

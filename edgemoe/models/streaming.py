@@ -20,7 +20,7 @@ from torch import nn
 from edgemoe.errors import CheckpointError, StreamingError
 from edgemoe.models.conversion import Conversion
 from edgemoe.models.decoder import find_layers
-from edgemoe.models.stored_tensors import read_stored_tensors
+from edgemoe.models.tensor_files import list_tensors
 from edgemoe.models.transformers_internals import (
     compute_unstored,
     dtype_plan,
@@ -82,7 +82,7 @@ class Skeleton:
         self._types = _wanted_types(self.model, dtype)
         self.device = device
         self._refuse_shared_layers()
-        stored = read_stored_tensors(files)
+        stored = list_tensors(files)
         try:
             self.conversion = Conversion(self.model, stored, wrapper)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -120,8 +120,8 @@ class Skeleton:
         ends: dict[Path, int] = {}
         for group in self.groups[index]:
             for source, _ in group.sources:
-                end = source.begin + source.nbytes
-                ends[source.file] = max(end, ends.get(source.file, 0))
+                for file, end in source.extents():
+                    ends[file] = max(end, ends.get(file, 0))
         return ends
 
     def load_outer(self) -> None:

@@ -11,7 +11,7 @@ from edgemoe.errors import RecoveryError
 from edgemoe.evaluate.batches import BATCH_TOKENS
 from edgemoe.models.memory_budget import available_memory
 from edgemoe.models.safety import check_weights
-from edgemoe.models.stored_tensors import read_stored_tensors
+from edgemoe.models.tensor_files import list_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +56,7 @@ def weight_bytes(*paths: Path) -> int:
     return sum(
         math.prod(tensor.shape) * _BYTES
         for path in paths
-        for tensor in read_stored_tensors(check_weights(path)).values()
+        for tensor in list_tensors(check_weights(path)).values()
     )
 
 

@@ -213,9 +213,9 @@ class _Header:
         if kind == _ARRAY and depth < 2:
             inner, count = self._number("<I"), self._number("<Q")
             if inner in _SCALARS:
-                form = _SCALARS[inner]
-                self._fits(count, struct.calcsize(form), "values")
-                return list(struct.unpack(f"<{count}{form[1]}", self._take(count * struct.calcsize(form))))
+                self._fits(count, struct.calcsize(_SCALARS[inner]), "values")
+                form = f"<{count}{_SCALARS[inner][1]}"
+                return list(struct.unpack(form, self._take(struct.calcsize(form))))
             self._fits(count, 8, "values")
             return [self._value(inner, depth + 1) for _ in range(count)]
         if kind not in _SCALARS:

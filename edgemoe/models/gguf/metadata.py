@@ -11,7 +11,7 @@ from edgemoe.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemoe.models.gguf.container import Container
+    from edgemoe.models.gguf.container import Block, Container
 
 _T = TypeVar("_T", int, float, bool, str)
 
@@ -162,6 +162,21 @@ class Metadata:
             f"{key} must be {may}, got {self.container.metadata.get(key)!r:.80} in "
             f"{self.container.path}: edgemoe's {self.container.architecture} does not compute "
             "with it. Use the Hugging Face checkpoint that the file was made from."
+        )
+
+    def refuse_tensor(self, block: Block, rule: str) -> None:
+        """Refuse a tensor.
+
+        Args:
+            block: The tensor.
+            rule: What it must be.
+
+        Raises:
+            CheckpointError: Always.
+        """
+        raise CheckpointError(
+            f"{block.name!r:.100} must be {rule}, got {block.shape} of type "
+            f"{block.type_name} in {block.file}. Convert the model again."
         )
 
     def finish(self) -> None:

@@ -40,8 +40,8 @@ def find_gguf(path: Path) -> list[Path] | None:
     others = [file.name for file in files if file not in parts]
     if others:
         raise CheckpointError(
-            f"a folder must hold one GGUF model, got {files[0].name} and {others[0]} in {path}. "
-            "Name the file itself."
+            f"a folder must hold one GGUF model, got {files[0].name} and {others[0]} in "
+            f"{path}. Name the file itself."
         )
     return parts
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemoe.errors import CheckpointError
-from edgemoe.models.gguf.decoding import read_block
+from edgemoe.models.gguf.decoding import read_values
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -24,6 +24,7 @@ LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 TENSORS = (FREQUENCIES, LONG, SHORT)
 # Llama 3.1 to 3.3 name the same two bounds; the third number follows from the divisors.
 _LOW, _HIGH = 1.0, 4.0
+_RTOL = 4e-7
 _DEFAULT_BASE = 10000.0
 
 
@@ -116,11 +117,10 @@ def _yarn(
 def _divisors(metadata: Metadata, name: str, size: int) -> npt.NDArray[np.float32]:
     block = metadata.container.blocks[name]
     if math.prod(block.shape) != size // 2:
-        raise CheckpointError(
-            f"{name} must have {size // 2} values, one for each frequency, got "
-            f"{block.shape} in {metadata.container.path}. Download the file again."
-        )
-    found: npt.NDArray[np.float32] = read_block(block).float().numpy().reshape(-1)
+        metadata.refuse_tensor(block, f"of {size // 2} values, one for each frequency")
+    if block.type_name != "F32":
+        metadata.refuse_tensor(block, "of type F32")
+    found: npt.NDArray[np.float32] = read_values(block).reshape(-1)
     if not np.isfinite(found).all() or (found <= 0).any():
         raise CheckpointError(
             f"{name} must hold numbers above 0, got {found.min()} to {found.max()} in "
@@ -129,15 +129,16 @@ def _divisors(metadata: Metadata, name: str, size: int) -> npt.NDArray[np.float3
     return found
 
 
-def _from_divisors(
-    divisors: npt.NDArray[np.float32], base: float, size: int
-) -> dict[str, Any]:
+def _from_divisors(divisors: npt.NDArray[np.float32], base: float, size: int) -> dict[str, Any]:
     """Say divisors of frequencies as Llama 3's rule where they follow it, else one by one."""
+    whole = np.round(divisors)
+    # Divisions in float32 leave a last digit behind.
+    divisors = np.where(np.isclose(divisors, whole, rtol=_RTOL, atol=0), whole, divisors)
     if (divisors == 1.0).all():
         return {}
-    factor = float(str(divisors.max()))
+    factor = float(str(np.float32(divisors.max())))
     wavelengths = 2 * math.pi * base ** (np.arange(0, size, 2) / size)
-    between = (divisors > 1.0) & (divisors < divisors.max())
+    between = (divisors > 1.0) & (divisors < divisors.max() * (1 - _RTOL))
     if between.any():
         # The blend is linear in the inverse wavelength: each value in between tells the length.
         blend = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
@@ -148,13 +149,15 @@ def _from_divisors(
         length = float(kept.max() * _HIGH * 1.01) if kept.size else float(wavelengths[0] / 2)
     length = float(round(length)) if abs(length - round(length)) < 1e-3 * length else length
     ramp = np.clip((length / wavelengths - _LOW) / (_HIGH - _LOW), 0.0, 1.0)
-    if np.allclose((1 - ramp) / factor + ramp, 1 / divisors, rtol=1e-6, atol=0):
+    if np.allclose((1 - ramp) / factor + ramp, 1 / divisors, rtol=_RTOL, atol=0):
         return {
             "rope_type": "llama3",
             "factor": factor,
             "low_freq_factor": _LOW,
             "high_freq_factor": _HIGH,
-            "original_max_position_embeddings": int(length) if length == int(length) else length,
+            "original_max_position_embeddings": int(length)
+            if length == int(length)
+            else length,
         }
     return {
         "rope_type": "longrope",

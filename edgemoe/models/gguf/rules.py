@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
-
-import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
+
     Build: TypeAlias = "Callable[[list[torch.Tensor], Sizes], torch.Tensor]"
+
+
+LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +47,8 @@ def key_heads(parts: list[torch.Tensor], sizes: Sizes) -> torch.Tensor:
 
 def _pairs_apart(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     # [heads, pairs, 2, ...] there, [heads, 2, pairs, ...] here.
-    whole = tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2)
-    return whole.reshape(tensor.shape)
+    apart = tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2)
+    return apart.reshape(tensor.shape)
 
 
 def as_row(parts: list[torch.Tensor], sizes: Sizes) -> torch.Tensor:
@@ -54,6 +58,8 @@ def as_row(parts: list[torch.Tensor], sizes: Sizes) -> torch.Tensor:
 
 def joined(parts: list[torch.Tensor], sizes: Sizes) -> torch.Tensor:
     """Stack gate upon up: `[..., 2 * intermediate, hidden]`."""
+    import torch
+
     return torch.cat(parts, dim=-2)
 
 
@@ -69,11 +75,13 @@ def second_half(parts: list[torch.Tensor], sizes: Sizes) -> torch.Tensor:
 
 def alternating(parts: list[torch.Tensor], sizes: Sizes) -> torch.Tensor:
     """Alternate columns of gate and up: `[experts, hidden, 2 * intermediate]` (gpt-oss)."""
-    return torch.stack(parts, dim=2).flatten(1, 2).transpose(1, 2)
+    return alternating_bias(parts, sizes).transpose(1, 2)
 
 
 def alternating_bias(parts: list[torch.Tensor], sizes: Sizes) -> torch.Tensor:
     """Alternate biases of gate and up: `[experts, 2 * intermediate]` (gpt-oss)."""
+    import torch
+
     return torch.stack(parts, dim=2).flatten(1, 2)
 
 
@@ -92,6 +100,8 @@ def latent(parts: list[torch.Tensor], sizes: Sizes) -> torch.Tensor:
     Returns:
         `[heads * (nope + value), rank]`.
     """
+    import torch
+
     keys, values = parts
     return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
 
@@ -154,6 +164,21 @@ def attention(*, paired: bool) -> tuple[Rule, ...]:
     )
 
 
+def is_unused(name: str, layers: int) -> bool:
+    """Return whether llama.cpp and the model compute without a tensor of a layer.
+
+    Args:
+        name: Its name in the file.
+        layers: Decoder layers that the model has: those behind predict later tokens.
+
+    Returns:
+        Whether it is left out.
+    """
+    match = LAYER.fullmatch(name)
+    # The first files held a table of positions that is computed anew.
+    return match is not None and (int(match[1]) >= layers or match[2] == "attn_rot_embd.weight")
+
+
 AFTER_ATTENTION = both("post_attention_layernorm", "ffn_norm")
 DENSE = tuple(
     rule for part in ("gate", "up", "down") for rule in both(f"mlp.{part}_proj", f"ffn_{part}")
@@ -178,11 +203,17 @@ def each_expert(module: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
         return Rule(target=target, sources=(f"{source}.weight",), build=build)
 
     return (
-        *(one(name, f"ffn_{part}_exps") for name, part in ((gate, "gate"), (up, "up"), (down, "down"))),
+        *(
+            one(name, f"ffn_{part}_exps")
+            for name, part in ((gate, "gate"), (up, "up"), (down, "down"))
+        ),
         one(gate, "ffn_gate_up_exps", first_half),
         one(up, "ffn_gate_up_exps", second_half),
         # Until 2024 each expert was a tensor of its own.
-        *(one(name, f"ffn_{part}.{{expert}}") for name, part in ((gate, "gate"), (up, "up"), (down, "down"))),
+        *(
+            one(name, f"ffn_{part}.{{expert}}")
+            for name, part in ((gate, "gate"), (up, "up"), (down, "down"))
+        ),
     )
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from edgemoe.errors import CheckpointError
-from edgemoe.models.gguf.decoding import dtype_of, read_block
+from edgemoe.models.gguf.decoding import dtype_name, read_values
 from edgemoe.models.gguf.rope import TENSORS as ROPE_TENSORS
-from edgemoe.models.gguf.rules import Rule, Sizes, alone
+from edgemoe.models.gguf.rules import LAYER, Rule, Sizes, alone, is_unused
 from edgemoe.models.stored_tensors import StoredTensor, as_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from edgemoe.models.gguf.container import Block, Container
     from edgemoe.models.gguf.rules import Build
 
-_LAYER = re.compile(r"blk\.(\d+)\.(.+)")
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -28,8 +27,6 @@ _OUTER = {
     "output.weight": "lm_head.weight",
     "output.bias": "lm_head.bias",
 }
-# A table that llama.cpp's first files held; it and llama.cpp compute it anew.
-_COMPUTED = "attn_rot_embd.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +45,7 @@ class GgufTensor(StoredTensor):
 
     @property
     def stored_type(self) -> str:
-        """ggml's name of the type that it is stored in, such as `Q4_K`."""
+        """Ggml's name of the type that it is stored in, such as `Q4_K`."""
         return self.parts[0][0].type_name
 
     @property
@@ -58,6 +55,11 @@ class GgufTensor(StoredTensor):
             block.nbytes // (1 if index is None else block.shape[0])
             for block, index in self.parts
         )
+
+    def extents(self) -> Iterator[tuple[Path, int]]:
+        """Yield each file that it is read from, with the end of its bytes there."""
+        for block, _ in self.parts:
+            yield block.file, block.begin + block.nbytes
 
     def read(self, memory: torch.Tensor | None = None) -> torch.Tensor:
         """Read the contents, dequantised.
@@ -71,7 +73,7 @@ class GgufTensor(StoredTensor):
         Raises:
             CheckpointError: The file has become shorter than its header says.
         """
-        contents = [read_block(block, index).to(self.dtype) for block, index in self.parts]
+        contents = [_read(block, index).to(self.dtype) for block, index in self.parts]
         made = self.build(contents, self.sizes)
         if memory is None:
             return made.contiguous()
@@ -90,7 +92,7 @@ class GgufTensor(StoredTensor):
 
 def name_tensors(
     container: Container, rules: Sequence[Rule], layers: int, sizes: Sizes
-) -> tuple[dict[str, StoredTensor], list[str]]:
+) -> dict[str, StoredTensor]:
     """Give a model's tensors the names of a Hugging Face checkpoint.
 
     Args:
@@ -100,25 +102,22 @@ def name_tensors(
         sizes: What tensors are made with.
 
     Returns:
-        The tensors by name, and the stored tensors that no model is computed with.
+        The tensors by name.
 
     Raises:
         CheckpointError: A stored tensor has no place, or a rule's tensors do not fit together.
     """
     found: dict[str, StoredTensor] = {}
-    left_out: list[str] = []
     by_layer: dict[int, dict[str, Block]] = {}
     for name, block in container.blocks.items():
-        match = _LAYER.fullmatch(name)
+        match = LAYER.fullmatch(name)
         if match is None:
             if name in _OUTER:
                 target = _OUTER[name]
                 found[target] = _tensor(target, [(block, None)], alone, sizes)
             elif name not in ROPE_TENSORS:
                 raise _no_place(container, name)
-        elif int(match[1]) >= layers or match[2] == _COMPUTED:
-            left_out.append(name)
-        else:
+        elif not is_unused(name, layers):
             by_layer.setdefault(int(match[1]), {})[match[2]] = block
     for layer, blocks in sorted(by_layer.items()):
         used: set[str] = set()
@@ -131,7 +130,7 @@ def name_tensors(
         for name in sorted(set(blocks) - used):
             # A scale of 4-bit weights, for one, must not be passed over.
             raise _no_place(container, f"blk.{layer}.{name}")
-    return found, left_out
+    return found
 
 
 def _match(
@@ -160,8 +159,8 @@ def _tensor(
     name: str, parts: list[tuple[Block, int | None]], build: Build, sizes: Sizes
 ) -> GgufTensor:
     block = parts[0][0]
-    types = {dtype_of(part) for part, _ in parts}
-    dtype = types.pop() if len(types) == 1 else torch.float32
+    types = {dtype_name(part) for part, _ in parts}
+    dtype = getattr(torch, types.pop()) if len(types) == 1 else torch.float32
     shapes = [part.shape if index is None else part.shape[1:] for part, index in parts]
     shape = shapes[0]
     if build is not alone:
@@ -170,8 +169,8 @@ def _tensor(
             shape = tuple(build(metas, sizes).shape)
         except (RuntimeError, IndexError, ValueError) as error:
             raise CheckpointError(
-                f"tensors of {block.file} must fit its metadata, got {block.name!r:.100} of shape "
-                f"{block.shape}: {error!s:.100}. Download it again."
+                f"tensors of {block.file} must fit its metadata, got {block.name!r:.100} of "
+                f"shape {block.shape}: {error!s:.100}. Download it again."
             ) from error
     made: dict[str, Any] = {
         "name": name,
@@ -181,6 +180,11 @@ def _tensor(
         "begin": block.begin,
     }
     return GgufTensor(**made, parts=tuple(parts), build=build, sizes=sizes)
+
+
+def _read(block: Block, index: int | None) -> torch.Tensor:
+    found = torch.from_numpy(read_values(block, index))
+    return found.view(torch.bfloat16) if block.type_name == "BF16" else found
 
 
 def _no_place(container: Container, name: str) -> CheckpointError:
