@@ -212,7 +212,7 @@ def test_float32_leaves_turing_out_unless_it_is_asked_for(
 
 
 def test_a_bundle_for_another_target_is_refused(bundle: Path) -> None:
-    with pytest.raises(CompileError, match="which is tensorrt-rtx, got jetson-orin: .* Give"):
+    with pytest.raises(CompileError, match=r"which is tensorrt-rtx, got jetson-orin: .* Give"):
         compile_bundle(bundle, "jetson-orin", machine=ORIN)
 
 
