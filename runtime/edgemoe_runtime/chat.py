@@ -218,7 +218,7 @@ def _reader(folder: Path) -> Read:
 def _read_settings(read: Read, file: Path) -> dict[str, Any]:
     content = read(file.name)
     try:
-        found = {} if content is None else parse_strict(content, infinities=True)
+        found: Any = None if content is None else parse_strict(content, infinities=True)
     except ValueError as error:
         raise BundleError(f"{file} must be JSON, got: {error}. Copy it again.") from error
     return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
