@@ -20,13 +20,16 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-fast lint docs docs-check bench families wheel clean venv environment
+.PHONY: help demo test test-fast test-oldest test-newest test-onnxruntime test-tensorrt lint docs docs-check bench families wheel clean venv environment
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      carve, prune, export and run a Mixture-of-Experts model; results in demo/"
 	@echo "make test      run all tests"
 	@echo "make test-fast run those that are not marked slow, in three minutes"
+	@echo "make test-oldest, make test-newest  the fast tests at both ends of the ranges in pyproject.toml"
+	@echo "make test-onnxruntime  bundles of every precision on five releases of onnxruntime"
+	@echo "make test-tensorrt  the names of TensorRT's Python API that are used, in 10.3 to 11.4"
 	@echo "make lint      ruff, mypy, pyright, import-linter"
 	@echo "make docs      the documentation as a site, in build/docs/"
 	@echo "make docs-check  the same, and its links, pictures and pages of --help"
@@ -71,6 +74,16 @@ test: $(VENV)/.dev
 
 test-fast: $(VENV)/.dev
 	HYPOTHESIS_PROFILE=fast $(PYTEST) -m "not slow"
+
+# By hand, after a change of versions: each installs into build/, and nothing into $(VENV).
+test-oldest test-newest:
+	bash .ci/test-range $(@:test-%=%) "$(PYTHON)"
+
+test-onnxruntime: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore .ci/onnxruntime_releases.py
+
+test-tensorrt: $(VENV)/.dev
+	$(BIN)/python .ci/tensorrt_names.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

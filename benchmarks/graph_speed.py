@@ -25,6 +25,7 @@ import onnxruntime
 import torch
 
 from edgemoe.models.checkpoint import load_model
+from edgemoe.models.decoder import cache_name
 from edgemoe_exporters.lowering import onnxruntime as lower_ort
 from edgemoe_exporters.tracing.trace import trace
 
@@ -93,8 +94,9 @@ class Eager:
         """
         with torch.inference_mode():
             cache = None if past == 0 else self.cache
-            output = self.model(torch.from_numpy(ids), past_key_values=cache, use_cache=True)
-            self.cache = output.past_key_values
+            name = cache_name(self.model)
+            output = self.model(torch.from_numpy(ids), use_cache=True, **{name: cache})
+            self.cache = output[name]
 
 
 def measure(

@@ -22,6 +22,7 @@ import click
 import torch
 
 from edgemoe.models.checkpoint import load_model
+from edgemoe.models.decoder import cache_name
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
@@ -82,15 +83,14 @@ class Eager:
         Returns:
             Seconds until the first token, and seconds of each of the others.
         """
+        name = cache_name(self.model)
         started = time.perf_counter()
         with torch.inference_mode():
             output = self.model(torch.tensor([prompt]), use_cache=True)
             first = time.perf_counter()
             for _ in range(tokens - 1):
                 token = output.logits[:, -1:].argmax(-1)
-                output = self.model(
-                    token, past_key_values=output.past_key_values, use_cache=True
-                )
+                output = self.model(token, use_cache=True, **{name: output[name]})
         return first - started, (time.perf_counter() - first) / (tokens - 1)
 
 

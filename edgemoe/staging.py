@@ -60,8 +60,9 @@ def reserved(
         yield
         return
     refuse_missing_parent(target)
-    with claimed(target):
-        recover(target)
+    with claimed(target) as is_first:
+        recover(target, held=is_first)
+        _sweep(target, held=is_first)
         refuse_existing(target, force=force, directory=directory, resumes=resumes)
         refuse_inputs_inside(target, *inputs)
         yield
@@ -196,10 +197,9 @@ def _staged(target: Path, *, force: bool, directory: bool) -> Iterator[Path]:
         refuse_existing(target, force=force, directory=directory)
         target.parent.mkdir(parents=True, exist_ok=True)
         with claimed(target) as is_first:
-            recover(target)
+            recover(target, held=is_first)
             refuse_existing(target, force=force, directory=directory)
-            if is_first:
-                _sweep(target)
+            _sweep(target, held=is_first)
             try:
                 yield staged
             finally:
@@ -232,33 +232,36 @@ def _output_failure(error: BaseException, staged: Path, target: Path) -> str | N
     return None
 
 
-def _stale(target: Path) -> Iterator[Path]:
-    """Yield staged copies of this user's whose process is gone."""
+def _stale(target: Path, *, held: bool) -> Iterator[Path]:
+    """Yield staged copies of this user's that nobody writes any more.
+
+    Where the target is held they are all such; otherwise those whose process is gone.
+    """
     for path in target.parent.glob(f".{glob.escape(target.name)}.*{_STAGED_SUFFIX}"):
         owner = path.name[len(target.name) + 2 :].split("-", 1)[0]
         if (
             owner.isdigit()
             and path.lstat().st_uid == os.geteuid()
-            and not Path("/proc", owner).exists()
-            and Path("/proc/self").exists()
+            and (held or (Path("/proc/self").exists() and not Path("/proc", owner).exists()))
         ):
             yield path
 
 
-def _sweep(target: Path) -> None:
-    for stale in _stale(target):
+def _sweep(target: Path, *, held: bool) -> None:
+    for stale in _stale(target, held=held):
         _remove(stale)
 
 
-def recover(target: Path) -> None:
+def recover(target: Path, *, held: bool = False) -> None:
     """Put a directory back whose process was killed between the renames that replace it.
 
     Args:
         target: The directory.
+        held: Whether this process alone may write it.
     """
     if target.exists() or target.is_symlink():
         return
-    for stale in _stale(target):
+    for stale in _stale(target, held=held):
         if stale.name.endswith(_OLD + _STAGED_SUFFIX):
             stale.rename(target)
             return

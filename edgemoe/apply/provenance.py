@@ -9,6 +9,25 @@ if TYPE_CHECKING:
     from edgemoe.plans.plan import Plan
 
 
+def list_kept(plan: Plan) -> list[list[int | list[int]]]:
+    """List which experts a plan keeps, in the order of the compressed checkpoint.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        For each MoE layer an id for each kept expert, and the ids of its members for each
+        merged one.
+    """
+    return [
+        [
+            expert.members[0] if len(expert.members) == 1 else list(expert.members)
+            for expert in layer.experts
+        ]
+        for layer in plan.layers
+    ]
+
+
 def describe_plan(plan: Plan, model: MoeModel, checkpoint_sha256: str) -> dict[str, Any]:
     """Say how a compressed checkpoint was made.
 
@@ -33,6 +52,9 @@ def describe_plan(plan: Plan, model: MoeModel, checkpoint_sha256: str) -> dict[s
         # What was done before, where the checkpoint had been compressed already.
         "before": None if model.provenance is None else dict(model.provenance),
     }
+    kept = list_kept(plan)
+    if kept != [list(range(count)) for count in model.experts_per_layer]:
+        found["experts"] = kept
     if plan.factors is not None:
         found["factors"] = plan.factors.describe()
     if plan.k_policy is not None:

@@ -230,18 +230,29 @@ def _plan_tensors(streamed: StreamedModel, changes: Sequence[_Change]) -> list[P
     for index, groups in streamed.skeleton.groups.items():
         change = None if index is None else by_layer.get(index)
         computed = () if change is None else change.groups
+        kept = [group for group in groups if not any(group is other for other in computed)]
         tensors = [
             PlannedTensor(
-                name=source.name,
+                name=name,
                 dtype=source.dtype,
                 shape=source.shape,
                 layer=index,
                 source=source,
             )
-            for group in groups
-            if not any(group is other for other in computed)
-            for source, _ in group.sources
+            for group in kept
+            if not group.is_foreign
+            for (source, _), name in zip(group.sources, group.names, strict=True)
         ]
+        for group in kept:
+            if group.is_foreign:
+                tensors.extend(
+                    PlannedTensor(
+                        name=name, dtype=tensor.dtype, shape=tuple(tensor.shape), layer=index
+                    )
+                    for name, tensor in streamed.skeleton.conversion.revert(
+                        group.targets
+                    ).items()
+                )
         if change is not None:
             tensors.extend(
                 PlannedTensor(
@@ -290,6 +301,8 @@ def _write_layer(
         if tensor.source is not None:
             writer.copy(tensor, tensor.source.read_chunks())
     computed = [tensor for tensor in tensors if tensor.source is None]
+    if computed:
+        computed = _write_foreign(streamed, writer, computed, change)
     if change is None or not computed:
         return
     skeleton, index = streamed.skeleton, change.layer.index
@@ -308,3 +321,33 @@ def _write_layer(
         del present
         for tensor in computed:
             writer.write(tensor, results.pop(tensor.name))
+
+
+def _write_foreign(
+    streamed: StreamedModel,
+    writer: ShardWriter,
+    tensors: Sequence[PlannedTensor],
+    change: _Change | None,
+) -> list[PlannedTensor]:
+    """Write what stays, but is stored as only the whole of a checkpoint stores it.
+
+    Args:
+        streamed: The checkpoint.
+        writer: Where to.
+        tensors: Tensors of one layer that are not copied.
+        change: What the plan does to that layer.
+
+    Returns:
+        Those of them that the plan changes.
+    """
+    conversion = streamed.skeleton.conversion
+    left = {tensor.name: tensor for tensor in tensors}
+    changed = () if change is None else change.groups
+    for group in streamed.skeleton.groups[tensors[0].layer]:
+        if group.is_foreign and not any(group is other for other in changed):
+            names = [name for name in conversion.revert(group.targets) if name in left]
+            if names:
+                results = conversion.revert(dict(conversion.read(group)))
+                for name in names:
+                    writer.write(left.pop(name), results[name])
+    return list(left.values())

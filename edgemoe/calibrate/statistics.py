@@ -29,11 +29,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemoe.calibrate.sample import TokenSample
+from edgemoe.calibrate.statistics_header import read_header
 from edgemoe.calibrate.sums import LayerSums, array_types
 from edgemoe.calibrate.task_statistics import Source, TaskStatistics, refuse_overlap
 from edgemoe.errors import StatisticsError
 from edgemoe.file_kinds import describe_mistake, identify
-from edgemoe.models.shapes import LayerShape, ModelShape
+from edgemoe.models.shapes import ModelShape
 from edgemoe.staging import staged_file
 from edgemoe.versions import __version__
 from edgemoe_runtime.input_files import parse_strict
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
+
+    from edgemoe.models.shapes import ModelShape
 
 
 FORMAT = "edgemoe.statistics"
@@ -247,24 +250,19 @@ def _shape_header(shape: ModelShape) -> dict[str, Any]:
 def _assemble(
     header: dict[str, Any], tensors: Mapping[str, NDArray[Any]], path: Path
 ) -> Statistics:
+    checkpoint_sha256, shape, passes = read_header(header, f"{path}: the header")
     try:
-        layers = tuple(LayerShape(**layer) for layer in header["shape"]["layers"])
-        shape = ModelShape(**{**header["shape"], "layers": layers})
         sources = {
             name: tuple(
-                Source(
-                    **{**entry, "shard": tuple(entry["shard"])},
-                    sample=_read_sample(f"{name}/source-{number}", tensors),
-                )
+                Source(**entry, sample=_read_sample(f"{name}/source-{number}", tensors))
                 for number, entry in enumerate(entries)
             )
-            for name, entries in header["tasks"].items()
+            for name, entries in passes.items()
         }
-        checkpoint_sha256 = str(header["checkpoint_sha256"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise StatisticsError(
-            f"{path}: the header must list layers and tasks, got a malformed one ({error}). "
-            "Calibrate again."
+            f"{path}: each pass over a task must have its tokens, got: {error}. Calibrate "
+            "again."
         ) from error
     tasks = {
         name: TaskStatistics(

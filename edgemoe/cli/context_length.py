@@ -18,12 +18,13 @@ MAX_LENGTH: dict[str, Any] = {
 _SHARE = 0.5  # of the free memory: weights and scratch need the rest
 
 
-def choose_length(bundle: Path, needed: int) -> int | None:
+def choose_length(bundle: Path, needed: int, root: Path = Path("/")) -> int | None:
     """Choose the length of a session.
 
     Args:
         bundle: The bundle.
         needed: Tokens of prompt and answer, at most.
+        root: Root of the file system that the free memory is read from.
 
     Returns:
         Tokens; None where the session's own choice is enough, or no manifest can be read.
@@ -35,7 +36,7 @@ def choose_length(bundle: Path, needed: int) -> int | None:
     if needed <= DEFAULT_MAX_LENGTH:
         return None
     manifest = load_manifest(bundle)
-    free = read_sensors(Path("/")).memory_available_bytes
+    free = read_sensors(root).memory_available_bytes
     fitting = (
         needed if free is None else int(free * _SHARE) // max(bytes_per_token(manifest), 1)
     )

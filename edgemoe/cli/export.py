@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgemoe.api.extras import needs
+from edgemoe.cli.export_text import describe_export
 from edgemoe.cli.options import (
     PATH,
     command,
@@ -15,7 +16,6 @@ from edgemoe.cli.options import (
     report,
     reporting,
 )
-from edgemoe.disk import human_bytes
 from edgemoe.progress_lines import StageLines
 from edgemoe.tasks import split_task_arguments
 from edgemoe_runtime.bundle.names import PRECISIONS, TARGETS
@@ -23,13 +23,31 @@ from edgemoe_runtime.bundle.names import PRECISIONS, TARGETS
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgemoe_exporters.request import ExportReport
-    from edgemoe_runtime.bundle.k_ladder import KRung
+    from edgemoe_exporters.request import Keep
+
+
+class KeepType(click.ParamType):  # type: ignore[type-arg]  # generic in click 8.4 only
+    """A fraction, or `auto`."""
+
+    name = "keep"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Keep:
+        """Read what was given; the request checks the range."""
+        if value == "auto":
+            return "auto"
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"must be a number in (0, 1] or auto, got {value!r:.80}", param, ctx)
 
 
 @command(
     "edgemoe export demo/moe --target cpu --task code=demo/tasks/code.train.jsonl --keep 0.5"
     " -o bundle",
+    "edgemoe export demo/moe --target cpu --task code=demo/tasks/code.train.jsonl --keep auto"
+    " --max-drop 0.2 --recover least-squares -o bundle",
     "edgemoe export moe-code --target jetson-orin -o bundle",
 )
 @click.argument("model", type=PATH)
@@ -60,13 +78,44 @@ if TYPE_CHECKING:
     help="Plan of a task, instead of one that --method makes. Repeatable.",
 )
 @click.option(
-    "--keep", type=float, metavar="F", help="Fraction of each layer's experts to keep, (0, 1]."
+    "--from",
+    "recovered",
+    multiple=True,
+    metavar="NAME=CHECKPOINT",
+    help="Weights of a task: a checkpoint that was made from MODEL by `edgemoe apply` and "
+    "`edgemoe recover`. What is equal to MODEL's is stored once. Repeatable.",
+)
+@click.option(
+    "--recover",
+    multiple=True,
+    metavar="M[:NAME=VALUE,...][,M]",
+    help="Recover what is pruned here by methods of `edgemoe recover`, one after the other, on "
+    "the lines that chose the experts; MODEL is the teacher.",
+)
+@click.option(
+    "--keep",
+    type=KeepType(),
+    metavar="F|auto",
+    help="Fraction of each layer's experts to keep, (0, 1]; auto finds the deepest cut within "
+    "--max-drop. 0.75 without.",
 )
 @click.option(
     "--max-drop",
     type=float,
     metavar="D",
-    help="Fail where a score gets worse by more: 0.05 is 5% of perplexity or 5 points.",
+    help="Fail where a score gets worse by more, judged by the upper end of the drop's 95% "
+    "interval: 0.05 is 5% of perplexity or 5 points of accuracy.",
+)
+@click.option(
+    "--accept-weak-evidence",
+    is_flag=True,
+    help="Judge --max-drop although fewer than 20 lines do, or MODEL is not better than "
+    "chance; the report says so.",
+)
+@click.option(
+    "--accept-large-drop",
+    is_flag=True,
+    help="Take a --max-drop above 1 for perplexity: 2 is three times the perplexity.",
 )
 @click.option(
     "--method",
@@ -103,6 +152,12 @@ if TYPE_CHECKING:
     "quality for time.",
 )
 @click.option(
+    "--speed/--no-speed",
+    default=True,
+    show_default=True,
+    help="Time the bundle beside an unpruned one and beside MODEL, for target cpu.",
+)
+@click.option(
     "--static-shapes",
     is_flag=True,
     help="TensorRT: no data-dependent shapes; a smaller k saves no time then. For a TensorRT "
@@ -124,13 +179,18 @@ def export(
     precision: str | None,
     tasks: tuple[str, ...],
     plans: tuple[str, ...],
-    keep: float | None,
+    recovered: tuple[str, ...],
+    recover: tuple[str, ...],
+    keep: Keep | None,
     max_drop: float | None,
+    accept_weak_evidence: bool,
+    accept_large_drop: bool,
     method: str,
     seed: int,
     calibration_tokens: int,
     held_out_tokens: int,
     ladder: bool,
+    speed: bool,
     static_shapes: bool,
     memory_limit: float | None,
     force: bool,
@@ -140,8 +200,10 @@ def export(
 
     With --task it is calibrated, pruned, exported and evaluated in one go: three quarters of
     the examples are calibrated on, one quarter is held out and scores the result. Without
-    --task the model is exported as it is. A checkpoint larger than memory is read layer by
-    layer; when that is interrupted, the same command goes on from what is finished.
+    --task the model is exported as it is. Statistics, scores and recovered checkpoints of an
+    export that is refused or interrupted stay in OUTPUT.partial, and the next one uses them,
+    with another --keep or --max-drop too. A checkpoint larger than memory is read layer by
+    layer; the same command goes on from what is finished.
     """
     needs("export", "ort")
     from edgemoe_exporters.export import export_bundle
@@ -155,56 +217,23 @@ def export(
         precision=precision,
         tasks=split_task_arguments(tasks),
         plans=split_task_arguments(plans, of="plan"),
+        recovered=split_task_arguments(recovered, of="from"),
+        recover=recover,
         keep=keep,
         max_drop=max_drop,
+        accept_weak_evidence=accept_weak_evidence,
+        accept_large_drop=accept_large_drop,
         force=force,
         method=method,
         seed=seed,
         calibration_tokens=calibration_tokens,
         held_out_tokens=held_out_tokens,
         ladder=ladder,
+        speed=speed,
         static_shapes=static_shapes,
         memory_limit_bytes=None if memory_limit is None else int(memory_limit * 1e9),
     )
     stages = StageLines(count_stages(request))
     exported = export_bundle(request, on_stage=stages.begin)
     stages.finish()
-    report(exported.to_json(), _text(exported), as_json=as_json)
-
-
-def _text(exported: ExportReport) -> str:
-    from edgemoe_runtime.bundle.manifest_file import load_manifest
-
-    size = exported.size
-    lines = [
-        f"{exported.output}: {exported.flavour} {exported.precision} for {exported.target}, "
-        f"{human_bytes(size.total_bytes)}, of which {human_bytes(size.shared_bytes)} shared "
-        f"(the checkpoint in fp32: {human_bytes(exported.checkpoint_bytes)})"
-    ]
-    kept = load_manifest(exported.output).tasks
-    for name, task in exported.tasks.items():
-        line = (
-            f"  {name}: {sum(kept[name].experts_per_layer)} of {sum(exported.experts_before)} "
-            f"experts, parity {task.parity.max_abs_logit_difference:.2g}"
-        )
-        quality = task.quality
-        if quality is not None and quality.before is not None and quality.after is not None:
-            line += (
-                f", {quality.before['metric']} {quality.before['value']:.4g} before, "
-                f"{quality.after['value']:.4g} after"
-            )
-        lines.append(line)
-        lines += [f"    {_show_rung(rung)}" for rung in task.k_ladder or ()]
-    return "\n".join([*lines, *(f"  note: {note}" for note in exported.notes)])
-
-
-def _show_rung(rung: KRung) -> str:
-    """Say what a rung of the k ladder is, loses and costs."""
-    layers = max(len(rung.k_cap), 1)
-    shown = f"rung {rung.name}: {sum(rung.k_cap) / layers:.3g} experts per token at most"
-    if rung.quality is not None:
-        low, high = rung.quality.drop_ci95
-        shown += f", drop {rung.quality.drop:.3f} [{low:.3f}, {high:.3f}]"
-    if rung.cost is not None:
-        shown += f", time {rung.cost.decode:.2f} (prompts {rung.cost.prefill:.2f})"
-    return shown
+    report(exported.to_json(), describe_export(exported), as_json=as_json)

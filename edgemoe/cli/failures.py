@@ -38,7 +38,7 @@ class FailureReportingGroup(click.Group):
         try:
             return super().make_context(*given, **settings)
         except click.ClickException as error:
-            error.message = printable(error.message)
+            vars(error)["message"] = printable(error.message)
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -50,7 +50,7 @@ class FailureReportingGroup(click.Group):
         except click.exceptions.Exit:
             raise
         except click.ClickException as error:
-            error.message = printable(error.message)
+            vars(error)["message"] = printable(error.message)
             raise
         except BrokenPipeError:
             # The reader of our output has left (`edgemoe ... | head`): no failure of ours.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
-
-import click
 
 from edgemoe.errors import ArgumentError, EdgemoeError
 from edgemoe_runtime.input_files import read_file
@@ -47,7 +46,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     assert prompt is not None
     if prompt != STDIN:
         return prompt
-    return _decode(click.get_binary_stream("stdin").read(_MOST_BYTES), "standard input")
+    return _decode(sys.stdin.buffer.read(_MOST_BYTES), "standard input")
 
 
 def _decode(content: bytes, source: str) -> str:

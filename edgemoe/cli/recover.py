@@ -134,11 +134,13 @@ def _describe(recovered: Recovered, model: Path) -> str:
         if noun == "step"
         else f"{recovered.best_step} of {recovered.steps} layers changed"
     )
-    perplexities = ", ".join(
-        f"{name} {task['perplexity_before']:.4g} -> {task['perplexity_after']:.4g}"
+    scores = ", ".join(
+        f"{metric} {name} {task[f'{metric}_before']:.4g} -> {task[f'{metric}_after']:.4g}"
         for name, task in tasks.items()
+        for metric in ("accuracy", "perplexity")
+        if task[f"{metric}_before"] is not None
     )
     return (
         f"{recovered.method}, {done}; held-out loss {recovered.before.loss:.4g} -> "
-        f"{recovered.after.loss:.4g}, perplexity {perplexities}"
+        f"{recovered.after.loss:.4g}, {scores}"
     )

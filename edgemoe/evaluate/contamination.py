@@ -43,9 +43,9 @@ def examples_seen(
         tasks = manifest.get("tasks")
         entries = tasks if isinstance(tasks, dict) else {}
         entry = entries.get(task) if len(entries) > 1 else next(iter(entries.values()), None)
-        return _digests(entry.get("plan")) if isinstance(entry, dict) else frozenset()
+        return lines_of(entry.get("plan")) if isinstance(entry, dict) else frozenset()
     note = _read(path / "config.json", read).get("edgemoe")
-    return _digests(note.get("provenance")) if isinstance(note, dict) else frozenset()
+    return lines_of(note.get("provenance")) if isinstance(note, dict) else frozenset()
 
 
 def keep_held_out(
@@ -85,8 +85,15 @@ def keep_held_out(
     raise TaskFileError(f"{remark} Use other lines.{skip}")
 
 
-def _digests(provenance: Any) -> frozenset[int]:
-    """Gather the digests of a provenance and of what it builds on."""
+def lines_of(provenance: Any) -> frozenset[int]:
+    """Gather the digests of the lines behind a provenance and what it builds on.
+
+    Args:
+        provenance: As checkpoints and bundles carry it; JSON values.
+
+    Returns:
+        The digests; none where it names no lines.
+    """
     found: frozenset[int] = frozenset()
     while isinstance(provenance, dict):
         policy = provenance.get("k_policy")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from edgemoe.errors import CheckpointError
 from edgemoe_runtime.bundle.names import MANIFEST_FILE, TOKENIZER_FILE
 from edgemoe_runtime.decoding.tokenizer import encode_once
+from edgemoe_runtime.messages import clip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -139,7 +140,7 @@ def load_dense(path: Path | Checkpoint) -> PreTrainedModel:
             raise
         raise CheckpointError(
             f"{checkpoint.path} must be a causal language model that transformers opens, got: "
-            f"{str(error)[:200]}. Copy the checkpoint again."
+            f"{clip(str(error))}. Copy the checkpoint again."
         ) from error
     if has_experts:
         find_family(config.model_type)

@@ -23,6 +23,7 @@ from edgemoe.evaluate.experts_used import ExpertCount
 from edgemoe.layerwise.provider import InMemoryLayers
 from edgemoe.layerwise.runner import LayerTask, run_layers
 from edgemoe.models.contract import MoeModel
+from edgemoe.models.decoder import cache_name
 from edgemoe.models.hooks import limit_k
 from edgemoe.progress import track
 
@@ -208,17 +209,18 @@ class TorchScorer:
         first_logits = head.logits[0, -1:]
         if max(map(len, request.continuations)) == 1:
             return [gather(first_logits, choice) for choice in request.continuations]
+        name = cache_name(self._model)
         rows = max(1, _CACHE_TOKENS // request.longest)
         scored: list[Logprobs] = []
         for start in range(0, len(request.continuations), rows):
             choices = request.continuations[start : start + rows]
-            cache = copy.deepcopy(head.past_key_values)
+            cache = copy.deepcopy(getattr(head, name))
             cache.batch_repeat_interleave(len(choices))
             ids = self._pad([choice[:-1] for choice in choices])
             if ids.shape[1] == 0:
                 scored += [gather(first_logits, choice) for choice in choices]
                 continue
-            logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+            logits = self._model(input_ids=ids, use_cache=True, **{name: cache}).logits
             scored += [
                 gather(torch.cat([first_logits, row[: len(choice) - 1]]), choice)
                 for row, choice in zip(logits, choices, strict=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edgemoe.layerwise.activation_peaks import see_outputs, watched
 from edgemoe.layerwise.batch import digest_batches
 from edgemoe.layerwise.finished_layers import FinishedLayers, outputs_name
 from edgemoe.layerwise.outputs import DEFAULT_LIMIT_BYTES, LayerOutputs
@@ -250,7 +251,8 @@ def run_layers(
         StreamingError: The family cannot be run layer by layer.
     """
     if provider.is_whole and task.watches:
-        _run_whole(provider, batches, task, description, take)
+        with watched(provider.layers):
+            _run_whole(provider, batches, task, description, take)
         return
     chosen = range(len(provider.layers)) if layers is None else layers
     running = LayerPass(provider, batches, limit_bytes)
@@ -264,10 +266,14 @@ def run_layers(
     each = max(len(batches), 1)
     total = each * (len(left) + (take is not None))
     outer = provider.outer() if batches else contextlib.nullcontext()
-    with quiet_transformers(), outer, counting(total, description) as advance:
+    with (
+        quiet_transformers(),
+        outer,
+        counting(total, description) as advance,
+    ):
         for index in left:
             is_last = take is None and index == chosen[-1]
-            with running.layer(index, work) as visit:
+            with running.layer(index, work) as visit, watched(provider.layers, index):
                 seen = visit.send_on(task.visit(visit), advance, stored=not is_last)
             for _ in range(each - seen):
                 advance()
@@ -279,6 +285,7 @@ def run_layers(
                     zip(batches, running.before, strict=True)
                 ):
                     there = map_tensors(given, lambda tensor: tensor.to(provider.device))
+                    see_outputs(len(provider.layers) - 1, there)
                     arguments = batch.inputs(provider.device)
                     arguments["logits_to_keep"] = batch.logits_to_keep
                     take(number, finish(arguments, there).logits)

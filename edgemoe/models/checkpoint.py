@@ -246,7 +246,8 @@ class Checkpoint:
     def has_experts(self) -> bool:
         """Whether its configuration makes layers with experts, of a supported family."""
         try:
-            skeleton = build_skeleton(self.family, self.config)
+            with refusing_misfits(self.path), quiet_transformers():
+                skeleton = build_skeleton(self.family, self.config)
         except FamilyError:
             return False
         return any(is_experts_module(module) for module in skeleton.modules())

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import CheckpointError, FamilyError
+from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.registry import Family, find_family, unknown_family
 from edgemoe.models.transformers_internals import read_special_floats
+from edgemoe_runtime.messages import clip, quote
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -116,22 +118,23 @@ def read_configuration(path: Path, content: Mapping[str, Any]) -> Configuration:
     kept = _without_code(content, dropped)
     try:
         configuration = CONFIG_MAPPING[model_type]
-        # JSON has no infinity; transformers writes it as an object.
-        whole: PreTrainedConfig = configuration.from_dict(
-            read_special_floats(configuration, kept)
-        )
+        with quiet_transformers():
+            # JSON has no infinity; transformers writes it as an object.
+            whole: PreTrainedConfig = configuration.from_dict(
+                read_special_floats(configuration, kept)
+            )
         text: PreTrainedConfig = whole.get_text_config(decoder=True)
         if text is not whole:
             _move_in(kept, whole, text)
     except Exception as error:  # the strict dataclasses of the hub raise their own classes
         raise CheckpointError(
-            f"{path} must be a {model_type} configuration, got: {str(error)[:200]}. Correct "
+            f"{path} must be a {model_type} configuration, got: {clip(str(error))}. Correct "
             "the entry."
         ) from error
     if text.is_encoder_decoder or not isinstance(text.model_type, str):
         raise FamilyError(
-            f"a model must be a decoder alone, got {model_type!r}, which is an encoder with a "
-            "decoder. Give the checkpoint of a language model."
+            f"a model must be a decoder alone, got {quote(model_type)}, which has an encoder "
+            "before it. Give the checkpoint of a language model."
         )
     return Configuration(whole=whole, text=text, dropped=tuple(sorted(dropped)))
 

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 
 from edgemoe.models.stored_tensors import read_together
 from edgemoe.models.transformers_internals import set_saving_rules
-from edgemoe.models.wrapped_names import reading_rules
+from edgemoe.models.wrapped_names import ReadingRules, reading_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -44,12 +44,16 @@ class TensorGroup:
         sources: The stored tensors, each with the pattern of the rule that it matches, in the
             order in which the rule takes them.
         targets: Names and types of the model's tensors that they become, with their shapes.
+        names: What the stored tensors are called in a checkpoint of the model alone.
+        is_foreign: Whether a checkpoint of the model alone cannot hold them as they are stored.
     """
 
     first_target: str
     rule: WeightRenaming | WeightConverter
     sources: list[tuple[StoredTensor, str]] = field(default_factory=list)
     targets: dict[str, torch.Tensor] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    is_foreign: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -88,20 +92,19 @@ class Conversion:
         self._model = model
         self.groups: list[TensorGroup] = []
         self.unexpected: list[tuple[StoredTensor, str]] = []
-        rules, own = reading_rules(model, stored, wrapper)
+        rules = reading_rules(model, stored, wrapper)
         self._match(rules, stored)
         # What save_pretrained would read: the rules that matched, in their order.
-        self.used_rules = [rule for rule in own if rule.was_used()]
+        self.used_rules = [rule for rule in rules.own if rule.was_used()]
         set_saving_rules(model, self.used_rules)
         for group in self.groups:
             shapes = [source.on_meta() for source, _ in group.sources]
             group.targets = dict(self._convert(group, shapes))
 
-    def _match(self, rules: list[Any], stored: Mapping[str, StoredTensor]) -> None:
+    def _match(self, rules: ReadingRules, stored: Mapping[str, StoredTensor]) -> None:
         expected = self._model.state_dict()
         prefix = self._model.base_model_prefix
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        renamings, converters = rules.renamings, rules.converters
         # Of two converters for a pattern the first is the one that matches.
         by_pattern = {
             pattern: converter
@@ -118,11 +121,15 @@ class Conversion:
                 continue
             if target not in groups:
                 rule = WeightRenaming(name, target) if pattern is None else by_pattern[pattern]
-                groups[target] = TensorGroup(first_target=target, rule=rule)
+                is_foreign = any(rule is other for other in rules.foreign)
+                groups[target] = TensorGroup(
+                    first_target=target, rule=rule, is_foreign=is_foreign
+                )
             elif pattern is None or not isinstance(groups[target].rule, WeightConverter):
                 first = groups[target].sources[0][0].name
                 raise ValueError(f"{first} and {name} both stand for {target}")
             groups[target].sources.append((stored[name], pattern or name))
+            groups[target].names.append(rules.own_name(name))
         self.groups = list(groups.values())
 
     def read(self, group: TensorGroup) -> Iterator[tuple[str, torch.Tensor]]:

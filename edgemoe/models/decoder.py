@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, cast
 
 from torch import nn
@@ -35,3 +36,17 @@ def find_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList, str]:
             "does not."
         )
     return decoder, layers, names[id(layers)]
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """Return what a model calls its cache, as an argument and in what it returns.
+
+    Args:
+        model: The model.
+
+    Returns:
+        `cache` from transformers 5.24 on, which warns of the other name: `past_key_values`.
+    """
+    forwards = (type(model).forward, type(model.get_decoder()).forward)
+    named = any("cache" in inspect.signature(forward).parameters for forward in forwards)
+    return "cache" if named else "past_key_values"

@@ -74,6 +74,7 @@ def judge_left_out(
     """
     told = "" if announced is None else f", as announced by {announced}"
     _check_types(model, conversion, path, told)
+    _check_shapes(model, conversion, path)
     judge = _Judge(model, [target for _, target in conversion.unexpected], path, told)
     kinds: dict[str, list[StoredTensor]] = {}
     for tensor, target in conversion.unexpected:
@@ -117,6 +118,23 @@ def _check_types(model: PreTrainedModel, conversion: Conversion, path: Path, tol
                     raise CheckpointError(quantised_message(path, got))
 
 
+def _check_shapes(model: PreTrainedModel, conversion: Conversion, path: Path) -> None:
+    held = model.state_dict()
+    unfit = {
+        name: (tuple(tensor.shape), tuple(held[name].shape))
+        for group in conversion.groups
+        for name, tensor in group.targets.items()
+        if name in held and tensor.shape != held[name].shape
+    }
+    if unfit:
+        name, (found, wanted) = min(unfit.items())
+        raise CheckpointError(
+            f"the weights in {path} must fit its config.json, got {len(unfit)} tensors missing "
+            f"or of another shape, such as {name}, which is {list(found)} in the file and "
+            f"{list(wanted)} by config.json. Correct config.json, or copy the checkpoint again."
+        )
+
+
 class _Judge:
     """Knows a model's parts, and says to which of them a name would belong."""
 
@@ -129,12 +147,11 @@ class _Judge:
         self._path, self._told = path, told
         layers = (self._layer_of(target) for target in unexpected)
         beyond = {number for number, _ in layers if number >= self._count}
-        announced = getattr(model.config, "num_nextn_predict_layers", None) or 0
         self._predicting = {
             number
             for number in beyond
-            if number < self._count + announced
-            or any(
+            # Such a layer joins two inputs: that config.json announces one proves nothing.
+            if any(
                 PREDICTING_LAYER.search(target)
                 for target in unexpected
                 if target.startswith(f"{self._stem}.{number}.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgemoe.errors import CheckpointError, EdgemoeError
+from edgemoe_runtime.messages import clip
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -89,9 +90,16 @@ def refusing_misfits(path: Path) -> Iterator[None]:
         raise
     except _MISFITS as error:
         raise CheckpointError(
-            f"the weights in {path} must fit its config.json, got: {error}. Copy the "
-            "checkpoint again, or correct config.json."
+            f"the weights in {path} must fit its config.json, got: {_in_a_line(error)}. Copy "
+            "the checkpoint again, or correct config.json."
         ) from error
+
+
+def _in_a_line(error: Exception) -> str:
+    """Say what another library raised: without the stack that torch puts behind it."""
+    line = clip(next(iter(str(error).splitlines()), "") or type(error).__name__)
+    # What a mapping lacks says nothing by itself.
+    return f"no such entry as {line}" if isinstance(error, KeyError) else line
 
 
 def read_generation_settings(

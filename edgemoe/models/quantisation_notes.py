@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgemoe_runtime.messages import clip
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -19,7 +21,6 @@ _FILES = (
     "quantization.json",
 )
 _METHODS = ("quant_method", "quant_algo", "format", "bits", "w_bit")
-_MOST_INPUT = 200  # characters that a message repeats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,4 +85,4 @@ def find_quantisation_note(
 def _note(place: str, settings: Mapping[str, Any]) -> QuantisationNote:
     named = (settings.get(name) for name in _METHODS)
     method = next((value for value in named if isinstance(value, str | int)), "")
-    return QuantisationNote(place=place, method=str(method)[:_MOST_INPUT], settings=settings)
+    return QuantisationNote(place=place, method=clip(str(method)), settings=settings)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import FamilyError
 from edgemoe.models.experts import is_experts_class
+from edgemoe_runtime.messages import quote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# model_type in config.json, in transformers 5.23. Those of vision-language models stand for
+# model_type in config.json, in transformers 5.24. Those of vision-language models stand for
 # their language part.
 FAMILIES: tuple[str, ...] = (
     "afmoe", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe",
@@ -26,13 +27,34 @@ FAMILIES: tuple[str, ...] = (
     "ernie4_5_moe", "exaone_moe", "flex_olmo", "flint", "gemma4_text", "glm4_moe",
     "glm4_moe_lite", "glm_moe_dsa", "gpt_oss", "granitemoe", "granitemoe_swa",
     "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4",
-    "inkling2_text", "inkling_text", "jamba", "kimi_linear", "kolibri1", "laguna", "lfm2_moe",
+    "hy_v4_vl_text", "inkling2_loop_text", "inkling2_text", "inkling_text", "jamba",
+    "kimi_linear", "kolibri1", "laguna", "lara_mini", "lfm2_moe",
     "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text", "mistral4",
     "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe",
     "qwen3_next", "qwen4_exp_text", "solar_open", "zaya",
 )  # fmt: skip
 
-_MOST_INPUT = 200  # characters that a message repeats
+# The model_type of checkpoints that hold a family and parts that see or hear, as they are
+# published, and the family; the tests read each of them.
+PUBLISHED_IN: dict[str, str] = {
+    "aria": "aria_text",
+    "dots3_note": "dots3_note_text",
+    "gemma4": "gemma4_text",
+    "hy_v4_vl": "hy_v4_vl_text",
+    "inkling2": "inkling2_text",
+    "inkling2_loop": "inkling2_loop_text",
+    "inkling_mm_model": "inkling_text",
+    "internvl": "qwen3_moe",
+    "kimi_k25": "deepseek_v3",
+    "lfm2_vl": "lfm2_moe",
+    "llava": "mixtral",
+    "minimax_m3_vl": "minimax_m3_vl_text",
+    "mistral3": "mistral4",
+    "nemotron_h_omni": "nemotron_h",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen4_exp": "qwen4_exp_text",
+}
+
 _LONGEST_NAME = 64  # no family has a longer one
 
 
@@ -106,7 +128,7 @@ def unknown_family(model_type: object, *, wrapper: str | None = None) -> FamilyE
 def _refusal(model_type: object, reason: str) -> FamilyError:
     near = _nearest(model_type) if isinstance(model_type, str) else None
     return FamilyError(
-        f"model family must be one with experts, got {_quoted(model_type)}: {reason}. "
+        f"model family must be one with experts, got {quote(model_type)}: {reason}. "
         + (f"Did you mean {near}? " if near else "")
         + "docs/families.md lists the families that edgemoe is tested with. A dense llama "
         "checkpoint becomes a Mixture-of-Experts model with `edgemoe carve`."
@@ -118,11 +140,6 @@ def _nearest(model_type: str) -> str | None:
     name = model_type[:_LONGEST_NAME].lower().replace("-", "_").replace(" ", "_")
     found = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.8)
     return found[0] if found and found[0] != model_type else None
-
-
-def _quoted(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MOST_INPUT else f"{text[:_MOST_INPUT]}..."
 
 
 def _causal_lm(model_type: str) -> type[Any] | None:
@@ -147,7 +164,9 @@ def _causal_lm(model_type: str) -> type[Any] | None:
             if getattr(configuration, "model_type", None) == model_type:
                 causal_lm: type[Any] = candidate
                 return causal_lm
-    return None
+    from edgemoe.models.headless import with_head
+
+    return with_head(model_type, module)
 
 
 def _has_experts(causal_lm: type[Any]) -> bool:

@@ -12,6 +12,7 @@ from edgemoe.models.gguf.paths import SUFFIX as GGUF_SUFFIX
 from edgemoe.models.gguf.reading import open_gguf
 from edgemoe_runtime.bundle.names import MANIFEST_FILE
 from edgemoe_runtime.input_files import parse_strict, read_file
+from edgemoe_runtime.messages import quote
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +21,6 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
 _ADAPTER_FILES = (_ADAPTER, "adapter_model.safetensors", "adapter_model.bin")
-_MOST_INPUT = 200  # characters that a message repeats
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -114,7 +114,7 @@ def check_no_adapter(path: Path) -> None:
     base = ""
     if (path / _ADAPTER).exists():
         named = read_json_object(path / _ADAPTER).get("base_model_name_or_path")
-        base = f" of {str(named)[:_MOST_INPUT]}" if named else ""
+        base = f" of {quote(named)}" if named else ""
     raise CheckpointError(
         f"a checkpoint must have weights, got an adapter{base} alone in {path}. Merge it into "
         "its model first: peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()"

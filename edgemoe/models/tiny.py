@@ -133,6 +133,23 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "mamba_chunk_size": 8,
     },
     "hy_v4": _ALL_HEADS,
+    "hy_v4_vl_text": {
+        **_ALL_HEADS,
+        "rope_parameters": {"rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+    },
+    # The second and third layer run twice.
+    "inkling2_loop_text": {
+        **_SWA_HEADS,
+        "d_rel": 4,
+        "rel_extent": 16,
+        "unpadded_vocab_size": VOCAB_SIZE,
+        "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "loop_num_passes": 2,
+        "loop_gate_rank": 8,
+    },
     "inkling2_text": {
         **_SWA_HEADS,
         "d_rel": 4,

@@ -10,6 +10,7 @@ its tensors is the right one.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers.conversion_mapping import (
@@ -26,9 +27,39 @@ if TYPE_CHECKING:
 _DEEPEST_PREFIX = 3  # parts of a name, as in `model.language_model.model.`
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadingRules:
+    """What turns a checkpoint's names into a language model's, in the order of trying.
+
+    Attributes:
+        outer: Renames that lead out of what the language model is a part of.
+        own: The language model's own rules, which a checkpoint of it alone is written by.
+        foreign: Converters of the whole that the language model alone does not have.
+    """
+
+    outer: list[Any]
+    own: list[Any]
+    foreign: list[Any]
+
+    @property
+    def renamings(self) -> list[Any]:
+        """All renames: each chains with those after it."""
+        return [*self.outer, *(rule for rule in self.own if isinstance(rule, WeightRenaming))]
+
+    @property
+    def converters(self) -> list[Any]:
+        """All converters: the first that matches counts."""
+        own = [rule for rule in self.own if isinstance(rule, WeightConverter)]
+        return [*own, *self.foreign]
+
+    def own_name(self, name: str) -> str:
+        """Return the name that a tensor has in a checkpoint of the language model alone."""
+        return str(rename_source_key(name, self.outer, [])[0])
+
+
 def reading_rules(
     model: PreTrainedModel, names: Collection[str], wrapper: str | None
-) -> tuple[list[Any], list[Any]]:
+) -> ReadingRules:
     """Find the rules that turn a checkpoint's names into a language model's.
 
     Args:
@@ -37,33 +68,28 @@ def reading_rules(
         wrapper: Model type of the checkpoint where the language model is a part of it.
 
     Returns:
-        The rules in the order in which they are tried, and those of them that are the language
-        model's own, which a checkpoint of it alone is written by.
+        The rules.
     """
     if wrapper is None:
-        own = get_model_conversion_mapping(model)
-        return own, own
+        return _join(model, None, "")
     samples = _samples(names)
     chosen, most = (False, ""), -1
     for outer in (False, True):
         renamings = _outer_rules(wrapper)[0] if outer else []
         for prefix in _prefixes(_renamed(samples, renamings)):
             # Rules remember what they matched: each try has its own.
-            hits = _hits(model, samples, _join(model, wrapper if outer else None, prefix)[0])
+            hits = _hits(model, samples, _join(model, wrapper if outer else None, prefix))
             if hits > most:
                 chosen, most = (outer, prefix), hits
     outer, prefix = chosen
     return _join(model, wrapper if outer else None, prefix)
 
 
-def _join(
-    model: PreTrainedModel, wrapper: str | None, prefix: str
-) -> tuple[list[Any], list[Any]]:
-    """Order rules: a rename chains with those after it, and the first converter counts."""
+def _join(model: PreTrainedModel, wrapper: str | None, prefix: str) -> ReadingRules:
     renamings, converters = _outer_rules(wrapper)
     below = [WeightRenaming(f"^{re.escape(prefix)}", "")] if prefix else []
     own = get_model_conversion_mapping(model)
-    return [*renamings, *below, *own, *converters], own
+    return ReadingRules(outer=[*renamings, *below], own=own, foreign=converters)
 
 
 def _outer_rules(wrapper: str | None) -> tuple[list[Any], list[Any]]:
@@ -94,11 +120,10 @@ def _prefixes(names: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda prefix: (len(prefix), prefix))
 
 
-def _hits(model: PreTrainedModel, names: Sequence[str], rules: Sequence[Any]) -> int:
+def _hits(model: PreTrainedModel, names: Sequence[str], rules: ReadingRules) -> int:
     """Count the kinds of tensors that get a place in the model."""
     expected = model.state_dict()
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings, converters = rules.renamings, rules.converters
     prefix = model.base_model_prefix
     found = (
         rename_source_key(name, renamings, converters, prefix, expected)[0] for name in names

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgemoe.evaluate.batches import BATCH_TOKENS, make_batches
+from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.progress import track
 from edgemoe.recover.losses import Batch, add_up, count_tokens
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from edgemoe.evaluate.requests import EvalExample
     from edgemoe.recover.options import RecoverOptions
     from edgemoe.recover.samples import TaskSamples
 
@@ -29,10 +31,13 @@ class TaskQuality:
         cross_entropy: Mean over scored tokens, in nats.
         divergence: Mean over tokens of T^2 KL(teacher || student), in nats; None without a
             teacher.
+        accuracy: Of a task of choices, the fraction whose right one is the likeliest, in
+            [0, 1]; else None.
     """
 
     cross_entropy: float
     divergence: float | None = None
+    accuracy: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -86,7 +91,8 @@ def measure(
         teacher: The teacher, if any.
         tasks: The tasks.
         options: Settled options: temperature and share of the divergence.
-        show: Whether to draw a bar.
+        show: Whether to draw a bar, and to measure the accuracy of choices: neither while it
+            trains.
 
     Returns:
         How good it is.
@@ -111,9 +117,31 @@ def measure(
         divergence, cross_entropy = sums[task.name][0] / tokens, sums[task.name][1] / scored
         losses.append(mix(divergence, cross_entropy, options.kd_weight))
         found[task.name] = TaskQuality(
-            cross_entropy=cross_entropy, divergence=None if teacher is None else divergence
+            cross_entropy=cross_entropy,
+            divergence=None if teacher is None else divergence,
+            accuracy=measure_accuracy(model, task.questions) if show else None,
         )
     return Quality(tasks=found, loss=sum(losses) / len(losses))
+
+
+def measure_accuracy(model: PreTrainedModel, questions: Sequence[EvalExample]) -> float | None:
+    """Return how often a model finds the right choice the likeliest, in total.
+
+    Args:
+        model: The model.
+        questions: Lines of choices.
+
+    Returns:
+        A fraction in [0, 1], as `edgemoe evaluate` counts it; None without questions.
+    """
+    if not questions:
+        return None
+    scores = iter(TorchScorer(model).score([r for one in questions for r in one.requests]))
+    hits = 0
+    for question in questions:
+        found = [float(tokens.sum()) for _ in question.requests for tokens in next(scores)]
+        hits += found.index(max(found)) == question.answer
+    return hits / len(questions)
 
 
 def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,8 @@ class Recovered:
                 "held_out_lines": task.held_out_lines,
                 "perplexity_before": before.perplexity,
                 "perplexity_after": after.perplexity,
+                "accuracy_before": before.accuracy,
+                "accuracy_after": after.accuracy,
                 "divergence_before": before.divergence,
                 "divergence_after": after.divergence,
             }

@@ -39,12 +39,14 @@ class TaskSamples:
         held_out: What judges the training; at most `HELD_OUT_TOKENS` tokens, and beside
             few tokens to train on the same share of them as of the lines.
         held_out_lines: Lines that are behind it.
+        questions: The held-out lines of a task of choices, with all of them; else none.
     """
 
     name: str
     training: tuple[Request, ...]
     held_out: tuple[Request, ...]
     held_out_lines: int
+    questions: tuple[EvalExample, ...] = ()
 
     @property
     def training_tokens(self) -> int:
@@ -103,11 +105,13 @@ def split_task(
             request for question in questions for request in _right_ones(question)
         )
         lines = len(questions)
+        choices = tuple(questions) if task.kind == "choice" else ()
     return TaskSamples(
         name=task.name,
         training=requests[False],
         held_out=requests[True],
         held_out_lines=lines,
+        questions=choices,
     )
 
 

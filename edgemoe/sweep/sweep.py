@@ -74,13 +74,13 @@ def run_sweep(request: SweepRequest, executor: ExecutorConfig) -> Outcome:
     """
     request.check()
     checkpoint = Checkpoint(request.model)
-    seen = examples_seen(request.model, "", checkpoint.read)
-    lines = load_lines(request.tasks, request.held_out, seen, request.model)
-    request.check_limit(*(task.held_out.kind for task in lines.values()))
     structure = checkpoint.structure
     refuse_changes(structure)
     shape = structure.shape
     candidates, impossible = list_candidates(request, shape)
+    seen = examples_seen(request.model, "", checkpoint.read)
+    lines = load_lines(request.tasks, request.held_out, seen)
+    request.check_limit(*(task.held_out.kind for task in lines.values()))
     check_judging(
         lines,
         checkpoint.tokenizer,

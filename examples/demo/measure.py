@@ -16,6 +16,7 @@ from edgemoe.evaluate.subject import load_dense
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models import load_model, load_tokenizer
 from edgemoe.models.checkpoint import Checkpoint
+from edgemoe.models.decoder import cache_name
 from edgemoe.tasks import TaskFile
 from edgemoe_runtime import Session
 from edgemoe_runtime.bundle.manifest_file import load_manifest
@@ -117,6 +118,7 @@ def time_eager(
     """
     import torch
 
+    name = cache_name(model)
     ids = torch.arange(1000, 1000 + prompt_tokens)[None]
     prefill, decode = [], []
     with torch.inference_mode():
@@ -126,7 +128,7 @@ def time_eager(
             read = time.perf_counter()
             for _ in range(new_tokens - 1):
                 token = out.logits[:, -1:].argmax(-1)
-                out = model(token, past_key_values=out.past_key_values, use_cache=True)
+                out = model(token, use_cache=True, **{name: out[name]})
             prefill.append(prompt_tokens / (read - started))
             decode.append((new_tokens - 1) / (time.perf_counter() - read))
     return {

@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from edgemoe_exporters.compiler.compile import compile_bundle
     from edgemoe_exporters.export import export_bundle
-    from edgemoe_exporters.request import ExportReport, ExportRequest
+    from edgemoe_exporters.report import ExportReport
+    from edgemoe_exporters.request import ExportRequest
     from edgemoe_exporters.targets import TARGETS
 
 __all__ = ["TARGETS", "ExportReport", "ExportRequest", "compile_bundle", "export_bundle"]
 
 _MODULES = {
     "TARGETS": "targets",
-    "ExportReport": "request",
+    "ExportReport": "report",
     "ExportRequest": "request",
     "compile_bundle": "compiler.compile",
     "export_bundle": "export",

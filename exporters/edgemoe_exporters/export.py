@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgemoe.api.extras import needs
 from edgemoe.api.running import running
+from edgemoe.errors import EdgemoeError
 from edgemoe.staging import reserved
 from edgemoe_exporters.request_inputs import check_request
 
@@ -13,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edgemoe.progress import OnProgress
-    from edgemoe_exporters.request import ExportReport, ExportRequest
+    from edgemoe_exporters.report import ExportReport
+    from edgemoe_exporters.request import ExportRequest
 
 
 def export_bundle(
@@ -26,7 +30,9 @@ def export_bundle(
 
     Without tasks the model is exported as it is. For a task without a plan, experts are chosen
     on three quarters of its examples; scores before and after are those of the others. Every
-    graph is compared with the eager model that has the same experts.
+    graph is compared with the eager model that has the same weights, and with the checkpoint as
+    it was. `<output>.partial` keeps statistics, scores and recovered checkpoints of an export
+    that was refused or interrupted, for the next one with this output.
 
     Args:
         request: What to export, and where to.
@@ -35,16 +41,21 @@ def export_bundle(
             on; None draws bars where stderr is a terminal.
 
     Returns:
-        Sizes in bytes, parity with the eager model, and quality before and after.
+        Sizes in bytes, parity with the eager model, quality before and after with the drop's
+        interval, how often the best token is the checkpoint's, and speed.
 
     Raises:
         MissingDependencyError: The extra `export` or `ort` is not installed.
-        ExportError: An option breaks a rule, or the model has no graph.
+        ExportError: An option breaks a rule, the model has no graph, or a recovered checkpoint
+            was made from another one.
+        RecoveryError: A recovery refuses, or memory is too small for one.
         CheckpointError: The checkpoint is missing, unsafe or inconsistent.
-        TaskFileError: A task file breaks its format, or is too short to be split.
+        TaskFileError: A task file breaks its format, is too short to be split, or has too few
+            lines for `max_drop`.
         PlanError: A plan breaks its format, or does not fit the checkpoint.
         ParityError: A graph disagrees with the eager model.
-        QualityGateError: A score fell by more than `max_drop`.
+        QualityGateError: A score may have fallen by more than `max_drop`, no cut holds it, or
+            the checkpoint is not better than chance.
         OutputError: The output exists and `force` is false, or the disk refuses. After every
             error the output is as it was before.
     """
@@ -56,6 +67,23 @@ def export_bundle(
         reserved(output, force=force, directory=True, resumes=True),
     ):
         # Imported here: the name of this function costs no torch.
+        from edgemoe.layerwise.activation_peaks import overflow_remark, recording_peaks
         from edgemoe_exporters.pipeline import run_export
 
-        return run_export(request, on_stage)
+        with recording_peaks() if _is_half(request) else nullcontext() as peaks:
+            try:
+                report = run_export(request, on_stage)
+            except EdgemoeError as error:
+                remark = None if peaks is None else overflow_remark(peaks)
+                if remark is None:
+                    raise
+                # The disagreement, or the NaN, that was found has this cause most likely.
+                raise type(error)(f"{error} Note: {remark}") from error
+        remark = None if peaks is None else overflow_remark(peaks)
+        return report if remark is None else replace(report, remarks=(*report.remarks, remark))
+
+
+def _is_half(request: ExportRequest) -> bool:
+    """Return whether activations of the graphs are in float16."""
+    _, precision = request.check()
+    return precision == "fp16"

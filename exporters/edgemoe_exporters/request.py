@@ -1,11 +1,10 @@
-"""The request of an export, checked before any work, and its report."""
+"""The request of an export, checked before any work."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from edgemoe.api.arguments import check_at_least_one
 from edgemoe.api.method_names import PRUNING, check_name
@@ -18,13 +17,10 @@ from edgemoe_runtime.bundle.names import UNNAMED_TASK
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from edgemoe_exporters.validation.parity import Parity
-    from edgemoe_runtime.bundle.file_entry import SizeReport
-    from edgemoe_runtime.bundle.k_ladder import KRung
-    from edgemoe_runtime.bundle.task_entry import QualityReport
-
 DEFAULT_KEEP = 0.75
 DEFAULT_METHOD = "reap"
+AUTO: Literal["auto"] = "auto"
+Keep: TypeAlias = "float | Literal['auto']"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +33,21 @@ class ExportRequest:
         target: One of `targets.TARGETS`.
         precision: One of `PRECISIONS`, or None for the target's own.
         tasks: Task files by task name. Without a plan, three quarters of the examples
-            choose the experts and one quarter evaluates them; with a plan, all evaluate.
+            choose the experts and one quarter evaluates them; with a plan or a recovered
+            checkpoint, all evaluate, except those that these were made from.
         plans: Plan files by task name.
-        keep: Fraction of each layer's experts to keep for tasks without a plan, in (0, 1];
-            None for 0.75.
-        max_drop: How much worse a score may get, in [0, inf): relative for perplexity,
-            absolute for accuracy. None for no gate.
+        recovered: Checkpoints by task name that were made from `model` by a plan and
+            `edgemoe.recover`: the task gets their weights.
+        recover: Methods of `edgemoe.recover`, one after the other, each `METHOD` or
+            `METHOD:NAME=VALUE,...`: what is pruned is recovered on the lines that chose it,
+            with `model` as the teacher.
+        keep: Fraction of each layer's experts to keep for tasks without a plan, in (0, 1], or
+            "auto" for the deepest cut within `max_drop`; None for 0.75.
+        max_drop: How much worse a score may get, by the upper end of the 95% interval of its
+            drop: relative for perplexity, absolute for accuracy, in [0, 1]. None for no gate.
+        accept_weak_evidence: Whether fewer than 20 lines may judge, or a checkpoint that is not
+            better than chance; the report says so.
+        accept_large_drop: Whether `max_drop` may let a perplexity more than double.
         force: Whether an existing output may be replaced.
         method: Pruning method for tasks without a plan.
         seed: Its seed.
@@ -53,6 +58,8 @@ class ExportRequest:
             slice. None for half of the memory that this process may use.
         ladder: Whether to measure a k ladder for tasks with examples to evaluate. Times are
             measured for it, so a bundle with one is not the same bytes every time.
+        speed: Whether to time the bundle beside an unpruned one and the checkpoint, for target
+            cpu; times are in the manifest, as those of a ladder are.
         static_shapes: Whether a TensorRT graph must have no data-dependent shapes, which follow
             how many experts tokens use; a smaller k then saves no time.
     """
@@ -63,8 +70,12 @@ class ExportRequest:
     precision: str | None = None
     tasks: Mapping[str, Path] = field(default_factory=dict)
     plans: Mapping[str, Path] = field(default_factory=dict)
-    keep: float | None = None
+    recovered: Mapping[str, Path] = field(default_factory=dict)
+    recover: tuple[str, ...] = ()
+    keep: Keep | None = None
     max_drop: float | None = None
+    accept_weak_evidence: bool = False
+    accept_large_drop: bool = False
     force: bool = False
     method: str = DEFAULT_METHOD
     seed: int = 0
@@ -72,28 +83,38 @@ class ExportRequest:
     held_out_tokens: int = 8_192
     memory_limit_bytes: int | None = None
     ladder: bool = True
+    speed: bool = True
     static_shapes: bool = False
 
     def __post_init__(self) -> None:
         for name in ("model", "output"):
             object.__setattr__(self, name, Path(getattr(self, name)))
-        for name in ("tasks", "plans"):
+        object.__setattr__(self, "recover", split_recoveries(*self.recover))
+        for name in ("tasks", "plans", "recovered"):
             files = getattr(self, name)
             object.__setattr__(self, name, {task: Path(file) for task, file in files.items()})
 
     @property
     def names(self) -> tuple[str, ...]:
         """Tasks of the bundle, in order; one unnamed where none was given."""
-        return tuple({**self.tasks, **self.plans}) or (UNNAMED_TASK,)
+        return tuple({**self.tasks, **self.plans, **self.recovered}) or (UNNAMED_TASK,)
 
     @property
     def pruned_here(self) -> tuple[str, ...]:
         """Tasks whose experts are chosen by this export."""
-        return tuple(name for name in self.tasks if name not in self.plans)
+        given = {**self.plans, **self.recovered}
+        return tuple(name for name in self.tasks if name not in given)
 
     @property
-    def keep_or_default(self) -> float:
-        """Fraction of each layer's experts to keep for tasks without a plan."""
+    def recovered_here(self) -> tuple[str, ...]:
+        """Tasks that this export recovers."""
+        return tuple(name for name in self.names if self.recover and name not in self.recovered)
+
+    @property
+    def keep_or_default(self) -> float | None:
+        """Fraction of each layer's experts to keep for tasks without a plan; None for auto."""
+        if self.keep == AUTO:
+            return None
         return DEFAULT_KEEP if self.keep is None else self.keep
 
     def check(self) -> tuple[Target, str]:
@@ -126,11 +147,19 @@ class ExportRequest:
             check_name(self.method, PRUNING)
         if self.seed < 0:
             raise ExportError(f"the seed must be in [0, inf), got {self.seed}.")
+        self._check_recoveries()
         if self.keep is not None:
-            if not 0 < self.keep <= 1:
+            if self.keep == AUTO and self.max_drop is None:
                 raise ExportError(
-                    f"keep must be in (0, 1], got {self.keep:g}: it is the fraction of each "
-                    "layer's experts that stay."
+                    "keep auto needs a limit for the cut to hold, got none. Add --max-drop, "
+                    "such as 0.05, or give a fraction."
+                )
+            if self.keep != AUTO and not (
+                isinstance(self.keep, (int, float)) and 0 < self.keep <= 1
+            ):
+                raise ExportError(
+                    f"keep must be in (0, 1] or auto, got {self.keep}: it is the fraction of "
+                    "each layer's experts that stay."
                 )
             if not self.pruned_here:
                 raise ExportError(
@@ -138,11 +167,12 @@ class ExportRequest:
                     "--task NAME=FILE.jsonl, or leave --keep out to export the model as it is."
                 )
         if self.max_drop is not None:
-            if not 0 <= self.max_drop < math.inf:
-                raise ExportError(
-                    f"max-drop must be in [0, inf), got {self.max_drop:g}: 0.05 allows 5% more "
-                    "perplexity, or five points less accuracy."
-                )
+            # Whether it is large for its task is known once the files are read.
+            from edgemoe.evaluate.gate import find_limit_fault
+
+            fault = find_limit_fault(self.max_drop, "text", accept_large=True)
+            if fault is not None:
+                raise ExportError(fault)
             unjudged = [name for name in self.names if name not in self.tasks]
             if unjudged:
                 raise ExportError(
@@ -151,104 +181,39 @@ class ExportRequest:
                     "--max-drop out."
                 )
         refuse_existing(self.output, force=self.force, directory=True, resumes=True)
-        inputs = (self.model, *self.tasks.values(), *self.plans.values())
-        refuse_inputs_inside(self.output, *inputs)
+        inputs = (*self.tasks.values(), *self.plans.values(), *self.recovered.values())
+        refuse_inputs_inside(self.output, self.model, *inputs)
         return target, precision
 
+    def _check_recoveries(self) -> None:
+        if not self.recover:
+            return
+        from edgemoe.sweep.recoveries import read_recoveries
 
-@dataclass(frozen=True, kw_only=True)
-class TaskReport:
-    """Results of one task.
+        read_recoveries(self.recover)
+        untrained = [name for name in self.recovered_here if name not in self.tasks]
+        if untrained or not self.recovered_here:
+            raise ExportError(
+                "recover needs lines of every pruned task to train on, got none for "
+                f"{', '.join(untrained) or 'any'}. Add --task NAME=FILE.jsonl for it, or leave "
+                "--recover out."
+            )
 
-    Attributes:
-        parity: How far the graph is from the eager model with the same experts.
-        quality: Scores before and after, where there were examples to evaluate.
-        k_table: Mean experts per token by MoE layer, rounded up, where tokens choose.
-        k_ladder: Rungs that lose little enough, where there were examples to evaluate.
+
+def split_recoveries(*texts: str) -> tuple[str, ...]:
+    """Split methods of recovery at the commas that end them.
+
+    Args:
+        texts: `METHOD[:NAME=VALUE,...]` each, or several with commas between them.
+
+    Returns:
+        One text for each method, with its options.
     """
-
-    parity: Parity
-    quality: QualityReport | None
-    k_table: tuple[int, ...] | None = None
-    k_ladder: tuple[KRung, ...] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportReport:
-    """Results of an export.
-
-    Attributes:
-        output: The bundle.
-        target: Its target.
-        flavour: Whose operators the graphs use: `ort` or `tensorrt`.
-        precision: Of the weights.
-        experts_before: Experts of each MoE layer of the checkpoint.
-        checkpoint_bytes: Size of the checkpoint's weights as the model holds them in float32.
-        size: Bytes on disk.
-        tasks: Results by task.
-        separate_stacks: Tensors of experts that were stored apart although tasks share them.
-        streamed: Whether the checkpoint was read one decoder layer at a time, because it is
-            larger than memory.
-        remarks: Warnings, each in a sentence.
-    """
-
-    output: Path
-    target: str
-    flavour: str
-    precision: str
-    experts_before: tuple[int, ...]
-    checkpoint_bytes: int
-    size: SizeReport
-    tasks: Mapping[str, TaskReport]
-    separate_stacks: tuple[str, ...] = ()
-    streamed: bool = False
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Notes on the export, each in a sentence."""
-        notes = list(self.remarks)
-        if self.streamed:
-            notes.append(
-                "the checkpoint is larger than memory: it was read and run one decoder layer "
-                "at a time."
-            )
-        sliced = [name for name, task in self.tasks.items() if task.parity.slices > 1]
-        if sliced:
-            notes.append(
-                f"the graph of {', '.join(sliced)} is larger than memory: it was compared and "
-                "scored in slices, one after the other, and has no k ladder."
-            )
-        if self.target == "cuda" and self.precision != "fp16":
-            notes.append(
-                "onnxruntime has no CUDA kernels for attention and experts in float32, so most "
-                f"of this {self.precision} graph runs on the CPU: use --precision fp16."
-            )
-        if self.separate_stacks:
-            notes.append(
-                f"{len(self.separate_stacks)} stacks of experts are stored apart, as their "
-                f"bytes differ between tasks, such as {self.separate_stacks[0]}."
-            )
-        return tuple(notes)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
-        return {
-            "output": str(self.output),
-            "target": self.target,
-            "flavour": self.flavour,
-            "precision": self.precision,
-            "streamed": self.streamed,
-            "experts_before": list(self.experts_before),
-            "checkpoint_bytes": self.checkpoint_bytes,
-            "size": self.size.to_json(),
-            "notes": list(self.notes),
-            "tasks": {
-                name: {
-                    "parity": vars(task.parity),
-                    "quality": None if task.quality is None else task.quality.to_json(),
-                    "k_ladder": task.k_ladder and [rung.to_json() for rung in task.k_ladder],
-                }
-                for name, task in self.tasks.items()
-            },
-        }
+    found: list[str] = []
+    for part in (part.strip() for text in texts for part in text.split(",")):
+        name, equals, _ = part.partition("=")
+        if equals and ":" not in name and found:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return tuple(found)

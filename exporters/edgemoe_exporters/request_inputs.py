@@ -22,13 +22,19 @@ def check_request(request: ExportRequest) -> None:
             missing, of another kind, or malformed; the pipeline would find it later.
     """
     request.check()
-    inputs = (request.model, *request.tasks.values(), *request.plans.values())
+    given = (*request.tasks.values(), *request.plans.values(), *request.recovered.values())
+    inputs = (request.model, *given)
     check_output(request.output, *inputs, force=request.force, directory=True)
     check_checkpoint(request.model)
     if request.tasks:
         read_tasks(request.tasks, request.model)
     for path in request.plans.values():
         load_plan(path)
+    for path in request.recovered.values():
+        check_checkpoint(path)
+
+
+_TRIED_CUTS = 4
 
 
 def count_stages(request: ExportRequest) -> int:
@@ -41,8 +47,18 @@ def count_stages(request: ExportRequest) -> int:
         Stages at most: what turns out not to be needed is left out.
     """
     graphs, scored = len(request.names), len(request.tasks)
-    chosen = len(request.pruned_here) if request.keep_or_default < 1 else 0
+    keep = request.keep_or_default
+    chosen = len(request.pruned_here) if keep is None or keep < 1 else 0
+    # each is pruned, then recovered by one method after the other, and compared with the model
+    changed = len({*request.plans, *request.recovered}) + chosen
+    recovered = len(request.recovered_here) * (1 + len(request.recover))
+    if keep is None:
+        # a search halves what is left of the cuts, how many these are is not known yet
+        recovered *= _TRIED_CUTS
+        chosen *= 2 * _TRIED_CUTS
     ladders = scored * request.ladder
     timed = ladders * (request.target == "cpu")
     # open, trace, write and verify; each graph is made and compared, each task scored twice
-    return 4 + chosen + 2 * graphs + 2 * scored + ladders + timed
+    beside = int(request.speed and request.target == "cpu")
+    scored_all = 2 * scored + ladders + timed + beside
+    return 4 + chosen + recovered + changed + 2 * graphs + scored_all

@@ -6,10 +6,13 @@ import math
 import numbers
 import operator
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgemoe_runtime.errors import RequestError
 from edgemoe_runtime.messages import quote
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Far beyond it an engine runs out of threads or memory while it opens.
 MOST_THREADS = 256
@@ -58,7 +61,8 @@ def check_texts(name: str, values: object) -> list[str]:
     """
     if not isinstance(values, (list, tuple)):
         raise RequestError(f"{name} must be a list of strings, got {quote(values, _SHOWN)}.")
-    return [check_text(f"{name}[{place}]", value) for place, value in enumerate(values)]
+    given = list(cast("Sequence[object]", values))
+    return [check_text(f"{name}[{place}]", value) for place, value in enumerate(given)]
 
 
 def check_count(name: str, value: Any, least: int, most: float = math.inf) -> int:
@@ -102,7 +106,7 @@ def check_number(name: str, value: Any, rule: str = "a finite number") -> float:
     Raises:
         RequestError: when it is of another type, NaN or infinite.
     """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    is_number = not isinstance(value, bool) and isinstance(value, numbers.Real)
     try:
         number = float(value) if is_number else math.nan
     except OverflowError:

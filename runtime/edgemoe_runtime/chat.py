@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime as dt
 import importlib
 import json
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from edgemoe_runtime.errors import BundleError, RequestError
 from edgemoe_runtime.input_files import parse_strict, read_file
@@ -151,19 +151,26 @@ def check_messages(messages: object) -> list[Mapping[str, Any]]:
     Raises:
         RequestError: when they are no list of mappings with a `role`, or there are none.
     """
-    if not isinstance(messages, (list, tuple)) or not messages:
+    given: list[object] = []
+    if isinstance(messages, (list, tuple)):
+        given = list(cast("Sequence[object]", messages))
+    if not given:
         raise RequestError(
             "messages must be a list of {role, content}, one or more, got"
-            f" {quote(messages, 80)}."
+            f" {quote(cast('object', messages), 80)}."
         )
-    for place, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
+    found: list[Mapping[str, Any]] = []
+    for place, message in enumerate(given):
+        mapping = cast("dict[str, Any]", message) if isinstance(message, dict) else {}
+        role = mapping.get("role")
         if not isinstance(role, str) or not role:
+            shown = quote(cast("object", message), 80)
             raise RequestError(
                 f"messages[{place}] must be a mapping with a role, such as"
-                f' {{"role": "user", "content": "..."}}, got {quote(message, 80)}.'
+                f' {{"role": "user", "content": "..."}}, got {shown}.'
             )
-    return list(messages)
+        found.append(mapping)
+    return found
 
 
 def read_named_tokens(folder: Path) -> dict[str, str]:
@@ -182,8 +189,9 @@ def read_named_tokens(folder: Path) -> dict[str, str]:
     for name in (_TOKENIZER_CONFIG, _SPECIAL_TOKENS_MAP):
         settings = _read_settings(folder / name)
         for token in _NAMED_TOKENS:
-            value = settings.get(token)
-            text = value.get("content") if isinstance(value, dict) else value
+            text = settings.get(token)
+            if isinstance(text, dict):
+                text = cast("dict[str, Any]", text).get("content")
             if isinstance(text, str) and token not in found:
                 found[token] = text
     return found
@@ -196,17 +204,17 @@ def _read_settings(file: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise BundleError(f"{file} must be JSON, got: {error}. Copy it again.") from error
-    return found if isinstance(found, dict) else {}
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 
 
 def _default_template(value: object) -> str | None:
     """Return the template of tokenizer_config.json: a text, or one of several by name."""
     if isinstance(value, list):
-        named = {
-            one["name"]: one["template"]
-            for one in value
-            if isinstance(one, dict) and {"name", "template"} <= one.keys()
-        }
+        named: dict[Any, Any] = {}
+        for one in cast("list[object]", value):
+            if isinstance(one, dict):
+                entry = cast("dict[str, Any]", one)
+                named[entry.get("name")] = entry.get("template")
         value = named.get("default")
     return value if isinstance(value, str) else None
 
@@ -214,7 +222,8 @@ def _default_template(value: object) -> str | None:
 def _prepare(message: Mapping[str, Any], place: int) -> dict[str, Any]:
     """Return a message as templates expect it: without what is None, its reasoning by name."""
     plain = {name: _plain(value) for name, value in message.items() if value is not None}
-    if not all(isinstance(name, str) for name in plain):
+    names: list[object] = list(plain)
+    if not all(isinstance(name, str) for name in names):
         raise RequestError(
             f"messages[{place}] must have texts as keys, got {quote(message, 80)}."
         )
@@ -232,11 +241,12 @@ def _plain(value: Any) -> Any:
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, dict):
-        return {_plain(name): _plain(item) for name, item in value.items()}
+        items = cast("dict[Any, Any]", value).items()
+        return {_plain(name): _plain(item) for name, item in items}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_plain(item) for item in cast("list[Any]", value)]
     if isinstance(value, tuple):
-        return tuple(_plain(item) for item in value)
+        return tuple(_plain(item) for item in cast("tuple[Any, ...]", value))
     return f"<{type(value).__name__}>"
 
 
@@ -258,7 +268,7 @@ def _environment() -> tuple[Any, type[Exception]]:
             " ones have holes in the sandbox. Run: pip install -U 'edgemoe[chat]'"
         )
 
-    class Spoken(extension.Extension):  # type: ignore[misc, name-defined]  # jinja2 is untyped here
+    class Spoken(extension.Extension):  # type: ignore[misc]  # jinja2 is untyped here
         """`{% generation %}`: marks what the assistant says; rendering passes it through."""
 
         tags = frozenset({"generation"})
@@ -268,13 +278,13 @@ def _environment() -> tuple[Any, type[Exception]]:
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
             return jinja2.nodes.Scope(body).set_lineno(line)
 
-    class Namespace(jinja2.utils.Namespace):  # type: ignore[misc, name-defined]  # as above
+    class Namespace(jinja2.utils.Namespace):  # type: ignore[misc]  # as above
         """Jinja's, without names that lead into Python."""
 
         def __setitem__(self, name: str, value: Any) -> None:
             if str(name).startswith("_"):
                 raise jinja2.exceptions.SecurityError(f"a namespace has no {name!r}")
-            super().__setitem__(name, value)
+            jinja2.utils.Namespace.__setitem__(self, name, value)
 
     def refuse(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)

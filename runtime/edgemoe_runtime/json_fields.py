@@ -71,11 +71,12 @@ def parse_json(text: str, source: str) -> Json:
 
 
 class Value:
-    """One JSON value together with the path that leads to it."""
+    """One JSON value together with the path that leads to it, and what to do about it."""
 
-    def __init__(self, value: Json, path: str) -> None:
+    def __init__(self, value: Json, path: str, remedy: str = _REMEDY) -> None:
         self._value = value
         self._path = path
+        self._remedy = remedy
 
     def refuse(self, rule: str) -> NoReturn:
         """Raise a ManifestError that says the rule and the value.
@@ -84,7 +85,7 @@ class Value:
             ManifestError: always.
         """
         shown = quote(self._value, _SHOWN_CHARACTERS)
-        raise ManifestError(f"{self._path} must {rule}, got {shown}. {_REMEDY}")
+        raise ManifestError(f"{self._path} must {rule}, got {shown}. {self._remedy}")
 
     def raw(self) -> Json:
         """Return the value unchecked."""
@@ -142,13 +143,19 @@ class Value:
         """Return the elements of a list."""
         if not isinstance(self._value, list):
             self.refuse("be a list")
-        return [Value(item, f"{self._path}[{index}]") for index, item in enumerate(self._value)]
+        return [
+            Value(item, f"{self._path}[{index}]", self._remedy)
+            for index, item in enumerate(self._value)
+        ]
 
     def mapping(self) -> dict[str, Value]:
         """Return the entries of an object with free keys."""
         if not isinstance(self._value, dict):
             self.refuse("be an object")
-        return {name: Value(item, f"{self._path}.{name}") for name, item in self._value.items()}
+        return {
+            name: Value(item, f"{self._path}.{name}", self._remedy)
+            for name, item in self._value.items()
+        }
 
     def free_form(self) -> dict[str, Json]:
         """Return an object whose content is not ours to check."""
@@ -162,11 +169,13 @@ class Value:
         missing = [name for name in names if name not in entries]
         unknown = [name for name in entries if name not in names]
         if missing:
-            raise ManifestError(f"{self._path} must have the keys {quote(missing)}. {_REMEDY}")
+            raise ManifestError(
+                f"{self._path} must have the keys {quote(missing)}. {self._remedy}"
+            )
         if unknown:
             raise ManifestError(
                 f"{self._path} must have no keys but {list(names)}, got {quote(unknown)}. "
-                f"{_REMEDY}"
+                f"{self._remedy}"
             )
         return entries
 

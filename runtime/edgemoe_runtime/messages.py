@@ -67,7 +67,7 @@ def quote(value: object, most: int = MOST_INPUT) -> str:
         Its `repr`, shortened and without control characters.
     """
     # the repr of a long text is as long: no need to make it whole
-    if isinstance(value, (str, bytes)) and len(value) > most:
+    if isinstance(value, str) and len(value) > 2 * most:
         value = value[:most] + value[-most:]
     return clip(escape_controls(repr(value)), most)
 

@@ -34,7 +34,7 @@ for module in (
     importlib.import_module(module)
 
 
-def run(arguments: list[str], kill_at: int | None, work: str) -> None:
+def run(arguments: list[str], kill_at: int | None, prefix: str) -> None:
     """Run the command in this process, which ends with it."""
     count = 0
 
@@ -42,7 +42,7 @@ def run(arguments: list[str], kill_at: int | None, work: str) -> None:
         nonlocal count
         # Opening, renaming, making and removing: each names its path first.
         if given and isinstance(given[0], (str, os.PathLike)):
-            count += str(given[0]).startswith(work)
+            count += str(given[0]).startswith(prefix)
             if count == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
@@ -59,7 +59,7 @@ def repeat(seed: int, kills: int, most: int, work: Path, arguments: list[str]) -
         resumed.append(any(work.rglob("*progress.json")) or any(work.glob("steps/*.*")))
         child = os.fork()
         if child == 0:
-            run(arguments, kill_at, str(work))
+            run(arguments, kill_at, os.environ.get("KILLED_PREFIX", str(work)))
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status):
             raise SystemExit(1)

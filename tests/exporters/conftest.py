@@ -23,12 +23,16 @@ from transformers import (
 from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.shared_basis_layer import to_shared_basis
+from edgemoe_exporters import graph_making
 from edgemoe_exporters.tracing.trace import trace
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    import onnx_ir as ir
+
+    from edgemoe.models.contract import MoeModel
     from edgemoe_exporters.lowering.quantize import Quantized
 
     Array = np.ndarray[Any, Any]
@@ -191,6 +195,22 @@ def tasks(
         "low": write_task(folder / "low.jsonl", 3, 40),
         "high": write_task(folder / "high.jsonl", 50, 90),
     }
+
+
+@pytest.fixture(scope="module")
+def one_trace() -> Iterator[None]:
+    """Tracing is most of an export, and a graph does not depend on weights."""
+    traces: dict[object, ir.Model] = {}
+
+    def trace_once(model: MoeModel) -> ir.Model:
+        key = (model.family, tuple(layer.is_factored for layer in model.layers))
+        if key not in traces:
+            traces[key] = trace(model)
+        return traces[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_making, "trace", trace_once)
+        yield
 
 
 @pytest.fixture(scope="session")

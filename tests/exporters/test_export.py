@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import Glm4MoeForCausalLM
 
-from edgemoe.errors import ParityError, QualityGateError
+from edgemoe.errors import ParityError, QualityGateError, TaskFileError
 from edgemoe.models.checkpoint import load_model
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
-from edgemoe_exporters import stages
+from edgemoe_exporters import graph_making
 from edgemoe_exporters.export import export_bundle
-from edgemoe_exporters.request import ExportReport, ExportRequest
+from edgemoe_exporters.request import ExportRequest
 from edgemoe_exporters.sources import in_memory as source_in_memory
 from edgemoe_exporters.sources.eager_run import run_eager
 from edgemoe_exporters.tracing.trace import trace
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from edgemoe.models.contract import MoeModel
+    from edgemoe_exporters.report import ExportReport
 
 pytestmark = pytest.mark.fused
 
@@ -50,7 +51,7 @@ def one_trace() -> Iterator[None]:
         return traces[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "trace", trace_once)
+        patch.setattr(graph_making, "trace", trace_once)
         yield
 
 
@@ -112,7 +113,10 @@ def pruned(
             tasks=tasks,
             keep=0.5,
             max_drop=100.0,
+            accept_large_drop=True,
+            accept_weak_evidence=True,
             ladder=False,
+            speed=False,
         )
     )
 
@@ -185,7 +189,10 @@ def test_same_request_gives_the_same_bytes(
             tasks=tasks,
             keep=0.5,
             max_drop=100.0,
+            accept_large_drop=True,
+            accept_weak_evidence=True,
             ladder=False,
+            speed=False,
         )
     )
     assert files_of(again.output) == files_of(pruned.output)
@@ -293,9 +300,16 @@ def test_plan_is_evaluated_on_all_examples_of_its_task(
         plans={"low": tmp_path / "a.json"},
         max_drop=0.0,
     )
-    with pytest.raises(QualityGateError, match=r"--max-drop 0 .* got .* 12 held-out lines"):
+    with pytest.raises(TaskFileError, match=r"12 lines judge, fewer than 20\. Add lines"):
         export_bundle(request)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json"]
+    weak = replace(request, accept_weak_evidence=True)
+    with pytest.raises(QualityGateError, match=r"--max-drop 0 .* got .* 12 held-out lines"):
+        export_bundle(weak)
+    # Only the scores stay.
+    kept = [path.name for path in (tmp_path / "bundle.kept.partial" / "kept").iterdir()]
+    assert len(kept) == 2
+    assert all(name.startswith("low.score.") for name in kept)
 
 
 @pytest.mark.parametrize("stage", ["open the checkpoint", "verify the bundle"])

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime
 import pytest
 
-from edgemoe.errors import EdgemoeError, ExportError, OutputError, PlanError, TaskFileError
+from edgemoe.errors import (
+    EdgemoeError,
+    ExportError,
+    OutputError,
+    PlanError,
+    RecoveryError,
+    TaskFileError,
+)
 from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
 from edgemoe_exporters.export import export_bundle
@@ -35,6 +42,11 @@ REFUSALS: list[tuple[dict[str, Any], type[EdgemoeError], str]] = [
     ({"keep": 0.1, "tasks": {"low": None}}, PlanError, "top_k=2"),
     ({"max_drop": 0.1}, ExportError, "max-drop needs lines"),
     ({"max_drop": -1.0, "tasks": {"low": None}}, ExportError, "max-drop must be in"),
+    ({"max_drop": 2.0, "tasks": {"low": None}}, ExportError, r"For 2% give 0\.02"),
+    ({"max_drop": 0.1, "tasks": {"low": None}}, TaskFileError, "3 lines judge, fewer than 20"),
+    ({"keep": "auto", "tasks": {"low": None}}, ExportError, "keep auto needs a limit"),
+    ({"recover": ("lora",)}, ExportError, "recover needs lines"),
+    ({"recover": ("best",), "tasks": {"low": None}}, RecoveryError, "best"),
     ({"tasks": {"../x": None}}, ExportError, "a task's name"),
     ({"tasks": {"low": "short"}}, TaskFileError, "8 lines or more"),
     ({"tasks": {"low": "missing"}}, TaskFileError, "cannot be read"),
@@ -100,10 +112,10 @@ def test_a_hidden_size_of_no_whole_blocks_is_refused() -> None:
         check_block_sizes(shape, precision)
 
 
-def test_an_onnxruntime_that_computes_experts_wrongly_is_refused(
+def test_an_onnxruntime_that_lacks_operators_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(onnxruntime, "__version__", "1.27.9")
-    with pytest.raises(ExportError, match=r"1\.28 or later, got 1\.27\.9"):
+    monkeypatch.setattr(onnxruntime, "__version__", "1.30.9")
+    with pytest.raises(ExportError, match=r"1\.31 or later, got 1\.30\.9"):
         check_engine("ort")
     check_engine("tensorrt")

@@ -105,7 +105,7 @@ def test_a_request_has_the_options_and_defaults_of_the_command() -> None:
     fields = {field.name: field for field in dataclasses.fields(ExportRequest)}
     assert set(options) == set(fields)
     for name, default in options.items():
-        if name not in ("model", "output", "target", "tasks", "plans"):
+        if name not in ("model", "output", "target", "tasks", "plans", "recovered"):
             assert fields[name].default == default, name
 
 

@@ -15,7 +15,6 @@ from edgemoe.models.layer_width import entry_size
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.prune.registry import find_method
 from edgemoe_exporters.bundle.expert_layout import ExpertKey, StackLayout, lay_out
-from edgemoe_exporters.graph.metadata import EXPERT_AXIS
 from edgemoe_exporters.lowering.k_policy import bind_policy
 
 if TYPE_CHECKING:
@@ -58,17 +57,39 @@ def lay_out_plans(plans: Mapping[str, Plan], shape: ModelShape) -> dict[int, Sta
     Returns:
         The layout by decoder layer; none for layers that must keep their order.
     """
-    widths = list(zip(*(plan.widths(shape) for plan in plans.values()), strict=True))
+    return lay_out_keys(
+        {task: expert_keys(plan) for task, plan in plans.items()},
+        [plan.widths(shape) for plan in plans.values()],
+        shape,
+    )
+
+
+def lay_out_keys(
+    keys: Mapping[str, Sequence[Sequence[ExpertKey]]],
+    widths: Sequence[Sequence[int]],
+    shape: ModelShape,
+) -> dict[int, StackLayout]:
+    """Order experts as `lay_out_plans` does, by keys of any kind.
+
+    Args:
+        keys: For each task and MoE layer what its experts are, equal where they may be equal.
+        widths: For each task how wide the experts of each MoE layer are stored.
+        shape: The whole model.
+
+    Returns:
+        The layout by decoder layer; none for layers that must keep their order.
+    """
+    by_layer = list(zip(*widths, strict=True))
     return {
-        layer.layer: lay_out(
-            {
-                task: [_key(expert) for expert in plan.layers[position].experts]
-                for task, plan in plans.items()
-            }
-        )
+        layer.layer: lay_out({task: layers[position] for task, layers in keys.items()})
         for position, layer in enumerate(shape.layers)
-        if layer.n_group == 1 and len(set(widths[position])) == 1
+        if layer.n_group == 1 and len(set(by_layer[position])) == 1
     }
+
+
+def expert_keys(plan: Plan) -> tuple[tuple[ExpertKey, ...], ...]:
+    """Return for each MoE layer the keys of a plan's experts, which differ as weights do."""
+    return tuple(tuple(_key(expert) for expert in layer.experts) for layer in plan.layers)
 
 
 def sizes_after_pruning(
@@ -194,10 +215,10 @@ def compressed(
 
 
 def bind_experts(traced: ir.Model, model: MoeModel) -> ir.Model:
-    """Bind the experts of one task to the graph of the whole model.
+    """Bind the weights of one task to the graph of the whole model.
 
     The custom ops do not fix the number of experts, only the weights do: one trace serves
-    every task.
+    every task, and every checkpoint that was made from the model.
 
     Args:
         traced: Graph of the whole model; it is not changed.
@@ -207,9 +228,10 @@ def bind_experts(traced: ir.Model, model: MoeModel) -> ir.Model:
         A graph that has the weights of `model` and shares their memory.
     """
     graph = traced.clone()
-    tensors = {**dict(model.model.named_parameters()), **dict(model.model.named_buffers())}
+    tensors = dict(model.model.named_parameters(remove_duplicate=False))
+    tensors.update(model.model.named_buffers(remove_duplicate=False))
     for name, value in graph.graph.initializers.items():
-        if EXPERT_AXIS in value.metadata_props:
+        if name in tensors:
             tensor = TorchTensor(tensors[name], name=name)
             value.const_value = tensor
             value.shape = ir.Shape(tensor.shape.numpy())

@@ -236,6 +236,10 @@ def copy_model_files(source: Path | Checkpoint, directory: Path) -> None:
     for name in _MODEL_FILES:
         path = checkpoint.path / name
         if name == "config.json" and (content := checkpoint.read(name)) is not None:
+            if checkpoint.wrapper is not None:
+                # A graph is the language model alone, so its settings are.
+                own = checkpoint.config.to_json_string(use_diff=False)
+                content = own.encode("utf-8")
             write_config(content, directory / name)
         elif checkpoint.gguf is not None and (content := checkpoint.read(name)) is not None:
             (directory / name).write_bytes(content)

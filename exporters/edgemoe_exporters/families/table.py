@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 from typing import TYPE_CHECKING
 
+from edgemoe.models.registry import PUBLISHED_IN
 from edgemoe_exporters.families.check import STEPS
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ _TITLE = (
     "",
 )
 
+
+_PUBLISHED = (
+    "- **published in**: the model_type of checkpoints that hold it beside parts that see or "
+    "hear; the language model is read from those, with the logits of the whole "
+    "(`tests/edgemoe/models/test_published.py`)"
+)
 
 _VERBS = {
     "uniform": "calibrated, pruned and opened by plain transformers",
@@ -55,13 +62,16 @@ def render_table(reports: Sequence[FamilyReport]) -> str:
     steps = [name for name in STEPS if any(name in report.results for report in reports)]
     reasons: dict[str, int] = {}
     rows = [
-        "| family | " + " | ".join(steps) + " |",
-        "|---|" + "---|" * len(steps),
+        "| family | published in | " + " | ".join(steps) + " |",
+        "|---|---|" + "---|" * len(steps),
     ]
     for report in reports:
         cells = [_cell(report.results.get(step, ""), reasons) for step in steps]
-        rows.append(f"| `{report.family}` | " + " | ".join(cells) + " |")
-    columns = [f"- **{name}**: {STEPS[name]}" for name in steps]
+        wrappers = [f"`{name}`" for name, held in PUBLISHED_IN.items() if held == report.family]
+        rows.append(
+            f"| `{report.family}` | " + " | ".join([", ".join(wrappers), *cells]) + " |"
+        )
+    columns = [_PUBLISHED, *(f"- **{name}**: {STEPS[name]}" for name in steps)]
     notes = [f"[{number}] {reason}" for reason, number in reasons.items()]
     counts = [
         f"{sum(_holds(report, step) for report in reports)} {verb}"

@@ -36,11 +36,7 @@ if TYPE_CHECKING:
 
 
 class ModelSource:
-    """A checkpoint to export.
-
-    Attributes:
-        layers: Its decoder layers, for methods that run them.
-    """
+    """A checkpoint to export; one that fits into memory is loaded when it is first needed."""
 
     def __init__(
         self,
@@ -48,22 +44,33 @@ class ModelSource:
         streamed: StreamedModel | None = None,
         work: WorkDirectory | None = None,
     ) -> None:
-        """Load a checkpoint, unless it is streamed.
+        """Wrap a checkpoint; nothing is loaded yet.
 
         Args:
             checkpoint: The checkpoint.
             streamed: The same, open layer by layer because it is larger than memory, or None.
             work: Where a streamed export keeps finished steps.
         """
-        self._streamed, self._work = streamed, work
-        self.layers: LayerProvider
+        self._checkpoint, self._streamed, self._work = checkpoint, streamed, work
+        self._layers: LayerProvider | None = None
         if streamed is None:
-            self.layers = InMemoryLayers(load_model(checkpoint))
             return
-        self.layers = StreamedLayers(streamed, checkpoint.hashes)
+        self._layers = StreamedLayers(streamed, checkpoint.hashes)
         # A skeleton has the configuration of the model only.
         settings = None if checkpoint.gguf is None else checkpoint.read(GENERATION_FILE)
         read_generation_settings(streamed.moe.model, checkpoint.path, settings)
+
+    @property
+    def layers(self) -> LayerProvider:
+        """Its decoder layers, for methods that run them."""
+        if self._layers is None:
+            self._layers = InMemoryLayers(load_model(self._checkpoint))
+        return self._layers
+
+    def release(self) -> None:
+        """Free the memory of a model that is loaded; it is loaded again where it is needed."""
+        if self._streamed is None:
+            self._layers = None
 
     @property
     def moe(self) -> MoeModel:
@@ -73,7 +80,7 @@ class ModelSource:
     @property
     def is_streamed(self) -> bool:
         """Whether its decoder layers are in memory one at a time."""
-        return not self.layers.is_whole
+        return self._streamed is not None
 
     def collect(self, task: TaskFile, tokenizer: Tokenizer, max_tokens: int) -> Statistics:
         """Collect statistics of a task, as `edgemoe.calibrate.collect.collect`."""

@@ -33,6 +33,8 @@ class GraphRunner:
     Args:
         path: The graph; its weights lie beside it.
         threads: Threads to compute with; onnxruntime's choice by default.
+        spins: Whether idle threads wait for work by spinning; those of two graphs that take
+            turns would then slow each other down.
 
     Attributes:
         state: Tokens seen and the cache, by input; may be saved and restored.
@@ -46,11 +48,13 @@ class GraphRunner:
 
     slice_count = 1
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, threads: int | None = None, *, spins: bool = True) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = (
             3  # errors only: warnings tell of fusions that do not apply
         )
+        if not spins:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemoe.allocate.alloc_l import share_out
-from edgemoe.evaluate.drop import measure_drop, paired_drop
+from edgemoe.evaluate.drop import paired_drop
 from edgemoe.evaluate.evaluation import evaluate
+from edgemoe.evaluate.gate import is_within
 from edgemoe.evaluate.requests import build_examples
 from edgemoe_exporters.validation.margins import (
     RecordingScorer,
     answers_of_choices,
     find_margin,
 )
-from edgemoe_exporters.validation.quality_gate import ROUNDING
 from edgemoe_runtime.adaptive_k.rung_cost import time_rungs
 from edgemoe_runtime.bundle.k_ladder import KRung, RungQuality
 from edgemoe_runtime.bundle.manifest_file import save_manifest
@@ -135,6 +135,8 @@ def measure_rungs(
     full: Sequence[int],
     floor: float,
     policy: KPolicy | None = None,
+    *,
+    surely: bool = False,
 ) -> tuple[KRung, ...]:
     """Measure the quality of rungs, from the full k down to the floor.
 
@@ -145,6 +147,8 @@ def measure_rungs(
         floor: Most that a rung may lose against the first: relative for perplexity, in points
             of 1 for accuracy.
         policy: The graph's k policy, if it has one: one of `alloc-l` knows what layers need.
+        surely: Whether the upper end of the 95% interval must be above the floor, as for
+            `--max-drop`.
 
     Returns:
         The rungs above the floor, with their quality; the first is the full k.
@@ -157,7 +161,7 @@ def measure_rungs(
     for cap in caps[1:]:
         score, answers = task.evaluate(runner, cap)
         quality = _quality(best, score)
-        if not quality.drop <= floor + ROUNDING:
+        if not is_within(quality.drop_ci95[1] if surely else quality.drop, floor):
             break
         margin = find_margin(expected, answers)
         again = float(np.mean(answers.margins <= margin))
@@ -177,11 +181,12 @@ def floor_of(max_drop: float | None, before: Evaluation, after: Evaluation) -> f
 
     Returns:
         The loss, in the units of `max_drop`: relative losses of a perplexity multiply, points
-        of an accuracy add up.
+        of an accuracy add up. What the task may have lost already, by the upper end of its
+        interval, is gone.
     """
     if max_drop is None:
         return DEFAULT_FLOOR
-    lost = measure_drop(before, after)
+    lost = paired_drop(before, after).ci95[1]
     return (1 + max_drop) / (1 + lost) - 1 if after.metric == "perplexity" else max_drop - lost
 
 

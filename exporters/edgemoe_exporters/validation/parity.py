@@ -108,7 +108,7 @@ def measure_parity(runner: Runner, runs: Sequence[EagerRun], k_cap: Sequence[int
         differences.append(difference.max(where=run.decided | all_count, initial=0.0))
         finite.append(np.isfinite(graph).all())
         largest = max(largest, float(np.abs(run.logits).max()))
-        log_eager, log_graph = _log_softmax(run.logits), _log_softmax(graph)
+        log_eager, log_graph = log_softmax(run.logits), log_softmax(graph)
         divergences.append((np.exp(log_eager) * (log_eager - log_graph)).sum(-1).ravel())
         agreements.append((graph.argmax(-1) == run.logits.argmax(-1)).ravel())
     return Parity(
@@ -147,9 +147,10 @@ def check_parity(parity: Parity, precision: str, task: str) -> None:
             )
 
 
-def _log_softmax(
+def log_softmax(
     logits: np.ndarray[Any, np.dtype[np.float32]],
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return log-probabilities over the last axis, float64, of float32 logits."""
     wide = logits.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
     result: np.ndarray[Any, np.dtype[np.float64]] = wide - np.log(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ VERSION = 1
 PACKAGES = ("tensorrt", "tensorrt_rtx")
 _HASH_CHUNK_BYTES = 1 << 20  # 1 MiB
 _MAX_KEY_BYTES = 1 << 20
+_FILE_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
 ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 """Smallest, optimal and largest shape of one graph input."""
@@ -134,11 +136,11 @@ class EngineKey:
             root["version"].refuse(f"be {VERSION}")
         command = root["command"].raw()
         return cls(
-            task=root["task"].text(),
+            task=_file_part(root["task"]),
             graph_sha256=root["graph_sha256"].sha256(),
-            precision=root["precision"].text(),
+            precision=_file_part(root["precision"]),
             package=root["package"].one_of(*PACKAGES),
-            package_version=root["package_version"].text(),
+            package_version=_file_part(root["package_version"]),
             compute_capability=root["compute_capability"].integer(1),
             shapes={name: _shapes(item) for name, item in root["shapes"].mapping().items()},
             flags=root["flags"].free_form(),
@@ -146,6 +148,14 @@ class EngineKey:
             engine_size=root["engine_size"].integer(1),
             command=command if isinstance(command, str) else "",
         )
+
+
+def _file_part(value: Value) -> str:
+    """Return a text that becomes a part of a file's name."""
+    text = value.text()
+    if _FILE_PART.fullmatch(text) is None:
+        value.refuse("be letters, digits, '.', '_', '+' or '-', 64 at most")
+    return text
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,14 @@ class QualityReport:
         data: what was scored, or None.
         max_drop: largest loss allowed, or None where there was no gate.
         passed: whether the gate was passed, or None where there was no gate.
+        drop: how much worse the score is, its 95% interval, the lines and the chance level, or
+            None.
+        same_token_share: share of positions, in [0, 1], with the best token of the checkpoint,
+            or None.
+        kl_nats: mean divergence from the checkpoint's next-token distributions, or None.
+        positions: how many of them were compared, or None.
+        speed: times beside an unpruned graph and the checkpoint, where the bundle was made, or
+            None.
     """
 
     before: Mapping[str, Json] | None
@@ -84,27 +92,90 @@ class QualityReport:
     data: DataInfo | None
     max_drop: float | None
     passed: bool | None
+    drop: Mapping[str, Json] | None = None
+    same_token_share: float | None = None
+    kl_nats: float | None = None
+    positions: int | None = None
+    speed: Mapping[str, Json] | None = None
 
     @classmethod
     def read(cls, value: Value) -> QualityReport:
         """Read from JSON."""
-        fields = value.fields("before", "after", "data", "max_drop", "passed")
+        known = ("drop", "same_token_share", "kl_nats", "positions", "speed")
+        given = [name for name in known if name in value.mapping()]
+        fields = value.fields("before", "after", "data", "max_drop", "passed", *given)
+        drop, share, kl = (fields.get(name) for name in known[:3])
+        positions, speed = fields.get("positions"), fields.get("speed")
         return cls(
             before=fields["before"].optional(Value.free_form),
             after=fields["after"].optional(Value.free_form),
             data=fields["data"].optional(DataInfo.read),
             max_drop=fields["max_drop"].optional(Value.number),
             passed=fields["passed"].optional(Value.boolean),
+            drop=None if drop is None else drop.free_form(),
+            same_token_share=None if share is None else share.number(),
+            kl_nats=None if kl is None else kl.number(),
+            positions=None if positions is None else positions.integer(1),
+            speed=None if speed is None else speed.free_form(),
         )
 
     def to_json(self) -> dict[str, Json]:
         """Return the JSON object."""
+        measured: dict[str, Json] = {
+            "drop": None if self.drop is None else dict(self.drop),
+            "same_token_share": self.same_token_share,
+            "kl_nats": self.kl_nats,
+            "positions": self.positions,
+            "speed": None if self.speed is None else dict(self.speed),
+        }
         return {
             "before": None if self.before is None else dict(self.before),
             "after": None if self.after is None else dict(self.after),
             "data": None if self.data is None else self.data.to_json(),
             "max_drop": self.max_drop,
             "passed": self.passed,
+            **{name: value for name, value in measured.items() if value is not None},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsInfo:
+    """Whose weights a task has.
+
+    Attributes:
+        checkpoint: name of the checkpoint that has them, pruned in this bundle or before.
+        checkpoint_sha256: its fingerprint.
+        recovered_by: methods that recovered them, the first one first; none where nothing did.
+    """
+
+    checkpoint: str
+    checkpoint_sha256: str
+    recovered_by: tuple[str, ...]
+
+    @classmethod
+    def read(cls, value: Value) -> WeightsInfo:
+        """Read from JSON."""
+        fields = value.fields("checkpoint", "checkpoint_sha256", "recovered_by", "described")
+        return cls(
+            checkpoint=fields["checkpoint"].text(),
+            checkpoint_sha256=fields["checkpoint_sha256"].sha256(),
+            recovered_by=tuple(name.text() for name in fields["recovered_by"].items()),
+        )
+
+    @property
+    def described(self) -> str:
+        """The same in a few words."""
+        if not self.recovered_by:
+            return f"{self.checkpoint}'s own, not recovered"
+        return f"{self.checkpoint}'s, recovered by {', then '.join(self.recovered_by)}"
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object."""
+        return {
+            "checkpoint": self.checkpoint,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "recovered_by": list(self.recovered_by),
+            "described": self.described,
         }
 
 
@@ -124,6 +195,7 @@ class TaskEntry:
             use, by MoE layer and rounded up: the fallback where the graph cannot choose.
         k_ladder: steps of the experts-per-token cap for this task, the first one is the full
             k; None where they were not measured.
+        weights: whose weights it has, and what recovered them; None in older bundles.
     """
 
     graph: str
@@ -135,6 +207,7 @@ class TaskEntry:
     quality: QualityReport | None = None
     k_table: tuple[int, ...] | None = None
     k_ladder: tuple[KRung, ...] | None = None
+    weights: WeightsInfo | None = None
 
     @classmethod
     def read(cls, value: Value) -> TaskEntry:
@@ -147,9 +220,10 @@ class TaskEntry:
             "plan",
             "parity",
             "quality",
-            *(name for name in ("k_table", "k_ladder") if name in value.mapping()),
+            *(name for name in ("k_table", "k_ladder", "weights") if name in value.mapping()),
         )
         table, ladder = fields.get("k_table"), fields.get("k_ladder")
+        weights = fields.get("weights")
         return cls(
             graph=fields["graph"].text(),
             top_k=fields["top_k"].integer(1),
@@ -160,6 +234,7 @@ class TaskEntry:
             quality=fields["quality"].optional(QualityReport.read),
             k_table=None if table is None else table.integers(1),
             k_ladder=None if ladder is None else tuple(map(KRung.read, ladder.items())),
+            weights=None if weights is None else WeightsInfo.read(weights),
         )
 
     def to_json(self) -> dict[str, Json]:
@@ -181,6 +256,7 @@ class TaskEntry:
             "quality": None if self.quality is None else self.quality.to_json(),
             **({} if self.k_table is None else {"k_table": list(self.k_table)}),
             **({} if self.k_ladder is None else {"k_ladder": ladder}),
+            **({} if self.weights is None else {"weights": self.weights.to_json()}),
         }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from edgemoe_runtime.errors import RequestError
 from edgemoe_runtime.messages import quote
@@ -17,14 +17,15 @@ def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     Raises:
         RequestError: when one is empty or no string.
     """
-    given = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    asked = cast("object", stop)
+    given: Any = () if asked is None else (asked,) if isinstance(asked, str) else asked
     if not isinstance(given, (list, tuple)) or not all(
-        isinstance(one, str) and one for one in given
+        isinstance(one, str) and one for one in cast("Sequence[object]", given)
     ):
         raise RequestError(
             f"stop must be a string or a list of non-empty strings, got {quote(stop)}."
         )
-    return tuple(given)
+    return tuple(cast("Sequence[str]", given))
 
 
 class TokenStops:
@@ -43,12 +44,15 @@ class TokenStops:
         if not self._sequences:
             return [token]
         self._held.append(token)
+        held = tuple(self._held)
+        complete = [len(one) for one in self._sequences if held[-len(one) :] == one]
+        if complete:
+            self.stopped = True
+            self._held = []
+            return list(held[: len(held) - max(complete)])
         passed: list[int] = []
         while self._held and not self._may_begin():
             passed.append(self._held.pop(0))
-        if tuple(self._held) in self._sequences:
-            self.stopped = True
-            self._held = []
         return passed
 
     def flush(self) -> list[int]:

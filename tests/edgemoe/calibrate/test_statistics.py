@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from edgemoe.calibrate.sample import TokenSample, Window
@@ -179,19 +182,19 @@ def test_statistics_of_other_checkpoints_do_not_add_up() -> None:
 
 def test_files_that_are_no_statistics_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "stats"
-    with pytest.raises(StatisticsError, match="No such file"):
+    with pytest.raises(StatisticsError, match="does not exist"):
         Statistics.load(path)
-    with pytest.raises(StatisticsError, match="cannot be read"):
+    with pytest.raises(StatisticsError, match="got a directory"):
         Statistics.load(tmp_path)
     for content in (b"", b"{}", b"x" * 100, make_statistics(0, "a")._to_bytes()[:-8]):
         path.write_bytes(content)
-        with pytest.raises(StatisticsError, match="cannot be read"):
+        with pytest.raises(StatisticsError, match="must be a file that `edgemoe calibrate`"):
             Statistics.load(path)
     save_file({"a": np.zeros(2)}, path)
-    with pytest.raises(StatisticsError, match="some other safetensors"):
+    with pytest.raises(StatisticsError, match="must be a file that `edgemoe calibrate`"):
         Statistics.load(path)
     save_file({"a": np.zeros(2)}, path, metadata={"edgemoe": "[]"})
-    with pytest.raises(StatisticsError, match="cannot be read"):
+    with pytest.raises(StatisticsError, match="got a safetensors file of weights"):
         Statistics.load(path)
 
 
@@ -266,3 +269,31 @@ def test_what_can_hold_text_is_for_its_owner_alone(tmp_path: Path) -> None:
     for statistics in (make_statistics(0, "a"), make_statistics(0, "a").without_tokens()):
         statistics.save(tmp_path / "stats", force=True)
         assert (tmp_path / "stats").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda h: h["shape"]["layers"][0].update(top_k=[2]), r"top_k must be an integer"),
+        (lambda h: h["shape"]["layers"][0].update(top_k=5), r"at most the 4 experts"),
+        (lambda h: h["shape"]["layers"][0].update(n_group=-0.0), r"n_group must be an integer"),
+        (lambda h: h["shape"]["layers"][1].update(layer=1), r"each decoder layer once"),
+        (lambda h: h["shape"].pop("family"), r"must have the keys \['family'\]"),
+        (lambda h: h["tasks"]["a"][0].update(tokens=[-1]), r"tokens must be an integer >= 0"),
+        (lambda h: h["tasks"]["a"][0].update(shard=[1]), r"shard must be an index"),
+        (lambda h: h["tasks"]["a"][0].update(shard=[2, 2]), r"shard must be an index"),
+        (lambda h: h["tasks"]["a"][0].update(more=1), r"must have no keys but"),
+        (lambda h: h.update(checkpoint_sha256=7), r"checkpoint_sha256 must be a non-empty"),
+    ],
+)
+def test_each_value_of_the_header_is_checked(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], told: str
+) -> None:
+    path = tmp_path / "stats"
+    make_statistics(0, "a").save(path)
+    with safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()["edgemoe"])
+    change(header)
+    save_file(load_file(path), path, metadata={"edgemoe": json.dumps(header)})
+    with pytest.raises(StatisticsError, match=f"{told}.*Calibrate again"):
+        Statistics.load(path)

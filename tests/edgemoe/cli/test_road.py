@@ -210,11 +210,22 @@ def test_a_bundle_is_judged_by_what_it_generates(
     assert "--generate" in refused.stderr
 
 
-@pytest.mark.fused
-def test_export_takes_a_plan(road: Path, plan: Path, answer: Answer, tmp_path: Path) -> None:
-    planned = ("--plan", f"code={plan}", "--task", f"code={road}/code.jsonl", "--max-drop", 9)
+ACCEPT = ("--accept-large-drop", "--accept-weak-evidence")
 
-    told = answer("export", road / "moe", "-o", tmp_path / "b", "--target", "cpu", *planned)
+
+@pytest.mark.fused
+def test_export_takes_a_plan(
+    road: Path, plan: Path, answer: Answer, invoke: Callable[..., Any], tmp_path: Path
+) -> None:
+    planned = ("export", road / "moe", "--target", "cpu", "--plan", f"code={plan}")
+    judged = ("--task", f"code={road}/prose.jsonl", "--max-drop", 9, *ACCEPT)
+
+    # The plan's own lines are no evidence.
+    same = ("--task", f"code={road}/code.jsonl", "--max-drop", 9, *ACCEPT)
+    refused = invoke(*planned, *same, "-o", tmp_path / "b")
+    assert refused.exit_code == 1
+    assert "12 of 12 lines" in refused.stderr
+    told = answer(*planned, *judged, "-o", tmp_path / "b")
 
     assert told["precision"] == "int4"
     quality = told["tasks"]["code"]["quality"]
@@ -270,7 +281,7 @@ def test_export_shows_the_rungs_that_it_measured(
 ) -> None:
     asked = ("export", road / "moe", "--target=cpu", f"--task=code={road}/code.jsonl")
 
-    told = invoke(*asked, "-o", tmp_path / "a", "--max-drop", 9)
+    told = invoke(*asked, "-o", tmp_path / "a")
     assert "rung full: 2 experts per token at most, drop 0.000" in told.stdout
     ladder = answer("inspect", tmp_path / "a")["tasks"]["code"]["k_ladder"]
     assert ladder[0]["cost"] == {"prefill": 1.0, "decode": 1.0}

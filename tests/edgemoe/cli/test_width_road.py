@@ -96,8 +96,7 @@ def test_where_the_entry_is_the_routed_experts_own_transformers_opens_it(
 def test_export_chooses_neurons_itself(road: Path, answer: Answer, tmp_path: Path) -> None:
     told = answer(
         "export", road / "moe", f"--task=code={road / 'code'}.jsonl", "--method", "camera",
-        "--keep", 0.5, "--max-drop", 100, "--accept-large-drop", "--accept-weak-evidence",
-        "--target", "cpu", "-o", tmp_path / "bundle",
+        "--keep", 0.5, "--target", "cpu", "-o", tmp_path / "bundle",
     )  # fmt: skip
     assert answer("verify", tmp_path / "bundle")
     assert told

@@ -20,13 +20,13 @@ from edgemoe.recover.adapters import Adapters
 from edgemoe.recover.options import RecoverOptions
 from edgemoe.recover.recovery import recover_checkpoint
 from edgemoe.resume import ResumableInterrupt, partial_path
+from edgemoe.tasks import TaskFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     from edgemoe.models import MoeModel
-    from edgemoe.tasks import TaskFile
 
 QUICK = RecoverOptions(steps=10, batch_tokens=192, held_out_fraction=0.25, learning_rate=3e-3)
 
@@ -305,3 +305,27 @@ def test_an_interrupted_training_goes_on_with_the_same_command_only(
     assert taken == 5 + 6
     assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "once")
     assert not partial_path(tmp_path / "out").exists()
+
+
+def test_choices_are_judged_by_accuracy(compressed: Any, tmp_path: Path) -> None:
+    _, small = compressed("qwen2_moe")
+    lines = [
+        {
+            "prompt": f"w{n} w{n + 1}",
+            "choices": [f" w{n + k}" for k in range(4)],
+            "answer": n % 4,
+        }
+        for n in range(5, 85)
+    ]
+    file = tmp_path / "choices.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = TaskFile.load("t", file)
+
+    told = recover_checkpoint(small, [task], tmp_path / "out", method="lora", options=QUICK)
+
+    held_out = replace(task, records=task.records[3::4])
+    for path, quality in ((small, told.before), (tmp_path / "out", told.after)):
+        judged = evaluate(TorchScorer(load_model(path)), held_out, load_tokenizer(path))
+        assert judged.metric == "accuracy"
+        assert quality.tasks["t"].accuracy == judged.value
+    assert told.to_dict()["tasks"]["t"]["accuracy_before"] == told.before.tasks["t"].accuracy

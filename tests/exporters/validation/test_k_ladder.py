@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def of_lines(value: float) -> Evaluation:
+    """A perplexity of thirty lines of one token, all alike."""
+    losses = (float(np.log(value)),) * 30
+    return replace(score(value), n=30, line_losses=losses, line_tokens=(1,) * 30)
+
+
 def score(value: float, metric: str = "perplexity") -> Evaluation:
     return Evaluation(
         task="t",
@@ -114,12 +120,27 @@ def test_a_text_is_another_when_a_quarter_of_its_tokens_is() -> None:
 
 
 def test_floors_count_what_is_lost_already() -> None:
-    assert floor_of(None, score(10), score(11)) == 0.1
-    # 10 -> 11 -> 12 is all that 20% allow.
-    assert 11 * (1 + floor_of(0.2, score(10), score(11))) == pytest.approx(12)
-    assert floor_of(0.05, score(0.9, "accuracy"), score(0.88, "accuracy")) == pytest.approx(
-        0.03
-    )
+    before, after = of_lines(10), of_lines(11)
+    assert floor_of(None, before, after) == 0.1
+    # 10 -> 11 -> 12 is all that 20% allow; lines that all lose alike leave no doubt.
+    assert 11 * (1 + floor_of(0.2, before, after)) == pytest.approx(12)
+    unsure = replace(after, line_losses=tuple(np.log(11) + np.linspace(-0.1, 0.1, 30)))
+    assert floor_of(0.2, before, unsure) < floor_of(0.2, before, after)
+
+
+@pytest.mark.parametrize(("surely", "names"), [(False, ["full", "k1"]), (True, ["full"])])
+def test_a_limit_is_of_what_a_rung_may_lose(surely: bool, names: list[str]) -> None:
+    class Task:
+        def evaluate(self, _: object, k_cap: Sequence[int]) -> tuple[Evaluation, Answers]:
+            found = of_lines(10)
+            if k_cap[0] == 1:
+                losses = np.log(10.2) + np.linspace(-1, 1, 30)
+                found = replace(found, value=10.2, line_losses=tuple(losses))
+            return found, Answers((np.zeros(1, np.int64),), np.zeros(1))
+
+    task: Any = Task()
+    rungs = measure_rungs(None, task, (2, 2), 0.05, surely=surely)  # type: ignore[arg-type]
+    assert [rung.name for rung in rungs] == names
 
 
 class Told:
@@ -159,11 +180,10 @@ def test_the_first_rung_that_loses_too_much_ends_the_ladder(
 
 def test_a_drop_as_large_as_is_allowed_is_allowed(choices: Path) -> None:
     held_out = TaskFile.load("choices", choices)
-    before, after = score(0.8, "accuracy"), score(0.75, "accuracy")
-    assert before.value - after.value > 0.05
-    assert check_quality(held_out, before, after, 0.05).passed
-    with pytest.raises(QualityGateError, match=r"at most --max-drop 0\.04"):
-        check_quality(held_out, before, after, 0.04)
+    before, after = of_lines(10), of_lines(11)
+    assert check_quality(held_out, before, after, after.value / before.value - 1, 96).passed
+    with pytest.raises(QualityGateError, match=r"at most --max-drop 0\.09 with 95% conf"):
+        check_quality(held_out, before, after, 0.09, 96)
 
 
 def test_rungs_are_evaluated_on_thirty_choices_where_there_are_as_many(
@@ -218,8 +238,10 @@ def bundle(checkpoint: Path, choices: Path, tmp_path_factory: pytest.TempPathFac
         target="cpu",
         precision="fp32",
         tasks={"choices": choices},
-        max_drop=2.0,
+        max_drop=1.0,
+        accept_weak_evidence=True,
         keep=1.0,
+        speed=False,
     )
     export_bundle(request)
     return output
@@ -312,6 +334,8 @@ def test_margins_of_texts_are_those_of_transformers(checkpoint: Path, tmp_path: 
         tasks={"texts": lines},
         keep=1.0,
         max_drop=100.0,
+        accept_large_drop=True,
+        accept_weak_evidence=True,
     )
     export_bundle(request)
     ladder = load_manifest(tmp_path / "bundle").tasks["texts"].k_ladder

@@ -16,7 +16,12 @@ from edgemoe_runtime.bundle.cache_spec import CacheState
 from edgemoe_runtime.bundle.graph_spec import TensorSpec
 from edgemoe_runtime.bundle.manifest_file import load_manifest, parse_manifest, save_manifest
 from edgemoe_runtime.bundle.manifest_rules import check_manifest
-from edgemoe_runtime.bundle.task_entry import DataInfo, ParityReport, QualityReport
+from edgemoe_runtime.bundle.task_entry import (
+    DataInfo,
+    ParityReport,
+    QualityReport,
+    WeightsInfo,
+)
 from edgemoe_runtime.errors import ManifestError
 
 if TYPE_CHECKING:
@@ -49,11 +54,21 @@ def test_round_trip_with_every_part(manifest: Manifest, tmp_path: Path) -> None:
             data=DataInfo(file="test.jsonl", sha256="a" * 64, lines=10),
             max_drop=0.1,
             passed=True,
+            drop={"value": 0.07, "ci95": [0.02, 0.09], "lines": 10},
+            same_token_share=0.93,
+            kl_nats=0.02,
+            positions=512,
+            speed={"ms_per_token": 2.5},
+        ),
+        weights=WeightsInfo(
+            checkpoint="moe", checkpoint_sha256="b" * 64, recovered_by=("lora", "router-kd")
         ),
     )
     full = replace(manifest, tasks={"model": task})
     save_manifest(full, tmp_path)
     assert load_manifest(tmp_path) == full
+    # Bundles of the schema before have less, and are read.
+    assert parse_manifest(manifest.to_json() | {"schema_version": 1}) == manifest
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgemoe_runtime.decoding.stopping import StopFilter
+from edgemoe_runtime.decoding.stopping import StopFilter, TokenStops
 
 TEXT = st.text("abc", max_size=40)
 
@@ -47,3 +47,27 @@ def test_text_that_cannot_be_a_stop_string_is_shown_at_once() -> None:
     assert filter_.push("world") == "\nworld"
     assert filter_.push("\n\nmore") == ""
     assert filter_.push("anything") == ""
+
+
+TOKENS = st.lists(st.integers(0, 2), max_size=30)
+
+
+@given(TOKENS, st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=3))
+def test_stops_before_the_tokens(tokens: list[int], sequences: list[list[int]]) -> None:
+    """The sequence that is complete first ends the text; of equals the longest is taken off."""
+    expected, stopped = tokens, False
+    for end in range(1, len(tokens) + 1):
+        complete = [s for s in sequences if tokens[:end][-len(s) :] == s]
+        if complete:
+            expected, stopped = tokens[: end - max(map(len, complete))], True
+            break
+    filter_ = TokenStops(sequences)
+    shown: list[int] = []
+    for token in tokens:
+        shown += filter_.push(token)
+        assert expected[: len(shown)] == shown
+        if filter_.stopped:
+            break
+    shown += filter_.flush()
+
+    assert (shown, filter_.stopped) == (expected, stopped)

@@ -11,6 +11,7 @@ from torch import nn
 from edgemoe.errors import EdgemoeError, ExportError
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.checkpoint import Checkpoint
+from edgemoe.models.decoder import cache_name
 from edgemoe.models.discovery import build_skeleton
 from edgemoe.models.k_policy import following
 from edgemoe.models.registry import FAMILIES
@@ -39,7 +40,14 @@ if TYPE_CHECKING:
 # Families whose layers cache tensors that no custom op takes, or whose router or activation is
 # of a kind that graphs do not have.
 WITHOUT_GRAPH = frozenset(
-    {"deepseek_v4", "inkling2_text", "inkling_text", "qwen4_exp_text", "zaya"}
+    {
+        "deepseek_v4",
+        "inkling2_loop_text",
+        "inkling2_text",
+        "inkling_text",
+        "qwen4_exp_text",
+        "zaya",
+    }
 )
 _WITH_GRAPH = ", ".join(name for name in FAMILIES if name not in WITHOUT_GRAPH)
 _NOT_YET = (
@@ -61,6 +69,7 @@ class TraceModule(nn.Module):
         self.lm = model.model
         self.cached: tuple[CacheTensor, ...] = ()
         self.attender = Attender()
+        self._cache_name = cache_name(self.lm)
         self._moe_layers = len(model.layers)
         self._k_cap: torch.Tensor | None = None
 
@@ -92,8 +101,8 @@ class TraceModule(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_name: cache},
         )
         present = cache.present(self.cached)
         self.attender.attention_mask = self._k_cap = None
