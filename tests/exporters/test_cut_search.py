@@ -118,7 +118,9 @@ def test_what_is_refused_is_kept_and_the_next_attempt_uses_it(
     with pytest.raises(QualityGateError, match=r"got none: --keep 0\.875: .*Kept in .*partial"):
         export_bundle(request)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle.kept.partial"]
-    kept = {path.name.split(".")[1] for path in (tmp_path / "bundle.kept.partial/kept").iterdir()}
+    kept = {
+        path.name.split(".")[1] for path in (tmp_path / "bundle.kept.partial/kept").iterdir()
+    }
     assert kept == {"score", "statistics"}
     # Neither the checkpoint is scored again, nor is anything calibrated.
     scored: list[object] = []
