@@ -1,4 +1,4 @@
-"""Load GGUF models without experts whole: the dense models that are carved or teach."""
+"""Load GGUF models without experts."""
 
 from __future__ import annotations
 
