@@ -84,6 +84,8 @@ class Checkpoint:
         self.path = path
         self._contents: dict[str, bytes | None] = {}
         self._left_out: tuple[LeftOut, ...] | None = None
+        # Of all its views: filled once the weights' headers are read.
+        self._stored_types: dict[str, torch.dtype] = {}
 
     @classmethod
     def open(cls, path: Path | str | Checkpoint) -> Checkpoint:
@@ -210,6 +212,8 @@ class Checkpoint:
     def _judge(self, model: PreTrainedModel, conversion: Conversion) -> tuple[LeftOut, ...]:
         note = self.quantisation_note
         found = judge_left_out(model, conversion, self.path, note)
+        if self.gguf is None:
+            self._stored_types.update(conversion.stored_types())
         if note is not None:
             remark_once(self.path, f"its weights are plain numbers, in spite of {note}")
         return found
@@ -229,6 +233,7 @@ class Checkpoint:
             if note is not None:
                 resize_layers(skeleton, spec, note)
             found = adapt_model(skeleton, spec=spec)
+        found.stored_types = self._stored_types
         put_k_policy(found, self.k_policy)
         return found
 
@@ -300,6 +305,7 @@ class Checkpoint:
         model.__class__ = self.family.causal_lm
         found = adapt_model(model, self.path, stored_dtype, self.spec)
         found.hashes = self.hashes
+        found.stored_types = self._stored_types
         put_k_policy(found, self.k_policy)
         return found
 
