@@ -326,12 +326,8 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
     """
     checkpoint = Checkpoint.open(path)
     # What is refused without a look at the weights comes first.
-    _, config, _, files = (
-        checkpoint.family,
-        checkpoint.config,
-        checkpoint.note,
-        checkpoint.weights,
-    )
+    _, config, _ = checkpoint.family, checkpoint.config, checkpoint.note
+    files = checkpoint.weights
     model_class = checkpoint.model_class
     checkpoint.check_left_out()
     if checkpoint.wrapper is not None or checkpoint.gguf is not None:
