@@ -18,10 +18,14 @@ from edgemoe_runtime.errors import EdgemoeRuntimeError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from edgemoe_runtime.chat import Read
+
 _REMEDY = "Write the lines as prompt and completion instead."
 
 
-def load_task(name: str, path: Path | str, model: Path | str | None) -> TaskFile:
+def load_task(
+    name: str, path: Path | str, model: Path | str | None, read: Read | None = None
+) -> TaskFile:
     """Read a task file for a model.
 
     Args:
@@ -29,6 +33,7 @@ def load_task(name: str, path: Path | str, model: Path | str | None) -> TaskFile
         path: The JSON Lines file.
         model: Checkpoint directory or bundle whose template renders chats; None where there is
             none.
+        read: Returns a file of the model by name, where that is no directory.
 
     Returns:
         The task; lines of messages are completions in it.
@@ -37,14 +42,15 @@ def load_task(name: str, path: Path | str, model: Path | str | None) -> TaskFile
         TaskFileError: The file breaks the format, or the model has no template, or it refuses
             a line.
     """
-    return TaskFile.load(name, path, render=_Renderer(model))
+    return TaskFile.load(name, path, render=_Renderer(model, read))
 
 
 class _Renderer:
     """Renders the messages of a line; the template is opened at the first."""
 
-    def __init__(self, model: Path | str | None) -> None:
+    def __init__(self, model: Path | str | None, read: Read | None) -> None:
         self._model = model
+        self._read = read
         self._template: ChatTemplate | None = None
 
     def __call__(self, messages: Sequence[Mapping[str, Any]], where: str) -> tuple[str, str]:
@@ -67,7 +73,9 @@ class _Renderer:
         return prompt, completion
 
     def _open(self) -> ChatTemplate:
-        found = None if self._model is None else ChatTemplate.load(Path(self._model))
+        found = (
+            None if self._model is None else ChatTemplate.load(Path(self._model), self._read)
+        )
         if found is None:
             raise TaskFileError(
                 f"lines of messages need a chat template, got none in {self._model}: neither "

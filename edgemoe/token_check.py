@@ -125,8 +125,12 @@ def _size_of(config: Any) -> int | None:
         inner = _size_of(config.get(name))
         if inner is not None:
             return inner
-    size = config.get("vocab_size")
-    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
+    sizes = [config.get("vocab_size")]
+    # Gemma 4 has a second table of tokens, which may be smaller.
+    if config.get("hidden_size_per_layer_input"):
+        sizes.append(config.get("vocab_size_per_layer_input"))
+    known = [size for size in sizes if type(size) is int and size > 0]
+    return min(known, default=None)
 
 
 def _open(model: Path) -> Tokenizer | None:

@@ -9,8 +9,7 @@
 #              numbers: a table in the log says MISSING, nothing is raised. For "qwen3moe" it does not read
 #              expert_feed_forward_length: the width is the default of Qwen3MoeConfig (768), any other is refused.
 # Output seen: LlamaForCausalLM, 6 missing tensors (3 per layer), no exception; qwen3moe with width 32: RuntimeError
-# For edgemoe: `carve` takes GGUF and refuses such a file, since it checks for missing tensors. Experts that were
-#              pruned in width cannot come back from GGUF through transformers.
+# For edgemoe: it reads GGUF itself (edgemoe/models/gguf), experts and their width included.
 set -euo pipefail
 unset PYTHONPATH
 work=$(mktemp -d)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from edgemoe.chat_tasks import load_task
 from edgemoe.errors import ArgumentError, PlanError, StatisticsError, TaskFileError
+from edgemoe.file_kinds import identify
 from edgemoe.tasks import TaskFile, check_names_differ
 from edgemoe.token_check import check_tokens
 from edgemoe_runtime.messages import clip
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.models.checkpoint import Checkpoint
@@ -40,7 +41,8 @@ def read_tasks(tasks: Tasks, model: Path) -> list[TaskFile]:
         TaskFileError: There is none, two have one name, or a file breaks a rule.
     """
     if isinstance(tasks, Mapping):
-        loaded = [load_task(name, Path(path), model) for name, path in tasks.items()]
+        read = _reader(model)
+        loaded = [load_task(name, Path(path), model, read) for name, path in tasks.items()]
     else:
         loaded = list(tasks)
     check_names_differ([task.name for task in loaded])
@@ -48,6 +50,16 @@ def read_tasks(tasks: Tasks, model: Path) -> list[TaskFile]:
         raise TaskFileError('there must be one task or more, got none. Give {"name": file}.')
     check_tokens(model, loaded)
     return loaded
+
+
+def _reader(model: Path) -> Callable[[str], bytes | None] | None:
+    """Return what reads the settings of a GGUF file; None for a directory."""
+    if identify(model).name != "gguf":
+        return None
+    from edgemoe.models.gguf.reading import open_gguf
+
+    found = open_gguf(model)
+    return None if found is None else found.read
 
 
 def read_task(task: OneTask, model: Path) -> TaskFile:

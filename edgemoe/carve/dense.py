@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING
 
 from edgemoe.errors import CarveError, CheckpointError
 from edgemoe.evaluate.subject import load_dense as read_dense
-from edgemoe.models.checkpoint import Checkpoint, load_dense_gguf
-from edgemoe.models.gguf.reading import open_gguf
+from edgemoe.models.checkpoint import Checkpoint
+from edgemoe.models.gguf.paths import find_gguf
 from edgemoe.models.saving import copy_companions, save_pretrained
-from edgemoe_runtime.messages import clip
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from edgemoe.models.gguf.reading import GgufModel
 
 DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Dense families whose attention the carved family can hold without a change."""
@@ -54,10 +51,7 @@ def load_dense(source: Path) -> DenseModel:
     """
     if not source.exists():
         raise CheckpointError(f"a dense checkpoint must exist, got {source}. Check the path.")
-    gguf = open_gguf(source)
-    if gguf is not None:
-        return _load_gguf(gguf, source)
-    if not (source / "config.json").is_file():
+    if find_gguf(source) is None and not (source / "config.json").is_file():
         raise CheckpointError(
             f"a dense checkpoint must hold config.json or one .gguf file, got {source}. "
             "Point at a Hugging Face directory or at a .gguf file."
@@ -67,16 +61,9 @@ def load_dense(source: Path) -> DenseModel:
     checkpoint = Checkpoint(source)
     _check_family(str(checkpoint.configuration.whole.model_type))
     _ = checkpoint.weights
-    _check_tokenizer(source)
+    # tokenizer.json as it is: the class that a family maps to may rewrite it.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=checkpoint.tokenizer)
     model = read_dense(checkpoint).requires_grad_(True)
-    try:
-        # tokenizer.json as it is: the class that a family maps to may rewrite it.
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
-    except Exception as error:
-        raise CheckpointError(
-            f"{source} could not be read as a checkpoint: {clip(str(error))} Download or "
-            "convert it again."
-        ) from error
     return DenseModel(model=model.eval(), tokenizer=tokenizer, source=source)
 
 
@@ -99,26 +86,6 @@ def save_tokenizer(dense: DenseModel, directory: Path) -> None:
         directory: An existing directory to fill.
     """
     copy_companions(dense.source, directory)
-
-
-def _load_gguf(gguf: GgufModel, source: Path) -> DenseModel:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    _check_family(gguf.config["model_type"])
-    checkpoint = Checkpoint.open(source)
-    model = load_dense_gguf(checkpoint)
-    text = gguf.settings["tokenizer.json"].decode("utf-8")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text))
-    return DenseModel(model=model, tokenizer=tokenizer, source=source)
-
-
-def _check_tokenizer(source: Path) -> None:
-    if not (source / "tokenizer.json").is_file():
-        raise CheckpointError(
-            f"a dense checkpoint must hold tokenizer.json, got none in {source}. "
-            "Save its tokenizer with a fast tokenizer of transformers."
-        )
 
 
 def _check_family(family: str) -> None:

@@ -76,7 +76,7 @@ def _describe_quality(quality: QualityReport) -> str:
     unit = " points" if points else "%"
     shown += (
         f": {_hundredths(value)}{unit} worse, 95% interval {_hundredths(low)} to "
-        f"{_hundredths(high)}, {drop['lines']} held-out lines, chance {chance:.4g}"
+        f"{_hundredths(high)}, {drop['lines']} held-out lines, chance {chance:.6g}"
     )
     if quality.max_drop is not None:
         shown += f"; --max-drop {quality.max_drop:g} holds"

@@ -74,7 +74,7 @@ class JudgedDrop:
         else:
             shown = f"{_percent(-self.drop.value)} points of accuracy, 95% interval "
             shown += f"{_percent(-high)} to {_percent(-low)}"
-        return f"{shown}, {self.lines} held-out lines, chance {self.chance:.4g}"
+        return f"{shown}, {self.lines} held-out lines, chance {self.chance:.6g}"
 
 
 def judge_drop(before: Evaluation, after: Evaluation, vocabulary: int) -> JudgedDrop:
@@ -144,7 +144,7 @@ def find_weaknesses(before: Evaluation, vocabulary: int) -> tuple[str, ...]:
     if not knows:
         found.append(
             f"the {before.metric} of the model before, {before.value:.4g} [{low:.4g}, "
-            f"{high:.4g}], is not better than chance, {chance:.4g}"
+            f"{high:.4g}], is not better than chance, {chance:.6g}"
         )
     return tuple(found)
 

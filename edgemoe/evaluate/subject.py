@@ -108,7 +108,8 @@ def load_dense(path: Path | Checkpoint) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from edgemoe.models.checkpoint import Checkpoint, load_dense_gguf
+    from edgemoe.models.checkpoint import Checkpoint
+    from edgemoe.models.dense_gguf import load_dense_gguf
     from edgemoe.models.experts import is_experts_module
     from edgemoe.models.loading import check_fit, quiet_transformers
     from edgemoe.models.registry import find_family

@@ -85,8 +85,8 @@ def view_layers(model: PreTrainedModel, spec: ModelSpec) -> list[MoeLayer]:
         shape = layer.shape
         if layer.num_experts < shape.min_experts or layer.num_experts % shape.n_group:
             raise CheckpointError(
-                f"layer {layer.index} must have at least {shape.min_experts} experts in "
-                f"{shape.n_group} equal groups, because each token uses top_k={layer.top_k}, "
-                f"got {layer.num_experts}. Correct config.json."
+                f"layer {layer.index} must have at least {shape.least_kept} experts in "
+                f"{shape.n_group} equal groups, because {shape.least_reason}, got "
+                f"{layer.num_experts}. Correct config.json."
             )
     return layers

@@ -42,6 +42,7 @@ from edgemoe.models.remarks import remark_once, remarks
 from edgemoe.models.safety import check_directory, check_weights, read_json_object
 from edgemoe.models.streaming import Skeleton
 from edgemoe.models.tensor_files import list_tensors
+from edgemoe.models.ties import tell_ties, untie_what_differs
 from edgemoe.models.tokenizer_file import open_tokenizer
 from edgemoe_runtime.input_files import read_file
 
@@ -83,6 +84,8 @@ class Checkpoint:
         self.path = path
         self._contents: dict[str, bytes | None] = {}
         self._left_out: tuple[LeftOut, ...] | None = None
+        # Of all its views: filled once the weights' headers are read.
+        self._stored_types: dict[str, torch.dtype] = {}
 
     @classmethod
     def open(cls, path: Path | str | Checkpoint) -> Checkpoint:
@@ -209,6 +212,8 @@ class Checkpoint:
     def _judge(self, model: PreTrainedModel, conversion: Conversion) -> tuple[LeftOut, ...]:
         note = self.quantisation_note
         found = judge_left_out(model, conversion, self.path, note)
+        if self.gguf is None:
+            self._stored_types.update(conversion.stored_types())
         if note is not None:
             remark_once(self.path, f"its weights are plain numbers, in spite of {note}")
         return found
@@ -228,6 +233,7 @@ class Checkpoint:
             if note is not None:
                 resize_layers(skeleton, spec, note)
             found = adapt_model(skeleton, spec=spec)
+        found.stored_types = self._stored_types
         put_k_policy(found, self.k_policy)
         return found
 
@@ -299,6 +305,7 @@ class Checkpoint:
         model.__class__ = self.family.causal_lm
         found = adapt_model(model, self.path, stored_dtype, self.spec)
         found.hashes = self.hashes
+        found.stored_types = self._stored_types
         put_k_policy(found, self.k_policy)
         return found
 
@@ -319,12 +326,8 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
     """
     checkpoint = Checkpoint.open(path)
     # What is refused without a look at the weights comes first.
-    _, config, _, files = (
-        checkpoint.family,
-        checkpoint.config,
-        checkpoint.note,
-        checkpoint.weights,
-    )
+    _, config, _ = checkpoint.family, checkpoint.config, checkpoint.note
+    files = checkpoint.weights
     model_class = checkpoint.model_class
     checkpoint.check_left_out()
     if checkpoint.wrapper is not None or checkpoint.gguf is not None:
@@ -332,6 +335,7 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
         # read what is quantised tensor by tensor.
         with refusing_misfits(checkpoint.path):
             skeleton = Skeleton(model_class, config, files, dtype, wrapper=checkpoint.wrapper)
+            untie_what_differs(skeleton.model, skeleton.conversion)
             skeleton.load_all()
         read_generation_settings(
             skeleton.model,
@@ -350,46 +354,8 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
         )
     check_fit(report, checkpoint.path)
     align_tensors(model)
+    tell_ties(model)
     return checkpoint.adapt(model, stored_dtype(config) or dtype)
-
-
-def load_dense_gguf(checkpoint: Checkpoint) -> PreTrainedModel:
-    """Load a GGUF model without experts.
-
-    Args:
-        checkpoint: The checkpoint.
-
-    Returns:
-        The model in float32, in eval mode, without gradients.
-
-    Raises:
-        CheckpointError: Its tensors are not those of the model that it describes.
-    """
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(checkpoint.configuration.whole)
-    with refusing_misfits(checkpoint.path), quiet_transformers():
-        with torch.device("meta"):
-            model_class: Any = type(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
-        model, report = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict={
-                name: tensor.read() for name, tensor in list_tensors(checkpoint.weights).items()
-            },
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    check_fit(report, checkpoint.path)
-    if report["unexpected_keys"]:
-        raise CheckpointError(
-            f"the weights in {checkpoint.path} must fit its metadata, got "
-            f"{min(report['unexpected_keys'])}, which the model has no place for. Use the "
-            "Hugging Face checkpoint that the file was made from."
-        )
-    read_generation_settings(model, checkpoint.path, checkpoint.read(GENERATION_FILE))
-    found: PreTrainedModel = model.eval().requires_grad_(False)
-    return found
 
 
 def read_shape(path: Path | Checkpoint) -> ModelShape:

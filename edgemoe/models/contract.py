@@ -33,6 +33,8 @@ class MoeModel:
         layers: Its MoE layers, in order.
         path: The checkpoint that the weights equal; None once they were changed.
         stored_dtype: Floating type that the checkpoint is stored in.
+        stored_types: Floating types of its tensors, by their names in the model, where they are
+            known: some, such as biases of routers, are more exact than the others.
         provenance: How the checkpoint was made, where edgemoe made it.
         count_entries: Entries of the configuration that say how many experts there are.
         k_policy: How many experts each token uses; None where it is always top_k.
@@ -46,6 +48,7 @@ class MoeModel:
     layers: list[MoeLayer]
     path: Path | None = None
     stored_dtype: torch.dtype = torch.float32
+    stored_types: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
     provenance: Mapping[str, Any] | None = field(default=None, repr=False)
     count_entries: tuple[str, ...] = ()
     k_policy: KPolicy | None = None

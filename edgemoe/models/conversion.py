@@ -101,6 +101,21 @@ class Conversion:
             shapes = [source.on_meta() for source, _ in group.sources]
             group.targets = dict(self._convert(group, shapes))
 
+    def stored_types(self) -> dict[str, torch.dtype]:
+        """Return the floating types that the model's tensors are stored in.
+
+        Returns:
+            Types by name in the model; where a rule computes a tensor from several types, that
+            of what it computes.
+        """
+        found = {}
+        for group in self.groups:
+            sources = {source.dtype for source, _ in group.sources}
+            for name, tensor in group.targets.items():
+                if tensor.dtype.is_floating_point:
+                    found[name] = next(iter(sources)) if len(sources) == 1 else tensor.dtype
+        return found
+
     def _match(self, rules: ReadingRules, stored: Mapping[str, StoredTensor]) -> None:
         expected = self._model.state_dict()
         prefix = self._model.base_model_prefix
@@ -126,6 +141,7 @@ class Conversion:
                     first_target=target, rule=rule, is_foreign=is_foreign
                 )
             elif pattern is None or not isinstance(groups[target].rule, WeightConverter):
+                # transformers 5.24 takes one of them in silence.
                 first = groups[target].sources[0][0].name
                 raise ValueError(f"{first} and {name} both stand for {target}")
             groups[target].sources.append((stored[name], pattern or name))

@@ -12,6 +12,7 @@ from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.loading import quiet_transformers, refusing_misfits, stored_dtype
 from edgemoe.models.memory_budget import default_limit
 from edgemoe.models.streaming import Skeleton
+from edgemoe.models.ties import untie_what_differs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,6 +64,7 @@ def open_streamed(
     with refusing_misfits(checkpoint.path), quiet_transformers():
         skeleton = Skeleton(model_class, config, files, dtype, device, checkpoint.wrapper)
     checkpoint.check_left_out(skeleton)
+    untie_what_differs(skeleton.model, skeleton.conversion)
     stored = stored_dtype(config) or skeleton.stored_dtype
     return StreamedModel(checkpoint.adapt(skeleton.model, stored), skeleton)
 

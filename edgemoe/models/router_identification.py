@@ -83,9 +83,12 @@ def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterSp
                 continue
             if multiple > 1 and not rule.limits_groups:
                 rule = replace(rule, n_group=multiple, topk_group=multiple)
+            if rule.limits_groups:
+                # The router runs with less, and then uses experts that it masked.
+                least = max(least, -(-top_k // rule.topk_group))
             rule = replace(rule, min_group_size=least)
             roles = replace(tensors, correction_bias=correction, expert_scale=scale)
-            return replace(spec, rule=rule, tensors=roles)
+            return replace(spec, rule=rule, tensors=roles, least=least)
     return spec
 
 

@@ -25,7 +25,8 @@ class RouterRule:
         topk_group: Number of groups a token may use.
         group_score: What ranks a group: the sum of its two best choice scores, or the best.
         group_fill: Choice score of the experts outside the best groups.
-        min_group_size: Fewest experts per group with which the family's own router runs.
+        min_group_size: Fewest experts per group with which the family's own router runs, and
+            finds top_k experts in the groups that a token may use.
         softmax_over: Whether the softmax runs over all experts or over those chosen.
         sum_epsilon: What is added to the sum that gates are divided by.
         jitter: Width of the band around the best logit that `sparsemixer` looks at.

@@ -6,6 +6,7 @@ import json
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    import torch
     from transformers import PreTrainedModel
 
     from edgemoe.models.contract import MoeModel
@@ -230,9 +230,9 @@ def copy_companions(source: Path, directory: Path) -> None:
 
 
 def float32_names(model: MoeModel) -> set[str]:
-    """Name the tensors that checkpoints hold in float32, whatever type the others have.
+    """Name the tensors that are written in float32, whatever type the others have.
 
-    A choice bias is one in every checkpoint: it breaks ties between close scores.
+    A choice bias is one where no checkpoint says otherwise: it breaks ties of close scores.
 
     Args:
         model: Any model.
@@ -241,26 +241,50 @@ def float32_names(model: MoeModel) -> set[str]:
         Names in the model.
     """
     return {
-        f"{layer.name}.{layer.spec.routing.tensors.correction_bias}"
+        name
         for layer in model.layers
         if layer.spec.routing.tensors is not None
+        for name in [f"{layer.name}.{layer.spec.routing.tensors.correction_bias}"]
+        if name not in model.stored_types
     }
 
 
+def types_to_write(model: MoeModel) -> dict[str, torch.dtype]:
+    """Return the floating type that each tensor is written in: the one it was stored in.
+
+    Args:
+        model: Any model, in memory.
+
+    Returns:
+        Types of the floating tensors by name in the model; what the checkpoint did not have is
+        written in the type of most of it.
+    """
+    tensors = {n: t for n, t in model.model.state_dict().items() if t.is_floating_point()}
+    exact = float32_names(model)
+    # Of tied tensors a checkpoint has one.
+    tied = {_memory(tensors[n]): t for n, t in model.stored_types.items() if n in tensors}
+    return {
+        name: model.stored_types.get(name)
+        or tied.get(_memory(tensor))
+        or (torch.float32 if name in exact else model.stored_dtype)
+        for name, tensor in tensors.items()
+    }
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, torch.Size]:
+    return tensor.data_ptr(), tensor.shape
+
+
 def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = model.model.state_dict()
-    keep = float32_names(model)
+    types = types_to_write(model)
     # Tied tensors are recognised by their memory, so a cast must not part them.
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
     stored = {}
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or name in keep:
+    for name, tensor in model.model.state_dict().items():
+        if name in types:
+            stored[name] = cast.setdefault(_memory(tensor), tensor.to(types[name]))
+        else:
             stored[name] = tensor
-            continue
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in cast:
-            cast[key] = tensor.to(model.stored_dtype)
-        stored[name] = cast[key]
     return stored
 
 

@@ -14,7 +14,8 @@ class LayerShape:
         num_experts: Routed experts.
         top_k: Experts per token.
         n_group: Groups that the router's experts are divided in.
-        min_group_size: Fewest experts per group.
+        min_group_size: Fewest experts per group: `topk_group` groups of so many hold at least
+            top_k where a token may not use all groups.
         intermediate_size: Width of its experts; None where it is that of the model.
     """
 
@@ -29,6 +30,16 @@ class LayerShape:
     def min_experts(self) -> int:
         """Fewest experts that the layer's router can choose from."""
         return max(self.top_k, self.n_group * self.min_group_size)
+
+    @property
+    def least_reason(self) -> str:
+        """Why there must be `min_experts`, for messages."""
+        if self.min_experts == self.top_k:
+            return f"each token uses top_k={self.top_k}"
+        return (
+            f"its router needs {self.min_group_size} experts in each of {self.n_group} groups "
+            f"to choose top_k={self.top_k}"
+        )
 
     @property
     def least_kept(self) -> int:

@@ -189,9 +189,8 @@ class LayerPlan:
             )
         if count < shape.min_experts:
             raise PlanError(
-                f"layer {self.layer} must keep at least {shape.min_experts} experts, because "
-                f"its router compares {shape.min_group_size} in each of {shape.n_group} "
-                f"groups, got {count}. Keep {shape.min_experts} or more there."
+                f"layer {self.layer} must keep at least {shape.least_kept} experts, because "
+                f"{shape.least_reason}, got {count}. Keep {shape.least_kept} or more there."
             )
         last = max(expert.members[-1] for expert in self.experts)
         if last >= shape.num_experts:

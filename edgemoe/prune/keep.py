@@ -81,14 +81,11 @@ def check_counts(shape: ModelShape, counts: Sequence[int]) -> tuple[int, ...]:
                 f"{count}. Keep fewer."
             )
         if count < layer.min_experts:
-            reason = (
-                f"each token uses top_k={layer.top_k}"
-                if count < layer.top_k
-                else "its router compares experts in groups"
-            )
+            share = math.ceil(1000 * layer.least_kept / layer.num_experts) / 1000
             raise PlanError(
-                f"layer {layer.layer} must keep at least {layer.min_experts} of its "
-                f"{layer.num_experts} experts, because {reason}, got {count}. Keep more."
+                f"layer {layer.layer} must keep at least {layer.least_kept} of its "
+                f"{layer.num_experts} experts, because {layer.least_reason}, got {count}. Keep "
+                f"more: --keep {share:g} or --keep-experts {layer.least_kept}."
             )
         if count % layer.n_group:
             raise PlanError(

@@ -9,7 +9,7 @@ import torch
 
 from edgemoe.disk import require_space
 from edgemoe.models.checkpoint import Checkpoint, load_model
-from edgemoe.models.saving import float32_names, save_model
+from edgemoe.models.saving import save_model, types_to_write
 from edgemoe.recover.held_out import Quality, measure
 from edgemoe.recover.memory import (
     free_bytes,
@@ -195,7 +195,7 @@ def round_to_stored(model: MoeModel) -> None:
     Args:
         model: The model; it then equals what is loaded from the checkpoint that it is saved as.
     """
-    keep = float32_names(model)
+    types = types_to_write(model)
     for name, tensor in model.model.state_dict().items():
-        if tensor.is_floating_point() and name not in keep:
-            tensor.copy_(tensor.to(model.stored_dtype).to(tensor.dtype))
+        if name in types:
+            tensor.copy_(tensor.to(types[name]).to(tensor.dtype))

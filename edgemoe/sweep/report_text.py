@@ -54,7 +54,7 @@ def tell_threshold(outcome: Outcome, threshold: Threshold, folder: Path) -> str:
             f"{task}: the deepest cut under {limit} keeps {_show_kept(row)} by {row.series} "
             f"(--keep {row.keep:g}); its drop is "
             f"{show_drop_interval(row.drop, row.score.metric)} on {row.score.n} lines, chance "
-            f"{outcome.chance(task):.4g}: {folder / str(row.plan)}"
+            f"{outcome.chance(task):.6g}: {folder / str(row.plan)}"
         )
     if threshold.nearest is None:
         return f"{task}: nothing was cut. Give --keep a smaller fraction."
@@ -63,7 +63,7 @@ def tell_threshold(outcome: Outcome, threshold: Threshold, folder: Path) -> str:
     return (
         f"{task}: no cut is under {limit} with 95% confidence; the nearest, {row.series} at "
         f"--keep {row.keep:g}, may drop by {upper} ({row.score.n} lines, chance "
-        f"{outcome.chance(task):.4g})."
+        f"{outcome.chance(task):.6g})."
     )
 
 

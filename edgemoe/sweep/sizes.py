@@ -49,6 +49,8 @@ class Sizes:
         in_float32 = float32_names(model)
 
         def itemsize(name: str, tensor: torch.Tensor) -> int:
+            if name in model.stored_types:
+                return model.stored_types[name].itemsize
             as_it_is = name in in_float32 or not tensor.is_floating_point()
             return tensor.element_size() if as_it_is else model.stored_dtype.itemsize
 

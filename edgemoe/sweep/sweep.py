@@ -79,7 +79,7 @@ def run_sweep(request: SweepRequest, executor: ExecutorConfig) -> Outcome:
     shape = structure.shape
     candidates, impossible = list_candidates(request, shape)
     seen = examples_seen(request.model, "", checkpoint.read)
-    lines = load_lines(request.tasks, request.held_out, seen)
+    lines = load_lines(request.tasks, request.held_out, seen, checkpoint)
     request.check_limit(*(task.held_out.kind for task in lines.values()))
     check_judging(
         lines,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
+    from edgemoe.models.checkpoint import Checkpoint
     from edgemoe.tasks import TaskRecord
 
 _MINIMUM_JUDGED = 2
@@ -48,7 +49,7 @@ def load_lines(
     tasks: Mapping[str, Path],
     held_out: Mapping[str, Path],
     seen: Collection[int] = frozenset(),
-    model: Path | None = None,
+    model: Checkpoint | None = None,
 ) -> dict[str, TaskLines]:
     """Read tasks and set their lines apart.
 
@@ -65,11 +66,12 @@ def load_lines(
         TaskFileError: A file breaks the format, is too short, or has no line to judge by that
             calibration does not read.
     """
+    source = (None, None) if model is None else (model.path, model.read)
     pairs: dict[str, tuple[TaskFile, TaskFile]] = {}
     for name, path in tasks.items():
-        task = load_task(name, path, model)
+        task = load_task(name, path, *source)
         if name in held_out:
-            pairs[name] = task, load_task(name, held_out[name], model)
+            pairs[name] = task, load_task(name, held_out[name], *source)
         else:
             remedy = f"Add lines, or give others to judge by: --held-out {name}=FILE."
             pairs[name] = hold_out(task, remedy=remedy)

@@ -31,7 +31,7 @@ from edgemoe_exporters.sources.opening import ModelSource
 from edgemoe_exporters.sources.task_model import lay_out_tasks
 from edgemoe_exporters.stages import ExportStages, OnStage, with_speed
 from edgemoe_exporters.task_data import TaskData
-from edgemoe_exporters.timing import time_tasks
+from edgemoe_exporters.timing import estimate_unpruned, time_tasks
 from edgemoe_exporters.tracing.prepare.model import check_exportable
 from edgemoe_exporters.validation.graph_runner import check_engine
 from edgemoe_runtime.bundle.integrity import verify_bundle
@@ -132,7 +132,7 @@ def run_export(request: ExportRequest, on_stage: OnStage) -> ExportReport:
                 name: stages.validate(name, task, graphs.eager[name], before, layouts)
                 for name, task in tasks.items()
             }
-            unpruned_bytes = stages.estimate_unpruned(tasks, multiple)
+            unpruned_bytes = estimate_unpruned(stages, tasks, multiple)
             speeds = time_tasks(stages, tasks, unpruned_bytes)
         reports = {name: with_speed(one, speeds.get(name)) for name, one in reports.items()}
         # Reading a large checkpoint only to hash it takes as long as copying it.

@@ -89,7 +89,8 @@ class ExportRequest:
     def __post_init__(self) -> None:
         for name in ("model", "output"):
             object.__setattr__(self, name, Path(getattr(self, name)))
-        object.__setattr__(self, "recover", split_recoveries(*self.recover))
+        methods = (self.recover,) if isinstance(self.recover, str) else self.recover
+        object.__setattr__(self, "recover", split_recoveries(*methods))
         for name in ("tasks", "plans", "recovered"):
             files = getattr(self, name)
             object.__setattr__(self, name, {task: Path(file) for task, file in files.items()})

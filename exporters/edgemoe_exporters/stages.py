@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from edgemoe.plans.keep_all import keep_all
 from edgemoe_exporters.bundle.engine_release import needed_onnxruntime
 from edgemoe_exporters.bundle.manifest import (
     CREATED_BY,
@@ -15,7 +14,6 @@ from edgemoe_exporters.bundle.manifest import (
     describe_model,
     describe_plan,
 )
-from edgemoe_exporters.bundle.task_experts import count_parameters
 from edgemoe_exporters.bundle.writer import BundleWriter, list_files, tensor_specs
 from edgemoe_exporters.lowering.quantize_once import quantization_cache
 from edgemoe_exporters.report import TaskReport
@@ -38,7 +36,6 @@ from edgemoe_exporters.validation.k_ladder import (
 from edgemoe_exporters.validation.parity import check_parity, measure_parity
 from edgemoe_exporters.validation.parity_text import sample_tokens
 from edgemoe_exporters.validation.quality_gate import check_before, check_quality
-from edgemoe_exporters.validation.sliced_runner import weight_bytes
 from edgemoe_runtime.bundle.k_ladder import KRung
 from edgemoe_runtime.bundle.manifest import Manifest
 from edgemoe_runtime.bundle.manifest_file import save_manifest
@@ -266,19 +263,6 @@ class ExportStages:
         """Return whether a task has fewer experts than the checkpoint, or others."""
         whole = tuple(tuple(range(count)) for count in self.model.experts_per_layer)
         return task.ids != whole or task.widths != self.model.shape.widths_per_layer
-
-    def estimate_unpruned(self, tasks: Mapping[str, TaskModel], multiple: int) -> int:
-        """Return the bytes that a graph with all experts would have about.
-
-        Args:
-            tasks: The tasks' models, whose graphs are written.
-            multiple: Widths of experts are padded to a multiple of this.
-        """
-        name, task = next(iter(tasks.items()))
-        everything = {name: keep_all(self.model.shape)}
-        whole = count_parameters(self.model, everything, {}, multiple)
-        here = count_parameters(task.view, {name: task.plan}, {}, multiple)
-        return round(weight_bytes(self.checkpointing.staged / f"{name}.onnx") * whole / here)
 
     def write_manifest(
         self,

@@ -59,7 +59,8 @@ class TaskData:
                 range for a task.
         """
         files = {
-            name: load_task(name, path, request.model) for name, path in request.tasks.items()
+            name: load_task(name, path, checkpoint.path, checkpoint.read)
+            for name, path in request.tasks.items()
         }
         trained = {*request.pruned_here, *request.recovered_here}
         splits = {name: split_task(file) for name, file in files.items() if name in trained}

@@ -1,4 +1,4 @@
-"""Time the graphs of a bundle beside one with all experts, and beside the checkpoint."""
+"""Compare the graphs of a bundle with one that has all experts, and with the checkpoint."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import shutil
 from typing import TYPE_CHECKING
 
 from edgemoe.plans.keep_all import keep_all
+from edgemoe_exporters.bundle.task_experts import count_parameters
+from edgemoe_exporters.precision import PRECISIONS
 from edgemoe_exporters.sources.task_model import TaskModel
 from edgemoe_exporters.validation.graph_runner import GraphRunner
 from edgemoe_exporters.validation.parity_text import sample_tokens
-from edgemoe_exporters.validation.sliced_runner import weight_bytes
+from edgemoe_exporters.validation.sliced_runner import stored_bytes, weight_bytes
 from edgemoe_exporters.validation.speed import (
     LEAST_LENGTH,
     answering_checkpoint,
@@ -76,3 +78,27 @@ def time_tasks(
         )
     shutil.rmtree(folder, ignore_errors=True)
     return found
+
+
+def estimate_unpruned(
+    stages: ExportStages, tasks: Mapping[str, TaskModel], multiple: int
+) -> int:
+    """Return the bytes that a graph with all experts would have about.
+
+    Args:
+        stages: The export, its graphs written.
+        tasks: The tasks' models.
+        multiple: Widths of experts are padded to a multiple of this.
+
+    Returns:
+        Those of the first task's graph, and of the experts that it lacks.
+    """
+    name, task = next(iter(tasks.items()))
+    everything = {name: keep_all(stages.model.shape)}
+    whole = count_parameters(stages.model, everything, {}, multiple)
+    here = count_parameters(task.view, {name: task.plan}, {}, multiple)
+    meaning = PRECISIONS[stages.maker.precision]
+    # Only experts differ: what else there is may be stored wider.
+    each = meaning.bits / 8 + 4 / meaning.block if meaning.bits else meaning.numpy.itemsize
+    path = stages.checkpointing.staged / f"{name}.onnx"
+    return round(stored_bytes(path) + (whole - here) * each)

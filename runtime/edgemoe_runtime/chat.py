@@ -19,10 +19,11 @@ from edgemoe_runtime.input_files import parse_strict, read_file
 from edgemoe_runtime.messages import quote
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     Message: TypeAlias = Mapping[str, Any]
+    Read: TypeAlias = Callable[[str], bytes | None]
 
 TEMPLATE_FILE = "chat_template.jinja"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -61,11 +62,13 @@ class ChatTemplate:
             ) from error
 
     @classmethod
-    def load(cls, folder: Path) -> ChatTemplate | None:
+    def load(cls, folder: Path, read: Read | None = None) -> ChatTemplate | None:
         """Open the template of a checkpoint or a bundle.
 
         Args:
             folder: its directory.
+            read: returns a file of it by name, where that is no directory; None where it has
+                no such file.
 
         Returns:
             The template of chat_template.jinja, else that of tokenizer_config.json; None where
@@ -75,19 +78,21 @@ class ChatTemplate:
             RequestError: when jinja2 is missing or too old.
             BundleError: when a file is malformed.
         """
-        config = _read_settings(folder / _TOKENIZER_CONFIG)
-        file = folder / TEMPLATE_FILE
-        if file.exists():
+        read = read or _reader(folder)
+        content = read(TEMPLATE_FILE)
+        if content is not None:
             try:
-                source = read_file(file, _MAX_TEMPLATE_BYTES).decode("utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise BundleError(f"{file} must be readable UTF-8, got: {error}.") from error
+                source: str | None = content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise BundleError(
+                    f"{folder / TEMPLATE_FILE} must be UTF-8, got: {error}."
+                ) from error
         else:
-            found = _default_template(config.get("chat_template"))
-            if found is None:
-                return None
-            source = found
-        return cls(source, read_named_tokens(folder))
+            settings = _read_settings(read, folder / _TOKENIZER_CONFIG)
+            source = _default_template(settings.get("chat_template"))
+        if source is None:
+            return None
+        return cls(source, read_named_tokens(folder, read))
 
     def render(
         self,
@@ -173,11 +178,12 @@ def check_messages(messages: object) -> list[Mapping[str, Any]]:
     return found
 
 
-def read_named_tokens(folder: Path) -> dict[str, str]:
+def read_named_tokens(folder: Path, read: Read | None = None) -> dict[str, str]:
     """Read the special tokens that have names, as templates and end tokens need them.
 
     Args:
         folder: directory of a checkpoint or a bundle.
+        read: as in `ChatTemplate.load`.
 
     Returns:
         Texts by name, such as `{"eos_token": "</s>"}`; tokenizer_config.json comes first.
@@ -187,7 +193,7 @@ def read_named_tokens(folder: Path) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name in (_TOKENIZER_CONFIG, _SPECIAL_TOKENS_MAP):
-        settings = _read_settings(folder / name)
+        settings = _read_settings(read or _reader(folder), folder / name)
         for token in _NAMED_TOKENS:
             text = settings.get(token)
             if isinstance(text, dict):
@@ -197,12 +203,23 @@ def read_named_tokens(folder: Path) -> dict[str, str]:
     return found
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
+def _reader(folder: Path) -> Read:
+    def read(name: str) -> bytes | None:
+        try:
+            return read_file(folder / name, _MAX_TEMPLATE_BYTES)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise BundleError(f"{folder / name} must be readable, got: {error}.") from error
+
+    return read
+
+
+def _read_settings(read: Read, file: Path) -> dict[str, Any]:
+    content = read(file.name)
     try:
-        found = parse_strict(read_file(file, _MAX_TEMPLATE_BYTES), infinities=True)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
+        found: Any = None if content is None else parse_strict(content, infinities=True)
+    except ValueError as error:
         raise BundleError(f"{file} must be JSON, got: {error}. Copy it again.") from error
     return cast("dict[str, Any]", found) if isinstance(found, dict) else {}
 

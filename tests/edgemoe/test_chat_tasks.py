@@ -99,3 +99,15 @@ def test_without_a_template_the_file_is_refused_with_the_remedy(model: Path) -> 
     (model / "chat_template.jinja").unlink()
     with pytest.raises(TaskFileError, match=r"got none in .*as prompt and completion"):
         load_task("chat", path, model)
+
+
+def test_settings_may_come_from_elsewhere_than_a_directory(model: Path) -> None:
+    """As those of a GGUF file, which has its template in its header."""
+    path = write(model, {"messages": CHAT})
+    template = b"{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    settings = b'{"eos_token": "<end>"}'
+    files = {"chat_template.jinja": template, "tokenizer_config.json": settings}
+    (record,) = load_task("chat", path, model / "model.gguf", files.get).records
+
+    assert isinstance(record, CompletionRecord)
+    assert record.completion == "Yes.<end>"

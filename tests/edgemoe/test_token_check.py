@@ -84,6 +84,14 @@ def test_the_size_of_a_nested_configuration_is_that_of_its_text(tmp_path: Path) 
     assert read_vocabulary_size(tmp_path) is None
 
 
+def test_the_smallest_table_of_tokens_counts(tmp_path: Path) -> None:
+    tables = {"vocab_size": 9, "vocab_size_per_layer_input": 7}
+    for width, size in ((0, 9), (16, 7)):
+        text = {**tables, "hidden_size_per_layer_input": width}
+        (tmp_path / "config.json").write_text(json.dumps({"text_config": text}))
+        assert read_vocabulary_size(tmp_path) == size
+
+
 @pytest.mark.parametrize("command", ["calibrate", "evaluate", "sweep", "allocate", "recover",
                                      "export", "carve"])  # fmt: skip
 def test_every_command_refuses_before_it_loads(

@@ -47,6 +47,7 @@ def session(bundles: dict[str, Path]) -> Any:
         {"k_cap": "2"},
         {"deadline_ms": float("nan")},
         {"deadline_ms": "5"},
+        {"deadline_ms": True},
         {"token_ms": -1},
         {"verify": 1},
         {"adapt": "yes"},

@@ -46,14 +46,8 @@ def read_config(metadata: Metadata, architecture: Architecture) -> dict[str, Any
         "num_hidden_layers": layers - predicted,
         "intermediate_size": metadata.take("feed_forward_length", int, 0),
         "num_key_value_heads": metadata.take("attention.head_count_kv", int, heads),
-        "rms_norm_eps": metadata.take(
-            "attention.layer_norm_rms_epsilon",
-            float,
-            metadata.take("attention.layer_norm_epsilon", float, None),
-        ),
+        "rms_norm_eps": _epsilon(metadata),
     }
-    if found["rms_norm_eps"] is None:
-        metadata.take("attention.layer_norm_rms_epsilon", float)
     turned = metadata.take("rope.dimension_count", int, size)
     own = architecture.read(metadata)
     if "kv_lora_rank" not in own:
@@ -73,3 +67,13 @@ def read_config(metadata: Metadata, architecture: Architecture) -> dict[str, Any
     if architecture.model_type == "phimoe" and rope["rope_type"] == "longrope":
         rope |= dict.fromkeys(("short_mscale", "long_mscale"), rope["attention_factor"])
     return {**found, "rope_parameters": rope, **own}
+
+
+def _epsilon(metadata: Metadata) -> float:
+    other = metadata.take("attention.layer_norm_epsilon", float, None)
+    if other is None:
+        return metadata.take("attention.layer_norm_rms_epsilon", float)
+    found = metadata.take("attention.layer_norm_rms_epsilon", float, other)
+    if found != other:
+        metadata.refuse(f"{metadata.container.architecture}.attention.layer_norm_epsilon")
+    return found

@@ -50,7 +50,7 @@ def find_end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[int, 
     eos = checkpoint.config.eos_token_id
     found += [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     try:
-        named = read_named_tokens(checkpoint.path).get("eos_token")
+        named = read_named_tokens(checkpoint.path, checkpoint.read).get("eos_token")
     except BundleError:
         named = None  # who reads the tokenizer's settings says what is wrong with them
     of_tokenizer = None if named is None else tokenizer.token_to_id(named)

@@ -236,7 +236,7 @@ def copy_model_files(source: Path | Checkpoint, directory: Path) -> None:
     for name in _MODEL_FILES:
         path = checkpoint.path / name
         if name == "config.json" and (content := checkpoint.read(name)) is not None:
-            if checkpoint.wrapper is not None:
+            if b'"text_config"' in content and checkpoint.wrapper is not None:
                 # A graph is the language model alone, so its settings are.
                 own = checkpoint.config.to_json_string(use_diff=False)
                 content = own.encode("utf-8")

@@ -117,7 +117,8 @@ def choose_capabilities(
             raise CompileError(
                 "target tensorrt must be compiled on the machine whose GPU will run it, and no "
                 "CUDA GPU was found here. Run it there (is the driver installed? try "
-                "`nvidia-smi`), or use --target tensorrt-rtx, which builds without a GPU."
+                "`nvidia-smi`), or export the model again with --target tensorrt-rtx, whose "
+                "engines are built without a GPU."
             )
         known = (machine.compute_capability,)
     wanted = tuple(sorted(set(asked))) if asked is not None else known

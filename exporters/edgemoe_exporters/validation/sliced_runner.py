@@ -331,6 +331,16 @@ def weight_bytes(path: Path) -> int:
     return sum(_file_bytes(tensor) for tensor in model.graph.initializer)
 
 
+def stored_bytes(path: Path) -> int:
+    """Return the bytes in files that a written graph reads; those of two tensors once."""
+    model = onnx.load(str(path), load_external_data=False)
+    ranges = {
+        tuple(sorted((entry.key, entry.value) for entry in tensor.external_data)): tensor
+        for tensor in model.graph.initializer
+    }
+    return sum(_file_bytes(tensor) for tensor in ranges.values())
+
+
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
     """Yield the names that a node and its branches read from outside."""
     yield from (name for name in node.input if name)

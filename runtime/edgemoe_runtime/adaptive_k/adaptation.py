@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from edgemoe_runtime.adaptive_k.limits import Limits
+from edgemoe_runtime.arguments import check_number
 from edgemoe_runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -75,5 +75,5 @@ class AdaptationConfig:
             value: object = getattr(self, name)
             if value is None:
                 continue
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+            if check_number(name, value, "above 0 and finite") <= 0:
                 raise RequestError(f"{name} must be above 0 and finite, got {value!r}.")

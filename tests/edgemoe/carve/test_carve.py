@@ -329,7 +329,7 @@ def test_unusable_sources_are_refused(dense: Path, tmp_path: Path, texts: list[s
     with pytest.raises(CheckpointError, match="must exist"):
         load_dense(tmp_path / "nowhere")
     (tmp_path / "bad.gguf").write_bytes(b"GGUF nonsense")
-    with pytest.raises(CheckpointError, match="could not be read as GGUF"):
+    with pytest.raises(CheckpointError, match="must be a whole GGUF file"):
         load_dense(tmp_path / "bad.gguf")
     gelu = save_dense_checkpoint(tmp_path / "gelu", random_dense(hidden_act="gelu"))
     with pytest.raises(CarveError, match="activation must be silu, got gelu"):

@@ -145,6 +145,24 @@ def test_what_stands_beside_the_language_part_holds_for_it(tied: bool, tmp_path:
     assert torch.equal(logits_of(model.model), logits_of(whole))
 
 
+def test_weights_that_config_json_ties_and_that_differ_stay_apart(tmp_path: Path) -> None:
+    whole = publish("kimi_k25", tmp_path / "whole", tie_word_embeddings=False)
+    file = tmp_path / "whole" / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "tie_word_embeddings": True}))
+
+    model = load_model(tmp_path / "whole")
+    streamed = open_streamed(tmp_path / "whole")
+
+    assert torch.equal(logits_of(model.model), logits_of(whole))
+    assert model.config.tie_word_embeddings is False
+    assert streamed.moe.config.tie_word_embeddings is False
+    apply_streamed(tmp_path / "whole", plan_without_the_last(model), tmp_path / "small")
+    written = json.loads((tmp_path / "small" / "config.json").read_text())
+    # False is the default, which transformers does not write.
+    assert not written.get("tie_word_embeddings")
+
+
 def test_of_two_names_for_one_tensor_neither_is_guessed(tmp_path: Path) -> None:
     publish("gemma4", tmp_path)
     file = tmp_path / "model.safetensors"

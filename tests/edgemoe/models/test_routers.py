@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from edgemoe.errors import CheckpointError
 from edgemoe.models import RouterRule, adapt_model, route
 from edgemoe.models.routers import is_near_tie, select
+from edgemoe.models.tiny import tiny_config, tiny_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,3 +187,32 @@ def test_scores_that_saturate_are_near_ties() -> None:
     logits = torch.tensor([[30.0, 25.0, 20.0, -5.0]])
     assert is_near_tie(logits, None, rule, 2).all()
     assert not is_near_tie(logits, None, rule, 3).any()
+
+
+# Families whose tokens may use some groups of experts only; more of them are in the table that
+# `make families` writes.
+GROUPED = (
+    "axk1", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "dots1", "exaone_moe", "glm4_moe",
+    "kimi_linear", "mimo_v2_flash", "nemotron_h",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", GROUPED)
+@pytest.mark.parametrize(("topk_group", "least"), [(1, 4), (2, 2), (3, 2)])
+def test_groups_that_a_token_may_use_hold_all_that_it_uses(
+    family: str, topk_group: int, least: int
+) -> None:
+    given: Any = {"n_group": 4, "topk_group": topk_group, "num_experts_per_tok": 4}
+    if family == "deepseek_v2":
+        given["topk_method"] = "group_limited_greedy"
+    names = {"bailing_hybrid", "exaone_moe", "kimi_linear"}
+    given["num_experts" if family in names else "n_routed_experts"] = 16
+    layer = adapt_model(tiny_model(tiny_config(family, **given))).layers[0]
+    assert layer.shape.least_kept == 4 * least
+    with pytest.raises(CheckpointError, match=f"at least {4 * least} experts"):
+        layer.keep([4 * group + n for group in range(4) for n in range(least - 1)])
+    layer.keep([4 * group + n for group in range(4) for n in range(least)])
+    hidden = torch.randn(50, layer.hidden_size, generator=torch.Generator().manual_seed(0))
+    _, _, indices = layer.router(hidden)
+    groups = indices // least
+    assert all(len(set(row)) <= topk_group for row in groups.tolist())

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from edgemoe.models import transformers_internals as internals
+from edgemoe.models.registry import find_family
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,6 +87,12 @@ def test_families_say_what_their_checkpoints_may_lack(mixtral: MixtralForCausalL
     layers = {"encoder_layers": 1, "decoder_layers": 1}
     bart = BartForConditionalGeneration(BartConfig(**tiny, **heads, **layers))
     assert "final_logits_bias" in internals.optional_patterns(bart)
+
+
+def test_families_say_what_they_leave_out(mixtral: MixtralForCausalLM) -> None:
+    assert list(internals.needless_patterns(mixtral)) == []
+    family = find_family("qwen3_next").causal_lm
+    assert list(internals.needless_patterns(family)) == [r"^mtp.*"]
 
 
 def test_families_say_which_tensors_keep_their_type(make_model: Callable[..., Any]) -> None:

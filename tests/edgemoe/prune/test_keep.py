@@ -58,6 +58,12 @@ def test_impossible_counts_are_refused() -> None:
     assert count_kept(shape, keep_experts=8) == (8,)
     with pytest.raises(PlanError, match="4 router groups"):
         count_kept(shape, keep_experts=9)
+    # Of one group that a token may use it uses four experts.
+    shape = replace(SHAPE, layers=(replace(grouped, top_k=4, min_group_size=3),))
+    told = r"at least 12 of its 16 .* needs 3 experts in each of 4 groups .*"
+    with pytest.raises(PlanError, match=told + r"--keep 0\.75 or --keep-experts 12"):
+        count_kept(shape, keep=0.5)
+    assert count_kept(shape, keep=0.75) == (12,)
 
 
 def test_lists_come_from_text_or_a_file(tmp_path: Path) -> None:

@@ -211,16 +211,26 @@ def test_float32_leaves_turing_out_unless_it_is_asked_for(
     assert asked == [80, 86, 89, 120, 121, 75]
 
 
-def test_jetson_engines_are_refused_elsewhere_with_what_to_run_there(bundle: Path) -> None:
+def test_a_bundle_for_another_target_is_refused(bundle: Path) -> None:
+    with pytest.raises(CompileError, match=r"which is tensorrt-rtx, got jetson-orin: .* Give"):
+        compile_bundle(bundle, "jetson-orin", machine=ORIN)
+
+
+def test_jetson_engines_are_refused_elsewhere_with_what_to_run_there(
+    bundle: Path, tmp_path: Path
+) -> None:
+    orin = for_target(bundle, "jetson-orin", tmp_path / "orin")
     with pytest.raises(CompileError, match="must be compiled on the Jetson Orin") as refusal:
-        compile_bundle(bundle, "jetson-orin", machine=BARE)
+        compile_bundle(orin, "jetson-orin", machine=BARE)
     message = str(refusal.value)
     assert "edgemoe compile tiny --target jetson-orin --task model" in message
     assert "trtexec" in message
     assert "--stronglyTyped" in message
     assert "--minShapes=input_ids:1x1," in message
     with pytest.raises(CompileError, match="Jetson Thor"):
-        compile_bundle(bundle, "jetson-thor", machine=ORIN)
+        compile_bundle(
+            for_target(bundle, "jetson-thor", tmp_path / "thor"), "jetson-thor", machine=ORIN
+        )
 
 
 @pytest.mark.parametrize(
@@ -233,8 +243,15 @@ def test_jetson_engines_are_refused_elsewhere_with_what_to_run_there(bundle: Pat
     ],
 )
 def test_what_cannot_be_built_is_refused(
-    bundle: Path, target: str, machine: Machine, asked: list[int] | None, message: str
+    bundle: Path,
+    tmp_path: Path,
+    target: str,
+    machine: Machine,
+    asked: list[int] | None,
+    message: str,
 ) -> None:
+    if target == "tensorrt":
+        bundle = for_target(bundle, target, tmp_path)
     with pytest.raises(CompileError, match=message):
         compile_bundle(bundle, target, compute_capabilities=asked, machine=machine)
 
@@ -247,11 +264,12 @@ def test_limits_beyond_the_model_are_refused(bundle: Path) -> None:
 
 
 def test_missing_package_says_where_it_comes_from(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    orin = for_target(bundle, "jetson-orin", tmp_path)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingDependencyError, match="comes with JetPack"):
-        compile_bundle(bundle, "jetson-orin", machine=ORIN)
+        compile_bundle(orin, "jetson-orin", machine=ORIN)
 
 
 def test_graph_for_onnxruntime_is_refused(bundle: Path, tmp_path: Path) -> None:
@@ -288,6 +306,13 @@ def test_float32_for_turing_is_refused_with_a_remedy(tmp_path: Path) -> None:
 
 def copy_of(bundle: Path, folder: Path) -> Path:
     return shutil.copytree(bundle, folder / "copy", ignore=shutil.ignore_patterns("engines"))
+
+
+def for_target(bundle: Path, target: str, folder: Path) -> Path:
+    """Return a copy of a bundle that says another target."""
+    copy = shutil.copytree(bundle, folder / "tiny", ignore=shutil.ignore_patterns("engines"))
+    save_manifest(replace(load_manifest(copy), target=target), copy)
+    return copy
 
 
 def save_graph(folder: Path, op: str, inputs: list[str], output: int) -> Path:
