@@ -117,7 +117,14 @@ def test_the_text_names_the_plan_or_says_that_no_cut_holds(
         ["reap", "1", "0"],
         ["reap", "0.5", "0"],
     ]
-    only_all = ("--method", "reap", "--keep", 1, "--calibration-tokens", 100)
+    only_all: tuple[object, ...] = (
+        "--method",
+        "reap",
+        "--keep",
+        1,
+        "--calibration-tokens",
+        100,
+    )
     only_all += ("--accept-weak-evidence",)
     result = invoke("sweep", road / "moe", tasks[0], *only_all, "-o", tmp_path / "all")
     assert "code: nothing was cut. Give --keep a smaller fraction." in result.stdout
