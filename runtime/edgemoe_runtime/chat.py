@@ -258,13 +258,13 @@ def _plain(value: Any) -> Any:
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, dict):
-        mapping: dict[Any, Any] = value
+        mapping: dict[Any, Any] = value  # pyright: ignore[reportUnknownVariableType]
         return {_plain(name): _plain(item) for name, item in mapping.items()}
     if isinstance(value, list):
-        listed: list[Any] = value
+        listed: list[Any] = value  # pyright: ignore[reportUnknownVariableType]
         return [_plain(item) for item in listed]
     if isinstance(value, tuple):
-        several: tuple[Any, ...] = value
+        several: tuple[Any, ...] = value  # pyright: ignore[reportUnknownVariableType]
         return tuple(_plain(item) for item in several)
     return f"<{type(value).__name__}>"
 
