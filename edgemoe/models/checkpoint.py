@@ -304,7 +304,7 @@ class Checkpoint:
         """
         model.__class__ = self.family.causal_lm
         found = adapt_model(model, self.path, stored_dtype, self.spec)
-        found.hashes = self.hashes
+        found.hashes, found.config_entries = self.hashes, self.configuration.entries
         found.stored_types = self._stored_types
         put_k_policy(found, self.k_policy)
         return found
