@@ -32,6 +32,7 @@ from edgemoe.models.loading import (
     check_fit,
     quiet_transformers,
     read_generation_settings,
+    refuse_not_finite,
     refusing_misfits,
     stored_dtype,
 )
@@ -39,12 +40,11 @@ from edgemoe.models.quantisation_notes import QuantisationNote, find_quantisatio
 from edgemoe.models.ragged import FILE_NAME as RAGGED_NOTE
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note, resize_layers
 from edgemoe.models.remarks import remark_once, remarks
-from edgemoe.models.safety import check_directory, check_weights, read_json_object
+from edgemoe.models.safety import check_directory, check_weights, read_json_object, read_small
 from edgemoe.models.streaming import Skeleton
 from edgemoe.models.tensor_files import list_tensors
 from edgemoe.models.ties import tell_ties, untie_what_differs
 from edgemoe.models.tokenizer_file import open_tokenizer
-from edgemoe_runtime.input_files import read_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -115,7 +115,7 @@ class Checkpoint:
             return self.gguf.read(name)
         if name not in self._contents:
             file = self.path / name
-            self._contents[name] = _read_small(file) if file.exists() else None
+            self._contents[name] = read_small(file) if file.exists() else None
         return self._contents[name]
 
     @cached_property
@@ -304,7 +304,7 @@ class Checkpoint:
         """
         model.__class__ = self.family.causal_lm
         found = adapt_model(model, self.path, stored_dtype, self.spec)
-        found.hashes = self.hashes
+        found.hashes, found.config_entries = self.hashes, self.configuration.entries
         found.stored_types = self._stored_types
         put_k_policy(found, self.k_policy)
         return found
@@ -354,6 +354,8 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
         )
     check_fit(report, checkpoint.path)
     align_tensors(model)
+    for name, parameter in model.named_parameters():
+        refuse_not_finite(name, parameter)
     tell_ties(model)
     return checkpoint.adapt(model, stored_dtype(config) or dtype)
 
@@ -387,12 +389,3 @@ def load_tokenizer(path: Path | Checkpoint) -> Tokenizer:
         CheckpointError: tokenizer.json is missing or malformed.
     """
     return Checkpoint.open(path).tokenizer
-
-
-def _read_small(file: Path) -> bytes:
-    try:
-        return read_file(file)
-    except OSError as error:
-        raise CheckpointError(
-            f"{file} must be readable, got: {error.strerror}. Copy the checkpoint again."
-        ) from error

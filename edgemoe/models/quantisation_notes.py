@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 # In config.json: transformers and most tools; compressed-tensors before 0.5; MLX.
-_ENTRIES = ("quantization_config", "compression_config", "quantization")
+NOTE_ENTRIES = ("quantization_config", "compression_config", "quantization")
 # Beside it: ModelOpt; AutoGPTQ; AutoAWQ; TorchAO and Quanto.
-_FILES = (
+NOTE_FILES = (
     "hf_quant_config.json",
     "quantize_config.json",
     "quant_config.json",
@@ -40,7 +40,7 @@ class QuantisationNote:
     @property
     def is_in_config(self) -> bool:
         """Whether config.json says it, and not a file that may be a remnant."""
-        return self.place not in _FILES
+        return self.place not in NOTE_FILES
 
     def __str__(self) -> str:
         """Return it as part of a message."""
@@ -64,10 +64,10 @@ def find_quantisation_note(
     """
     nested = ((f"{name}.", part) for name, part in content.items() if isinstance(part, dict))
     for prefix, part in (("", content), *nested):
-        for name in _ENTRIES:
+        for name in NOTE_ENTRIES:
             if isinstance(part.get(name), dict) and part[name]:
                 return _note(f"{prefix}{name}", part[name])
-    for name in _FILES:
+    for name in NOTE_FILES:
         found = read(name)
         try:
             settings = None if found is None else json.loads(found)

@@ -215,3 +215,23 @@ def read_tensor_names(file: Path) -> set[str]:
             f"{file} must be a whole safetensors file, got {file.stat().st_size} bytes: "
             f"{error}. Copy it again."
         ) from error
+
+
+def read_small(file: Path) -> bytes:
+    """Read a file of settings.
+
+    Args:
+        file: A regular file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        return read_file(file)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} must be readable, got: {error.strerror}. Copy the checkpoint again."
+        ) from error
