@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import TaskFileError
+from edgemoe.small_files import read_once
 from edgemoe.tasks import ChoiceRecord, CompletionRecord
 from edgemoe_runtime.bundle.names import MANIFEST_FILE, TOKENIZER_FILE
 from edgemoe_runtime.input_files import parse_strict, read_file
@@ -45,7 +46,7 @@ def read_vocabulary_size(model: Path) -> int | None:
         if (model / MANIFEST_FILE).exists():
             found = parse_strict(read_file(model / MANIFEST_FILE)).get("model")
         else:
-            found = parse_strict(read_file(model / "config.json"), infinities=True)
+            found = parse_strict(read_once(model / "config.json"), infinities=True)
     except (OSError, ValueError, AttributeError):
         return None  # whoever opens the file says what is wrong with it
     return _size_of(found)

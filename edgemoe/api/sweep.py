@@ -110,7 +110,8 @@ def sweep(
 
     Example:
         >>> from edgemoe import sweep
-        >>> outcome = sweep("moe", {"code": "code.jsonl"}, ["reap"], "report", keeps=[0.5])
+        >>> few = {"keeps": [0.5], "accept_weak_evidence": True}  # of seven held-out lines
+        >>> outcome = sweep("moe", {"code": "code.jsonl"}, ["reap"], "report", **few)
         >>> smallest = outcome.thresholds["code"].best
     """
     check_at_least_one(workers=workers, threads=threads)

@@ -10,8 +10,9 @@ from edgemoe.errors import CheckpointError
 from edgemoe.file_kinds import describe_mistake
 from edgemoe.models.gguf.paths import SUFFIX as GGUF_SUFFIX
 from edgemoe.models.gguf.reading import open_gguf
+from edgemoe.small_files import read_once
 from edgemoe_runtime.bundle.names import MANIFEST_FILE
-from edgemoe_runtime.input_files import parse_strict, read_file
+from edgemoe_runtime.input_files import parse_strict
 from edgemoe_runtime.messages import quote
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def read_json_object(path: Path, content: bytes | None = None) -> dict[str, Any]
         CheckpointError: The file is missing, not UTF-8 JSON, or not an object.
     """
     try:
-        content = read_file(path) if content is None else content
+        content = read_once(path) if content is None else content
         # Published configurations have bare infinities, where a limit is open.
         found = parse_strict(content, infinities=True)
     except FileNotFoundError as error:
@@ -230,7 +231,7 @@ def read_small(file: Path) -> bytes:
         CheckpointError: It cannot be read.
     """
     try:
-        return read_file(file)
+        return read_once(file)
     except OSError as error:
         raise CheckpointError(
             f"{file} must be readable, got: {error.strerror}. Copy the checkpoint again."

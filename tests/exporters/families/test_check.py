@@ -18,7 +18,7 @@ def test_a_family_is_tried_from_checkpoint_to_graphs() -> None:
     assert all(0 < float(report.results[step]) < 1e-4 for step in GRAPHS)
     assert report.results["streamed"] == "yes"
     table = render_table([report])
-    assert "| `deepseek_v2` | yes | yes | yes | yes | " in table
+    assert "| `deepseek_v2` |  | yes | yes | yes | yes | " in table
     assert "Of 1 families: 1 calibrated" in table
 
 
