@@ -215,3 +215,23 @@ def read_tensor_names(file: Path) -> set[str]:
             f"{file} must be a whole safetensors file, got {file.stat().st_size} bytes: "
             f"{error}. Copy it again."
         ) from error
+
+
+def read_small(file: Path) -> bytes:
+    """Read a small file of a checkpoint.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        CheckpointError: The system refuses.
+    """
+    try:
+        return read_file(file)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} must be readable, got: {error.strerror}. Copy the checkpoint again."
+        ) from error
