@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.errors import CheckpointError, FamilyError
+from edgemoe.errors import FamilyError
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.configuration import Configuration, check_family, read_configuration
 from edgemoe.models.conversion import Conversion

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edgemoe.errors import CheckpointError
 from edgemoe.models.quantised.decoding import RULES
 from edgemoe.models.stored_tensors import StoredTensor, as_bytes
 
@@ -49,21 +50,29 @@ class QuantisedTensor(StoredTensor):
             A tensor of type `dtype`.
 
         Raises:
-            CheckpointError: A file has become shorter than its header says.
+            CheckpointError: A file has become shorter than its header says, or what the parts
+                hold does not fit together.
         """
         if memory is None:
             tensor = torch.empty(self.shape, dtype=self.dtype)
         else:
             tensor = memory.view(self.dtype).reshape(self.shape)
-        rule = RULES[self.piece.rule]
         if self.piece.is_stack:
             for expert in range(self.shape[0]):
                 parts = {role: _of(part, expert) for role, part in self.parts.items()}
-                tensor[expert] = rule(parts, self.piece.settings, self.dtype)
+                tensor[expert] = self._make(parts)
         else:
-            read = {role: part.read() for role, part in self.parts.items()}
-            tensor.copy_(rule(read, self.piece.settings, self.dtype))
+            tensor.copy_(self._make({role: part.read() for role, part in self.parts.items()}))
         return tensor
+
+    def _make(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        try:
+            return RULES[self.piece.rule](parts, self.piece.settings, self.dtype)
+        except ValueError as error:
+            raise CheckpointError(
+                f"the parts of {self.name} in {self.file} must fit together, got {error}. Copy "
+                "the checkpoint again."
+            ) from error
 
     def read_chunks(self) -> Iterator[bytes]:
         """Read the contents as a plain checkpoint stores them.
