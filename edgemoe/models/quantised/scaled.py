@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from edgemoe.models.quantised.form import Headers, Shape
 
+_ZEROS = "_zero_point"
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -48,8 +49,7 @@ def find_scaled(
         UnreadableFormError: A weight has no scales, or such of another shape.
     """
     for name, (dtype, listed) in headers.items():
-        # Tables that no layer multiplies with are stored as they are.
-        if dtype != stored or len(listed) < 2:
+        if dtype != stored or len(listed) < 2 or (with_zeros and name.endswith(_ZEROS)):
             continue
         shape = tuple(listed)
         scales = [f"{name}{suffix}" for suffix in suffixes]
@@ -60,7 +60,7 @@ def find_scaled(
         parts = {"weight": name, "scale": need(headers, scale, name, FLOATS, tuple(shapes))}
         if with_zeros:
             found = tuple(headers[scale][1])
-            zeros = f"{name}_zero_point"
+            zeros = f"{name}{_ZEROS}"
             parts["zeros"] = need(headers, zeros, name, (stored,), (found,))
         yield Piece(
             target=name,

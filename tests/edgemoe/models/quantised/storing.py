@@ -42,7 +42,8 @@ def write_both(
     meant: Tensors = {}
     for name, tensor in load_file(plain / "model.safetensors").items():
         if (chosen or is_linear)(name, tensor):
-            parts, meant[name] = store(name, tensor)
+            parts, means = store(name, tensor)
+            meant[name] = means.contiguous()
             stored.update({key: part.contiguous() for key, part in parts.items()})
         else:
             stored[name] = meant[name] = tensor
