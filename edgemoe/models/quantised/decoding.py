@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 Parts: TypeAlias = "Mapping[str, torch.Tensor]"
 Rule: TypeAlias = "Callable[[Parts, Mapping[str, Any], torch.dtype], torch.Tensor]"
@@ -63,7 +65,9 @@ def mxfp4(parts: Parts, settings: Mapping[str, Any], dtype: torch.dtype) -> torc
     pairs = torch.tensor([[low, high] for high in _FP4 for low in _FP4])
     numbers = pairs[blocks.int()].reshape(*scales.shape, -1)
     exponents = (scales.int() - 127).unsqueeze(-1)
-    return torch.ldexp(numbers, exponents).reshape(len(blocks), -1).T.to(dtype)
+    values: torch.Tensor = torch.ldexp(numbers, exponents)
+    rows: torch.Tensor = values.reshape(len(blocks), -1).T
+    return rows.to(dtype)
 
 
 # Sign, two bits of exponent, one of mantissa.
@@ -132,7 +136,7 @@ def awq(parts: Parts, settings: Mapping[str, Any], dtype: torch.dtype) -> torch.
         The weight [outputs, inputs]; products are rounded to the scales' type first.
     """
     numbers, zeros = (
-        unpack(parts[name], 4, 1).unflatten(1, (-1, 8))[..., _AWQ_ORDER].flatten(1)
+        unpack(parts[name], 4, 1).reshape(len(parts[name]), -1, 8)[..., _AWQ_ORDER].flatten(1)
         for name in ("weight", "zeros")
     )
     order = torch.arange(len(numbers)) // settings["group"]
@@ -177,7 +181,8 @@ def packed_rows(parts: Parts, settings: Mapping[str, Any], dtype: torch.dtype) -
     if "zeros" in parts:
         zeros = unpack(parts["zeros"], bits, 0)[:rows] - half
         numbers = numbers - zeros[:, order]
-    return (numbers.float() * scale[:, order].float()).to(scale.dtype).to(dtype)
+    product: torch.Tensor = numbers.float() * scale[:, order].float()
+    return product.to(scale.dtype).to(dtype)
 
 
 RULES: dict[str, Rule] = {

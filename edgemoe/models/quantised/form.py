@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgemoe_runtime.messages import clip
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
 
 # Type and shape of each stored tensor, by name, as headers of safetensors say them.
 Headers: TypeAlias = "Mapping[str, tuple[str, list[int]]]"
@@ -70,7 +72,7 @@ def check_entries(settings: Mapping[str, Any], known: set[str], where: str) -> N
         raise UnreadableFormError(f"{where} with the unknown entry {clip(unknown[0])!r}")
 
 
-_EMPTY = (None, False, "", [], {})
+_EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 
 
 def need(

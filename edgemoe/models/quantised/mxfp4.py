@@ -1,4 +1,4 @@
-"""Mxfp4 as gpt-oss stores its experts: stacks of blocks of 32 with a power of two each. No torch.
+"""Mxfp4 as gpt-oss stores its experts: blocks of 32 with a power of two each. No torch.
 
 Layout: `X_blocks` [experts, rows, blocks, 16] of two numbers a byte, the lower four bits first,
 and `X_scales` [experts, rows, blocks]; the weight X [experts, 32 blocks, rows] is their

@@ -32,7 +32,8 @@ _WORD_BITS = 32
 _OF_MAKING = {
     "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs", "damp_percent",
     "dataset", "do_fuse", "exllama_config", "fuse_max_seq_len", "max_input_length", "meta",
-    "model_file_base_name", "model_name_or_path", "model_seqlen", "modules_in_block_to_quantize",
+    "model_file_base_name", "model_name_or_path", "model_seqlen",
+    "modules_in_block_to_quantize",
     "modules_to_fuse", "modules_to_not_convert", "module_name_preceding_first_block",
     "pad_token_id", "quant_method", "static_groups", "tokenizer", "true_sequential",
     "use_cuda_fp16", "use_exllama", "dynamic", "damp_auto_increment", "lm_head", "mse",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from edgemoe.models.quantisation_notes import (
     quantised_message,
     without_notes,
 )
-from edgemoe.models.quantised.announcement import understand
+from edgemoe.models.quantised.announcement import find_unused, held_type, understand
 from edgemoe.models.quantised.form import UnreadableFormError
 from edgemoe.models.quantised.tensors import QuantisedTensor
 from edgemoe.models.stored_tensors import DTYPE_NAMES
@@ -26,14 +25,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from edgemoe.models.quantisation_notes import QuantisationNote
-    from edgemoe.models.quantised.form import Form, Headers
+    from edgemoe.models.quantised.form import Form, Piece
     from edgemoe.models.stored_tensors import StoredTensor
 
 _CONFIG = "config.json"
-# Scales of what a layer takes in, gives out and caches: nothing of that is quantised here.
-_OF_ACTIVATIONS = re.compile(
-    r"^(.*)\.(?:(?:input|output|activation|[qkv])_scale|(?:input|output)_zero_point)$"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +61,8 @@ class QuantisedWeights:
         )
         if self.unused:
             said += (
-                f"; scales of activations have no effect here ({len(self.unused)} tensors, such "
-                f"as {self.unused[0]})"
+                f"; scales of activations have no effect here ({len(self.unused)} tensors, "
+                f"such as {self.unused[0]})"
             )
         return said
 
@@ -114,24 +109,6 @@ def plain_settings(
     return without_notes(content)
 
 
-def held_dtype(content: Mapping[str, Any]) -> torch.dtype:
-    """Return the type that dequantised weights are held in.
-
-    Args:
-        content: The JSON object of config.json.
-
-    Returns:
-        The floating type of two bytes or more that it names; bfloat16 where it names none.
-    """
-    parts = (content, *(part for part in content.values() if isinstance(part, dict)))
-    for part in parts:
-        for name in ("dtype", "torch_dtype"):
-            found = getattr(torch, str(part.get(name)), None)
-            if found in (torch.bfloat16, torch.float16, torch.float32):
-                return found
-    return torch.bfloat16
-
-
 def read_quantised(stored: Mapping[str, StoredTensor], path: Path) -> QuantisedWeights | None:
     """Give a checkpoint's quantised weights their names and shapes in a plain one.
 
@@ -144,34 +121,17 @@ def read_quantised(stored: Mapping[str, StoredTensor], path: Path) -> QuantisedW
         that may be a remnant and no weight is stored so.
 
     Raises:
-        CheckpointError: A part is missing or has another type or shape, or config.json announces
-            a form that edgemoe does not read or that no weight has.
+        CheckpointError: A part is missing or has another type or shape, or config.json
+            announces a form that edgemoe does not read or that no weight has.
     """
     content = _read_settings(path)
     note, form = _read_note(path, content)
     if note is None or form is None:
         return None
     headers = {n: (DTYPE_NAMES[t.dtype], list(t.shape)) for n, t in stored.items()}
-    dtype = held_dtype(content)
-    made: dict[str, StoredTensor] = {}
-    used: set[str] = set()
+    dtype: torch.dtype = getattr(torch, held_type(content))
     try:
-        for piece in form.find(headers):
-            if piece.target in made or (
-                piece.target in stored and piece.target not in piece.parts.values()
-            ):
-                raise UnreadableFormError(f"{piece.target} twice, plain and quantised")
-            first = stored[next(iter(piece.parts.values()))]
-            made[piece.target] = QuantisedTensor(
-                name=piece.target,
-                file=first.file,
-                dtype=dtype,
-                shape=piece.shape,
-                begin=first.begin,
-                piece=piece,
-                parts={role: stored[name] for role, name in piece.parts.items()},
-            )
-            used.update(piece.parts.values())
+        made = _make(stored, form.find(headers), dtype)
     except UnreadableFormError as error:
         raise CheckpointError(quantised_message(path, f"{error}, as {form.says}")) from error
     if not made and note.is_in_config:
@@ -179,6 +139,7 @@ def read_quantised(stored: Mapping[str, StoredTensor], path: Path) -> QuantisedW
     if not made:
         return None
     unused = tuple(find_unused(headers, made))
+    used = {part.name for tensor in made.values() for part in tensor.parts.values()}
     left = {n: t for n, t in stored.items() if n not in used and n not in unused}
     return QuantisedWeights(
         form=form,
@@ -188,6 +149,28 @@ def read_quantised(stored: Mapping[str, StoredTensor], path: Path) -> QuantisedW
         unused=unused,
         place=note.place,
     )
+
+
+def _make(
+    stored: Mapping[str, StoredTensor], pieces: Iterable[Piece], dtype: torch.dtype
+) -> dict[str, QuantisedTensor]:
+    made: dict[str, QuantisedTensor] = {}
+    for piece in pieces:
+        if piece.target in made or (
+            piece.target in stored and piece.target not in piece.parts.values()
+        ):
+            raise UnreadableFormError(f"{piece.target} twice, plain and quantised")
+        first = stored[next(iter(piece.parts.values()))]
+        made[piece.target] = QuantisedTensor(
+            name=piece.target,
+            file=first.file,
+            dtype=dtype,
+            shape=piece.shape,
+            begin=first.begin,
+            piece=piece,
+            parts={role: stored[name] for role, name in piece.parts.items()},
+        )
+    return made
 
 
 def announces_form(path: Path) -> bool:
@@ -221,20 +204,3 @@ def _read_note(
 
     note = find_quantisation_note(content, read)
     return note, find_form(path, note)
-
-
-def find_unused(headers: Headers, made: Iterable[str]) -> list[str]:
-    """List scales of activations that belong to quantised weights.
-
-    Args:
-        headers: All stored tensors.
-        made: Names of the weights that are quantised.
-
-    Returns:
-        Their names.
-    """
-    # Of `self_attn.k_scale` the owner is what holds the projection.
-    owners = {name.rpartition(".")[0] for name in made}
-    owners |= {owner.rpartition(".")[0] for owner in owners}
-    found = ((name, _OF_ACTIVATIONS.match(name)) for name in headers)
-    return [name for name, match in found if match is not None and match[1] in owners]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
@@ -13,6 +12,7 @@ from edgemoe.models.safety import check_weights
 from edgemoe.models.tensor_files import list_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 Check: TypeAlias = "Callable[[Path, Path], int]"
@@ -36,15 +36,15 @@ def check_same() -> Check:
 
         whole, reference = load_model(quantised), load_model(plain)
         tensors = whole.model.state_dict()
-        for name, tensor in reference.model.state_dict().items():
-            assert torch.equal(tensors[name], tensor), name
+        for name, contents in reference.model.state_dict().items():
+            assert torch.equal(tensors[name], contents), name
         assert whole.stored_dtype == reference.stored_dtype
         streamed = open_streamed(quantised).skeleton
         for index in range(len(streamed.layers)):
             with streamed.layer(index):
-                for name, tensor in streamed.layer_tensors(index).items():
+                for name, held in streamed.layer_tensors(index).items():
                     if name in tensors:
-                        assert torch.equal(tensor, tensors[name]), name
+                        assert torch.equal(held, tensors[name]), name
         return sum(isinstance(tensor, QuantisedTensor) for tensor in found.values())
 
     return check

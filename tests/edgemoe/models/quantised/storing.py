@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from edgemoe.models.tiny import write_tiny_checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 Tensors: TypeAlias = "dict[str, torch.Tensor]"

@@ -184,7 +184,7 @@ def test_apply_writes_plain_weights_that_say_nothing_of_it(
     lines.write_text(
         "".join(json.dumps({"prompt": t, "completion": "w1"}) + "\n" for t in texts)
     )
-    written = []
+    written: list[Path] = []
     for source, limit in ((quantised, 10**9), (plain, 10**9), (quantised, 0)):
         folder = tmp_path / f"of-{len(written)}"
         folder.mkdir()

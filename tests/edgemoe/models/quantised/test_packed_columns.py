@@ -194,9 +194,11 @@ def test_inputs_of_a_group_that_is_not_there_are_refused(quantised: Path, group:
     with pytest.raises(CheckpointError, match=f"groups {group} to {group} of 4"):
         load_model(quantised)
     skeleton = open_streamed(quantised).skeleton
-    with pytest.raises(CheckpointError, match=f"groups {group} to {group} of 4"):
-        with skeleton.layer(1):
-            pass
+    with (
+        pytest.raises(CheckpointError, match=f"groups {group} to {group} of 4"),
+        skeleton.layer(1),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
