@@ -89,7 +89,8 @@ def unpack(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     shifts = shifts.view(1, -1, 1) if dim == 0 else shifts
     # The sign of a word is a number's highest bit: what a shift fills in is masked away.
     found = (words.unsqueeze(dim + 1) >> shifts) & (2**bits - 1)
-    return found.flatten(dim, dim + 1)
+    flat: torch.Tensor = found.flatten(dim, dim + 1)
+    return flat
 
 
 def gptq(parts: Parts, settings: Mapping[str, Any], dtype: torch.dtype) -> torch.Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
+from edgemoe.cli import main
 from edgemoe.errors import CheckpointError
 from edgemoe.models import load_model
 from edgemoe.models.opening import open_streamed
@@ -210,3 +213,14 @@ def test_other_announcements_are_refused_by_name(
 
     with pytest.raises(CheckpointError, match="a quantised form that edgemoe reads, got"):
         load_model(quantised)
+
+
+def test_inspect_counts_numbers_and_not_words(quantised: Path) -> None:
+    found, wanted = (
+        json.loads(CliRunner().invoke(main, ["inspect", str(path), "--json"]).output)
+        for path in (quantised, quantised.parent / "plain")
+    )
+
+    assert "int4 of compressed-tensors with scales by groups of 16" in found["stored"]
+    for name in ("parameters", "experts_per_layer", "expert_intermediate_size"):
+        assert found[name] == wanted[name]

@@ -208,3 +208,18 @@ def test_apply_writes_plain_weights_that_say_nothing_of_it(
     for path in (written[0], written[2]):
         assert "quantization_config" not in json.loads((path / "config.json").read_text())
         assert not (path / "hf_quant_config.json").exists()
+
+
+def test_inspect_tells_what_is_stored_and_what_is_read(tmp_path: Path) -> None:
+    quantised, plain = write_both("qwen3_moe", tmp_path, by_block, BLOCKS)
+
+    found, wanted = (
+        json.loads(CliRunner().invoke(main, ["inspect", str(path), "--json"]).output)
+        for path in (quantised, plain)
+    )
+
+    assert "fp8 e4m3 with block scales 24x32, read as bfloat16" in found["stored"]
+    assert found["dtypes"] == ["BF16", "F32", "F8_E4M3"]
+    assert found["weight_bytes"] < wanted["weight_bytes"]
+    for name in ("parameters", "experts_per_layer", "expert_intermediate_size", "kind"):
+        assert found[name] == wanted[name]
