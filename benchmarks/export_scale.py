@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from edgemoe_exporters.request import ExportReport
+    from edgemoe_exporters.report import ExportReport
 
 _VOCABULARY = 512
 _HIDDEN = 64

@@ -150,7 +150,16 @@ def main(
     work.mkdir(parents=True, exist_ok=True)
     model, lines = write_wide_model(work)
     commands = Commands(work, threads)
-    asked = ("--target", "cpu", "--precision", precision, "--keep", 1, "--max-drop", 1e6)
+    asked: tuple[object, ...] = (
+        "--target",
+        "cpu",
+        "--precision",
+        precision,
+        "--keep",
+        1,
+        "--max-drop",
+        1e6,
+    )
     asked += ("--accept-large-drop", "--accept-weak-evidence", "--no-speed")
     commands.make(f"bundle-{precision}", "export", model, *asked, "--task", f"wide={lines}")
     bundle = work / f"bundle-{precision}"

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from edgemoe.errors import CarveError, CheckpointError
 from edgemoe.evaluate.subject import load_dense as read_dense
 from edgemoe.models.checkpoint import Checkpoint
+from edgemoe.models.companions import copy_companions
 from edgemoe.models.gguf.paths import find_gguf
-from edgemoe.models.saving import copy_companions, save_pretrained
+from edgemoe.models.saving import save_pretrained
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -117,6 +117,7 @@ def _describe_statistics(path: Path) -> dict[str, Any]:
         "family": statistics.shape.family,
         "moe_layers": [layer.layer for layer in statistics.shape.layers],
         "experts_per_layer": list(statistics.shape.experts_per_layer),
+        "holds_texts": statistics.has_tokens,
         "tasks": {
             name: {
                 "tokens": task.tokens,
@@ -171,6 +172,7 @@ def _describe_plan(path: Path) -> dict[str, Any]:
         **_describe_ranks(plan.ranks_per_layer),
         **({} if plan.factors is None else {"factors": plan.factors.describe()}),
         **_describe_policy(plan.k_policy),
+        "holds_texts": plan.holds_texts,
         "checkpoint_sha256": plan.checkpoint_sha256,
         "statistics_sha256": plan.statistics_sha256,
         "edgemoe_version": plan.edgemoe_version,

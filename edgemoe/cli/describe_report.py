@@ -55,6 +55,7 @@ def _summarise(folder: Path, found: Mapping[str, Any]) -> dict[str, Any]:
         "kind": "sweep report",
         "path": str(folder),
         "created_by": found["created_by"],
+        "holds_texts": (folder / "held-out").is_dir(),
         "model": found["model"],
         "family": found["family"],
         "experts_per_layer": found["experts_per_layer"],

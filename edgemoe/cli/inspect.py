@@ -7,19 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgemoe.cli.options import PATH, command, report, reporting
+from edgemoe.cli.options import PATH, command, force_option, report, reporting
+from edgemoe.errors import ArgumentError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 # Long lists that no person reads.
 _ONLY_JSON = ("inputs", "outputs", "files", "experts")
+# Of data and machine: paths, and digests by which a guess at a file can be checked.
+_TELLING = ("path", "model", "file", "files_sha256", "sha256", "held_out_sha256", "provenance")
 _MOST_LINES = 24
 _MOST_COLUMNS = 100
 _MOST_ITEMS = 8  # of a list whose items differ
 
 
-@command("edgemoe inspect demo/bundle", "edgemoe inspect code.plan.json")
+@command(
+    "edgemoe inspect demo/bundle",
+    "edgemoe inspect code.plan.json",
+    "edgemoe inspect code.stats --redact -o shared.stats",
+)
 @click.argument("path", type=PATH)
 @click.option(
     "--full",
@@ -27,18 +34,47 @@ _MOST_ITEMS = 8  # of a list whose items differ
     help="All facts, however long; of a checkpoint also those that its model has to be built "
     "for.",
 )
+@click.option(
+    "--redact",
+    is_flag=True,
+    help="Leave out paths and what tells of the data: for sharing. With -o, copy statistics or "
+    "a report without the text that they hold.",
+)
+@click.option("-o", "--output", type=PATH, metavar="PATH", help="Copy to write, with --redact.")
+@force_option
 @reporting
-def inspect(path: Path, full: bool, as_json: bool) -> None:
+def inspect(
+    path: Path, full: bool, redact: bool, output: Path | None, force: bool, as_json: bool
+) -> None:
     """Describe PATH: a checkpoint, statistics, a plan, a report, a bundle or an engine.
 
     Says what it is, its size and shapes, the experts of each layer, and where it comes from, on
-    one screen.
+    one screen; of statistics, plans and reports also whether the calibration's text can be read
+    in them.
     """
     from edgemoe.cli.describe import describe
 
+    if (output is not None or force) and not redact:
+        raise ArgumentError("-o and --force are for copies: give --redact too.")
+    if output is not None:
+        from edgemoe.api.redact import redact as copy_redacted
+
+        copy_redacted(path, output, force=force)
+        path = output
     facts = describe(path, full=full)
+    if redact:
+        facts = _redacted(facts)
     lines = _lines(facts, full=full)
     report(facts, "\n".join(lines if full else _fit(lines)), as_json=as_json)
+
+
+def _redacted(facts: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what tells of the data or of this machine, at any depth."""
+    return {
+        name: _redacted(value) if isinstance(value, dict) else value
+        for name, value in facts.items()
+        if name not in _TELLING
+    }
 
 
 def _lines(facts: dict[str, Any], indent: str = "", *, full: bool) -> list[str]:

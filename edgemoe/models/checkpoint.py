@@ -32,6 +32,7 @@ from edgemoe.models.loading import (
     check_fit,
     quiet_transformers,
     read_generation_settings,
+    refuse_not_finite,
     refusing_misfits,
     stored_dtype,
 )
@@ -311,7 +312,7 @@ class Checkpoint:
         """
         model.__class__ = self.family.causal_lm
         found = adapt_model(model, self.path, stored_dtype, self.spec)
-        found.hashes = self.hashes
+        found.hashes, found.config_entries = self.hashes, self.configuration.entries
         found.stored_types = self._stored_types
         put_k_policy(found, self.k_policy)
         return found
@@ -333,12 +334,8 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
     """
     checkpoint = Checkpoint.open(path)
     # What is refused without a look at the weights comes first.
-    _, config, _, files = (
-        checkpoint.family,
-        checkpoint.config,
-        checkpoint.note,
-        checkpoint.weights,
-    )
+    _, config, _ = checkpoint.family, checkpoint.config, checkpoint.note
+    files = checkpoint.weights
     model_class = checkpoint.model_class
     checkpoint.check_left_out()
     if checkpoint.wrapper is not None or checkpoint.gguf or checkpoint.quantised:
@@ -365,6 +362,8 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
         )
     check_fit(report, checkpoint.path)
     align_tensors(model)
+    for name, parameter in model.named_parameters():
+        refuse_not_finite(name, parameter)
     tell_ties(model)
     return checkpoint.adapt(model, stored_dtype(config) or dtype)
 

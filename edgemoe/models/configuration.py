@@ -62,11 +62,13 @@ class Configuration:
         text: That of its language model; the same where the checkpoint is nothing else.
         dropped: Entries that choose code, which are not in either, such as
             `text_config.attn_implementation`.
+        entries: What the file says of the language model, in its own spellings.
     """
 
     whole: PreTrainedConfig
     text: PreTrainedConfig
     dropped: tuple[str, ...]
+    entries: Mapping[str, Any]
 
     @property
     def family(self) -> Family:
@@ -136,7 +138,12 @@ def read_configuration(path: Path, content: Mapping[str, Any]) -> Configuration:
             f"a model must be a decoder alone, got {quote(model_type)}, which has an encoder "
             "before it. Give the checkpoint of a language model."
         )
-    return Configuration(whole=whole, text=text, dropped=tuple(sorted(dropped)))
+    return Configuration(
+        whole=whole,
+        text=text,
+        dropped=tuple(sorted(dropped)),
+        entries=kept if text is whole else _part_of(kept, text),
+    )
 
 
 def _without_code(
@@ -157,16 +164,19 @@ def _without_code(
 
 def _move_in(content: Mapping[str, Any], whole: Any, text: Any) -> None:
     """Give the language model the settings that stand beside its part."""
-    own = next(
-        (part for part in _parts(content) if part.get("model_type") == text.model_type),
-        content.get("text_config") or {},
-    )
+    own = _part_of(content, text)
     for name in _OF_THE_WHOLE:
         if content.get(name) is not None and own.get(name) is None:
             setattr(text, name, content[name])
     tied = getattr(whole, "tie_word_embeddings", None)
     if tied is not None:
         text.tie_word_embeddings = tied
+
+
+def _part_of(content: Mapping[str, Any], text: Any) -> Mapping[str, Any]:
+    """Return the entries of the language model."""
+    named = (part for part in _parts(content) if part.get("model_type") == text.model_type)
+    return next(named, content.get("text_config") or {})
 
 
 def _parts(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -35,6 +35,7 @@ class MoeModel:
         stored_dtype: Floating type that the checkpoint is stored in.
         stored_types: Floating types of its tensors, by their names in the model, where they are
             known: some, such as biases of routers, are more exact than the others.
+        config_entries: Entries of the checkpoint's config.json, as it spells them.
         provenance: How the checkpoint was made, where edgemoe made it.
         count_entries: Entries of the configuration that say how many experts there are.
         k_policy: How many experts each token uses; None where it is always top_k.
@@ -49,6 +50,7 @@ class MoeModel:
     path: Path | None = None
     stored_dtype: torch.dtype = torch.float32
     stored_types: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
+    config_entries: Mapping[str, Any] = field(default_factory=dict, repr=False)
     provenance: Mapping[str, Any] | None = field(default=None, repr=False)
     count_entries: tuple[str, ...] = ()
     k_policy: KPolicy | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +119,29 @@ def read_generation_settings(
         model.generation_config = GenerationConfig.from_dict(json.loads(content))
     elif (path / GENERATION_FILE).exists():
         model.generation_config = GenerationConfig.from_pretrained(str(path))
+
+
+def refuse_not_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a weight that is not a number, or infinite.
+
+    Most engines turn what such a weight makes into zeros or another expert, and say nothing.
+
+    Args:
+        name: Its name in the model.
+        tensor: The weight; one on the meta device has no contents.
+
+    Raises:
+        CheckpointError: It has a value that is not finite.
+    """
+    if tensor.is_meta or not tensor.is_floating_point():
+        return
+    # In float64 no sum of finite weights overflows, and none of others is finite.
+    if not math.isfinite(tensor.sum(dtype=torch.float64).item()):
+        kind = "NaN" if tensor.isnan().any() else "infinity"
+        raise CheckpointError(
+            f"weights must be finite numbers, got {kind} in {clip(name)}. Copy the checkpoint "
+            "again; where it stays, its training diverged: use an earlier one."
+        )
 
 
 def align_tensors(model: PreTrainedModel) -> None:

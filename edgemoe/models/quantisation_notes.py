@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # In config.json: transformers and most tools; compressed-tensors before 0.5; MLX.
-_ENTRIES = ("quantization_config", "compression_config", "quantization")
+NOTE_ENTRIES = ("quantization_config", "compression_config", "quantization")
 # Beside it: ModelOpt; AutoGPTQ; AutoAWQ; TorchAO and Quanto.
-_FILES = (
+NOTE_FILES = (
     "hf_quant_config.json",
     "quantize_config.json",
     "quant_config.json",
@@ -41,7 +41,7 @@ class QuantisationNote:
     @property
     def is_in_config(self) -> bool:
         """Whether config.json says it, and not a file that may be a remnant."""
-        return self.place not in _FILES
+        return self.place not in NOTE_FILES
 
     def __str__(self) -> str:
         """Return it as part of a message."""
@@ -65,10 +65,10 @@ def find_quantisation_note(
     """
     nested = ((f"{name}.", part) for name, part in content.items() if isinstance(part, dict))
     for prefix, part in (("", content), *nested):
-        for name in _ENTRIES:
+        for name in NOTE_ENTRIES:
             if isinstance(part.get(name), dict) and part[name]:
                 return _note(f"{prefix}{name}", part[name])
-    for name in _FILES:
+    for name in NOTE_FILES:
         found = read(name)
         try:
             settings = None if found is None else json.loads(found)
@@ -99,11 +99,13 @@ def without_notes(content: Mapping[str, Any]) -> dict[str, Any]:
         The same without; weights that were dequantised are plain.
     """
     return {
-        name: {n: v for n, v in part.items() if n not in _ENTRIES or not isinstance(v, dict)}
+        name: {
+            n: v for n, v in part.items() if n not in NOTE_ENTRIES or not isinstance(v, dict)
+        }
         if isinstance(part, dict)
         else part
         for name, part in content.items()
-        if name not in _ENTRIES or not isinstance(part, dict)
+        if name not in NOTE_ENTRIES or not isinstance(part, dict)
     }
 
 

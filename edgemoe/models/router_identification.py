@@ -85,7 +85,8 @@ def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterSp
                 rule = replace(rule, n_group=multiple, topk_group=multiple)
             if rule.limits_groups:
                 # The router runs with less, and then uses experts that it masked.
-                least = max(least, -(-top_k // rule.topk_group))
+                needed = rule.n_group * -(-top_k // rule.topk_group)
+                least = max(least, -(-needed // multiple))
             rule = replace(rule, min_group_size=least)
             roles = replace(tensors, correction_bias=correction, expert_scale=scale)
             return replace(spec, rule=rule, tensors=roles, least=least)

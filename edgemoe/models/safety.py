@@ -218,16 +218,16 @@ def read_tensor_names(file: Path) -> set[str]:
 
 
 def read_small(file: Path) -> bytes:
-    """Read a small file of a checkpoint.
+    """Read a file of settings.
 
     Args:
-        file: The file.
+        file: A regular file.
 
     Returns:
         Its content.
 
     Raises:
-        CheckpointError: The system refuses.
+        CheckpointError: It cannot be read.
     """
     try:
         return read_file(file)

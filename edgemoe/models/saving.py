@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +10,13 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from edgemoe.errors import OutputError
+from edgemoe.models.companions import copy_companions
+from edgemoe.models.config_entries import complete_entries
 from edgemoe.models.config_width import width_entries
 from edgemoe.models.factored_layer import ranks_of
-from edgemoe.models.gguf.reading import open_gguf
 from edgemoe.models.k_policy import save_k_policy
 from edgemoe.models.loading import quiet_transformers
+from edgemoe.models.quantisation_notes import NOTE_ENTRIES
 from edgemoe.models.ragged import RaggedNote
 from edgemoe_runtime.input_files import parse_strict, read_file
 
@@ -27,22 +28,6 @@ if TYPE_CHECKING:
 
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.shapes import Ranks
-
-# What belongs to a checkpoint besides configuration and weights, where the source has it.
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def save_model(
@@ -143,7 +128,7 @@ def _save_notes(
         note["basis_per_layer"] = list(bases)
     if not told:
         note["widths_per_layer"] = list(widths)
-    _complete_config(directory / "config.json", model.stored_dtype, note, entries)
+    _complete_config(directory / "config.json", model, note, entries)
     save_k_policy(model.k_policy, directory)
     if ragged:
         RaggedNote(
@@ -209,26 +194,6 @@ def set_expert_counts(model: MoeModel, counts: Sequence[int] | None = None) -> N
         model.model.num_experts = most
 
 
-def copy_companions(source: Path, directory: Path) -> None:
-    """Copy tokenizer, chat template, generation settings and licences.
-
-    Args:
-        source: Checkpoint that has them.
-        directory: Checkpoint that gets them.
-    """
-    gguf = open_gguf(source)
-    if gguf is not None:
-        for name, content in gguf.settings.items():
-            if name != "config.json":
-                (directory / name).write_bytes(content)
-        # What lies beside a file may belong to another one.
-        return
-    for pattern in _COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, directory / file.name)
-
-
 def float32_names(model: MoeModel) -> set[str]:
     """Name the tensors that are written in float32, whatever type the others have.
 
@@ -289,12 +254,14 @@ def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
 
 
 def _complete_config(
-    file: Path, dtype: torch.dtype, note: Mapping[str, Any], entries: Mapping[str, int]
+    file: Path, model: MoeModel, note: Mapping[str, Any], entries: Mapping[str, int]
 ) -> None:
     config = parse_strict(read_file(file), infinities=True)
     config.update(entries)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config.pop("edgemoe", None)
+    config["dtype"] = str(model.stored_dtype).removeprefix("torch.")
+    for name in ("edgemoe", *NOTE_ENTRIES):
+        config.pop(name, None)
+    complete_entries(config, model.config, model.config_entries)
     if note:
         config["edgemoe"] = dict(note)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

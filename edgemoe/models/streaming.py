@@ -20,6 +20,7 @@ from torch import nn
 from edgemoe.errors import CheckpointError, StreamingError
 from edgemoe.models.conversion import Conversion
 from edgemoe.models.decoder import find_layers
+from edgemoe.models.loading import refuse_not_finite
 from edgemoe.models.tensor_files import list_tensors
 from edgemoe.models.transformers_internals import (
     compute_unstored,
@@ -302,6 +303,7 @@ class Skeleton:
         path, _, name = target.rpartition(".")
         module = self.model.get_submodule(path)
         table = _table(module, name)
+        refuse_not_finite(target, tensor)
         places.append((module, name, table[name]))
         is_parameter = table is module._parameters
         new = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor

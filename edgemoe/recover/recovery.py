@@ -26,7 +26,7 @@ from edgemoe.recover.state import PROGRESS, TrainingState
 from edgemoe.recover.teacher import check_teacher, load_teacher
 from edgemoe.recover.trainer import CHECKPOINT_SECONDS, TrainingTask, train
 from edgemoe.resume import publish, resumable, resume_key
-from edgemoe.staging import refuse_inputs_inside
+from edgemoe.staging import refuse_existing, refuse_inputs_inside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,6 +79,7 @@ def recover_checkpoint(
         OutputError: The output exists, or the disk refuses.
     """
     checkpoints = [path] if teacher is None else [path, teacher]
+    refuse_existing(output, force=force, directory=True, resumes=True)
     refuse_inputs_inside(output, *checkpoints, *(task.path for task in tasks))
     chosen = find_method(method)
     settled = chosen.settle(options or RecoverOptions(), has_teacher=teacher is not None)

@@ -157,19 +157,19 @@ def check_messages(messages: object) -> list[Mapping[str, Any]]:
         RequestError: when they are no list of mappings with a `role`, or there are none.
     """
     given: list[object] = []
+    shown = quote(messages, 80)
     if isinstance(messages, (list, tuple)):
         given = list(cast("Sequence[object]", messages))
     if not given:
         raise RequestError(
-            "messages must be a list of {role, content}, one or more, got"
-            f" {quote(cast('object', messages), 80)}."
+            f"messages must be a list of {{role, content}}, one or more, got {shown}."
         )
     found: list[Mapping[str, Any]] = []
     for place, message in enumerate(given):
+        shown = quote(message, 80)
         mapping = cast("dict[str, Any]", message) if isinstance(message, dict) else {}
         role = mapping.get("role")
         if not isinstance(role, str) or not role:
-            shown = quote(cast("object", message), 80)
             raise RequestError(
                 f"messages[{place}] must be a mapping with a role, such as"
                 f' {{"role": "user", "content": "..."}}, got {shown}.'
@@ -258,12 +258,14 @@ def _plain(value: Any) -> Any:
         if isinstance(value, kind):
             return kind(value)
     if isinstance(value, dict):
-        items = cast("dict[Any, Any]", value).items()
-        return {_plain(name): _plain(item) for name, item in items}
+        mapping: dict[Any, Any] = value  # pyright: ignore[reportUnknownVariableType]
+        return {_plain(name): _plain(item) for name, item in mapping.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in cast("list[Any]", value)]
+        listed: list[Any] = value  # pyright: ignore[reportUnknownVariableType]
+        return [_plain(item) for item in listed]
     if isinstance(value, tuple):
-        return tuple(_plain(item) for item in cast("tuple[Any, ...]", value))
+        several: tuple[Any, ...] = value  # pyright: ignore[reportUnknownVariableType]
+        return tuple(_plain(item) for item in several)
     return f"<{type(value).__name__}>"
 
 

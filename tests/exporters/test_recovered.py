@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.fused, pytest.mark.usefixtures("one_trace")]
 
-RAGGED = [[(0,), (2,), (3, 5), (7,)], [(1,), (4,), (6,)]]
-OTHER = [[(1,), (2,), (7,)], [(4,), (6,), (7,)]]
+RAGGED: list[list[tuple[int, ...]]] = [[(0,), (2,), (3, 5), (7,)], [(1,), (4,), (6,)]]
+OTHER: list[list[tuple[int, ...]]] = [[(1,), (2,), (7,)], [(4,), (6,), (7,)]]
 
 
 @dataclass

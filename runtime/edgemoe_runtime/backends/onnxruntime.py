@@ -17,6 +17,7 @@ from edgemoe_runtime.bundle.names import EXPERTS_USED
 from edgemoe_runtime.errors import BackendError, BackendUnavailableError
 from edgemoe_runtime.execution_providers import (
     CPU,
+    MINIMUM_VERSION,
     PROVIDERS,
     TENSORRT,
     TENSORRT_RTX,
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgemoe_runtime.backends.base import LogitArray, LogitRows, OpenRequest, TokenArray
+
+# The release that an installation needs is said where onnxruntime is used, too.
+__all__ = ["MINIMUM_VERSION", "OnnxRuntimeBackend", "open_onnxruntime"]
 
 
 class OnnxRuntimeBackend:

@@ -257,7 +257,7 @@ def test_refusals_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     refuse(path, wrong, tmp_path / "out", "option prior_tokens of svd-whitened must be an int")
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: full)
-    with pytest.raises(OutputError, match=r"must have .* MB free"):
+    with pytest.raises(OutputError, match=r"must have .* free, got 1.0 kB"):
         apply_streamed(path, plan, tmp_path / "out")
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -162,7 +162,15 @@ def test_a_ladder_has_the_tables_of_alloc_l(road: Path, answer: Answer, tmp_path
     answer("allocate", road / "moe", task, *asked)
     needs = [rule.needs for rule in Plan.load(output).k_policy.rules]  # type: ignore[union-attr]
     assert [len(need) for need in needs if need] == [2, 2]
-    told = ("--target", "cpu", "--precision", "fp32", "--max-drop", 9, "--json")
+    told: tuple[object, ...] = (
+        "--target",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--max-drop",
+        9,
+        "--json",
+    )
     told += ("--accept-large-drop", "--accept-weak-evidence", "--no-speed")
     answer("export", road / "moe", held_out, "--plan", f"code={output}", *told,
            "-o", tmp_path / "bundle")  # fmt: skip

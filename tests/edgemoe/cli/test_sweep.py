@@ -117,7 +117,15 @@ def test_the_text_names_the_plan_or_says_that_no_cut_holds(
         ["reap", "1", "0"],
         ["reap", "0.5", "0"],
     ]
-    only_all = ("--method", "reap", "--keep", 1, "--calibration-tokens", 100)
+    only_all: tuple[object, ...] = (
+        "--method",
+        "reap",
+        "--keep",
+        1,
+        "--calibration-tokens",
+        100,
+    )
+    only_all += ("--accept-weak-evidence",)
     result = invoke("sweep", road / "moe", tasks[0], *only_all, "-o", tmp_path / "all")
     assert "code: nothing was cut. Give --keep a smaller fraction." in result.stdout
 
@@ -196,7 +204,9 @@ def test_bad_input_is_refused(
     assert "METHOD:NAME=VALUE" in refuse("--method=reap", "--set=population=3")
     assert "--max-drop must be" in refuse("--method=reap", "--max-drop=-1")
     assert "24 of 24 held-out lines are calibration lines too" in refuse("--method=reap", same)
-    assert "Use --workers 1" in refuse("--method=reap", "--workers=2", "--memory-limit=0.001")
+    assert "Use --workers 1" in refuse(
+        *("--method=reap", "--workers=2", "--memory-limit=0.001", "--accept-weak-evidence")
+    )
     assert "Missing option '--method'" in refuse(status=2)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'edgemoe[sweep]'" in refuse("--method=reap")

@@ -225,7 +225,7 @@ def test_full_disk_is_refused_before_writing(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with (
         BundleWriter(tmp_path, ["model"]) as writer,
-        pytest.raises(OutputError, match="MB free"),
+        pytest.raises(OutputError, match="kB free"),
     ):
         writer.add_graph("model", make_model(ALL_EXPERTS))
     assert not list(tmp_path.iterdir())

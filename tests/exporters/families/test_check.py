@@ -28,7 +28,7 @@ def test_a_family_without_graphs_says_so_in_its_row() -> None:
     assert not report.failed
     assert list(report.results) == list(STEPS)[:5]
     table = render_table([report])
-    assert "| `zaya` | yes | yes | yes | yes | no [1] |" in table
+    assert "| `zaya` |  | yes | yes | yes | yes | no [1] |" in table
     assert "[1] the router of zaya must be of a kind that graphs know" in table
 
 

@@ -77,7 +77,7 @@ def eager() -> Any:
         return SimpleNamespace(logits=torch.from_numpy(TABLE)[input_ids])
 
     return SimpleNamespace(
-        model=call, moe=SimpleNamespace(layers=[]), is_whole=True, device="cpu"
+        model=call, moe=SimpleNamespace(layers=[]), layers=[], is_whole=True, device="cpu"
     )
 
 

@@ -1,4 +1,4 @@
-"""Damage files and count what the commands say: `python -m benchmarks.fuzz --cases 3000`.
+"""Damage files and count what the commands say: `python -m benchmarks.fuzzing --cases 3000`.
 
 Prints a row a format (cases, how many were refused, how many were read all the same, the
 longest message) and every fault with the seed that shows it again: `--only FORMAT --seed N
