@@ -60,6 +60,7 @@ def describe_checkpoint(path: Path, *, full: bool = False) -> dict[str, Any]:
     """
     needs("export")
     from edgemoe.cli.describe_gguf import describe_gguf
+    from edgemoe.cli.describe_quantised import plain_tensors
     from edgemoe.models.gguf.reading import open_gguf
     from edgemoe.models.k_policy_file import read_k_policy
     from edgemoe.models.quantisation_notes import find_quantisation_note
@@ -77,17 +78,18 @@ def describe_checkpoint(path: Path, *, full: bool = False) -> dict[str, Any]:
     quantised = find_quantisation_note(
         config, lambda name: (path / name).read_bytes() if (path / name).is_file() else None
     )
+    stored, (tensors, said) = tensors, plain_tensors(tensors, quantised, config)
     facts: dict[str, Any] = {
         "kind": "dense checkpoint",
         "path": str(path),
         "family": config.get("model_type"),
         "parameters": sum(math.prod(shape) for _, shape in tensors.values()),
-        "dtypes": sorted({dtype for dtype, _ in tensors.values()}),
+        "dtypes": sorted({dtype for dtype, _ in stored.values()}),
         "weight_bytes": sum(file.stat().st_size for file in weights),
         "layers": text.get("num_hidden_layers"),
         "hidden_size": text.get("hidden_size"),
         "vocab_size": text.get("vocab_size"),
-        **({} if quantised is None else {"quantised_by": str(quantised)}),
+        **said,
         **_left_out(tensors),
     }
     note, policy = read_ragged_note(path), read_k_policy(path)

@@ -118,7 +118,7 @@ def load_dense(path: Path | Checkpoint) -> PreTrainedModel:
     del path
     _ = checkpoint.weights
     config = copy.deepcopy(checkpoint.configuration.whole)
-    if checkpoint.gguf is not None and not checkpoint.has_experts:
+    if (checkpoint.gguf or checkpoint.quantised) and not checkpoint.has_experts:
         return load_dense_gguf(checkpoint)
     try:
         with torch.device("meta"):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.errors import CheckpointError, FamilyError
+from edgemoe.errors import FamilyError
 from edgemoe.models.adapter import adapt_model
 from edgemoe.models.configuration import Configuration, check_family, read_configuration
 from edgemoe.models.conversion import Conversion
@@ -25,7 +25,7 @@ from edgemoe.models.fingerprint import FileHashes, hash_file
 from edgemoe.models.gguf.reading import open_gguf
 from edgemoe.models.k_policy import FILE_NAME as K_POLICY
 from edgemoe.models.k_policy import put_k_policy, read_k_policy
-from edgemoe.models.left_out import LeftOut, judge_left_out, quantised_message
+from edgemoe.models.left_out import LeftOut, judge_left_out
 from edgemoe.models.loading import (
     GENERATION_FILE,
     align_tensors,
@@ -37,12 +37,13 @@ from edgemoe.models.loading import (
     stored_dtype,
 )
 from edgemoe.models.quantisation_notes import QuantisationNote, find_quantisation_note
+from edgemoe.models.quantised.reading import QuantisedWeights, plain_settings
 from edgemoe.models.ragged import FILE_NAME as RAGGED_NOTE
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note, resize_layers
 from edgemoe.models.remarks import remark_once, remarks
 from edgemoe.models.safety import check_directory, check_weights, read_json_object, read_small
 from edgemoe.models.streaming import Skeleton
-from edgemoe.models.tensor_files import list_tensors
+from edgemoe.models.tensor_files import find_quantised, list_tensors
 from edgemoe.models.ties import tell_ties, untie_what_differs
 from edgemoe.models.tokenizer_file import open_tokenizer
 
@@ -127,16 +128,21 @@ class Checkpoint:
     def configuration(self) -> Configuration:
         """What its config.json says, of whatever family transformers knows."""
         content = read_json_object(self.path / _CONFIG, self.read(_CONFIG))
-        note = self.quantisation_note
-        if note is not None and note.is_in_config:
-            raise CheckpointError(quantised_message(self.path, str(note)))
-        return read_configuration(self.path / _CONFIG, content)
+        plain = plain_settings(self.path, content, self.quantisation_note)
+        return read_configuration(self.path / _CONFIG, plain)
 
     @cached_property
     def quantisation_note(self) -> QuantisationNote | None:
         """What announces that its weights are quantised; None where nothing does."""
         content = read_json_object(self.path / _CONFIG, self.read(_CONFIG))
         return find_quantisation_note(content, self.read)
+
+    @cached_property
+    def quantised(self) -> QuantisedWeights | None:
+        """Its weights where they are quantised and edgemoe reads their form, None elsewhere."""
+        if self.gguf is not None or self.quantisation_note is None:
+            return None
+        return find_quantised(self.weights)
 
     @cached_property
     def family(self) -> Family:
@@ -214,7 +220,9 @@ class Checkpoint:
         found = judge_left_out(model, conversion, self.path, note)
         if self.gguf is None:
             self._stored_types.update(conversion.stored_types())
-        if note is not None:
+        if self.quantised is not None:
+            remark_once(self.path, self.quantised.remark)
+        elif note is not None:
             remark_once(self.path, f"its weights are plain numbers, in spite of {note}")
         return found
 
@@ -330,7 +338,7 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
     files = checkpoint.weights
     model_class = checkpoint.model_class
     checkpoint.check_left_out()
-    if checkpoint.wrapper is not None or checkpoint.gguf is not None:
+    if checkpoint.wrapper is not None or checkpoint.gguf or checkpoint.quantised:
         # transformers knows the names of the whole only where it builds the whole, and does not
         # read what is quantised tensor by tensor.
         with refusing_misfits(checkpoint.path):

@@ -21,6 +21,7 @@ from edgemoe.models.name_words import (
     UNKNOWN,
     kind_by_name,
 )
+from edgemoe.models.quantisation_notes import quantised_message
 from edgemoe.models.transformers_internals import needless_patterns
 
 if TYPE_CHECKING:
@@ -87,22 +88,6 @@ def judge_left_out(
             example=tensors[0].name,
         )
         for what, tensors in kinds.items()
-    )
-
-
-def quantised_message(path: Path, got: str) -> str:
-    """Say that weights are quantised in a way that is not read.
-
-    Args:
-        path: The checkpoint.
-        got: What shows it.
-
-    Returns:
-        Rule, value and remedy.
-    """
-    return (
-        f"{path} must hold plain weights or a quantised form that edgemoe reads, got {got}. "
-        "Use the checkpoint that it was quantised from."
     )
 
 

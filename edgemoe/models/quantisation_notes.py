@@ -10,6 +10,7 @@ from edgemoe_runtime.messages import clip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 # In config.json: transformers and most tools; compressed-tensors before 0.5; MLX.
 NOTE_ENTRIES = ("quantization_config", "compression_config", "quantization")
@@ -86,3 +87,39 @@ def _note(place: str, settings: Mapping[str, Any]) -> QuantisationNote:
     named = (settings.get(name) for name in _METHODS)
     method = next((value for value in named if isinstance(value, str | int)), "")
     return QuantisationNote(place=place, method=clip(str(method)), settings=settings)
+
+
+def without_notes(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy settings but for what announces quantised weights.
+
+    Args:
+        content: The JSON object of config.json.
+
+    Returns:
+        The same without; weights that were dequantised are plain.
+    """
+    return {
+        name: {
+            n: v for n, v in part.items() if n not in NOTE_ENTRIES or not isinstance(v, dict)
+        }
+        if isinstance(part, dict)
+        else part
+        for name, part in content.items()
+        if name not in NOTE_ENTRIES or not isinstance(part, dict)
+    }
+
+
+def quantised_message(path: Path, got: str) -> str:
+    """Say that weights are quantised in a way that is not read.
+
+    Args:
+        path: The checkpoint.
+        got: What shows it.
+
+    Returns:
+        Rule, value and remedy.
+    """
+    return (
+        f"{path} must hold plain weights or a quantised form that edgemoe reads, got {got}. "
+        "Use the checkpoint that it was quantised from."
+    )
