@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from edgemoe.apply.expert_tensors import keeps_all
 from edgemoe.errors import PlanError
 from edgemoe.models.factored_layer import product_shapes
+from edgemoe.models.k_policy import most_slots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,20 +63,32 @@ def check_width_pruning(plan: Plan, model: MoeModel) -> None:
 
 
 def refuse_k_policy(plan: Plan, model: MoeModel) -> None:
-    """Refuse to change the experts of a model whose tokens are shared out among these.
+    """Refuse k policies that a plan and a model cannot have together.
 
     Args:
         plan: The plan, validated for the model's shape.
         model: The model, possibly on the meta device.
 
     Raises:
-        PlanError: The model has a k policy, and the plan changes anything.
+        PlanError: The model has a k policy, and the plan changes anything; or tokens are to
+            use more experts than the router finds among those that the plan keeps.
     """
     if plan.k_policy is not None or any(
         layer_plan.ranks is not None or not keeps_all(layer_plan, layer.num_experts)
         for layer, layer_plan in zip(model.layers, plan.layers, strict=True)
     ):
         refuse_changes(model)
+    if plan.k_policy is None:
+        return
+    rules = zip(model.layers, plan.layers, plan.k_policy.rules, strict=True)
+    for layer, layer_plan, rule in rules:
+        most = most_slots(layer, len(layer_plan.experts))
+        if rule.slots > most:
+            raise PlanError(
+                f"layer {layer.index}: a token must use at most {most} experts, which is what "
+                f"its router can choose of the {len(layer_plan.experts)} that are kept, got "
+                f"k={rule.slots}. Make the k policy again with `edgemoe allocate --plan`."
+            )
 
 
 def refuse_changes(model: MoeModel) -> None:

@@ -26,6 +26,7 @@ from edgemoe.layerwise.finished_layers import read_state
 from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.factored_layer import empty_factors
 from edgemoe.models.k_policy import save_k_policy
+from edgemoe.models.loading import finite_chunks, refuse_not_finite
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.saving import float32_names, save_settings
 from edgemoe.models.shapes import Ranks
@@ -299,7 +300,8 @@ def _write_layer(
 ) -> None:
     for tensor in tensors:
         if tensor.source is not None:
-            writer.copy(tensor, tensor.source.read_chunks())
+            chunks = tensor.source.read_chunks()
+            writer.copy(tensor, finite_chunks(tensor.name, tensor.dtype, chunks))
     computed = [tensor for tensor in tensors if tensor.source is None]
     if computed:
         computed = _write_foreign(streamed, writer, computed, change)
@@ -349,5 +351,6 @@ def _write_foreign(
             if names:
                 results = conversion.revert(dict(conversion.read(group)))
                 for name in names:
+                    refuse_not_finite(name, results[name])
                     writer.write(left.pop(name), results[name])
     return list(left.values())

@@ -164,6 +164,21 @@ class Statistics:
             ) from error
         return _assemble(header, tensors, path)
 
+    @staticmethod
+    def read_shape(path: Path) -> ModelShape:
+        """Read which layers were measured, from the header of a file that `load` takes.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The model's MoE layers.
+
+        Raises:
+            StatisticsError: The header is of another version, or malformed.
+        """
+        return read_header(_read_header(path), f"{path}: the header")[1]
+
     def _to_bytes(self) -> bytes:
         from safetensors.numpy import save
 

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.errors import CarveError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    import torch
     from transformers import PreTrainedModel
 
     from edgemoe.carve.channels import NeuronAssignment
@@ -99,6 +100,28 @@ def build_moe(
     model.load_state_dict(target, strict=True)
     model.generation_config = dense.generation_config
     return model.eval()
+
+
+def carved_types(stored: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
+    """Return the types to write what carving moves and does not change.
+
+    Args:
+        stored: Floating types of the dense checkpoint's tensors, by name.
+
+    Returns:
+        Types of the carved model's tensors, by name; routers, which are new, are not among
+        them.
+    """
+    types = {name: dtype for name, dtype in stored.items() if ".mlp." not in name}
+    for name, dtype in stored.items():
+        prefix, found, part = name.partition(".mlp.")
+        if found:
+            types[f"{prefix}.mlp.shared_experts.{part}"] = dtype
+        if part == "down_proj.weight":
+            types[f"{prefix}.mlp.experts.down_proj"] = dtype
+        if part == "gate_proj.weight" and stored.get(f"{prefix}.mlp.up_proj.weight") == dtype:
+            types[f"{prefix}.mlp.experts.gate_up_proj"] = dtype
+    return types
 
 
 def check_dense(config: Any) -> None:

@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgemoe.carve.activations import feed_forward_inputs, neuron_activations
-from edgemoe.carve.build import CarvedLayer, build_moe, check_dense, check_shape, neuron_shares
+from edgemoe.carve.build import (
+    CarvedLayer,
+    build_moe,
+    carved_types,
+    check_dense,
+    check_shape,
+    neuron_shares,
+)
 from edgemoe.carve.channels import active_neurons, assign_neurons
 from edgemoe.carve.dense import load_dense, save_tokenizer
 from edgemoe.carve.learned import LearnedCarve
 from edgemoe.carve.router import expert_energy, fit_router
 from edgemoe.errors import CarveError
-from edgemoe.models.saving import save_pretrained
+from edgemoe.models.saving import save_plain
 from edgemoe.progress import track
 from edgemoe.staging import refuse_existing, refuse_inputs_inside, staged_directory
 
@@ -139,7 +146,7 @@ def carve_checkpoint(
     layers, recall = carve_layers(dense, windows, chosen, shared_size)
     model = build_moe(dense.model, layers, top_k=chosen.top_k)
     with staged_directory(output, force=force) as staged:
-        save_pretrained(model, staged)
+        save_plain(model, staged, carved_types(dense.stored_types))
         save_tokenizer(dense, staged)
     return _report(model, tokens=sum(len(window) for window in windows), recall=recall)
 
@@ -170,7 +177,8 @@ def rebuild_checkpoint(
     dense = load_dense(source)
     model = carve.apply(dense.model)
     with staged_directory(output, force=force) as staged:
-        save_pretrained(model, staged)
+        # What was learned changed all of them.
+        save_plain(model, staged, {})
         save_tokenizer(dense, staged)
     return _report(model, tokens=0, recall=None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgemoe.errors import CarveError, CheckpointError
@@ -10,11 +10,14 @@ from edgemoe.evaluate.subject import load_dense as read_dense
 from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.companions import copy_companions
 from edgemoe.models.gguf.paths import find_gguf
-from edgemoe.models.saving import save_pretrained
+from edgemoe.models.saving import save_plain
+from edgemoe.models.tensor_files import list_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DENSE_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -29,11 +32,14 @@ class DenseModel:
         model: The causal language model, in eval mode.
         tokenizer: Its tokenizer.
         source: Where it came from.
+        stored_types: Floating types that its tensors are stored in, by name; empty for GGUF
+            files, whose types are no floating types.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: Path
+    stored_types: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 def load_dense(source: Path) -> DenseModel:
@@ -65,7 +71,17 @@ def load_dense(source: Path) -> DenseModel:
     # tokenizer.json as it is: the class that a family maps to may rewrite it.
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=checkpoint.tokenizer)
     model = read_dense(checkpoint).requires_grad_(True)
-    return DenseModel(model=model.eval(), tokenizer=tokenizer, source=source)
+    stored = {} if checkpoint.gguf else list_tensors(checkpoint.weights)
+    return DenseModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        source=source,
+        stored_types={
+            name: tensor.dtype
+            for name, tensor in stored.items()
+            if tensor.dtype.is_floating_point
+        },
+    )
 
 
 def save_dense(dense: DenseModel, directory: Path) -> None:
@@ -75,7 +91,7 @@ def save_dense(dense: DenseModel, directory: Path) -> None:
         dense: The model.
         directory: An existing directory to fill.
     """
-    save_pretrained(dense.model, directory)
+    save_plain(dense.model, directory, dense.stored_types)
     save_tokenizer(dense, directory)
 
 

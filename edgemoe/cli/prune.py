@@ -132,10 +132,11 @@ def prune(as_json: bool, **given: Any) -> None:
     that are kept there, as --layers owl does.
     """
     plan = decide(**given)
-    from edgemoe.models import read_shape
+    from edgemoe.calibrate.statistics import Statistics
     from edgemoe.prune.registry import find_method
 
-    shape, kept = read_shape(given["model"]), plan.experts_per_layer
+    # The checkpoint's own: statistics of another one were refused.
+    shape, kept = Statistics.read_shape(given["statistics"]), plan.experts_per_layer
     result: dict[str, Any] = {
         "output": given["output"],
         "sha256": plan.sha256,

@@ -111,7 +111,7 @@ def load_dense(path: Path | Checkpoint) -> PreTrainedModel:
     from edgemoe.models.checkpoint import Checkpoint
     from edgemoe.models.dense_gguf import load_dense_gguf
     from edgemoe.models.experts import is_experts_module
-    from edgemoe.models.loading import check_fit, quiet_transformers
+    from edgemoe.models.loading import check_fit, quiet_transformers, refuse_not_finite
     from edgemoe.models.registry import find_family
 
     checkpoint = Checkpoint.open(path)
@@ -149,6 +149,8 @@ def load_dense(path: Path | Checkpoint) -> PreTrainedModel:
             f"{checkpoint.path} has experts, so it must be opened with load_model."
         )
     check_fit(report, checkpoint.path)
+    for name, parameter in model.named_parameters():
+        refuse_not_finite(name, parameter)
     opened: Any = model.eval().requires_grad_(False)
     dense: PreTrainedModel = opened
     return dense

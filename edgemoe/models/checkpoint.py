@@ -362,8 +362,8 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
         )
     check_fit(report, checkpoint.path)
     align_tensors(model)
-    for name, parameter in model.named_parameters():
-        refuse_not_finite(name, parameter)
+    for name, tensor in model.state_dict().items():
+        refuse_not_finite(name, tensor)
     tell_ties(model)
     return checkpoint.adapt(model, stored_dtype(config) or dtype)
 

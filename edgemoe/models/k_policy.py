@@ -109,18 +109,20 @@ def check_k_policy(policy: KPolicy, layers: Sequence[MoeLayer]) -> None:
         _check_rule(rule, layer)
 
 
-def most_slots(layer: MoeLayer) -> int:
+def most_slots(layer: MoeLayer, experts: int | None = None) -> int:
     """Count the experts that a router could choose for a token, whatever it does now.
 
     Args:
         layer: The layer.
+        experts: How many it would have; as many as it has by default.
 
     Returns:
         All of them, or those of as many groups as its rule allows; top_k without a known rule.
     """
     if layer.rule is None:
         return layer.top_k
-    return layer.num_experts // layer.rule.n_group * layer.rule.topk_group
+    experts = layer.num_experts if experts is None else experts
+    return experts // layer.rule.n_group * layer.rule.topk_group
 
 
 def _check_rule(rule: KRule, layer: MoeLayer) -> None:

@@ -13,7 +13,7 @@ from edgemoe.errors import CheckpointError, EdgemoeError
 from edgemoe_runtime.messages import clip
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -133,15 +133,41 @@ def refuse_not_finite(name: str, tensor: torch.Tensor) -> None:
     Raises:
         CheckpointError: It has a value that is not finite.
     """
-    if tensor.is_meta or not tensor.is_floating_point():
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
         return
-    # In float64 no sum of finite weights overflows, and none of others is finite.
-    if not math.isfinite(tensor.sum(dtype=torch.float64).item()):
+    # Both are NaN where any value is; this reads memory as fast as it can be read.
+    least, most = torch.aminmax(tensor)
+    if not (math.isfinite(least.item()) and math.isfinite(most.item())):
         kind = "NaN" if tensor.isnan().any() else "infinity"
         raise CheckpointError(
             f"weights must be finite numbers, got {kind} in {clip(name)}. Copy the checkpoint "
             "again; where it stays, its training diverged: use an earlier one."
         )
+
+
+def finite_chunks(name: str, dtype: torch.dtype, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Refuse a weight that is copied byte by byte as `refuse_not_finite` does one that is read.
+
+    Args:
+        name: Its name.
+        dtype: Its type.
+        chunks: Its bytes, in order, cut anywhere.
+
+    Yields:
+        The same bytes.
+
+    Raises:
+        CheckpointError: It has a value that is not finite.
+    """
+    left = b""
+    for chunk in chunks:
+        values = left + chunk
+        whole = len(values) - len(values) % dtype.itemsize
+        left = values[whole:]
+        if whole and dtype.is_floating_point:
+            numbers = torch.frombuffer(bytearray(values[:whole]), dtype=dtype)
+            refuse_not_finite(name, numbers)
+        yield chunk
 
 
 def align_tensors(model: PreTrainedModel) -> None:

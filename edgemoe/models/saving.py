@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.shapes import Ranks
@@ -128,7 +128,14 @@ def _save_notes(
         note["basis_per_layer"] = list(bases)
     if not told:
         note["widths_per_layer"] = list(widths)
-    _complete_config(directory / "config.json", model, note, entries)
+    _complete_config(
+        directory / "config.json",
+        model.config,
+        model.stored_dtype,
+        model=model,
+        note=note,
+        entries=entries,
+    )
     save_k_policy(model.k_policy, directory)
     if ragged:
         RaggedNote(
@@ -141,6 +148,29 @@ def _save_notes(
         ).save(directory)
     if source is not None:
         copy_companions(source, directory)
+
+
+def save_plain(
+    model: PreTrainedModel, directory: Path, types: Mapping[str, torch.dtype]
+) -> None:
+    """Write a transformers model, each tensor in a type of its own.
+
+    Args:
+        model: What to write.
+        directory: An existing directory, best a staged one.
+        types: Floating types of its tensors by name; others stay in theirs.
+
+    Raises:
+        OutputError: The disk refuses (full, read-only).
+    """
+    state = model.state_dict()
+    tensors = _cast(state, {name: types[name] for name in types if name in state})
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in {_memory(tensor): tensor for tensor in tensors.values()}.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    save_pretrained(model, directory, tensors)
+    _complete_config(directory / "config.json", model.config, max(sizes, key=sizes.__getitem__))
 
 
 def save_pretrained(
@@ -241,28 +271,39 @@ def _memory(tensor: torch.Tensor) -> tuple[int, torch.Size]:
 
 
 def _stored_tensors(model: MoeModel) -> dict[str, torch.Tensor]:
-    types = types_to_write(model)
+    return _cast(model.model.state_dict(), types_to_write(model))
+
+
+def _cast(
+    state: Mapping[str, torch.Tensor], types: Mapping[str, torch.dtype]
+) -> dict[str, torch.Tensor]:
     # Tied tensors are recognised by their memory, so a cast must not part them.
     cast: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    stored = {}
-    for name, tensor in model.model.state_dict().items():
-        if name in types:
-            stored[name] = cast.setdefault(_memory(tensor), tensor.to(types[name]))
-        else:
-            stored[name] = tensor
-    return stored
+    return {
+        name: cast.setdefault(_memory(tensor), tensor.to(types[name]))
+        if name in types
+        else cast.get(_memory(tensor), tensor)
+        for name, tensor in state.items()
+    }
 
 
 def _complete_config(
-    file: Path, model: MoeModel, note: Mapping[str, Any], entries: Mapping[str, int]
+    file: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    model: MoeModel | None = None,
+    note: Mapping[str, Any] | None = None,
+    entries: Mapping[str, int] | None = None,
 ) -> None:
-    config = parse_strict(read_file(file), infinities=True)
-    config.update(entries)
-    config["dtype"] = str(model.stored_dtype).removeprefix("torch.")
+    written = parse_strict(read_file(file), infinities=True)
+    written.update(entries or {})
+    written["dtype"] = str(dtype).removeprefix("torch.")
     for name in ("edgemoe", *NOTE_ENTRIES):
-        config.pop(name, None)
-    complete_entries(config, model.config, model.config_entries)
+        written.pop(name, None)
+    source, counts = (model.config_entries, model.count_entries) if model else ({}, ())
+    complete_entries(written, config, source, counts)
     if note:
-        config["edgemoe"] = dict(note)
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        written["edgemoe"] = dict(note)
+    text = json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     file.write_text(text, encoding="utf-8")

@@ -25,8 +25,8 @@ def count_kept(
 
     Args:
         shape: The model.
-        keep: Fraction of each layer's experts, in (0, 1]; rounded to the nearest number, half
-            a one up.
+        keep: Fraction of each layer's experts, in (0, 1]; rounded to the nearest number that
+            divides equally among router groups, up where two are as near.
         keep_experts: Experts per layer, one number for all MoE layers or one for each.
 
     Returns:
@@ -47,7 +47,10 @@ def count_kept(
                 f"--keep must be a fraction of the experts in (0, 1], got {keep}. For a "
                 "number of experts use --keep-experts."
             )
-        counts = [math.floor(keep * layer.num_experts + 0.5) for layer in shape.layers]
+        counts = [
+            math.floor(keep * layer.num_experts / layer.n_group + 0.5) * layer.n_group
+            for layer in shape.layers
+        ]
     elif isinstance(keep_experts, int):
         counts = [keep_experts] * len(shape.layers)
     else:
@@ -88,9 +91,12 @@ def check_counts(shape: ModelShape, counts: Sequence[int]) -> tuple[int, ...]:
                 f"more: --keep {share:g} or --keep-experts {layer.least_kept}."
             )
         if count % layer.n_group:
+            below = max(count // layer.n_group * layer.n_group, layer.least_kept)
+            above = -(-count // layer.n_group) * layer.n_group
             raise PlanError(
-                f"layer {layer.layer} must keep a multiple of its {layer.n_group} router "
-                f"groups, got {count}. Keep as many of each group."
+                f"layer {layer.layer} must keep as many experts in each of its "
+                f"{layer.n_group} router groups, got {count} in all. Use --keep-experts "
+                f"{' or '.join(map(str, sorted({below, above})))}."
             )
     return tuple(counts)
 

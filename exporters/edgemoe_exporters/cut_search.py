@@ -60,7 +60,10 @@ def list_cuts(method: str, shape: ModelShape) -> list[Cut]:
         except PlanError:
             continue  # groups of experts must stay equal, and large enough
         if sizes_after_pruning(method, shape, counts) != whole:
-            cuts.setdefault(counts, Cut(keep, counts))
+            # Of fractions that are rounded to the same numbers the last that is not below them.
+            exact = cuts.get(counts)
+            if exact is None or keep * sum(shape.experts_per_layer) >= sum(counts):
+                cuts[counts] = Cut(keep, counts)
     if not cuts:
         raise PlanError(
             "--keep auto must have a cut to try, got a model of which no expert can go: its "

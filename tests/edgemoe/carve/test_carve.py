@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -111,6 +112,45 @@ def test_with_every_expert_the_carved_model_is_the_dense_one(
     assert report.active_fraction == 1.0
     assert (logits(tmp_path / "moe") - logits(source)).abs().max() < 2e-3
     assert logits(source).abs().max() > 1.0
+
+
+def test_weights_that_are_only_moved_keep_their_type_and_other_programs_find_their_entries(
+    tmp_path: Path, texts: list[str]
+) -> None:
+    stored = random_dense().to(torch.bfloat16)
+    norms = {n for n, _ in stored.named_parameters() if "layernorm" in n}
+    for name in norms:
+        parent, _, leaf = name.rpartition(".")
+        getattr(stored.get_submodule(parent), leaf).data = torch.rand(32)
+    source = save_dense_checkpoint(tmp_path / "dense", stored)
+    carve_checkpoint(source, tmp_path / "moe", texts=texts, options=OPTIONS)
+    tensors = load_file(tmp_path / "moe" / "model.safetensors")
+    wide = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32}
+    assert wide == norms | {
+        f"model.layers.{n}.mlp.gate.{part}"
+        for n in range(2)
+        for part in ("weight", "e_score_correction_bias")
+    }
+    before = load_file(source / "model.safetensors")
+    assert torch.equal(
+        tensors["model.embed_tokens.weight"], before["model.embed_tokens.weight"]
+    )
+    rows = [t for n, t in tensors.items() if "layers.1.mlp" in n and "up_proj" in n]
+    found = torch.cat([t.reshape(-1, 32) for t in rows]).sort(0).values
+    assert torch.equal(found, before["model.layers.1.mlp.up_proj.weight"].sort(0).values)
+    config = json.loads((tmp_path / "moe" / "config.json").read_text())
+    # mlp_lm 0.32 has no defaults for these, or others.
+    told = {"dtype", "torch_dtype", "n_routed_experts", "num_nextn_predict_layers"}
+    told |= {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+    assert {name: config.get(name, "none") for name in told} == {
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        "n_routed_experts": 8,
+        "num_nextn_predict_layers": 0,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "partial_rotary_factor": 1.0,
+    }
 
 
 def test_gates_survive_pruning_and_any_k(dense: Path, tmp_path: Path, texts: list[str]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgemoe.apply.streamed import apply_streamed
 from edgemoe.models import load_model, save_model
@@ -85,3 +85,32 @@ def test_links_to_elsewhere_are_not_followed_and_those_of_a_cache_are(
     assert not (tmp_path / "out" / "vocab.txt").is_symlink()
     assert "links to elsewhere" in caplog.text
     assert "notes.txt" in caplog.text
+
+
+def test_settings_that_name_code_are_copied_without_and_vocabularies_as_they_are(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = {"auto_map": {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}}
+    part = {"image_processor": {"auto_map": {"AutoImageProcessor": "x.X"}, "size": 3}}
+    vocabulary = '{"auto_map":  7, "w":8}'
+    (source / "tokenizer_config.json").write_text(
+        json.dumps(own | {"tokenizer_class": "XTokenizer"})
+    )
+    (source / "processor_config.json").write_text(json.dumps(part))
+    (source / "vocab.json").write_text(vocabulary)
+    (source / "preprocessor_config.json").write_text('{"auto_map": {"a": 1}, "auto_map"')
+    out = tmp_path / "out"
+    out.mkdir()
+    with caplog.at_level(logging.INFO):
+        copy_companions(source, out)
+    found = json.loads((out / "tokenizer_config.json").read_bytes())
+    assert found == {"tokenizer_class": "XTokenizer"}
+    assert json.loads((out / "processor_config.json").read_bytes()) == {
+        "image_processor": {"size": 3}
+    }
+    assert (out / "vocab.json").read_text() == vocabulary
+    # What is no JSON is none of ours to mend.
+    assert "auto_map" in (out / "preprocessor_config.json").read_text()
+    assert "left out of processor_config.json, tokenizer_config.json" in caplog.text
+    words = AutoTokenizer.from_pretrained(out, trust_remote_code=True)("w3 w5")
+    assert words["input_ids"] == [3, 5]

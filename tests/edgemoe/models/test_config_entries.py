@@ -34,6 +34,8 @@ def test_a_pruned_checkpoint_is_described_as_its_family_is_published(tmp_path: P
     content["torch_dtype"] = content.pop("dtype")
     content |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "own": [1, {"a": 2}]}
     content["quantization_config"] = None
+    # A spelling of other programs, which transformers does not know for this family.
+    content |= {"n_routed_experts": 8, "moe_num_experts": [8, 8], "n_experts": 3}
     (path / "config.json").write_text(json.dumps(content))
     model = load_model(path)
     for layer in model.layers:
@@ -43,6 +45,9 @@ def test_a_pruned_checkpoint_is_described_as_its_family_is_published(tmp_path: P
 
     written = read(tmp_path / "pruned")
     assert written["num_experts"] == written["num_local_experts"] == 4
+    # The last counts something else.
+    others = [written[name] for name in ("n_routed_experts", "moe_num_experts", "n_experts")]
+    assert others == [4, [4, 4], 3]
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 10000.0
     assert written["torch_dtype"] == written["dtype"] == "float32"
     assert (written["rope_scaling"], written["own"]) == (None, [1, {"a": 2}])
@@ -61,7 +66,8 @@ def test_a_pruned_checkpoint_is_described_as_its_family_is_published(tmp_path: P
 )
 def test_no_entry_of_a_source_is_lost(tmp_path: Path, family: str) -> None:
     path = write_tiny_checkpoint(family, tmp_path / "moe")
-    before = read(path) | {"own": "kept"}
+    predicting = {"num_nextn_predict_layers": 1, "mtp_num_hidden_layers": 1, "use_mtp": True}
+    before = read(path) | {"own": "kept"} | predicting
     (path / "config.json").write_text(json.dumps(before))
     checkpoint = Checkpoint(path)
     model = checkpoint.structure
@@ -75,4 +81,13 @@ def test_no_entry_of_a_source_is_lost(tmp_path: Path, family: str) -> None:
         for name, value in before.items()
         if name not in _OF_THE_FILES and after[name] != value
     }
+    # Layers that predict further tokens are not written, and no default says that they are.
+    counted = {name: differing.pop(name) for name in predicting}
+    differing = {name: pair for name, pair in differing.items() if "mtp" not in name}
     assert differing == {}
+    assert [(after[name], type(after[name])) for name in counted] == [
+        (0, int), (0, int), (False, bool),
+    ]  # fmt: skip
+    again = Checkpoint(tmp_path / "out").config
+    assert not getattr(again, "num_mtp_layers", None)
+    assert not getattr(again, "num_nextn_predict_layers", None)

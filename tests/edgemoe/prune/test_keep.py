@@ -56,8 +56,12 @@ def test_impossible_counts_are_refused() -> None:
     grouped = replace(SHAPE.layers[0], top_k=2, n_group=4, min_group_size=2)
     shape = replace(SHAPE, layers=(grouped,))
     assert count_kept(shape, keep_experts=8) == (8,)
-    with pytest.raises(PlanError, match="4 router groups"):
+    told = r"each of its 4 router groups, got 9 in all. Use --keep-experts 8 or 12\."
+    with pytest.raises(PlanError, match=told):
         count_kept(shape, keep_experts=9)
+    # A fraction is rounded to whole groups: 9.6 and 10.4 of 16.
+    assert count_kept(shape, keep=0.6) == (8,)
+    assert count_kept(shape, keep=0.65) == (12,)
     # Of one group that a token may use it uses four experts.
     shape = replace(SHAPE, layers=(replace(grouped, top_k=4, min_group_size=3),))
     told = r"at least 12 of its 16 .* needs 3 experts in each of 4 groups .*"
