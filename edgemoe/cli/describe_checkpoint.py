@@ -78,13 +78,14 @@ def describe_checkpoint(path: Path, *, full: bool = False) -> dict[str, Any]:
     quantised = find_quantisation_note(
         config, lambda name: (path / name).read_bytes() if (path / name).is_file() else None
     )
-    stored, (tensors, said) = tensors, plain_tensors(tensors, quantised, config)
+    as_stored = tensors
+    tensors, said = plain_tensors(tensors, quantised, config)
     facts: dict[str, Any] = {
         "kind": "dense checkpoint",
         "path": str(path),
         "family": config.get("model_type"),
         "parameters": sum(math.prod(shape) for _, shape in tensors.values()),
-        "dtypes": sorted({dtype for dtype, _ in stored.values()}),
+        "dtypes": sorted({dtype for dtype, _ in as_stored.values()}),
         "weight_bytes": sum(file.stat().st_size for file in weights),
         "layers": text.get("num_hidden_layers"),
         "hidden_size": text.get("hidden_size"),

@@ -7,8 +7,8 @@ returned before, the others with not-a-number, and the call ends after the layer
 That is right wherever a decoder layer learns of the layers before it only through what the
 layer just before returned, and through dictionaries that all layers are given, which get back
 what layers left in them. Where a family does otherwise, it is noticed: a layer that changes
-anything else that it was given (a cache, say), or one that is given not-a-number, ends in
-`edgemoe.errors.StreamingError`.
+anything else that it was given (a cache, say), one that is given not-a-number, or layers that
+run several times in one pass, end in `edgemoe.errors.StreamingError`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,11 @@ def only_layer(
     Yields:
         A function from the decoder's arguments and what the layer before handed on for them
         (None for the first layer) to what this layer hands on.
+
+    Raises:
+        StreamingError: The decoder runs some of its layers several times.
     """
+    _refuse_loops(decoder, layers)
     answers = _Answers()
     described = f"layer {index} ({type(layers[index]).__name__})"
 
@@ -149,7 +153,11 @@ def from_layer(
     Yields:
         A function from the model's arguments and what the layer before handed on for them (None
         for the first layer) to what the model returns.
+
+    Raises:
+        StreamingError: The model runs some of its layers several times.
     """
+    _refuse_loops(model, layers)
     answers = _Answers()
     with contextlib.ExitStack() as stack:
         for number in range(first):
@@ -168,6 +176,22 @@ def from_layer(
             return output
 
         yield call
+
+
+def _refuse_loops(model: nn.Module, layers: nn.ModuleList) -> None:
+    """Refuse models that go back to earlier layers: of these only the first round would run.
+
+    transformers 5.24 announces them by a property of the configuration, which it counts
+    `output_hidden_states` with.
+    """
+    config: Any = getattr(model, "config", None)
+    visits = getattr(config, "total_num_hidden_layers", len(layers))
+    if visits != len(layers):
+        raise StreamingError(
+            f"a model must run each of its {len(layers)} decoder layers once to be run layer "
+            f"by layer, got {type(model).__name__}, which makes {visits} visits to them. "
+            "Choose a method that reads statistics only, such as reap."
+        )
 
 
 def _replace_forward(

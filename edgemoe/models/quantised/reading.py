@@ -17,6 +17,7 @@ from edgemoe.models.quantised.announcement import find_unused, held_type, unders
 from edgemoe.models.quantised.form import UnreadableFormError
 from edgemoe.models.quantised.tensors import QuantisedTensor
 from edgemoe.models.stored_tensors import DTYPE_NAMES
+from edgemoe.small_files import read_once
 from edgemoe_runtime.input_files import parse_strict, read_file
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def announces_form(path: Path) -> bool:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        found = parse_strict(read_file(path / _CONFIG), infinities=True)
+        found = parse_strict(read_once(path / _CONFIG), infinities=True)
     except (ValueError, OSError):
         return {}  # whoever needs the settings refuses them by name
     return found if isinstance(found, dict) else {}

@@ -15,6 +15,7 @@ from edgemoe.layerwise.replay import from_layer, only_layer
 from edgemoe.layerwise.returned import Sharing, hidden_of, map_tensors
 from edgemoe.models.safety import check_weights
 from edgemoe.models.streaming import Skeleton
+from edgemoe.models.tiny import tiny_config, tiny_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,6 +188,28 @@ def test_outputs_that_skip_a_layer_are_noticed() -> None:
         run({"hidden": hidden}, given)
     # Nothing of it stays behind.
     assert torch.isfinite(decoder(hidden)).all()
+
+
+def test_layers_that_run_several_times_are_refused_from_the_first_on() -> None:
+    """The loop is all that follows the first layer: nothing else would tell that it repeats."""
+    config = tiny_config(
+        "inkling2_loop_text",
+        num_hidden_layers=2,
+        layer_types=["hybrid_sliding", "hybrid"],
+        loop_layer_index_start=1,
+        loop_layer_index_end=2,
+    )
+    model = tiny_model(config)
+    layers = model.get_decoder().layers
+
+    for index in range(2):
+        with (
+            pytest.raises(StreamingError, match=r"2 decoder layers once .* makes 3 visits"),
+            only_layer(model.get_decoder(), layers, index),
+        ):
+            pass
+    with pytest.raises(StreamingError, match="makes 3 visits"), from_layer(model, layers, 2):
+        pass
 
 
 class Sharer(nn.Module):

@@ -28,6 +28,7 @@ from edgemoe_exporters.tracing.prepare.moe import replace_moe
 from edgemoe_exporters.tracing.prepare.norms import replace_norms
 from edgemoe_exporters.tracing.prepare.recurrence import replace_recurrence
 from edgemoe_exporters.tracing.prepare.rotary import replace_rotary
+from edgemoe_exporters.tracing.prepare.sets import order_sets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -204,6 +205,7 @@ def prepared(model: MoeModel) -> Iterator[TraceModule]:
         stack.callback(ACTIVE.pop)
         set_attention_implementation(lm.config, ATTENTION)
         stack.callback(set_attention_implementation, lm.config, attention_before)
+        order_sets(stack, lm)
         for position, layer in enumerate(model.layers):
             replace_moe(stack, module, layer, position)
         replace_norms(stack, lm)
