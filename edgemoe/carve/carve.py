@@ -23,6 +23,7 @@ from edgemoe.carve.learned import LearnedCarve
 from edgemoe.carve.router import expert_energy, fit_router
 from edgemoe.errors import CarveError
 from edgemoe.models.saving import save_plain
+from edgemoe.plans.layer_plan import WIDTH_MULTIPLE
 from edgemoe.progress import track
 from edgemoe.staging import refuse_existing, refuse_inputs_inside, staged_directory
 
@@ -145,8 +146,10 @@ def carve_checkpoint(
     windows = calibration_windows(dense, texts, max_tokens=chosen.max_tokens, seed=chosen.seed)
     layers, recall = carve_layers(dense, windows, chosen, shared_size)
     model = build_moe(dense.model, layers, top_k=chosen.top_k)
+    # In other types than float32 transformers' grouped products want rows of 16 bytes.
+    types = {} if expert_size % WIDTH_MULTIPLE else carved_types(dense.stored_types)
     with staged_directory(output, force=force) as staged:
-        save_plain(model, staged, carved_types(dense.stored_types))
+        save_plain(model, staged, types)
         save_tokenizer(dense, staged)
     return _report(model, tokens=sum(len(window) for window in windows), recall=recall)
 

@@ -123,7 +123,12 @@ def test_weights_that_are_only_moved_keep_their_type_and_other_programs_find_the
         parent, _, leaf = name.rpartition(".")
         getattr(stored.get_submodule(parent), leaf).data = torch.rand(32)
     source = save_dense_checkpoint(tmp_path / "dense", stored)
-    carve_checkpoint(source, tmp_path / "moe", texts=texts, options=OPTIONS)
+    # Experts of four channels, which no product but that of float32 takes, and of eight.
+    carve_checkpoint(source, tmp_path / "narrow", texts=texts, options=OPTIONS)
+    narrow = load_file(tmp_path / "narrow" / "model.safetensors")
+    assert {tensor.dtype for tensor in narrow.values()} == {torch.float32}
+    options = CarveOptions(experts=4, shared_fraction=1 / 3, top_k=2, max_tokens=2048)
+    carve_checkpoint(source, tmp_path / "moe", texts=texts, options=options)
     tensors = load_file(tmp_path / "moe" / "model.safetensors")
     wide = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32}
     assert wide == norms | {
@@ -145,12 +150,13 @@ def test_weights_that_are_only_moved_keep_their_type_and_other_programs_find_the
     assert {name: config.get(name, "none") for name in told} == {
         "dtype": "bfloat16",
         "torch_dtype": "bfloat16",
-        "n_routed_experts": 8,
+        "n_routed_experts": 4,
         "num_nextn_predict_layers": 0,
         "rope_theta": 10000.0,
         "rope_scaling": None,
         "partial_rotary_factor": 1.0,
     }
+    assert logits(tmp_path / "moe").isfinite().all()
 
 
 def test_gates_survive_pruning_and_any_k(dense: Path, tmp_path: Path, texts: list[str]) -> None:
