@@ -73,8 +73,8 @@ def prune(
         method: One of `edgemoe.prune.registry.METHODS`.
         output: Plan file to write; None writes none.
         keep: Fraction of each layer's experts to keep, in (0, 1], rounded to the nearest
-            number, in whole router groups; of the intermediate channels of all experts with `camera`
-            and `heapr`. Exactly one of `keep` and `keep_experts` must be given.
+            number, in whole router groups; of the intermediate channels of all experts with
+            `camera` and `heapr`. Exactly one of `keep` and `keep_experts` must be given.
         keep_experts: Experts to keep in each MoE layer, in [top_k, experts of the layer]: one
             number, or one for each layer.
         layers: `owl` keeps as many experts in all, but more of them in layers whose weights

@@ -22,6 +22,7 @@ from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.plans.keep_all import keep_all
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -63,12 +64,12 @@ def test_what_a_plan_does_not_touch_is_not_copied_either(
     tensors[name].view(-1)[-1] = float("nan")
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     plan = keep_all(Checkpoint(path).shape)
-    apply = {
+    roads: dict[str, Callable[[], object]] = {
         "whole": lambda: load_model(path),
         "streamed": lambda: apply_streamed(path, plan, tmp_path / "out"),
-    }[road]
+    }
     with pytest.raises(CheckpointError, match=f"got NaN in {name}"):
-        apply()
+        roads[road]()
     assert not (tmp_path / "out").exists()
 
 
