@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
-from edgemoe.models.shards import PlannedTensor, ShardWriter, lay_out, write_index
+from edgemoe.models.weights.shards import PlannedTensor, ShardWriter, lay_out, write_index
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -28,7 +28,7 @@ class KRule:
         slots: Most experts that a token may use, in [1, inf); it may be above the router's own
             top_k.
         top_p: Share of the router probability that a token's experts must reach, in (0, 1]; see
-            `edgemoe.models.routers.select`.
+            `edgemoe.models.routing.routers.select`.
         allocator: A linear head over the router's input, float32 [slots, hidden + 1], the last
             column its bias: the largest score says how many experts the token uses, that of
             the first row one (Ada-K, https://arxiv.org/abs/2410.10456, equation 3).

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.routers import Routing
+    from edgemoe.models.layers.layer import MoeLayer
+    from edgemoe.models.routing.routers import Routing
 
 _PIECE = 256
 

@@ -10,7 +10,7 @@ from edgemoe.errors import AllocationError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
 
 def two_thirds(layer: MoeLayer) -> int:

@@ -36,7 +36,7 @@ from edgemoe.k_rule import KRule
 from edgemoe.layerwise.provider import whole_model
 from edgemoe.models.k_policy import following
 from edgemoe.models.loading import quiet_transformers
-from edgemoe.models.routers import select
+from edgemoe.models.routing.routers import select
 from edgemoe.oracle.gradients import take_gradients
 from edgemoe.progress import track
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.oracle.gradients import LayerGradient
     from edgemoe.oracle.oracle import LayerOracle
 

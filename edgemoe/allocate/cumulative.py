@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemoe.errors import AllocationError
-from edgemoe.models.routers import probability_before, select
+from edgemoe.models.routing.routers import probability_before, select
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from edgemoe.calibrate.sample import Window
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.routers import Routing
+    from edgemoe.models.layers.layer import MoeLayer
+    from edgemoe.models.routing.routers import Routing
 
 
 @torch.inference_mode()

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from edgemoe.apply.expert_tensors import keeps_all
 from edgemoe.errors import PlanError
-from edgemoe.models.factored_layer import product_shapes
 from edgemoe.models.k_policy import most_slots
+from edgemoe.models.layers.factored import product_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.plans.plan import Plan
 
 

@@ -16,7 +16,7 @@ from edgemoe.plans.layer_plan import stored_width
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.plans.plan import LayerPlan, MergedExpert
 
 
@@ -44,7 +44,7 @@ def planned_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]
         plan: What it shall keep and merge.
 
     Returns:
-        What `edgemoe.models.layer.MoeLayer.replace` takes; None where it keeps all.
+        What `edgemoe.models.layers.layer.MoeLayer.replace` takes; None where it keeps all.
     """
     return None if keeps_all(plan, layer.num_experts) else plan_tensors(layer, plan)
 
@@ -80,7 +80,7 @@ def plan_tensors(layer: MoeLayer, plan: LayerPlan) -> dict[str, torch.Tensor]:
         plan: What it shall keep and merge.
 
     Returns:
-        What `edgemoe.models.layer.MoeLayer.replace` takes.
+        What `edgemoe.models.layers.layer.MoeLayer.replace` takes.
     """
     return expert_tensors(layer, plan.experts)
 
@@ -97,7 +97,7 @@ def expert_tensors(
             none are asked for where experts are merged.
 
     Returns:
-        What `edgemoe.models.layer.MoeLayer.replace` takes.
+        What `edgemoe.models.layers.layer.MoeLayer.replace` takes.
     """
     groups = tuple(expert.members for expert in experts)
     prefix = f"{layer.spec.experts}."

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgemoe.decompose.layer_factors import LayerFactors
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
     from edgemoe.plans.plan import Plan
     from edgemoe.resume import WorkDirectory

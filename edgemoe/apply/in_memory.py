@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from edgemoe.decompose.layer_factors import LayerFactors
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.plans.plan import Plan
 
 

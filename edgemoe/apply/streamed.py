@@ -24,20 +24,20 @@ from edgemoe.decompose.registry import find_method
 from edgemoe.disk import require_space
 from edgemoe.layerwise.finished_layers import read_state
 from edgemoe.models.checkpoint import Checkpoint
-from edgemoe.models.factored_layer import empty_factors
 from edgemoe.models.k_policy import save_k_policy
+from edgemoe.models.layers.factored import empty_factors
+from edgemoe.models.layers.shared_basis import empty_bases
 from edgemoe.models.loading import finite_chunks, refuse_not_finite
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.saving import float32_names, save_settings
 from edgemoe.models.shapes import Ranks
-from edgemoe.models.shards import (
+from edgemoe.models.weights.shards import (
     DEFAULT_SHARD_BYTES,
     PlannedTensor,
     ShardWriter,
     lay_out,
     write_index,
 )
-from edgemoe.models.shared_basis_layer import empty_bases
 from edgemoe.plans.plan import LayerPlan, MergedExpert
 from edgemoe.progress import counting
 from edgemoe.resume import publish, resumable, resume_key
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.decompose.registry import DecompositionMethod
-    from edgemoe.models.conversion import TensorGroup
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
-    from edgemoe.models.shards import Shard
+    from edgemoe.models.weights.conversion import TensorGroup
+    from edgemoe.models.weights.shards import Shard
     from edgemoe.plans.plan import Plan
     from edgemoe.resume import WorkDirectory
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from edgemoe.calibrate.windows import Windows
     from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.models.hooks import ExpertsFunction
-    from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.routers import Routing
+    from edgemoe.models.layers.layer import MoeLayer
+    from edgemoe.models.routing.routers import Routing
     from edgemoe.resume import WorkDirectory
     from edgemoe.tasks import TaskFile
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from edgemoe.errors import CarveError, CheckpointError
 from edgemoe.evaluate.subject import load_dense as read_dense
 from edgemoe.models.checkpoint import Checkpoint
-from edgemoe.models.companions import copy_companions
+from edgemoe.models.config.companions import copy_companions
 from edgemoe.models.gguf.paths import find_gguf
 from edgemoe.models.saving import save_plain
-from edgemoe.models.tensor_files import list_tensors
+from edgemoe.models.weights.tensor_files import list_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

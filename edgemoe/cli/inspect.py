@@ -52,7 +52,7 @@ def inspect(
     one screen; of statistics, plans and reports also whether the calibration's text can be read
     in them.
     """
-    from edgemoe.cli.describe import describe
+    from edgemoe.cli.describe.file import describe
 
     if (output is not None or force) and not redact:
         raise ArgumentError("-o and --force are for copies: give --redact too.")

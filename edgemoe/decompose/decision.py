@@ -13,7 +13,7 @@ from edgemoe.decompose.registry import find_method
 from edgemoe.decompose.shared_basis import RANK_MULTIPLE, largest_rank, stored_parameters
 from edgemoe.decompose.theoretical_loss import kept_fractions, measure_losses
 from edgemoe.errors import PlanError, StatisticsError
-from edgemoe.models.factored_layer import product_shapes
+from edgemoe.models.layers.factored import product_shapes
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.factors import EmbeddedSample, Factors
 from edgemoe.plans.layer_plan import BASIS_MULTIPLE
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgemoe.calibrate.statistics import Statistics
     from edgemoe.decompose.walk import Prepare
     from edgemoe.layerwise.provider import LayerProvider
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.plans.plan import Plan
 
 _RANK_OPTIONS: dict[str, Any] = {"importance": "uniform", "layers": "equal", "multiple": 8}

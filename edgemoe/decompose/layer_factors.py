@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgemoe.decompose.truncation import Truncation
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LayerFactors:
     """Factors that a method computed for a layer.
 
     Attributes:
-        tensors: What `edgemoe.models.factored_layer.factor_layer` takes.
+        tensors: What `edgemoe.models.layers.factored.factor_layer` takes.
         lost: What the first and the second products of all experts lose together: squared
             Frobenius norms, of what they give on the method's tokens or, without tokens, of
             themselves.

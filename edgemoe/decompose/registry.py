@@ -9,8 +9,8 @@ from edgemoe.decompose.shared_basis import shared_basis
 from edgemoe.decompose.svd import svd
 from edgemoe.decompose.svd_whitened import svd_whitened
 from edgemoe.errors import PlanError
-from edgemoe.models.factored_layer import factor_layer, factored
-from edgemoe.models.shared_basis_layer import based, to_shared_basis
+from edgemoe.models.layers.factored import factor_layer, factored
+from edgemoe.models.layers.shared_basis import based, to_shared_basis
 from edgemoe.plans.factors import SHARED_BASIS
 from edgemoe.plans.options import options_of
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgemoe.calibrate.sample import Window
     from edgemoe.decompose.layer_factors import LayerFactors
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.plans.factors import Factors
 
     Inside: TypeAlias = Callable[

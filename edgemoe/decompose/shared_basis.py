@@ -35,7 +35,7 @@ from edgemoe.models.shared_basis_experts import INPUT_BASIS, OUTPUT_BASIS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.oracle.oracle import LayerView
 
 # What fused kernels of every precision take: a block of quantised weights is 32 wide.
@@ -47,7 +47,7 @@ class SharedBasis:
     """Bases of one layer, and the experts between them.
 
     Attributes:
-        tensors: What `edgemoe.models.shared_basis_layer.to_shared_basis` takes.
+        tensors: What `edgemoe.models.layers.shared_basis.to_shared_basis` takes.
         input_lost: Share of sum_j f_j || W_j X ||_F^2 that is gone, in [0, 1].
         output_lost: Share of || Y ||_F^2 that is gone, in [0, 1].
     """
@@ -73,7 +73,7 @@ def shared_basis(
             sample reaches is not free to be lost.
 
     Returns:
-        What `edgemoe.models.shared_basis_layer.to_shared_basis` takes, and what the bases
+        What `edgemoe.models.layers.shared_basis.to_shared_basis` takes, and what the bases
         lose of inputs and of outputs.
 
     Raises:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgemoe.decompose.layer_factors import LayerFactors
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
 
 def svd(layer: MoeLayer, ranks: Sequence[tuple[int, int]]) -> LayerFactors:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgemoe.decompose.layer_factors import LayerFactors
     from edgemoe.decompose.walk import Prepare
     from edgemoe.layerwise.provider import LayerProvider
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.plans.plan import Plan
 
 _LEAST = 0.1

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgemoe.layerwise.provider import LayerProvider
     from edgemoe.layerwise.returned import Outputs
     from edgemoe.layerwise.runner import Visit
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.plans.layer_plan import LayerPlan
     from edgemoe.plans.plan import Plan
     from edgemoe.resume import WorkDirectory
@@ -107,7 +107,7 @@ class FactoringTask(LayerTask, abc.ABC):
         Args:
             layer: The layer.
             kept: Tensors of the experts that the plan keeps, which
-                `edgemoe.models.layer.MoeLayer.replace` takes; None where all are kept.
+                `edgemoe.models.layers.layer.MoeLayer.replace` takes; None where all are kept.
             factors: Factors of those.
         """
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.routers import Routing
+    from edgemoe.models.layers.layer import MoeLayer
+    from edgemoe.models.routing.routers import Routing
 
 
 class ExpertCount:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from edgemoe.models.fingerprint import FileHashes
     from edgemoe.models.opening import StreamedModel
+    from edgemoe.models.weights.fingerprint import FileHashes
 
 
 class LayerProvider(Protocol):

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from edgemoe.models.checkpoint import load_model, load_tokenizer, read_shape
     from edgemoe.models.contract import MoeModel
     from edgemoe.models.hooks import limit_k, observe
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.models.registry import FAMILIES
-    from edgemoe.models.router_rule import RouterRule
-    from edgemoe.models.routers import Routing, route
+    from edgemoe.models.routing.routers import Routing, route
+    from edgemoe.models.routing.rule import RouterRule
     from edgemoe.models.saving import save_model
     from edgemoe.models.shapes import LayerShape, ModelShape
 
@@ -24,17 +24,17 @@ _MODULES = {
     "FAMILIES": "registry",
     "LayerShape": "shapes",
     "ModelShape": "shapes",
-    "MoeLayer": "layer",
+    "MoeLayer": "layers.layer",
     "MoeModel": "contract",
-    "RouterRule": "router_rule",
-    "Routing": "routers",
+    "RouterRule": "routing.rule",
+    "Routing": "routing.routers",
     "adapt_model": "adapter",
     "limit_k": "hooks",
     "load_model": "checkpoint",
     "load_tokenizer": "checkpoint",
     "observe": "hooks",
     "read_shape": "checkpoint",
-    "route": "routers",
+    "route": "routing.routers",
     "save_model": "saving",
 }
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from edgemoe.errors import CheckpointError
 from edgemoe.models.contract import MoeModel
 from edgemoe.models.discovery import discover
-from edgemoe.models.factored_layer import factored_spec
-from edgemoe.models.layer import MoeLayer
+from edgemoe.models.layers.factored import factored_spec
+from edgemoe.models.layers.layer import MoeLayer
 from edgemoe.models.registry import find_family
 
 if TYPE_CHECKING:

@@ -17,15 +17,14 @@ import torch
 
 from edgemoe.errors import FamilyError
 from edgemoe.models.adapter import adapt_model
-from edgemoe.models.configuration import Configuration, check_family, read_configuration
-from edgemoe.models.conversion import Conversion
+from edgemoe.models.config.configuration import Configuration, check_family, read_configuration
+from edgemoe.models.config.remarks import remark_once, remarks
+from edgemoe.models.config.tokenizer_file import open_tokenizer
 from edgemoe.models.discovery import build_skeleton, discover
 from edgemoe.models.experts import is_experts_module
-from edgemoe.models.fingerprint import FileHashes, hash_file
 from edgemoe.models.gguf.reading import open_gguf
 from edgemoe.models.k_policy import FILE_NAME as K_POLICY
 from edgemoe.models.k_policy import put_k_policy, read_k_policy
-from edgemoe.models.left_out import LeftOut, judge_left_out
 from edgemoe.models.loading import (
     GENERATION_FILE,
     align_tensors,
@@ -36,16 +35,17 @@ from edgemoe.models.loading import (
     refusing_misfits,
     stored_dtype,
 )
-from edgemoe.models.quantisation_notes import QuantisationNote, find_quantisation_note
+from edgemoe.models.quantised.notes import QuantisationNote, find_quantisation_note
 from edgemoe.models.quantised.reading import QuantisedWeights, plain_settings
 from edgemoe.models.ragged import FILE_NAME as RAGGED_NOTE
 from edgemoe.models.ragged import make_ragged_class, read_ragged_note, resize_layers
-from edgemoe.models.remarks import remark_once, remarks
 from edgemoe.models.safety import check_directory, check_weights, read_json_object, read_small
 from edgemoe.models.streaming import Skeleton
-from edgemoe.models.tensor_files import find_quantised, list_tensors
-from edgemoe.models.ties import tell_ties, untie_what_differs
-from edgemoe.models.tokenizer_file import open_tokenizer
+from edgemoe.models.weights.conversion import Conversion
+from edgemoe.models.weights.fingerprint import FileHashes, hash_file
+from edgemoe.models.weights.left_out import LeftOut, judge_left_out
+from edgemoe.models.weights.tensor_files import find_quantised, list_tensors
+from edgemoe.models.weights.ties import tell_ties, untie_what_differs
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.models.fingerprint import FileHashes, fingerprint_tensors
 from edgemoe.models.shapes import ModelShape
+from edgemoe.models.weights.fingerprint import FileHashes, fingerprint_tensors
 
 if TYPE_CHECKING:
     import contextlib
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from edgemoe.k_policy import KPolicy
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
 
 @dataclass(eq=False)

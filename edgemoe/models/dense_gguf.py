@@ -15,7 +15,7 @@ from edgemoe.models.loading import (
     read_generation_settings,
     refusing_misfits,
 )
-from edgemoe.models.tensor_files import list_tensors
+from edgemoe.models.weights.tensor_files import list_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,7 +3,7 @@
 Two skeletons without memory are built, the second with more experts. What differs between them
 is what counts experts: entries of config.json, an axis of a tensor, a number on a module. The
 router's rule, its tensors' roles and the activation are then found by asking the modules
-(`edgemoe.models.router_identification`, `edgemoe.models.activation`).
+(`edgemoe.models.routing.identification`, `edgemoe.models.activation`).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from edgemoe.errors import CheckpointError, FamilyError
 from edgemoe.models.activation import find_activation
 from edgemoe.models.expert_tensors import CountAttribute, ExpertTensor
 from edgemoe.models.experts import ExpertsLayout, is_experts_module
-from edgemoe.models.router_identification import identify_router
-from edgemoe.models.router_probe import RouterProbe
+from edgemoe.models.routing.identification import identify_router
+from edgemoe.models.routing.probe import RouterProbe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from edgemoe.models.activation import Activation
     from edgemoe.models.registry import Family
-    from edgemoe.models.router_identification import RouterSpec
+    from edgemoe.models.routing.identification import RouterSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 
 from edgemoe.errors import EdgemoeError
 from edgemoe.k_rule import KRule
-from edgemoe.models.routers import Routing, select
+from edgemoe.models.routing.routers import Routing, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
     ExpertsFunction = Callable[[int, torch.Tensor], torch.Tensor]
     Observer = Callable[[MoeLayer, torch.Tensor, Routing, ExpertsFunction], None]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgemoe.errors import CheckpointError
+from edgemoe.models.config.k_policy_file import FILE_NAME, read_k_policy, save_k_policy
 from edgemoe.models.hooks import follow
-from edgemoe.models.k_policy_file import FILE_NAME, read_k_policy, save_k_policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgemoe.k_policy import KPolicy
     from edgemoe.k_rule import KRule
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
 __all__ = ["FILE_NAME", "read_k_policy", "save_k_policy"]
 

@@ -12,7 +12,7 @@ from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.loading import quiet_transformers, refusing_misfits, stored_dtype
 from edgemoe.models.memory_budget import default_limit
 from edgemoe.models.streaming import Skeleton
-from edgemoe.models.ties import untie_what_differs
+from edgemoe.models.weights.ties import untie_what_differs
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import CheckpointError
 from edgemoe.models.adapter import view_layers
-from edgemoe.models.factored_layer import empty_factors, factor_layer
-from edgemoe.models.layer_width import empty_tensors
-from edgemoe.models.ragged_note import FILE_NAME, RaggedNote, read_ragged_note
-from edgemoe.models.shared_basis_layer import empty_bases, to_shared_basis
+from edgemoe.models.config.ragged_note import FILE_NAME, RaggedNote, read_ragged_note
+from edgemoe.models.layers.factored import empty_factors, factor_layer
+from edgemoe.models.layers.shared_basis import empty_bases, to_shared_basis
+from edgemoe.models.layers.width import empty_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -10,13 +10,13 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from edgemoe.errors import OutputError
-from edgemoe.models.companions import copy_companions
-from edgemoe.models.config_entries import complete_entries
+from edgemoe.models.config.companions import copy_companions
+from edgemoe.models.config.entries import complete_entries
 from edgemoe.models.config_width import width_entries
-from edgemoe.models.factored_layer import ranks_of
 from edgemoe.models.k_policy import save_k_policy
+from edgemoe.models.layers.factored import ranks_of
 from edgemoe.models.loading import quiet_transformers
-from edgemoe.models.quantisation_notes import NOTE_ENTRIES
+from edgemoe.models.quantised.notes import NOTE_ENTRIES
 from edgemoe.models.ragged import RaggedNote
 from edgemoe_runtime.input_files import parse_strict, read_file
 

@@ -18,10 +18,8 @@ import torch
 from torch import nn
 
 from edgemoe.errors import CheckpointError, StreamingError
-from edgemoe.models.conversion import Conversion
 from edgemoe.models.decoder import find_layers
 from edgemoe.models.loading import refuse_not_finite
-from edgemoe.models.tensor_files import list_tensors
 from edgemoe.models.transformers_internals import (
     compute_unstored,
     dtype_plan,
@@ -29,6 +27,8 @@ from edgemoe.models.transformers_internals import (
     move_from_meta,
     optional_patterns,
 )
+from edgemoe.models.weights.conversion import Conversion
+from edgemoe.models.weights.tensor_files import list_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from edgemoe.models.conversion import TensorGroup
+    from edgemoe.models.weights.conversion import TensorGroup
 
 # Modules, names of their tensors, and what was there before.
 _Places: TypeAlias = "list[tuple[nn.Module, str, torch.Tensor]]"

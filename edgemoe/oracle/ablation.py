@@ -25,7 +25,7 @@ from edgemoe.oracle.oracle import inputs_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.oracle.oracle import LayerOracle
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from edgemoe.layerwise.returned import Outputs
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.oracle.oracle import LayerOracle
 
     # Sets of experts, by MoE layer: each a tuple of kept ids.

@@ -14,7 +14,7 @@ from edgemoe.layerwise.batch import Batch
 from edgemoe.layerwise.runner import LayerPass, run_layer
 from edgemoe.models.hooks import observe
 from edgemoe.models.loading import quiet_transformers
-from edgemoe.models.routers import Routing
+from edgemoe.models.routing.routers import Routing
 from edgemoe.progress import counting
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edgemoe.layerwise.returned import Outputs
     from edgemoe.layerwise.runner import Visit
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
     RouterCall = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -59,7 +59,7 @@ class LayerView:
         """Let the layers after this one see what it gives with other experts.
 
         Args:
-            tensors: What `edgemoe.models.layer.MoeLayer.replace` takes.
+            tensors: What `edgemoe.models.layers.layer.MoeLayer.replace` takes.
         """
         self._tensors = tensors
 

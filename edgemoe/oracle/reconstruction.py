@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edgemoe.models.routers import Routing, select
+from edgemoe.models.routing.routers import Routing, select
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.oracle.oracle import LayerView
 
 _CHUNK_TOKENS = 64

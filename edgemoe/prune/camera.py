@@ -22,7 +22,7 @@ import torch
 from edgemoe.apply.checks import refuse_width_pruning
 from edgemoe.apply.expert_tensors import plan_tensors
 from edgemoe.errors import PlanError
-from edgemoe.models.layer_width import channel_outputs
+from edgemoe.models.layers.width import channel_outputs
 from edgemoe.prune.widths import check_choice, keep_equal, keep_ragged
 
 if TYPE_CHECKING:

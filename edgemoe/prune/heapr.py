@@ -24,7 +24,7 @@ import torch
 
 from edgemoe.apply.checks import refuse_width_pruning
 from edgemoe.layerwise.provider import whole_model
-from edgemoe.models.layer_width import channel_outputs
+from edgemoe.models.layers.width import channel_outputs
 from edgemoe.models.loading import quiet_transformers
 from edgemoe.oracle.gradients import take_gradients
 from edgemoe.progress import track

@@ -19,7 +19,7 @@ from edgemoe.models.factored_experts import FACTOR_NAMES
 
 if TYPE_CHECKING:
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.recover.options import RecoverOptions
 
 _ADAPTER = "default"

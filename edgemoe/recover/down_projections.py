@@ -22,7 +22,7 @@ from edgemoe.recover.ridge import Block
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.oracle.oracle import LayerView
 
 _SHARED_NAME = "down_proj"

@@ -11,7 +11,7 @@ from edgemoe.errors import RecoveryError
 from edgemoe.evaluate.batches import BATCH_TOKENS
 from edgemoe.models.memory_budget import available_memory
 from edgemoe.models.safety import check_weights
-from edgemoe.models.tensor_files import list_tensors
+from edgemoe.models.weights.tensor_files import list_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from edgemoe.layerwise.returned import Outputs
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.recover.samples import TaskSamples
     from edgemoe.recover.state import TrainingState
     from edgemoe.recover.trainer import TrainingTask

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
 
 def router_parameters(model: MoeModel) -> dict[str, nn.Parameter]:

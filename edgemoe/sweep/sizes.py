@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgemoe.models.layer_width import entry_size
+from edgemoe.models.layers.width import entry_size
 from edgemoe.models.saving import float32_names
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from edgemoe.models.fingerprint import FileHashes
+    from edgemoe.models.weights.fingerprint import FileHashes
     from edgemoe_exporters.export_keys import ExportKeys
     from edgemoe_exporters.request import ExportRequest
     from edgemoe_exporters.sources.eager_run import EagerRun
@@ -81,7 +81,7 @@ class ExportCheckpointing:
             hashes: Of its files, as far as they are known.
 
         Returns:
-            As `edgemoe.models.fingerprint.fingerprint_checkpoint`.
+            As `edgemoe.models.weights.fingerprint.fingerprint_checkpoint`.
         """
         if self.work is None:
             return hashes.fingerprint()

@@ -22,7 +22,7 @@ from transformers import (
 
 from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.models.adapter import adapt_model
-from edgemoe.models.shared_basis_layer import to_shared_basis
+from edgemoe.models.layers.shared_basis import to_shared_basis
 from edgemoe_exporters import graph_making
 from edgemoe_exporters.tracing.trace import trace
 

@@ -14,8 +14,8 @@ from edgemoe.models.quantised.packed_columns import awq, gptq
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from edgemoe.models.quantisation_notes import QuantisationNote
     from edgemoe.models.quantised.form import Form, Headers
+    from edgemoe.models.quantised.notes import QuantisationNote
 
 _TYPES = ("bfloat16", "float16", "float32")
 _METHODS: dict[str, Callable[[Mapping[str, Any], str], Form]] = {

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from edgemoe.errors import CheckpointError
-from edgemoe.models.quantisation_notes import (
+from edgemoe.models.quantised.announcement import find_unused, held_type, understand
+from edgemoe.models.quantised.form import UnreadableFormError
+from edgemoe.models.quantised.notes import (
     find_quantisation_note,
     quantised_message,
     without_notes,
 )
-from edgemoe.models.quantised.announcement import find_unused, held_type, understand
-from edgemoe.models.quantised.form import UnreadableFormError
 from edgemoe.models.quantised.tensors import QuantisedTensor
 from edgemoe.models.stored_tensors import DTYPE_NAMES
 from edgemoe.small_files import read_once
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from edgemoe.models.quantisation_notes import QuantisationNote
     from edgemoe.models.quantised.form import Form, Piece
+    from edgemoe.models.quantised.notes import QuantisationNote
     from edgemoe.models.stored_tensors import StoredTensor
 
 _CONFIG = "config.json"

@@ -11,7 +11,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from edgemoe.apply.in_memory import apply_plan
 from edgemoe.errors import ExportError
 from edgemoe.models.k_policy import drop_k_policy
-from edgemoe.models.layer_width import entry_size
+from edgemoe.models.layers.width import entry_size
 from edgemoe.models.saving import set_expert_counts
 from edgemoe.prune.registry import find_method
 from edgemoe_exporters.bundle.expert_layout import ExpertKey, StackLayout, lay_out
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.models.shapes import ModelShape
     from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
     from edgemoe_runtime.bundle.task_entry import ExpertGroup

@@ -16,7 +16,7 @@ from edgemoe.apply.in_memory import apply_plan
 from edgemoe.calibrate.collect import collect
 from edgemoe.errors import EdgemoeError, ExportError
 from edgemoe.models.checkpoint import load_model, load_tokenizer
-from edgemoe.models.factored_layer import factor_layer, split_by_svd
+from edgemoe.models.layers.factored import factor_layer, split_by_svd
 from edgemoe.models.loading import quiet_transformers
 from edgemoe.models.registry import find_family
 from edgemoe.models.saving import save_model

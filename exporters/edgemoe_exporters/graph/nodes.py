@@ -10,7 +10,7 @@ import torch
 
 from edgemoe.models.activation import Activation
 from edgemoe.models.experts import ExpertsLayout
-from edgemoe.models.router_rule import RouterRule, Scoring
+from edgemoe.models.routing.rule import RouterRule, Scoring
 from edgemoe_exporters.graph.editor import required
 from edgemoe_exporters.graph.initializers import weight_of
 from edgemoe_exporters.graph.lazy_weights import LazyWeight

@@ -12,14 +12,14 @@ from safetensors.numpy import load, save
 from edgemoe.layerwise.batch import Batch
 from edgemoe.layerwise.runner import LayerTask, run_layers
 from edgemoe.models.hooks import observe
-from edgemoe.models.routers import is_near_tie, probability_of, select
+from edgemoe.models.routing.routers import is_near_tie, probability_of, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from edgemoe.layerwise.provider import LayerProvider
-    from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.routers import Routing
+    from edgemoe.models.layers.layer import MoeLayer
+    from edgemoe.models.routing.routers import Routing
     from edgemoe.resume import WorkDirectory
 
 _ROW_TOKENS = 24

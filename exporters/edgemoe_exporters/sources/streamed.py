@@ -18,7 +18,7 @@ from edgemoe.apply.expert_tensors import expert_tensors
 from edgemoe.errors import ExportError
 from edgemoe.layerwise.provider import StreamedLayers
 from edgemoe.models.k_policy import following
-from edgemoe.models.layer_width import widened_shapes
+from edgemoe.models.layers.width import widened_shapes
 from edgemoe.plans.layer_plan import stored_width
 from edgemoe_exporters.bundle.task_experts import order_experts
 from edgemoe_exporters.graph.lazy_weights import LatestResult, LazyWeight
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from edgemoe.models.expert_tensors import ExpertTensor
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
     from edgemoe.models.opening import StreamedModel
     from edgemoe.plans.plan import MergedExpert, Plan
     from edgemoe.resume import WorkDirectory

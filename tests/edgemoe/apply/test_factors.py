@@ -22,12 +22,12 @@ from edgemoe.decompose.layer_factors import expert_matrices
 from edgemoe.decompose.truncation import second_moment, truncate
 from edgemoe.errors import OutputError, PlanError
 from edgemoe.models import load_model, read_shape, save_model
-from edgemoe.models.factored_layer import product_shapes, ranks_of
-from edgemoe.models.fingerprint import fingerprint_checkpoint
 from edgemoe.models.hooks import observe
+from edgemoe.models.layers.factored import product_shapes, ranks_of
 from edgemoe.models.ragged import read_ragged_note
 from edgemoe.models.shapes import Ranks
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
+from edgemoe.models.weights.fingerprint import fingerprint_checkpoint
 from edgemoe.plans.factors import SHARED_BASIS, EmbeddedSample, Factors
 from edgemoe.plans.keep_all import keep_all
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan

@@ -19,7 +19,7 @@ from edgemoe.apply.in_memory import apply_plan
 from edgemoe.apply.streamed import apply_streamed
 from edgemoe.errors import OutputError, PlanError
 from edgemoe.models import load_model, read_shape, save_model
-from edgemoe.models.fingerprint import fingerprint_checkpoint
+from edgemoe.models.weights.fingerprint import fingerprint_checkpoint
 from edgemoe.prune import LayerPlan, MergedExpert, Plan
 
 if TYPE_CHECKING:

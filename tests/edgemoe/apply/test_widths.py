@@ -15,10 +15,10 @@ from edgemoe.apply.in_memory import applied, apply_plan
 from edgemoe.apply.streamed import apply_streamed
 from edgemoe.calibrate.collect import collect
 from edgemoe.calibrate.statistics import Statistics
-from edgemoe.cli.describe import describe
+from edgemoe.cli.describe.file import describe
 from edgemoe.errors import CheckpointError, PlanError
 from edgemoe.models import load_model, load_tokenizer, read_shape, save_model
-from edgemoe.models.factored_layer import factor_layer, split_by_svd
+from edgemoe.models.layers.factored import factor_layer, split_by_svd
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
 from edgemoe.plans.channels import read_mask, write_mask

@@ -237,7 +237,7 @@ def test_inspect_fits_on_a_screen(nouns: Path, invoke: Callable[..., Result]) ->
 )
 def test_headers_tell_what_the_model_tells(family: str, tmp_path: Path) -> None:
     """One family for each way to store experts."""
-    from edgemoe.cli.describe_checkpoint import describe_checkpoint
+    from edgemoe.cli.describe.checkpoint import describe_checkpoint
 
     write_tiny_checkpoint(family, tmp_path / "moe")
     headers = describe_checkpoint(tmp_path / "moe")

@@ -16,7 +16,7 @@ from edgemoe.decompose.shared_basis import (
 )
 from edgemoe.errors import PlanError
 from edgemoe.models import adapt_model
-from edgemoe.models.shared_basis_layer import based, to_shared_basis
+from edgemoe.models.layers.shared_basis import based, to_shared_basis
 from edgemoe.models.tiny import tiny_config, tiny_model
 
 if TYPE_CHECKING:

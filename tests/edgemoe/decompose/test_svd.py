@@ -9,7 +9,7 @@ import torch
 
 from edgemoe.decompose.layer_factors import expert_matrices
 from edgemoe.decompose.svd import svd
-from edgemoe.models.factored_layer import factor_layer, factored, product_shapes
+from edgemoe.models.layers.factored import factor_layer, factored, product_shapes
 from edgemoe.models.tiny import VOCAB_SIZE
 
 if TYPE_CHECKING:

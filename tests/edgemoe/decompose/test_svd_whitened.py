@@ -12,7 +12,7 @@ import torch
 from edgemoe.decompose.layer_factors import expert_matrices
 from edgemoe.decompose.svd import svd
 from edgemoe.decompose.svd_whitened import svd_whitened
-from edgemoe.models.routers import Routing
+from edgemoe.models.routing.routers import Routing
 
 if TYPE_CHECKING:
     from collections.abc import Callable

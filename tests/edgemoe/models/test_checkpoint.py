@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from edgemoe.errors import CheckpointError, FamilyError
 from edgemoe.models import load_model, load_tokenizer, read_shape
 from edgemoe.models.checkpoint import Checkpoint
-from edgemoe.models.fingerprint import fingerprint_checkpoint
+from edgemoe.models.weights.fingerprint import fingerprint_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable

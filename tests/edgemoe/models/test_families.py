@@ -20,9 +20,9 @@ from edgemoe.models import (
     save_model,
 )
 from edgemoe.models.discovery import build_skeleton, discover
-from edgemoe.models.factored_layer import factor_layer, ranks_of, split_by_svd
+from edgemoe.models.layers.factored import factor_layer, ranks_of, split_by_svd
 from edgemoe.models.registry import find_family
-from edgemoe.models.routers import select
+from edgemoe.models.routing.routers import select
 from edgemoe.models.shapes import Ranks
 from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
 from edgemoe.prune import LayerPlan, MergedExpert, Plan

@@ -12,7 +12,6 @@ from edgemoe.errors import CheckpointError
 from edgemoe.k_policy import KPolicy
 from edgemoe.k_rule import KRule
 from edgemoe.models import adapt_model, limit_k, load_model, observe, save_model
-from edgemoe.models.fingerprint import fingerprint_checkpoint
 from edgemoe.models.k_policy import (
     FILE_NAME,
     following,
@@ -20,6 +19,7 @@ from edgemoe.models.k_policy import (
     read_k_policy,
 )
 from edgemoe.models.opening import open_streamed
+from edgemoe.models.weights.fingerprint import fingerprint_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable

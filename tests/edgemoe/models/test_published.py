@@ -16,9 +16,9 @@ from edgemoe.apply.streamed import apply_streamed
 from edgemoe.errors import CheckpointError, FamilyError
 from edgemoe.models import FAMILIES, load_model
 from edgemoe.models.checkpoint import Checkpoint
-from edgemoe.models.name_words import HEARING, SEEING
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.tiny import VOCAB_SIZE
+from edgemoe.models.weights.name_words import HEARING, SEEING
 from edgemoe.prune import LayerPlan, MergedExpert, Plan
 from tests.edgemoe.models.published import WRAPPERS, publish
 

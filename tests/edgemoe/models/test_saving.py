@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from edgemoe.errors import CheckpointError, OutputError
 from edgemoe.models import adapt_model, load_model, read_shape, save_model
-from edgemoe.models.fingerprint import fingerprint_checkpoint
+from edgemoe.models.weights.fingerprint import fingerprint_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable

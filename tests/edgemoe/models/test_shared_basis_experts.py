@@ -10,16 +10,16 @@ import torch
 
 from edgemoe.apply.in_memory import apply_plan
 from edgemoe.apply.streamed import apply_streamed
-from edgemoe.cli.describe import describe
+from edgemoe.cli.describe.file import describe
 from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.errors import CheckpointError, PlanError
 from edgemoe.models import limit_k, load_model, read_shape, save_model
 from edgemoe.models.adapter import adapt_model
-from edgemoe.models.factored_layer import factor_layer, split_by_svd
-from edgemoe.models.fingerprint import fingerprint_checkpoint
+from edgemoe.models.layers.factored import factor_layer, split_by_svd
+from edgemoe.models.layers.shared_basis import based, empty_bases, to_shared_basis
 from edgemoe.models.opening import open_streamed
-from edgemoe.models.shared_basis_layer import based, empty_bases, to_shared_basis
 from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
+from edgemoe.models.weights.fingerprint import fingerprint_checkpoint
 from edgemoe.prune import LayerPlan, MergedExpert, Plan
 
 if TYPE_CHECKING:

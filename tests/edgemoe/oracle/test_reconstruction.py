@@ -12,8 +12,8 @@ from edgemoe.oracle.reconstruction import Reconstruction, dense_gates
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from edgemoe.models.layer import MoeLayer
-    from edgemoe.models.routers import Routing
+    from edgemoe.models.layers.layer import MoeLayer
+    from edgemoe.models.routing.routers import Routing
     from edgemoe.oracle.oracle import LayerOracle, LayerView
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.calibrate.statistics import Statistics
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
 WIDTH = 32
 

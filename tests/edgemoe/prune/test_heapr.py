@@ -14,8 +14,8 @@ from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.errors import StreamingError
 from edgemoe.layerwise.provider import InMemoryLayers, StreamedLayers
 from edgemoe.models import load_model
+from edgemoe.models.layers.shared_basis import to_shared_basis
 from edgemoe.models.opening import open_streamed
-from edgemoe.models.shared_basis_layer import to_shared_basis
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.plans.channels import count_mask, read_mask

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edgemoe.models import load_model, save_model
-from edgemoe.models.factored_layer import factor_layer, split_by_svd
+from edgemoe.models.layers.factored import factor_layer, split_by_svd
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
 from edgemoe.tasks import TaskFile
 

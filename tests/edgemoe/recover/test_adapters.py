@@ -8,7 +8,7 @@ from torch import nn
 
 from edgemoe.errors import RecoveryError
 from edgemoe.models import FAMILIES, adapt_model
-from edgemoe.models.factored_layer import factor_layer, split_by_svd
+from edgemoe.models.layers.factored import factor_layer, split_by_svd
 from edgemoe.models.tiny import tiny_config, tiny_model
 from edgemoe.recover.adapters import add_adapters, linear_names
 from edgemoe.recover.options import RecoverOptions

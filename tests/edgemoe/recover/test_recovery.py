@@ -14,7 +14,7 @@ from edgemoe.errors import OutputError, RecoveryError, TaskFileError
 from edgemoe.evaluate.evaluation import evaluate
 from edgemoe.evaluate.torch_scorer import TorchScorer
 from edgemoe.models import load_model, load_tokenizer
-from edgemoe.models.factored_layer import ranks_of
+from edgemoe.models.layers.factored import ranks_of
 from edgemoe.models.tiny import VOCAB_SIZE, write_tiny_checkpoint
 from edgemoe.recover.adapters import Adapters
 from edgemoe.recover.options import RecoverOptions

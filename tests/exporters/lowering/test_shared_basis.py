@@ -11,7 +11,7 @@ import torch
 from edgemoe.decompose.shared_basis import share_basis
 from edgemoe.errors import ExportError
 from edgemoe.models import limit_k, load_model, save_model
-from edgemoe.models.shared_basis_layer import to_shared_basis
+from edgemoe.models.layers.shared_basis import to_shared_basis
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan
 from edgemoe_exporters.export import export_bundle

@@ -13,7 +13,7 @@ from edgemoe.apply.in_memory import applied
 from edgemoe.apply.streamed import apply_streamed
 from edgemoe.errors import ExportError, PlanError
 from edgemoe.models import limit_k, load_model, read_shape, save_model
-from edgemoe.models.factored_layer import factor_layer, split_by_svd
+from edgemoe.models.layers.factored import factor_layer, split_by_svd
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.plans.channels import write_mask
 from edgemoe.plans.plan import LayerPlan, MergedExpert, Plan

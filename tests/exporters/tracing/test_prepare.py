@@ -10,7 +10,7 @@ import torch
 from edgemoe.errors import ExportError
 from edgemoe.models import FAMILIES, MoeModel, adapt_model, limit_k, load_model, save_model
 from edgemoe.models.discovery import build_skeleton
-from edgemoe.models.factored_layer import factor_layer, split_by_svd
+from edgemoe.models.layers.factored import factor_layer, split_by_svd
 from edgemoe.models.registry import find_family
 from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model, write_tiny_checkpoint
 from edgemoe_exporters.tracing.prepare.model import WITHOUT_GRAPH, check_exportable, prepared

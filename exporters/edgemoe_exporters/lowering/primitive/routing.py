@@ -14,7 +14,7 @@ import onnx_ir as ir
 from edgemoe_exporters.graph.builder import FLOAT32, Emitter
 
 if TYPE_CHECKING:
-    from edgemoe.models.router_rule import RouterRule
+    from edgemoe.models.routing.rule import RouterRule
     from edgemoe_exporters.graph.nodes import RouteNode
 
 _LOW = -6e4
@@ -100,7 +100,7 @@ def _within_top_p(
 
 
 def router_probabilities(emit: Emitter, rule: RouterRule, logits: ir.Value) -> ir.Value:
-    """Compute every expert's router probability, as `edgemoe.models.routers.probability_of`.
+    """Compute router probabilities, as `edgemoe.models.routing.routers.probability_of`.
 
     Args:
         emit: Takes the nodes.
@@ -125,7 +125,7 @@ def where(emit: Emitter, condition: ir.Value, value: ir.Value, otherwise: float)
 def sparsemixer(
     emit: Emitter, logits: ir.Value, jitter: float, top_k: int
 ) -> tuple[ir.Value, ir.Value]:
-    """Choose experts one after the other, as `edgemoe.models.routers.sparsemixer`.
+    """Choose experts one after the other, as `edgemoe.models.routing.routers.sparsemixer`.
 
     Args:
         emit: Takes the nodes.

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from edgemoe.models.activation import Activation
 from edgemoe.models.experts import ExpertsLayout
-from edgemoe.models.router_rule import RouterRule, Scoring
-from edgemoe.models.routers import route as route_by_rule
+from edgemoe.models.routing.routers import route as route_by_rule
+from edgemoe.models.routing.rule import RouterRule, Scoring
 
 
 @torch.library.custom_op("edgemoe::route", mutates_args=())
@@ -38,7 +38,7 @@ def route(
     group_fill: float,
     jitter: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose experts and their weights for each token, as `edgemoe.models.routers.route`.
+    """Choose each token's experts and weights, as `edgemoe.models.routing.routers.route`.
 
     Args:
         hidden: Input of the router's projection, float `[T, H]`.
@@ -50,7 +50,7 @@ def route(
         k_cap_index: Which element of `k_cap` is this layer's.
         top_k: Experts per token without a cap.
         scoring: This and the following are those of
-            `edgemoe.models.router_rule.RouterRule`.
+            `edgemoe.models.routing.rule.RouterRule`.
         softmax_over: `all` experts, or the `top_k` that are chosen.
         renormalise: Whether the weights of the chosen experts are divided by their sum.
         sum_epsilon: Added to that sum.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.models.contract import MoeModel
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
 
 # Families whose layers cache tensors that no custom op takes, or whose router or activation is

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
 
 class Router(Protocol):

@@ -13,7 +13,7 @@ import gguf
 import pytest
 from tokenizers import Tokenizer
 
-from edgemoe.cli.describe import describe
+from edgemoe.cli.describe.file import describe
 from edgemoe.errors import CheckpointError, EdgemoeError, FamilyError
 from edgemoe.models.checkpoint import Checkpoint
 from edgemoe.models.gguf.container import Container, read_container

@@ -9,7 +9,7 @@ from edgemoe.models import load_model
 from edgemoe.models.opening import open_streamed
 from edgemoe.models.quantised.tensors import QuantisedTensor
 from edgemoe.models.safety import check_weights
-from edgemoe.models.tensor_files import list_tensors
+from edgemoe.models.weights.tensor_files import list_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

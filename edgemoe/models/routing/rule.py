@@ -16,7 +16,7 @@ class RouterRule:
 
     Attributes:
         scoring: Function from logits to scores. `sqrtsoftplus` is `sqrt(log(1 + exp(x)))`;
-            `sparsemixer` is that of PhiMoE, see `edgemoe.models.routers.sparsemixer`.
+            `sparsemixer` is that of PhiMoE, see `edgemoe.models.routing.routers.sparsemixer`.
         renormalise: Whether the gates of the experts used are divided by their sum.
         scaling_factor: What every gate is multiplied by, last.
         bias_on: What a correction bias is added to: a bias per expert for the choice only;

@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from edgemoe.models.conversion import Conversion
+    from edgemoe.models.weights.conversion import Conversion
 
 
 def untie_what_differs(model: PreTrainedModel, conversion: Conversion) -> None:

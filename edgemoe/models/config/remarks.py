@@ -6,13 +6,13 @@ import logging
 import multiprocessing
 from typing import TYPE_CHECKING
 
-from edgemoe.models.name_words import COMPUTED
+from edgemoe.models.weights.name_words import COMPUTED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edgemoe.models.left_out import LeftOut
+    from edgemoe.models.weights.left_out import LeftOut
 
 _LOG = logging.getLogger(__name__)
 _MOST_ENTRIES = 5

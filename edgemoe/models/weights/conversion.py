@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 
 from edgemoe.models.stored_tensors import read_together
 from edgemoe.models.transformers_internals import set_saving_rules
-from edgemoe.models.wrapped_names import ReadingRules, reading_rules
+from edgemoe.models.weights.wrapped_names import ReadingRules, reading_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from edgemoe.models.shards import PlannedTensor, ShardWriter, lay_out
 from edgemoe.models.stored_tensors import DTYPE_NAMES, as_bytes, read_stored_tensors
+from edgemoe.models.weights.shards import PlannedTensor, ShardWriter, lay_out
 
 
 def to_bytes(tensor: torch.Tensor) -> bytes:

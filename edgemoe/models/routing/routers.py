@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from edgemoe.models.router_rule import RouterRule
+    from edgemoe.models.routing.rule import RouterRule
 
 
 class Routing(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.api.extras import needs
-from edgemoe.cli.describe_checkpoint import describe_checkpoint
-from edgemoe.cli.describe_report import REPORT_FILE, REPORT_FORMAT, describe_report
+from edgemoe.cli.describe.checkpoint import describe_checkpoint
+from edgemoe.cli.describe.report import REPORT_FILE, REPORT_FORMAT, describe_report
 from edgemoe.disk import human_bytes
 from edgemoe.errors import CheckpointError, EdgemoeError
 from edgemoe.file_kinds import describe_mistake, identify

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import torch
 
     from edgemoe.models.expert_tensors import ExpertTensor
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
 
 def channel_outputs(layer: MoeLayer, expert: int) -> torch.Tensor:
@@ -54,7 +54,7 @@ def empty_tensors(layer: MoeLayer, width: int) -> dict[str, torch.Tensor]:
         width: Intermediate channels of each expert, in [1, inf).
 
     Returns:
-        What `edgemoe.models.layer.MoeLayer.replace` takes; tensors that depend on the
+        What `edgemoe.models.layers.layer.MoeLayer.replace` takes; tensors that depend on the
         width have no contents.
     """
     tensors = layer.tensors()

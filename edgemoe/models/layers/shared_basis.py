@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
 
 def to_shared_basis(layer: MoeLayer, tensors: Mapping[str, torch.Tensor]) -> None:

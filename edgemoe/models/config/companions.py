@@ -2,8 +2,8 @@
 
 Tokenizers of many kinds, chat templates, settings of processors, a model card, a licence: all
 small files are copied but those that tell of other weights. Files of code stay behind, since
-config.json may not name any (`edgemoe.models.configuration`), and what names them in other
-settings is left out: a tokenizer or a processor then has the class that transformers knows.
+config.json may not name any (`edgemoe.models.config.configuration`), and what names them in
+other settings is left out: a tokenizer or a processor has the class that transformers knows.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import json
 import shutil
 from typing import TYPE_CHECKING
 
+from edgemoe.models.config.k_policy_file import FILE_NAME as K_POLICY
+from edgemoe.models.config.ragged_note import FILE_NAME as RAGGED_NOTE
+from edgemoe.models.config.remarks import remark_once
 from edgemoe.models.gguf.reading import open_gguf
-from edgemoe.models.k_policy_file import FILE_NAME as K_POLICY
-from edgemoe.models.quantisation_notes import NOTE_FILES
-from edgemoe.models.ragged_note import FILE_NAME as RAGGED_NOTE
-from edgemoe.models.remarks import remark_once
+from edgemoe.models.quantised.notes import NOTE_FILES
 from edgemoe_runtime.hub_cache import resolve_blob
 from edgemoe_runtime.input_files import parse_strict
 

@@ -13,10 +13,10 @@ from edgemoe.errors import CheckpointError
 from edgemoe.models.discovery import set_expert_count
 from edgemoe.models.experts import reassign_ids
 from edgemoe.models.factored_experts import is_factored, run_factored
+from edgemoe.models.layers.width_axis import follow_width, width_axis
 from edgemoe.models.shapes import LayerShape
 from edgemoe.models.shared_basis_experts import INPUT_BASIS, OUTPUT_BASIS, is_based
 from edgemoe.models.transformers_internals import apply_gate
-from edgemoe.models.width_axis import follow_width, width_axis
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgemoe.models.discovery import LayerSpec
     from edgemoe.models.expert_tensors import ExpertTensor
     from edgemoe.models.experts import ExpertsLayout
-    from edgemoe.models.router_rule import RouterRule
+    from edgemoe.models.routing.rule import RouterRule
 
 
 @dataclass(eq=False, kw_only=True)

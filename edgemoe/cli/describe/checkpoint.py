@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgemoe.k_policy import KPolicy
-    from edgemoe.models.ragged_note import RaggedNote
+    from edgemoe.models.config.ragged_note import RaggedNote
 
 # Names under which configurations say how many experts there are, and how many a token uses.
 _EXPERT_COUNTS = (
@@ -59,12 +59,12 @@ def describe_checkpoint(path: Path, *, full: bool = False) -> dict[str, Any]:
             are not those of the model that config.json describes.
     """
     needs("export")
-    from edgemoe.cli.describe_gguf import describe_gguf
-    from edgemoe.cli.describe_quantised import plain_tensors
+    from edgemoe.cli.describe.gguf import describe_gguf
+    from edgemoe.cli.describe.quantised import plain_tensors
+    from edgemoe.models.config.k_policy_file import read_k_policy
+    from edgemoe.models.config.ragged_note import read_ragged_note
     from edgemoe.models.gguf.reading import open_gguf
-    from edgemoe.models.k_policy_file import read_k_policy
-    from edgemoe.models.quantisation_notes import find_quantisation_note
-    from edgemoe.models.ragged_note import read_ragged_note
+    from edgemoe.models.quantised.notes import find_quantisation_note
     from edgemoe.models.safety import check_directory, check_weights, read_json_object
 
     check_directory(path)
@@ -230,7 +230,7 @@ def _of_structure(
 
 def _left_out(tensors: Tensors) -> dict[str, Any]:
     """Count what is no part of the language model, as far as names tell."""
-    from edgemoe.models.name_words import kind_by_name
+    from edgemoe.models.weights.name_words import kind_by_name
 
     parts: dict[str, dict[str, Any]] = {}
     for name in tensors:

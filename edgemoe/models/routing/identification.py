@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from edgemoe.errors import CheckpointError
-from edgemoe.models.router_probe import linear
-from edgemoe.models.router_rule import RouterRule, RouterTensors
-from edgemoe.models.routers import select
+from edgemoe.models.routing.probe import linear
+from edgemoe.models.routing.routers import select
+from edgemoe.models.routing.rule import RouterRule, RouterTensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from edgemoe.models.router_probe import Answer, RouterProbe
+    from edgemoe.models.routing.probe import Answer, RouterProbe
 
 _TOLERANCE = 1e-5
 # What families add to the sum of gates before they divide by it, the usual first: sigmoids may

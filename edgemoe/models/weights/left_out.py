@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from edgemoe.errors import CheckpointError, StreamingError
 from edgemoe.models.decoder import find_layers
-from edgemoe.models.name_words import (
+from edgemoe.models.quantised.notes import quantised_message
+from edgemoe.models.transformers_internals import needless_patterns
+from edgemoe.models.weights.name_words import (
     COMPUTED,
     PREDICTING,
     PREDICTING_LAYER,
@@ -21,8 +23,6 @@ from edgemoe.models.name_words import (
     UNKNOWN,
     kind_by_name,
 )
-from edgemoe.models.quantisation_notes import quantised_message
-from edgemoe.models.transformers_internals import needless_patterns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from edgemoe.models.conversion import Conversion
-    from edgemoe.models.quantisation_notes import QuantisationNote
+    from edgemoe.models.quantised.notes import QuantisationNote
     from edgemoe.models.stored_tensors import StoredTensor
+    from edgemoe.models.weights.conversion import Conversion
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from edgemoe.models.quantised.form import UnreadableFormError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from edgemoe.models.quantisation_notes import QuantisationNote
+    from edgemoe.models.quantised.notes import QuantisationNote
 
     Tensors = dict[str, tuple[str, list[int]]]
 

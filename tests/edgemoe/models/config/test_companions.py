@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edgemoe.apply.streamed import apply_streamed
 from edgemoe.models import load_model, save_model
 from edgemoe.models.checkpoint import Checkpoint
-from edgemoe.models.companions import copy_companions
+from edgemoe.models.config.companions import copy_companions
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.plans.keep_all import keep_all
 

@@ -15,8 +15,8 @@ from edgemoe.errors import CheckpointError
 from edgemoe.evaluate.subject import load_dense
 from edgemoe.models import load_model
 from edgemoe.models.checkpoint import Checkpoint
-from edgemoe.models.name_words import COMPUTED, PREDICTING, SEEING, UNKNOWN
 from edgemoe.models.opening import open_streamed
+from edgemoe.models.weights.name_words import COMPUTED, PREDICTING, SEEING, UNKNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

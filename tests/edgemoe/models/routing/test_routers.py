@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edgemoe.errors import CheckpointError
 from edgemoe.models import RouterRule, adapt_model, route
-from edgemoe.models.routers import is_near_tie, select
+from edgemoe.models.routing.routers import is_near_tie, select
 from edgemoe.models.tiny import tiny_config, tiny_model
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from edgemoe.models.discovery import LayerSpec
-    from edgemoe.models.layer import MoeLayer
+    from edgemoe.models.layers.layer import MoeLayer
 
 
 def ranks_of(layer: MoeLayer) -> Ranks | None:

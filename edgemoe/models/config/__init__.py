@@ -1,0 +1,1 @@
+"""What a checkpoint's small files say: its configuration, notes, tokenizer and companions."""

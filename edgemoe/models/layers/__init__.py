@@ -1,0 +1,1 @@
+"""One MoE layer: its experts, widths and factors, whichever class holds them."""

@@ -1,0 +1,1 @@
+"""Stored weights: files, names, types, what is left out, and hashes."""
