@@ -210,7 +210,8 @@ def test_a_class_documents_its_fields_and_methods(name: str) -> None:
         if method.startswith("_") or not inspect.isfunction(function):
             continue
         told = sections(inspect.getdoc(function) or "")
-        parameters = [*inspect.signature(function).parameters][1:]
+        bound = 0 if isinstance(found, staticmethod) else 1
+        parameters = [*inspect.signature(function).parameters][bound:]
         assert entries(told.get("Args", "")) == parameters, method
 
 

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.reference_moe.corpus import DOMAINS, HELD_OUT, documents
 from edgemoe.carve.build import GATE_SLOPE
-from edgemoe.carve.carve import CarveOptions, carve_layers
+from edgemoe.carve.carve import carve_layers
 from edgemoe.carve.dense import DenseModel, load_dense
 from edgemoe.carve.learned import (
     ATTENTION,
@@ -41,6 +41,7 @@ from edgemoe.carve.learned import (
     pack_delta,
     weights_sha256,
 )
+from edgemoe.carve.options import CarveOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,10 +17,11 @@ from edgemoe.api.arguments import (
     option_texts,
     read_task,
 )
-from edgemoe.api.checks import check_checkpoint, check_output
+from edgemoe.api.checks import check_checkpoint, check_output, check_seed
 from edgemoe.api.extras import needs
-from edgemoe.api.method_names import POLICIES, check_name
+from edgemoe.api.method_names import POLICIES, check_name, check_options
 from edgemoe.api.running import running
+from edgemoe.errors import AllocationError
 from edgemoe.staging import reserved
 from edgemoe.tasks import TaskFile
 
@@ -122,6 +123,9 @@ def allocate(
     path, target = Path(model), as_path(output)
     needs("export")
     check_name(policy, POLICIES)
+    texts = option_texts(options)
+    check_options(policy, POLICIES, texts)
+    check_seed(seed, 2**32, AllocationError)
     data = [task.path] if isinstance(task, TaskFile) else task.values()
     check_output(target, path, *files_of(*data, plan), force=force, directory=False)
     check_checkpoint(path)
@@ -134,7 +138,7 @@ def allocate(
         from edgemoe.allocate.registry import find_policy, read_options
         from edgemoe.models.checkpoint import Checkpoint
 
-        chosen = read_options(policy, option_texts(options))
+        chosen = read_options(policy, texts)
         if target is not None and not find_policy(policy).trains:
             _refuse_unfinished(target)
         checkpoint = Checkpoint(path)

@@ -14,6 +14,7 @@ from edgemoe.api.extras import needs
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
 from edgemoe.errors import ArgumentError
+from edgemoe.models.device import check_device
 from edgemoe.staging import reserved
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def calibrate(
     if ray is not None and output is None:
         raise ArgumentError("--ray needs an output, which is where workers leave their shards.")
     check_at_least_one(max_tokens=max_tokens, workers=workers, threads=threads)
+    check_device(device)
     path, target = Path(model), as_path(output)
     extras = ("export", *extras_of(ray))
     needs(*extras)

@@ -10,6 +10,7 @@ from edgemoe.api.arguments import files_of
 from edgemoe.api.checks import check_checkpoint, check_output
 from edgemoe.api.extras import needs
 from edgemoe.api.running import running
+from edgemoe.carve.options import CarveOptions
 from edgemoe.chat_tasks import load_task
 from edgemoe.errors import ArgumentError, CarveError
 from edgemoe.file_kinds import describe_mistake, identify
@@ -84,6 +85,13 @@ def carve(
     source, target = Path(dense), Path(output)
     if learned is not None and data is not None:
         raise ArgumentError("--learned needs no calibration: leave out --data.")
+    options = CarveOptions(
+        experts=experts,
+        shared_fraction=shared_fraction,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
     needs("export")
     check_output(target, source, *files_of(data, learned), force=force, directory=True)
     check_checkpoint(source)
@@ -92,17 +100,10 @@ def carve(
         running("export", on_progress=on_progress),
         reserved(target, force=force, directory=True),
     ):
-        from edgemoe.carve.carve import CarveOptions, carve_checkpoint, rebuild_checkpoint
+        from edgemoe.carve.carve import carve_checkpoint, rebuild_checkpoint
 
         if learned is not None:
             return rebuild_checkpoint(source, target, learned=Path(learned), force=force)
-        options = CarveOptions(
-            experts=experts,
-            shared_fraction=shared_fraction,
-            top_k=top_k,
-            max_tokens=max_tokens,
-            seed=seed,
-        )
         return carve_checkpoint(source, target, texts=texts, options=options, force=force)
 
 

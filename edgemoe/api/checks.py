@@ -95,3 +95,20 @@ def check_fraction(
         counted = rule.endswith("the experts")
         remedy = " For a number of experts use --keep-experts." if counted else ""
         raise error(f"{option} must be {rule} in (0, 1], got {value:g}.{remedy}")
+
+
+def check_seed(
+    seed: int, limit: int | None = None, error: type[EdgemoeError] = PlanError
+) -> None:
+    """Refuse what is no seed.
+
+    Args:
+        seed: What was given.
+        limit: It must be less; None where there is no limit.
+        error: What to raise.
+
+    Raises:
+        EdgemoeError: It is not in [0, `limit`).
+    """
+    if seed < 0 or (limit is not None and seed >= limit):
+        raise error(f"the seed must be in [0, {limit or 'inf'}), got {seed}.")

@@ -15,7 +15,7 @@ from edgemoe.api.arguments import (
 )
 from edgemoe.api.checks import check_checkpoint, check_fraction, check_output
 from edgemoe.api.extras import needs
-from edgemoe.api.method_names import DECOMPOSITION, check_name
+from edgemoe.api.method_names import DECOMPOSITION, check_name, check_options
 from edgemoe.api.running import running
 from edgemoe.staging import reserved
 
@@ -87,6 +87,8 @@ def decompose(
     path, target = Path(model), as_path(output)
     needs("export")
     check_name(method, DECOMPOSITION)
+    texts = option_texts(options)
+    check_options(method, DECOMPOSITION, texts)
     check_fraction(
         "--param-ratio", "the fraction of the experts' parameters to keep,", float(param_ratio)
     )
@@ -106,7 +108,7 @@ def decompose(
         from edgemoe.models.checkpoint import Checkpoint
         from edgemoe.plans.keep_all import keep_all
 
-        chosen = read_options(method, option_texts(options))
+        chosen = read_options(method, texts)
         checkpoint = Checkpoint(path)
         structure = checkpoint.structure
         refuse_changes(structure)

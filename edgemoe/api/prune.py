@@ -14,9 +14,9 @@ from edgemoe.api.arguments import (
     option_texts,
     read_statistics,
 )
-from edgemoe.api.checks import check_checkpoint, check_fraction, check_output
+from edgemoe.api.checks import check_checkpoint, check_fraction, check_output, check_seed
 from edgemoe.api.extras import needs
-from edgemoe.api.method_names import PRUNING, check_name
+from edgemoe.api.method_names import PRUNING, check_name, check_options
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
 from edgemoe.errors import ArgumentError
@@ -117,6 +117,9 @@ def prune(
     extras = ("export", *extras_of(ray))
     needs(*extras)
     check_name(method, PRUNING)
+    texts = [*_layers_option(layers, keep_experts), *option_texts(options)]
+    check_options(method, PRUNING, texts)
+    check_seed(seed)
     kept = "neurons" if method in ("camera", "heapr") else "experts"
     check_fraction("--keep", f"a fraction of the {kept}", keep)
     check_output(target, path, *files_of(statistics), force=force, directory=False)
@@ -135,7 +138,6 @@ def prune(
 
         asked = keep_experts
         weights = task if isinstance(task, str) else {n: float(w) for n, w in task.items()}
-        texts = [*_layers_option(layers, asked), *option_texts(options)]
         chosen = read_options(method, texts)
         spread = workers is not None or ray is not None
         if spread and not find_method(method).parallel:

@@ -17,6 +17,7 @@ from edgemoe.api.checks import check_checkpoint, check_output
 from edgemoe.api.extras import needs
 from edgemoe.api.method_names import RECOVERY, check_name
 from edgemoe.api.running import running
+from edgemoe.models.device import check_device
 from edgemoe.recover.options import RecoverOptions
 from edgemoe.staging import reserved
 
@@ -128,6 +129,7 @@ def recover(
         alpha=as_float(alpha),
         router_steps=router_steps,
     )
+    check_device(device)
     path, target = Path(model), Path(output)
     needs("export")
     check_name(method, RECOVERY)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.api.arguments import check_at_least_one, option_texts, read_tasks, task_paths
-from edgemoe.api.checks import check_checkpoint, check_fraction, check_output
+from edgemoe.api.checks import check_checkpoint, check_output
 from edgemoe.api.extras import needs
-from edgemoe.api.method_names import PRUNING, RECOVERY, check_name
+from edgemoe.api.method_names import PRUNING, RECOVERY, check_name, check_options
 from edgemoe.api.running import running
 from edgemoe.api.workers import choose_executor, extras_of
-from edgemoe.errors import SweepError
 from edgemoe.staging import reserved
+from edgemoe.sweep.request import SweepRequest, split_names, split_option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,14 +118,33 @@ def sweep(
     check_at_least_one(workers=workers, threads=threads)
     path, target, extras = Path(model), Path(output), ("export", "sweep", *extras_of(ray))
     needs(*extras)
-    for argument in methods:
-        for name in argument.split(","):
-            check_name(name.strip(), PRUNING)
+    names = split_names(methods)
+    for name in names:
+        check_name(name, PRUNING)
+    for text in _texts(options):
+        name, option = split_option(text, names)
+        check_options(name, PRUNING, [option])
     given = recoveries if isinstance(recoveries, Mapping) else list(recoveries)
     for recovery in given:
         check_name(recovery.partition(":")[0], RECOVERY)
-    for keep in keeps:
-        check_fraction("--keep", "fractions of each layer's experts", keep, SweepError)
+    request = SweepRequest(
+        model=path,
+        output=target,
+        tasks=task_paths(tasks),
+        methods={name: {} for name in names},  # their options are read with the methods
+        held_out=task_paths(held_out),
+        keeps=[float(keep) for keep in keeps],
+        seeds=seeds,
+        max_drop=float(max_drop),
+        accept_weak_evidence=accept_weak_evidence,
+        accept_large_drop=accept_large_drop,
+        calibration_tokens=calibration_tokens,
+        held_out_tokens=held_out_tokens,
+        threads=threads,
+        memory_limit_bytes=None if memory_limit_gb is None else int(memory_limit_gb * 1e9),
+        force=force,
+    )
+    request.check_values()
     inputs = (path, *task_paths(tasks).values(), *task_paths(held_out).values())
     check_output(target, *inputs, force=force, directory=True)
     check_checkpoint(path)
@@ -135,29 +155,16 @@ def sweep(
         running(*extras, on_progress=on_progress),
         reserved(target, force=force, directory=True, resumes=True),
     ):
+        from edgemoe.sweep.methods import read_methods
         from edgemoe.sweep.recoveries import read_recoveries
-        from edgemoe.sweep.request import SweepRequest, read_methods
         from edgemoe.sweep.sweep import run_sweep
 
-        request = SweepRequest(
-            model=path,
-            output=target,
-            tasks=task_paths(tasks),
+        request = replace(
+            request,
             methods=read_methods(methods, _texts(options), layers),
             recoveries=recoveries
             if isinstance(recoveries, Mapping)
             else read_recoveries(recoveries),
-            held_out=task_paths(held_out),
-            keeps=[float(keep) for keep in keeps],
-            seeds=seeds,
-            max_drop=float(max_drop),
-            accept_weak_evidence=accept_weak_evidence,
-            accept_large_drop=accept_large_drop,
-            calibration_tokens=calibration_tokens,
-            held_out_tokens=held_out_tokens,
-            threads=threads,
-            memory_limit_bytes=None if memory_limit_gb is None else int(memory_limit_gb * 1e9),
-            force=force,
         )
         return run_sweep(request, choose_executor(workers, ray))
 

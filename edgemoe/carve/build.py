@@ -231,12 +231,6 @@ def neuron_shares(
     Raises:
         CarveError: No division exists: shared channels must be a multiple of the expert size.
     """
-    if not 0.0 < shared_fraction < 1.0:
-        raise CarveError(
-            f"--shared-fraction must be between 0 and 1, both excluded, got {shared_fraction}."
-        )
-    if experts < 2:
-        raise CarveError(f"--experts must be at least 2, got {experts}.")
     sizes = [
         (intermediate_size - experts * size, size)
         for size in range(1, intermediate_size // (experts + 1) + 1)

@@ -20,6 +20,7 @@ from edgemoe.carve.build import (
 from edgemoe.carve.channels import active_neurons, assign_neurons
 from edgemoe.carve.dense import load_dense, save_tokenizer
 from edgemoe.carve.learned import LearnedCarve
+from edgemoe.carve.options import WINDOW, CarveOptions
 from edgemoe.carve.router import expert_energy, fit_router
 from edgemoe.errors import CarveError
 from edgemoe.models.saving import save_plain
@@ -34,36 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from edgemoe.carve.dense import DenseModel
-
-WINDOW = 256
-"""Tokens per calibration window."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CarveOptions:
-    """Options of carving.
-
-    Attributes:
-        experts: Routed experts per layer, at least 2.
-        shared_fraction: Wanted share of channels that every token uses, in `(0, 1)`; the
-            nearest share that divides evenly is taken.
-        top_k: Routed experts per token, in `[1, experts]`.
-        max_tokens: Calibration tokens to read at most, at least 512.
-        seed: Decides the calibration windows and the first cluster centres.
-    """
-
-    experts: int = 16
-    shared_fraction: float = 1 / 3
-    top_k: int = 6
-    max_tokens: int = 8192
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 2 * WINDOW:
-            raise CarveError(
-                f"--max-tokens must be at least {2 * WINDOW}, got {self.max_tokens}: "
-                "fewer tokens say too little about the experts."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

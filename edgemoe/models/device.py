@@ -5,6 +5,22 @@ from __future__ import annotations
 import re
 
 from edgemoe.errors import EdgemoeError
+from edgemoe_runtime.messages import quote
+
+_GPU = re.compile(r"cuda:(\d+)", re.ASCII)
+
+
+def check_device(wanted: str) -> None:
+    """Refuse what names no device, whatever this machine has.
+
+    Args:
+        wanted: As in `choose_device`.
+
+    Raises:
+        EdgemoeError: It is none of these.
+    """
+    if wanted not in ("cpu", "cuda", "auto") and _GPU.fullmatch(wanted) is None:
+        raise EdgemoeError(f"a device must be cpu, cuda, cuda:N or auto, got {quote(wanted)}.")
 
 
 def choose_device(wanted: str, available: int, worker: int = 0) -> str:
@@ -22,11 +38,10 @@ def choose_device(wanted: str, available: int, worker: int = 0) -> str:
     Raises:
         EdgemoeError: `wanted` is none of these, or a GPU that is not there.
     """
+    check_device(wanted)
     if wanted == "cpu" or (wanted == "auto" and available == 0):
         return "cpu"
-    named = re.fullmatch(r"cuda:(\d+)", wanted)
-    if named is None and wanted not in ("auto", "cuda"):
-        raise EdgemoeError(f"a device must be cpu, cuda, cuda:N or auto, got {wanted!r}.")
+    named = _GPU.fullmatch(wanted)
     index = int(named[1]) if named else 0
     if index >= available:
         raise EdgemoeError(

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
+from edgemoe.disk import describe_full
 from edgemoe.errors import OutputError
 from edgemoe.models.config.companions import copy_companions
 from edgemoe.models.config.entries import complete_entries
@@ -196,8 +197,11 @@ def save_pretrained(
         if own is not None:
             own.to_json_file(str(directory / "generation_config.json"))
     except SafetensorError as error:
+        full = describe_full(error)
+        if full is None:
+            raise
         raise OutputError(
-            f"the checkpoint could not be written: {error}. Free space or choose another -o."
+            f"{directory} could not be written: {full}. Free space or choose another -o."
         ) from error
     finally:
         model.generation_config = own

@@ -7,9 +7,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import PlanError
+from edgemoe_runtime.messages import quote
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from typing import TypeAlias
+
+    Default: TypeAlias = int | float | str  # its type is that of the option
 
 
 def options_of(decide: Callable[..., Any]) -> dict[str, Any]:
@@ -48,12 +52,12 @@ def parse_options(
         if name not in known or not equals:
             listed = ", ".join(f"{key}={default}" for key, default in known.items()) or "none"
             raise PlanError(
-                f"an option of {method} must be NAME=VALUE, got {text!r}. Options with their "
-                f"defaults: {listed}."
+                f"an option of {method} must be NAME=VALUE, got {quote(text)}. Options "
+                f"with their defaults: {listed}."
             )
         if name in options:
             raise PlanError(
-                f"option {name} of {method} must be given once, got it again as {text!r}. "
+                f"option {name} of {method} must be given once, got it again as {quote(text)}. "
                 "Leave one out."
             )
         if isinstance(known[name], str):
@@ -62,7 +66,7 @@ def parse_options(
             options[name] = _parse_number(method, name, value)
         elif not value.isdecimal():
             raise PlanError(
-                f"option {name} of {method} must be an integer in [0, inf), got {value!r}."
+                f"option {name} of {method} must be an integer in [0, inf), got {quote(value)}."
             )
         else:
             options[name] = int(value)
@@ -75,5 +79,5 @@ def _parse_number(method: str, name: str, value: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise PlanError(f"option {name} of {method} must be a number, got {value!r}.")
+        raise PlanError(f"option {name} of {method} must be a number, got {quote(value)}.")
     return number

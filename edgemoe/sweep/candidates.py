@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.errors import PlanError, SweepError
 from edgemoe.plans.plan import Plan
 from edgemoe.prune.registry import count_for, find_method
-from edgemoe.sweep.request import method_of
+from edgemoe.sweep.methods import method_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

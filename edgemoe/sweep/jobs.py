@@ -26,7 +26,7 @@ from edgemoe.plans.plan import Plan
 from edgemoe.prune.registry import make_plan, needs_model
 from edgemoe.resume import WorkDirectory
 from edgemoe.sweep.evaluation import CandidateEvaluation, judge
-from edgemoe.sweep.request import method_of
+from edgemoe.sweep.methods import method_of
 from edgemoe.sweep.sizes import Sizes
 from edgemoe.sweep.sweep_dir import STATISTICS, leave
 from edgemoe_runtime.input_files import parse_strict, read_file

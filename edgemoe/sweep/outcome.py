@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from edgemoe.evaluate.drop import Drop, paired_drop
 from edgemoe.evaluate.gate import MINIMUM_LINES, chance_level, find_weaknesses
 from edgemoe.prune.registry import find_method
-from edgemoe.sweep.request import method_of
+from edgemoe.sweep.methods import method_of
 from edgemoe.sweep.threshold import Point, choose_deepest, find_nearest, find_threshold
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.evaluate.gate import find_weaknesses
 from edgemoe.prune.registry import fill_options, find_method
 from edgemoe.recover.registry import find_method as find_recovery
+from edgemoe.sweep.methods import method_of
 from edgemoe.sweep.outcome import PLANS
 from edgemoe.sweep.plot import write_plot
 from edgemoe.sweep.report_text import UNPRUNED, list_columns, tell_threshold
-from edgemoe.sweep.request import method_of
 from edgemoe.sweep.sweep_dir import CALIBRATION, HELD_OUT, STATISTICS
 from edgemoe.versions import __version__, library_versions
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import SweepError
 from edgemoe.evaluate.gate import find_limit_fault
-from edgemoe.prune.owl import LAYER_OPTIONS, OWL, UNIFORM
-from edgemoe.prune.registry import find_method, read_options
 from edgemoe.staging import recover, refuse_existing, refuse_inputs_inside
+from edgemoe_runtime.messages import clip, quote
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
 
     from edgemoe.recover.options import RecoverOptions
     from edgemoe.tasks import Kind
-
-# Ends the name of a method whose layers keep as many experts as OWL says.
-_OWL_SUFFIX = f"+{OWL}"
 
 DEFAULT_KEEPS = (0.25, 0.5, 0.75, 1.0)
 
@@ -67,12 +63,11 @@ class SweepRequest:
     memory_limit_bytes: int | None = None
     force: bool = False
 
-    def check(self) -> None:
-        """Refuse what can be refused before anything is read.
+    def check_values(self) -> None:
+        """Refuse what can be refused without a look at any file.
 
         Raises:
             SweepError: A value is out of range, or something is given twice or not at all.
-            OutputError: The output exists, or contains what is read.
         """
         for what, given in (
             ("task", list(self.tasks)),
@@ -102,6 +97,15 @@ class SweepRequest:
                 f"--held-out must name a task of --task, got {', '.join(unknown)} beside "
                 f"{', '.join(self.tasks)}."
             )
+
+    def check(self) -> None:
+        """Refuse what can be refused before anything is read.
+
+        Raises:
+            SweepError: As `check_values` raises.
+            OutputError: The output exists, or contains what is read.
+        """
+        self.check_values()
         recover(self.output)
         refuse_existing(self.output, force=self.force, directory=True, resumes=True)
         inputs = (self.model, *self.tasks.values(), *self.held_out.values())
@@ -122,76 +126,41 @@ class SweepRequest:
                 raise SweepError(fault)
 
 
-def read_methods(
-    arguments: Sequence[str], options: Sequence[str], layers: Sequence[str] = (UNIFORM,)
-) -> dict[str, dict[str, Any]]:
-    """Read methods and their options as a command line gives them.
+def split_names(arguments: Sequence[str]) -> list[str]:
+    """Split names of methods, as a command line gives them.
 
     Args:
         arguments: Names, with commas between several.
-        options: `METHOD:NAME=VALUE` each.
-        layers: How many experts layers keep, `uniform` or `owl` or both: then methods that
-            share out experts themselves, or keep them all, come once, the others twice.
 
     Returns:
-        Options by method, in the order of the methods; a method whose layers OWL decides is
-        called `METHOD+owl`.
+        The names in order.
 
     Raises:
-        SweepError: A method or a way comes twice, or an option is of none of the methods.
-        PlanError: There is no such method or way, it has no such option, or only OWL is asked
-            for with a method that shares out experts itself.
+        SweepError: One comes twice.
     """
     names = [name.strip() for argument in arguments for name in argument.split(",")]
     if len(set(names)) != len(names):
-        raise SweepError(f"a sweep must have each method once, got {', '.join(names)}.")
-    if len(set(layers)) != len(layers):
-        raise SweepError(f"--layers must name each way once, got {', '.join(layers)}.")
-    for name in names:
-        find_method(name)
-    texts: dict[str, list[str]] = {name: [] for name in names}
-    for option in options:
-        method, colon, text = option.partition(":")
-        if not colon or method not in texts:
-            raise SweepError(
-                "--set must be METHOD:NAME=VALUE with a method of this sweep "
-                f"({', '.join(names)}), got {option!r}."
-            )
-        texts[method].append(text)
-    found = {}
-    for name, given in texts.items():
-        for way in _ways(name, given, layers):
-            chosen = read_options(name, _options_of(way, given, layers))
-            owl = chosen.get("layers", UNIFORM) == OWL
-            found[f"{name}{_OWL_SUFFIX}" if owl else name] = chosen
-    return found
+        raise SweepError(f"a sweep must have each method once, got {clip(', '.join(names))}.")
+    return names
 
 
-def method_of(name: str) -> str:
-    """Return the method behind a name of `read_methods`.
+def split_option(option: str, names: Sequence[str]) -> tuple[str, str]:
+    """Split an option of one of several methods.
 
     Args:
-        name: The name.
+        option: `METHOD:NAME=VALUE`.
+        names: The methods of the sweep.
 
     Returns:
-        A name that `edgemoe.prune.registry.find_method` knows.
+        The method, and `NAME=VALUE`.
+
+    Raises:
+        SweepError: It is not that, or names no method of the sweep.
     """
-    return name.removesuffix(_OWL_SUFFIX)
-
-
-def _ways(method: str, options: Sequence[str], layers: Sequence[str]) -> Sequence[str]:
-    """Return the variants in which a method is swept."""
-    found = find_method(method)
-    itself = found.prunes_width or (found.allocates_layers and "ratios=given" not in options)
-    return [way for way in layers if way != OWL] if itself and len(layers) > 1 else layers
-
-
-def _options_of(way: str, options: Sequence[str], layers: Sequence[str]) -> list[str]:
-    """Leave OWL's settings to OWL where a method is swept in both ways."""
-    if way == UNIFORM and OWL in layers:
-        return [text for text in options if _name(text) not in LAYER_OPTIONS]
-    return [*([] if way == UNIFORM else [f"layers={way}"]), *options]
-
-
-def _name(option: str) -> str:
-    return option.partition("=")[0].replace("-", "_")
+    method, colon, text = option.partition(":")
+    if not colon or method not in names:
+        raise SweepError(
+            "--set must be METHOD:NAME=VALUE with a method of this sweep "
+            f"({', '.join(names)}), got {quote(option)}."
+        )
+    return method, text

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from edgemoe_runtime.bundle.manifest import Manifest
     from edgemoe_runtime.decoding.answers import Classification, Generation, Score
-    from edgemoe_runtime.decoding.generation import GenerationRequest, TextStream
+    from edgemoe_runtime.decoding.generation import TextStream
     from edgemoe_runtime.decoding.sampling import FloatArray
     from edgemoe_runtime.opening import OpenedTask
     from edgemoe_runtime.service import Service
@@ -117,10 +117,9 @@ class Answering:
         """
         self._check_open()
         begin = time.perf_counter()
-        request = make_request(
+        return self._generate(
             self.encode(prompt),
-            self._opened.tokenizer,
-            self.manifest.model.eos_token_ids,
+            begin,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -129,7 +128,6 @@ class Answering:
             stop=stop,
             stream=stream,
         )
-        return self._answer(request, begin, stream=stream)
 
     def chat(
         self,
@@ -175,11 +173,13 @@ class Answering:
         self._check_open()
         begin = time.perf_counter()
         prompt = self._chat_template().render(messages, tools=tools, variables=variables)
-        request = make_request(
-            # a template writes the special tokens itself
-            self._opened.tokenizer.encode(check_text("messages", prompt), special_tokens=False),
-            self._opened.tokenizer,
-            self.manifest.model.eos_token_ids,
+        # a template writes the special tokens itself
+        ids = self._opened.tokenizer.encode(
+            check_text("messages", prompt), special_tokens=False
+        )
+        return self._generate(
+            ids,
+            begin,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -188,7 +188,6 @@ class Answering:
             stop=stop,
             stream=stream,
         )
-        return self._answer(request, begin, stream=stream)
 
     def classify(
         self,
@@ -281,9 +280,17 @@ class Answering:
         begin = self.manifest.model.bos_token_id
         return [begin] if not ids and begin is not None else ids
 
-    def _answer(
-        self, request: GenerationRequest, begin: float, *, stream: bool
+    def _generate(
+        self, ids: Sequence[int], begin: float, *, stream: bool, **arguments: object
     ) -> Generation | TextStream:
+        """Continue tokens, with the arguments of `generate`, which are checked here."""
+        request = make_request(
+            ids,
+            self._opened.tokenizer,
+            self.manifest.model.eos_token_ids,
+            stream=stream,
+            **arguments,
+        )
         serve = self._service.stream if stream else self._service.generate
         return serve(request, begin, self._check_open)
 

@@ -25,9 +25,10 @@ from transformers import (
 )
 
 from edgemoe.carve.build import neuron_shares
-from edgemoe.carve.carve import CarveOptions, carve_checkpoint, rebuild_checkpoint
+from edgemoe.carve.carve import carve_checkpoint, rebuild_checkpoint
 from edgemoe.carve.dense import load_dense
 from edgemoe.carve.learned import LearnedCarve, pack_delta, weights_sha256
+from edgemoe.carve.options import CarveOptions
 from edgemoe.errors import CarveError, CheckpointError, OutputError
 
 if TYPE_CHECKING:
@@ -309,6 +310,7 @@ def test_shares_divide_exactly_and_are_the_nearest(
         ({"experts": 8, "top_k": 0}, "top-k must be between 1"),
         ({"experts": 1}, "experts must be at least 2, got 1"),
         ({"experts": 8, "shared_fraction": 1.0}, "shared-fraction must be between 0 and 1"),
+        ({"experts": 8, "seed": -1}, "seed must be in"),
         ({"experts": 8, "max_tokens": 10}, "max-tokens must be at least 512, got 10"),
     ],
 )

@@ -78,6 +78,21 @@ EXPORT = ("export", "moe", "--target", "cpu", "-o", "out")
         (("allocate", "moe", BROKEN, "-o", "out"), "broken.jsonl, line 4"),
         (("calibrate", "moe", GOOD, "-o", "no/out"), "mkdir -p no"),
         ((*EXPORT, GOOD, "--method=magic"), "method must be one of camera"),
+        (("calibrate", "moe", GOOD, "-o", "out", "--device=gpu"), "cpu, cuda, cuda:N or auto"),
+        (("carve", "moe", "--data=good.jsonl", "-o", "out", "--seed=-1"), "in [0, inf)"),
+        (
+            ("sweep", "moe", GOOD, "--method=reap", "--set=reap:x=1", "-o", "out"),
+            "an option of reap must be NAME=VALUE, got 'x=1'",
+        ),
+        (
+            ("prune", "moe", "--stats=t.stats", "--task=t", "--method=naee", "--keep=.5",
+             "--set=tokens=many", "-o", "out"),
+            "option tokens of naee must be an integer",
+        ),
+        (
+            ("allocate", "moe", GOOD, "--seed=-1", "-o", "out"),
+            "must be in [0, 4294967296), got -1",
+        ),
         (("apply", "moe", "--plan=t.stats", "-o", "out"), "got statistics (t.stats)"),
         (
             ("prune", "moe", "--stats=t.json", "--task=t", "--method=reap", "--keep=.5",
@@ -86,7 +101,7 @@ EXPORT = ("export", "moe", "--target", "cpu", "-o", "out")
         ),
     ],
 )  # fmt: skip
-def test_ten_mistakes_import_no_torch(
+def test_mistakes_import_no_torch(
     nouns: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     told, imported = run_light(nouns, *arguments)
@@ -210,14 +225,26 @@ def test_messages_are_short_and_have_no_control_characters(
 
 def test_names_of_methods_are_those_of_the_registries() -> None:
     from edgemoe.allocate.registry import POLICIES
+    from edgemoe.decompose.decision import method_options
     from edgemoe.decompose.registry import METHODS as DECOMPOSITION
+    from edgemoe.prune.owl import LAYER_OPTIONS
     from edgemoe.prune.registry import METHODS as PRUNING
     from edgemoe.recover.registry import METHODS as RECOVERY
 
-    assert set(method_names.PRUNING) == set(PRUNING)
-    assert set(method_names.DECOMPOSITION) == set(DECOMPOSITION)
-    assert set(method_names.POLICIES) == set(POLICIES)
     assert set(method_names.RECOVERY) == set(RECOVERY)
+    for names, registry in (
+        (method_names.PRUNING, PRUNING),
+        (method_names.DECOMPOSITION, DECOMPOSITION),
+        (method_names.POLICIES, POLICIES),
+    ):
+        assert set(names) == set(registry)
+        options = {
+            name: method_options(name) if registry is DECOMPOSITION else method.options
+            for name, method in registry.items()
+        }
+        told = method_names.OPTIONS[names]
+        assert {name: given for name, given in options.items() if given} == told
+    assert method_names.LAYER_OPTIONS == LAYER_OPTIONS
 
 
 def test_inspect_fits_on_a_screen(nouns: Path, invoke: Callable[..., Result]) -> None:

@@ -14,7 +14,8 @@ from edgemoe.models.shapes import LayerShape, ModelShape
 from edgemoe.plans.keep_all import keep_all
 from edgemoe.prune.registry import METHODS, make_plan
 from edgemoe.sweep.candidates import hash_decision, list_candidates
-from edgemoe.sweep.request import SweepRequest, method_of, read_methods
+from edgemoe.sweep.methods import method_of, read_methods
+from edgemoe.sweep.request import SweepRequest
 from edgemoe.tasks import TaskFile
 
 if TYPE_CHECKING:

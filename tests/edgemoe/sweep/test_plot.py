@@ -9,7 +9,8 @@ import pytest
 
 from edgemoe.parallel.workers import InProcess
 from edgemoe.sweep import plot
-from edgemoe.sweep.request import SweepRequest, read_methods
+from edgemoe.sweep.methods import read_methods
+from edgemoe.sweep.request import SweepRequest
 from edgemoe.sweep.sweep import run_sweep
 
 if TYPE_CHECKING:

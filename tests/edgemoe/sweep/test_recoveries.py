@@ -21,9 +21,10 @@ from edgemoe.plans.plan import Plan
 from edgemoe.recover.options import RecoverOptions
 from edgemoe.recover.recovery import recover_checkpoint
 from edgemoe.resume import ResumableInterrupt
+from edgemoe.sweep.methods import read_methods
 from edgemoe.sweep.recover_job import run_recover_job
 from edgemoe.sweep.recoveries import read_recoveries
-from edgemoe.sweep.request import SweepRequest, read_methods
+from edgemoe.sweep.request import SweepRequest
 from edgemoe.sweep.sweep import run_sweep
 from edgemoe.tasks import TaskFile
 

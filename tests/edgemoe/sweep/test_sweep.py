@@ -32,7 +32,8 @@ from edgemoe.plans.plan import Plan
 from edgemoe.prune.registry import count_for, make_plan
 from edgemoe.resume import ResumableInterrupt, partial_path
 from edgemoe.sweep.jobs import run_judge_job, run_plan_job
-from edgemoe.sweep.request import SweepRequest, method_of, read_methods
+from edgemoe.sweep.methods import method_of, read_methods
+from edgemoe.sweep.request import SweepRequest
 from edgemoe.sweep.sweep import run_sweep
 from edgemoe.tasks import TaskFile
 from tests.edgemoe.sweep.conftest import LINES, write_rows
