@@ -27,12 +27,11 @@ from edgemoe.models.k_policy import FILE_NAME as K_POLICY
 from edgemoe.models.k_policy import put_k_policy, read_k_policy
 from edgemoe.models.loading import (
     GENERATION_FILE,
-    align_tensors,
     check_fit,
     quiet_transformers,
     read_generation_settings,
-    refuse_not_finite,
     refusing_misfits,
+    settle_weights,
     stored_dtype,
 )
 from edgemoe.models.quantised.notes import QuantisationNote, find_quantisation_note
@@ -361,9 +360,7 @@ def load_model(path: Path | Checkpoint, dtype: torch.dtype = torch.float32) -> M
             output_loading_info=True,
         )
     check_fit(report, checkpoint.path)
-    align_tensors(model)
-    for name, tensor in model.state_dict().items():
-        refuse_not_finite(name, tensor)
+    settle_weights(model, list_tensors(files))
     tell_ties(model)
     return checkpoint.adapt(model, stored_dtype(config) or dtype)
 

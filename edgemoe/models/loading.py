@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from edgemoe.models.stored_tensors import StoredTensor
+
 GENERATION_FILE = "generation_config.json"
 _ALIGNMENT_BYTES = 64
 # What torch and transformers raise when weights and configuration contradict each other.
@@ -168,6 +170,27 @@ def finite_chunks(name: str, dtype: torch.dtype, chunks: Iterable[bytes]) -> Ite
             numbers = torch.frombuffer(bytearray(values[:whole]), dtype=dtype)
             refuse_not_finite(name, numbers)
         yield chunk
+
+
+def settle_weights(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
+    """Make what transformers loaded what the checkpoint holds, aligned and finite.
+
+    transformers 5.24 initialises modules after it loaded them; a class that assigns to a part
+    of a buffer then loses what was loaded (the last balancing bias of ZAYA).
+
+    Args:
+        model: The model, just loaded.
+        stored: The checkpoint's tensors by name.
+
+    Raises:
+        CheckpointError: A weight has a value that is not finite.
+    """
+    for name, buffer in model.named_buffers():
+        if name in stored and stored[name].shape == tuple(buffer.shape):
+            buffer.copy_(stored[name].read())
+    align_tensors(model)
+    for name, tensor in model.state_dict().items():
+        refuse_not_finite(name, tensor)
 
 
 def align_tensors(model: PreTrainedModel) -> None:
