@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -79,8 +80,15 @@ def export_bundle(
                     raise
                 # The disagreement, or the NaN, that was found has this cause most likely.
                 raise type(error)(f"{error} Note: {remark}") from error
-        remark = None if peaks is None else overflow_remark(peaks)
-        return report if remark is None else replace(report, remarks=(*report.remarks, remark))
+        if peaks is None or peaks.layer is None:
+            return report
+        remark = overflow_remark(peaks)
+        return replace(
+            report,
+            # JSON has no infinity; the remark says it then
+            largest_activation=peaks.largest if math.isfinite(peaks.largest) else None,
+            remarks=report.remarks if remark is None else (*report.remarks, remark),
+        )
 
 
 def _is_half(request: ExportRequest) -> bool:

@@ -66,6 +66,9 @@ class ExportReport:
             larger than memory.
         remarks: Warnings, each in a sentence.
         reused: What was taken from an earlier export that was refused or interrupted.
+        largest_activation: With fp16, the largest absolute value that any module of the
+            checkpoint's layers took in or returned, in float32, on calibration and held-out
+            data; float16 holds 65504. None otherwise, or where nothing ran.
     """
 
     output: Path
@@ -81,6 +84,7 @@ class ExportReport:
     streamed: bool = False
     remarks: tuple[str, ...] = ()
     reused: tuple[str, ...] = ()
+    largest_activation: float | None = None
 
     @property
     def same_token_share(self) -> float:
@@ -111,6 +115,11 @@ class ExportReport:
     def notes(self) -> tuple[str, ...]:
         """Notes on the export, each in a sentence."""
         notes = list(self.remarks)
+        if self.largest_activation is not None and 2 * self.largest_activation < 65504:
+            notes.append(
+                f"the largest activation on the data is {self.largest_activation:.3g}; float16 "
+                "holds 65504."
+            )
         if self.reused:
             notes.append(f"{', '.join(self.reused)}: taken from the attempt before.")
         if self.streamed:
@@ -150,6 +159,7 @@ class ExportReport:
             "size": self.size.to_json(),
             "same_token_share": self.same_token_share,
             "kl_nats": self.kl_nats,
+            "largest_activation": self.largest_activation,
             "speed": self._worst_speed(),
             "warnings": list(self.warnings),
             "notes": list(self.notes),
