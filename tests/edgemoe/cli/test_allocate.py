@@ -95,10 +95,10 @@ def test_factored_experts_follow_the_policy_to_every_target(
     answer("apply", road / "moe", "--plan", both, "-o", tmp_path / "small")
     score = answer("evaluate", tmp_path / "small", f"--task=prose={road}/prose.jsonl")
     # By itself, and as the weights of a task of the model that it was made from.
-    small, named = (tmp_path / "small",), (road / "moe", "--from", f"code={tmp_path}/small")
-    for target, asked in (("cpu", small), ("tensorrt-rtx", small), ("cpu", named)):
+    small, named = [tmp_path / "small"], [road / "moe", "--from", f"code={tmp_path}/small"]
+    for target, exported in (("cpu", small), ("tensorrt-rtx", small), ("cpu", named)):
         made = ("-o", tmp_path / "bundle", "--target", target, "--precision", "fp32", "--force")
-        answer("export", *asked, *made)
+        answer("export", *exported, *made)
         ran = answer("evaluate", tmp_path / "bundle", f"--task=prose={road}/prose.jsonl")
         assert ran["value"] == pytest.approx(score["value"], rel=1e-4)
         assert ran["experts_per_token"] == pytest.approx(score["experts_per_token"], abs=0.02)
