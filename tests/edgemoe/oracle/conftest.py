@@ -3,47 +3,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from edgemoe.calibrate.sample import Window
-from edgemoe.layerwise.provider import InMemoryLayers
-from edgemoe.models import adapt_model
-from edgemoe.models.tiny import VOCAB_SIZE, tiny_config, tiny_model
-from edgemoe.oracle.oracle import LayerOracle
+from tests.edgemoe.tiny_oracle import oracle_over, random_moe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edgemoe.models.contract import MoeModel
-
-
-def draw_windows(lengths: tuple[int, ...] = (9, 5, 12)) -> list[Window]:
-    random = torch.Generator().manual_seed(3)
-    return [
-        Window(
-            line=line,
-            start=0,
-            ids=torch.randint(3, VOCAB_SIZE, (length,), generator=random).tolist(),
-        )
-        for line, length in enumerate(lengths, start=1)
-    ]
+    from edgemoe.oracle.oracle import LayerOracle
 
 
 @pytest.fixture(scope="session")
 def make_moe() -> Callable[..., MoeModel]:
     """A function from a family to a random model of it."""
-
-    def make(family: str, **changes: Any) -> MoeModel:
-        return adapt_model(tiny_model(tiny_config(family, **changes)))
-
-    return make
+    return random_moe
 
 
 @pytest.fixture
-def make_oracle(make_moe: Callable[..., MoeModel]) -> Callable[..., LayerOracle]:
+def make_oracle() -> Callable[..., LayerOracle]:
     """A function from a family to an oracle over a random model of it."""
 
     def make(family: str, **changes: Any) -> LayerOracle:
-        return LayerOracle(InMemoryLayers(make_moe(family, **changes)), draw_windows())
+        return oracle_over(family, (9, 5, 12), **changes)
 
     return make

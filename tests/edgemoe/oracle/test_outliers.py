@@ -12,7 +12,7 @@ from edgemoe.models.hooks import observe
 from edgemoe.models.tiny import write_tiny_checkpoint
 from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.outliers import outlier_ratios
-from tests.edgemoe.oracle.conftest import draw_windows
+from tests.edgemoe.tiny_oracle import draw_windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,7 +17,7 @@ from edgemoe.oracle.oracle import LayerOracle
 from edgemoe.oracle.remote import WorkerPool
 from edgemoe.parallel.opening import open_workers
 from edgemoe.parallel.workers import Processes, RayCluster, Workers
-from tests.edgemoe.oracle.conftest import draw_windows
+from tests.edgemoe.tiny_oracle import draw_windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
