@@ -119,7 +119,7 @@ def ada_k(
     most = [min(k_max or 2 * layer.top_k, most_slots(layer)) for layer in layers]
     own = sum(layer.top_k for layer in layers) / len(layers)
     begun = check_mean(min(own, sum(most) / len(most)) if mean_k is None else mean_k, most)
-    heads = Heads.zeros(most, layers[0].hidden_size)
+    heads = Heads.zeros(most, layers[0].router_inputs)
     state = None if work is None else TrainingState(work)
     fresh = state is None or not state.progress
     if fresh and warm == "fisher":

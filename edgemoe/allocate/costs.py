@@ -81,7 +81,7 @@ def fit_heads(
         ("costs", tokens, *most), lambda: sum_costs(oracle.fewer(tokens), most)
     )
     strength = ridge or choose_ridge(halves)
-    heads = Heads.zeros(most, layers[0].hidden_size)
+    heads = Heads.zeros(most, layers[0].router_inputs)
     both = [one + other for one, other in zip(*halves, strict=True)]
     fitted = [Ridge(sums).weights(strength) for sums in both]
     # In nats scores are far below 1, and only their order counts.
@@ -150,7 +150,7 @@ def sum_costs(oracle: LayerOracle, most: Sequence[int]) -> tuple[list[Sums], lis
     """
     layers = oracle.moe.layers
     slots = tuple(zip(layers, most, strict=True))
-    halves = tuple([Sums.zeros(layer.hidden_size, n) for layer, n in slots] for _ in range(2))
+    halves = tuple([Sums.zeros(layer.router_inputs, n) for layer, n in slots] for _ in range(2))
     known = [window for window in oracle.windows if len(window.ids) > 1]
     if not known:
         raise AllocationError("costs must be of two tokens of a line or more, got none.")
@@ -165,7 +165,7 @@ def sum_costs(oracle: LayerOracle, most: Sequence[int]) -> tuple[list[Sums], lis
                         f"{call.layer.index}."
                     )
                 # Nobody knows what comes after the last token, so nothing tells its cost.
-                sums.add(call.hidden[:-1].float().cpu().numpy(), costs[:-1])
+                sums.add(call.router_hidden[:-1].float().cpu().numpy(), costs[:-1])
     return halves[0], halves[1]
 
 

@@ -193,7 +193,7 @@ def sum_call(
     """
     norms = _output_norms(hidden, routing.indices, layer.num_experts, run_expert)
     return LayerSums.of_tokens(
-        _float64(routing.logits),
+        _float64(routing.logits[:, : layer.num_experts]),
         _float64(routing.weights),
         routing.indices.cpu().numpy(),
         norms,

@@ -31,8 +31,9 @@ def observe(model: MoeModel, callback: Observer) -> Iterator[None]:
         model: The model to watch.
         callback: Gets the layer, the hidden states [tokens, hidden] that reach the router and
             the experts, the routing that the model uses (a cap included; slots in the
-            family's own order), and a function from (expert, hidden [n, hidden]) to that
-            expert's output [n, hidden], without its gate.
+            family's own order; logits of idle choices after those of experts), and a function
+            from (expert, hidden [n, hidden]) to that expert's output [n, hidden], without its
+            gate.
 
     Yields:
         Nothing; the callbacks stop with the block.
@@ -49,20 +50,32 @@ def _observe_layer(layer: MoeLayer, callback: Observer, stack: contextlib.ExitSt
     def keep_logits(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         found = output if isinstance(output, torch.Tensor) else output[0]
         # A router may have classes that are no routed expert, after those that are.
-        logits[:] = [found.reshape(-1, found.shape[-1])[:, : layer.num_experts]]
+        classes = layer.num_experts + (layer.rule.idle if layer.rule else 0)
+        logits[:] = [found.reshape(-1, found.shape[-1])[:, :classes]]
 
     def call_back(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         hidden, indices, weights = arguments
+        if layer.rule is not None and layer.rule.idle:
+            # The family names some expert, with a gate of 0, where a token uses none.
+            indices = indices.masked_fill(weights == 0, layer.num_experts)
         routing = Routing(logits.pop().float(), weights, indices)
         callback(layer, hidden, routing, layer.expert_output)
 
     # What the experts are given is what counts, whoever changed it after the router.
-    stack.callback(_logits_module(layer).register_forward_hook(keep_logits).remove)
+    stack.callback(logits_module(layer).register_forward_hook(keep_logits).remove)
     stack.callback(layer.experts.register_forward_pre_hook(call_back).remove)
 
 
-def _logits_module(layer: MoeLayer) -> nn.Module:
-    """Return what computes the logits: the router, or a submodule where it returns others."""
+def logits_module(layer: MoeLayer) -> nn.Module:
+    """Return what computes the logits.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        The router, or the submodule that applies its rows where it transforms its input before
+        or returns something else.
+    """
     roles = layer.spec.routing.tensors
     if roles is None or not roles.projection:
         return layer.router
@@ -156,7 +169,7 @@ def follow(layer: MoeLayer, stack: contextlib.ExitStack, cap: int | None = None)
             indices = routing.indices.reshape(shape)
         return first, weights, indices, *rest
 
-    stack.callback(_logits_module(layer).register_forward_hook(keep_logits).remove)
+    stack.callback(logits_module(layer).register_forward_hook(keep_logits).remove)
     stack.callback(layer.router.register_forward_hook(limit).remove)
     # The faster implementations skip sentinels only where they expect them, and would read
     # memory that was never written otherwise.

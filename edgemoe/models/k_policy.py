@@ -143,7 +143,7 @@ def _check_rule(rule: KRule, layer: MoeLayer) -> None:
             "one that follows none. Use a fixed k."
         )
     if rule.allocator is not None:
-        shape = (rule.slots, layer.hidden_size + 1)
+        shape = (rule.slots, layer.router_inputs + 1)
         if rule.allocator.shape != shape:
             raise CheckpointError(
                 f"{where}: the allocator must have the shape {shape}, got "

@@ -95,17 +95,19 @@ class Reconstruction:
         ids = torch.as_tensor(list(kept), dtype=torch.int64)
         routing = self._route(ids)
         dense = dense_gates(routing, len(ids))
-        return torch.zeros_like(self._logits).index_copy_(1, ids, dense)
+        return torch.zeros_like(self._weights).index_copy_(1, ids, dense)
 
     def _route(self, ids: torch.Tensor) -> Routing:
         layer = self._layer
         if layer.rule is not None:
+            idle = torch.arange(self.num_experts, self.num_experts + layer.rule.idle)
+            left = torch.cat((ids, idle))
             return select(
-                self._logits[:, ids],
-                None if self._bias is None else self._bias[ids],
+                self._logits[:, left],
+                None if self._bias is None else self._bias[left],
                 layer.rule,
                 layer.top_k,
-                expert_scale=None if self._scale is None else self._scale[ids],
+                expert_scale=None if self._scale is None else self._scale[left],
             )
         with torch.no_grad(), layer.changed(layer.select(ids.tolist())):
             answers = [

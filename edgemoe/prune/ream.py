@@ -85,7 +85,7 @@ def likeness(view: LayerView) -> NDArray[np.float64]:
     Returns:
         Means of two cosines, float64 [experts, experts] in [-1, 1].
     """
-    logits = view.routing.logits.double()
+    logits = view.routing.logits[:, : view.layer.num_experts].double()
     gates = torch.softmax(logits, dim=-1)
     grams = token_grams(view.layer, view.hidden).double()
     outputs = torch.einsum("ti,tij,tj->ij", gates, grams, gates).numpy()

@@ -121,8 +121,13 @@ class MoeLayer:
 
     @property
     def router_weight(self) -> torch.Tensor:
-        """Router rows [num_experts, hidden]."""
+        """Router rows [num_experts, inputs]; this and the biases with the idle choices'."""
         return self._role("weight")
+
+    @property
+    def router_inputs(self) -> int:
+        """Width of what the router rows are multiplied with."""
+        return int(self.router_weight.shape[1])
 
     @property
     def correction_bias(self) -> torch.Tensor | None:

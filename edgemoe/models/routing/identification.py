@@ -118,7 +118,7 @@ def _logits(
     if probe.rows is None:
         return
     if answer.projected is not None:
-        if answer.projected.shape[-1] == experts:
+        if answer.projected.shape[-1] == experts + probe.idle:
             projection = probe.projection() if answer.transformed else ""
             yield answer.projected, RouterTensors(weight=probe.rows, projection=projection)
         return
@@ -155,9 +155,13 @@ def _explain(
     bias = None if correction is None else probe.vectors[correction]
     scales = None if scale is None else probe.vectors[scale]
     top_k = answer.indices.shape[-1]
-    wanted, order = answer.indices.sort(dim=-1)
+    indices = answer.indices
+    if probe.idle:
+        # The family names some expert where it uses none.
+        indices = indices.masked_fill(answer.weights == 0, experts)
+    wanted, order = indices.sort(dim=-1)
     gates = answer.weights.gather(-1, order)
-    for choosing in _choosing_rules(experts, top_k, bias is not None, jitter):
+    for choosing in _choosing_rules(experts, top_k, bias is not None, jitter, probe.idle):
         routing = select(logits, bias, choosing, top_k)
         if not torch.equal(routing.indices.sort(dim=-1).values, wanted):
             continue
@@ -165,7 +169,7 @@ def _explain(
         for rule in _gate_rules(choosing):
             routing = select(logits, bias, rule, top_k, expert_scale=scales)
             _, order = routing.indices.sort(dim=-1)
-            ratio = gates / routing.weights.gather(-1, order)
+            ratio = (gates / routing.weights.gather(-1, order))[wanted < experts]
             factor = float(ratio.median())
             error = float((ratio / factor - 1).abs().max())
             if error < _TOLERANCE and (best is None or error < 0.5 * best[0]):
@@ -177,7 +181,7 @@ def _explain(
 
 
 def _choosing_rules(
-    experts: int, top_k: int, biased: bool, jitter: float
+    experts: int, top_k: int, biased: bool, jitter: float, idle: int
 ) -> Iterator[RouterRule]:
     """Yield the ways to choose experts, the plain ones first."""
     plain = [
@@ -185,6 +189,9 @@ def _choosing_rules(
         RouterRule(scoring="sigmoid", renormalise=False),
         RouterRule(scoring="sqrtsoftplus", renormalise=False),
     ]
+    if idle:
+        yield from (replace(rule, idle=idle) for rule in plain)
+        return
     if biased:
         plain += [replace(rule, bias_on="logits") for rule in plain]
     else:
@@ -208,7 +215,7 @@ def _choosing_rules(
 def _gate_rules(choosing: RouterRule) -> Iterator[RouterRule]:
     """Yield the ways to compute gates from the same choice."""
     yield choosing
-    if choosing.scoring == "sparsemixer" or choosing.softmax_of_chosen:
+    if choosing.scoring == "sparsemixer" or choosing.softmax_of_chosen or choosing.idle:
         return
     epsilons = _SOFTMAX_EPSILONS if choosing.scoring == "softmax" else _OTHER_EPSILONS
     for epsilon in epsilons:

@@ -55,6 +55,7 @@ class RouterProbe:
         hidden: The probes, float32 [tokens, hidden].
         rows: Name, from the block on, of the router rows; None where there is no such tensor.
         vectors: The tensors with one number per expert, float32 [experts], by name.
+        idle: Rows after those of the experts, which may stand for the choice of none.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class RouterProbe:
         held = {name: self._tensor(name) for name in self._specs}
         matrices = [name for name, value in held.items() if _is_matrix(value)]
         self.rows = matrices[0] if len(matrices) == 1 else None
+        self.idle = 0 if self.rows is None else self._specs[self.rows].tail
         self.vectors = {
             name: value.flatten() for name, value in held.items() if not _is_matrix(value)
         }

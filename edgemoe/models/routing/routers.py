@@ -18,7 +18,7 @@ class Routing(NamedTuple):
     """Experts and gates that a router chose.
 
     Attributes:
-        logits: float32 [tokens, experts].
+        logits: float32 [tokens, experts], and a column for each of the rule's idle choices.
         weights: Gates [tokens, top_k]; 0 in slots that are not used.
         indices: Experts int64 [tokens, top_k]; the number of experts, a sentinel, in slots
             that are not used.
@@ -84,8 +84,8 @@ def select(
     4).
 
     Args:
-        logits: [tokens, experts].
-        correction_bias: [experts], where the rule has one.
+        logits: [tokens, experts], and a column for each of the rule's idle choices.
+        correction_bias: As wide, where the rule has one.
         rule: How the family chooses.
         top_k: Experts per token.
         k_cap: At most this many, in [1, inf); an int64 scalar tensor stays symbolic, and one
@@ -98,6 +98,7 @@ def select(
         Logits, gates and experts, float32; experts by falling choice score.
     """
     logits = logits.float()
+    experts = logits.shape[-1] - rule.idle
     used = None
     if k_cap is not None:
         used = torch.arange(top_k, device=logits.device) < k_cap
@@ -114,9 +115,11 @@ def select(
         weights = weights * expert_scale.float()[indices]
     if rule.scaling_factor != 1.0:
         weights = weights * rule.scaling_factor
+    if rule.idle:
+        used = indices < experts if used is None else used & (indices < experts)
     if used is not None:
         weights = torch.where(used, weights, torch.zeros_like(weights))
-        indices = torch.where(used, indices, torch.full_like(indices, logits.shape[-1]))
+        indices = torch.where(used, indices, torch.full_like(indices, experts))
     return Routing(logits, weights, indices)
 
 

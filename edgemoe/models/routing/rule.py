@@ -30,6 +30,9 @@ class RouterRule:
         softmax_over: Whether the softmax runs over all experts or over those chosen.
         sum_epsilon: What is added to the sum that gates are divided by.
         jitter: Width of the band around the best logit that `sparsemixer` looks at.
+        idle: Number of choices, after the experts, that stand for no expert: a token that
+            makes one leaves the slot unused (ZAYA, https://arxiv.org/abs/2511.17127). Only of
+            rules that neither renormalise nor form groups.
     """
 
     scoring: Scoring
@@ -44,6 +47,7 @@ class RouterRule:
     softmax_over: Literal["all", "top_k"] = "all"
     sum_epsilon: float = 0.0
     jitter: float = 0.0
+    idle: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.topk_group <= self.n_group:
@@ -68,7 +72,8 @@ class RouterTensors:
     """Names, from the MoE block on, of what a router computes with.
 
     Attributes:
-        weight: Router rows [experts, hidden].
+        weight: Router rows [experts, inputs]. This and the biases also have an entry for each
+            of the rule's idle choices.
         logit_bias: Part of the logits [experts].
         correction_bias: For the choice only [experts].
         expert_scale: Multiplies gates [experts].

@@ -62,7 +62,7 @@ def set_weight(value: ir.Value, content: LazyWeight, dtype: ir.DataType | None =
 
 
 # Where a traced node has the state that it reads.
-_STATES = {"CausalConv": 1, "LinearAttention": 5}
+_STATES = {"CausalConv": 1, "JoinPositions": 1, "LinearAttention": 5}
 
 
 def state_values(graph: ir.Graph) -> set[ir.Value]:

@@ -77,6 +77,9 @@ class EagerRows(LayerTask):
         if layer.rule is None:
             return
         used = (routing.indices < layer.num_experts).sum(dim=-1)
+        if layer.rule.idle:
+            # An idle choice ties with experts too.
+            used = torch.full_like(used, layer.slots)
         tied = is_near_tie(routing.logits, layer.correction_bias, layer.rule, used)
         if layer.k_rule is not None and not layer.k_rule.is_fixed:
             chosen = select(

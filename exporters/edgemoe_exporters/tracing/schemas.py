@@ -60,6 +60,7 @@ _OPS: dict[
             ("group_score", _STRING),
             ("group_fill", _FLOAT),
             ("jitter", _FLOAT),
+            ("idle", _INT),
         ],
     ),
     "Experts": (
@@ -151,6 +152,11 @@ _OPS: dict[
         [("output", "T"), ("present", "S")],
         [("activation", _STRING)],
     ),
+    "JoinPositions": (
+        [("states", "T"), ("past", "S")],
+        [("joined", "T"), ("present", "S")],
+        [],
+    ),
     "LinearAttention": (
         [
             ("query", "T"),
@@ -191,6 +197,7 @@ _TORCH_NAMES = {
     "SelectBlocks": "select_blocks",
     "NewMask": "new_mask",
     "CausalConv": "causal_conv",
+    "JoinPositions": "join_positions",
     "LinearAttention": "linear_attention",
     "RotaryEmbedding": "rotary",
     "Angles": "angles",

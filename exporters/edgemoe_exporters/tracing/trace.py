@@ -156,9 +156,9 @@ def _rename_initializers(traced: ir.Model, model: MoeModel) -> None:
 
 
 def _mark_experts(traced: ir.Model, model: MoeModel) -> None:
-    """Mark the initializers that have experts along an axis, with their decoder layer."""
+    """Mark the initializers that have experts along an axis, and nothing else, by layer."""
     for layer in model.layers:
         for spec in layer.spec.tensors:
             value = traced.graph.initializers.get(f"{layer.name}.{spec.name}")
-            if value is not None:
+            if value is not None and not spec.tail:
                 mark_experts(value, spec.axis, layer.index)

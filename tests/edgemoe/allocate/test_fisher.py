@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from edgemoe.allocate.costs import Ridge, Sums, choose_ridge, costs_of, sum_costs
 from edgemoe.allocate.registry import allocate
+from edgemoe.allocate.rollout import see_states
 from edgemoe.allocate.usage import count_experts
 from edgemoe.calibrate.sample import Window
 from edgemoe.errors import AllocationError
@@ -23,6 +24,7 @@ from edgemoe.k_rule import KRule
 from edgemoe.models import limit_k
 from edgemoe.models.k_policy import following
 from edgemoe.oracle.gradients import take_gradients
+from tests.edgemoe.tiny_oracle import oracle_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -238,3 +240,12 @@ def test_the_last_token_of_a_line_tells_nothing(
     for one, other in zip(*halves, strict=True):
         seen = one.inputs[-1, -1] + other.inputs[-1, -1]
         assert seen == sum(len(window.ids) - 1 for window in oracle.windows)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gemma4_text", "zaya"])
+def test_heads_are_fitted_to_what_routers_see_when_tokens_run(family: str) -> None:
+    """Some routers transform their input, and experts are given something else."""
+    oracle = oracle_over(family, (12,))
+    window = oracle.windows[0]
+    fitted = torch.stack([call.router_hidden for call in take_gradients(oracle.moe, window)])
+    torch.testing.assert_close(fitted, see_states(oracle.moe, [window]))

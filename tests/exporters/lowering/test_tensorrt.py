@@ -271,6 +271,7 @@ RULES = {
     "bias on logits": RouterRule(scoring="sigmoid", renormalise=True, bias_on="logits"),
     "root of softplus": RouterRule(scoring="sqrtsoftplus", renormalise=True),
     "over the chosen": RouterRule(scoring="softmax", renormalise=False, softmax_over="top_k"),
+    "none at times": RouterRule(scoring="softmax", renormalise=False, idle=2),
     "mixer": RouterRule(scoring="sparsemixer", renormalise=False, jitter=0.2),
 }
 
@@ -281,12 +282,12 @@ def test_routing_agrees_with_the_op(name: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     hidden, k_cap = torch.randn(50, 16), torch.tensor([1, 2])
     weights = {
-        "weight": torch.randn(8, 16),
-        "logit_bias": 0.3 * torch.randn(8),
-        "correction_bias": 0.3 * torch.randn(8),
-        "expert_scale": torch.rand(8),
+        "weight": torch.randn(8 + rule.idle, 16),
+        "logit_bias": 0.3 * torch.randn(8 + rule.idle),
+        "correction_bias": 0.3 * torch.randn(8 + rule.idle),
+        "expert_scale": torch.rand(8 + rule.idle),
     }
-    if rule.scoring in {"softmax", "sparsemixer"}:
+    if rule.scoring in {"softmax", "sparsemixer"} and not rule.idle:
         del weights["correction_bias"]
     attributes: dict[str, Any] = {
         "k_cap_index": 1,
@@ -302,6 +303,7 @@ def test_routing_agrees_with_the_op(name: str, tmp_path: Path) -> None:
         "group_score": rule.group_score,
         "group_fill": rule.group_fill,
         "jitter": rule.jitter,
+        "idle": rule.idle,
     }
     order = ("weight", "logit_bias", "correction_bias", "expert_scale")
     tensors = [weights.get(part) for part in order]

@@ -60,7 +60,7 @@ def test_routing_and_experts_are_the_models() -> None:
     _, weights, indices = block.gate(hidden)
     expected = block.experts(hidden, indices, weights)
     caps = torch.tensor([1, 99])
-    arguments = (3, *SIGMOID, 4, 2, "top2", -math.inf, 0.0)
+    arguments = (3, *SIGMOID, 4, 2, "top2", -math.inf, 0.0, 0)
     gate = block.gate
     tensors = (hidden, gate.weight, None, gate.e_score_correction_bias, None, caps)
     weights, indices = ops.route(*tensors, 1, *arguments)
@@ -113,8 +113,8 @@ def test_ops_keep_torchs_contract() -> None:
         "angles": (ids, torch.randn(4), 1.5, "pairs"),
         "rotary": (states[:1, :, :2], ids, torch.randn(4), 1.0),
         "route": (
-            *(hidden, weight, torch.randn(4), None, torch.randn(4), caps, 0, 3),
-            *("softmax", "all", True, 0.0, 1.0, "scores", 1, 1, "max", 0.0, 0.0),
+            *(hidden, weight, torch.randn(4), None, torch.randn(4), caps, 0, 2),
+            *("softmax", "all", True, 0.0, 1.0, "scores", 1, 1, "max", 0.0, 0.0, 1),
         ),
         "experts": (
             hidden,
@@ -135,6 +135,7 @@ def test_ops_keep_torchs_contract() -> None:
             *(torch.randn(2, 6, 3), torch.randn(2, 6, 3), torch.randn(6, 4)),
             *(torch.randn(6), "silu"),
         ),
+        "join_positions": (torch.randn(2, 6, 3), torch.randn(2, 6, 2)),
         "linear_attention": (
             *(torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2, 8), torch.randn(2, 3, 4, 5)),
             *(-torch.rand(2, 3, 4, 1), torch.rand(2, 3, 4), torch.zeros(2, 4, 8, 5), 0.5),

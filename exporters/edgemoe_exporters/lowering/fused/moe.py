@@ -176,8 +176,16 @@ def _scatter(
     shared: _Shared,
     fill: float,
 ) -> ir.Value:
-    rows = _rows(editor, shared, choice.experts, fill)
-    return editor.add(before, "ScatterElements", [rows, choice.indices, values], {"axis": 1})[0]
+    rows = _rows(editor, shared, choice.experts + choice.idle, fill)
+    inputs = [rows, choice.indices, values]
+    (spread,) = editor.add(before, "ScatterElements", inputs, {"axis": 1})
+    if not choice.idle:
+        return spread
+    ends = [
+        editor.constant(f"ints_{number}", np.array([number], dtype=np.int64))
+        for number in (0, choice.experts, 1)
+    ]
+    return editor.add(before, "Slice", [spread, *ends])[0]
 
 
 def _token_shape(node: ir.Node) -> ir.Value:
@@ -299,8 +307,12 @@ def _lower_to_moe(layer: _FusedLayer) -> None:
         if not choice.sums_to_one:
             axis = editor.constant("ints_1", np.array([1], dtype=np.int64))
             (total,) = editor.add(node, "ReduceSum", [weights, axis], {"keepdims": 1})
-            total = precision.cast(editor, node, total)
     logits = _scatter(editor, node, choice, values, layer.shared, -np.inf)
+    if choice.idle:
+        # A token may have no expert: its softmax is then of anything, times a sum of 0.
+        zero = editor.constant("zero", np.array(0, dtype=np.float32))
+        (is_empty,) = editor.add(node, "Equal", [required(total), zero])
+        (logits,) = editor.add(node, "Where", [is_empty, zero, logits])
     logits = precision.cast(editor, node, logits)
     fc1 = _derived(editor, layer.experts.gate_up, "interleaved", layer.fc1(), precision)
     fc2 = _derived(editor, layer.experts.down, "scaled", layer.fc2(), precision)
@@ -315,6 +327,7 @@ def _lower_to_moe(layer: _FusedLayer) -> None:
     if total is None:
         _replace_unflattened(editor, node, add_op)
         return
+    total = precision.cast(editor, node, total)
     (output,) = editor.add(node, "Mul", [add_op(required(node.inputs[0])), total])
     editor.replace(node.outputs[0], output)
 

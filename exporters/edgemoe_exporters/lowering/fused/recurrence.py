@@ -19,6 +19,7 @@ from edgemoe_exporters.graph.editor import (
 )
 from edgemoe_exporters.graph.metadata import DOMAIN, MICROSOFT
 from edgemoe_exporters.lowering.primitive.recurrence import (
+    lower_join_positions,
     lower_new_mask,
     lower_softplus,
     repeat_heads,
@@ -30,19 +31,27 @@ if TYPE_CHECKING:
     from edgemoe_exporters.precision import Precision
 
 
+_DECOMPOSED = {
+    "NewMask": lower_new_mask,
+    "Softplus": lower_softplus,
+    "JoinPositions": lower_join_positions,
+}
+
+
 def lower_recurrence(editor: Editor, precision: Precision) -> None:
-    """Replace every NewMask, Softplus, CausalConv and LinearAttention.
+    """Replace every NewMask, Softplus, JoinPositions, CausalConv and LinearAttention.
 
     Args:
         editor: The graph.
         precision: Gives the type of activations.
     """
-    for op_type, decompose in (("NewMask", lower_new_mask), ("Softplus", lower_softplus)):
+    for op_type, decompose in _DECOMPOSED.items():
         for node in editor.nodes(op_type, DOMAIN):
             emit = Emitter(editor.graph, precision.dtype, str(node.name))
-            (output,) = decompose(emit, node)
+            outputs = decompose(emit, node)
             editor.graph.insert_before(node, emit.nodes)
-            editor.replace(node.outputs[0], output)
+            for old, new in zip(node.outputs, outputs, strict=True):
+                editor.replace(old, new)
     for node in editor.nodes("CausalConv", DOMAIN):
         _lower_conv(editor, node, precision)
     for node in editor.nodes("LinearAttention", DOMAIN):

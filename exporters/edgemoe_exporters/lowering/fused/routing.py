@@ -29,6 +29,7 @@ class Choice:
 
     Attributes:
         experts: Number of experts of the layer.
+        idle: Number of choices after them that stand for none.
         indices: Their ids, int64 `[T, n]`.
         used: Which of them the token uses, bool `[T, n]`; None where it uses all.
         logits: float32 `[T, n]` whose softmax is the weights, where there is such.
@@ -46,6 +47,7 @@ class Choice:
     sums_to_one: bool = False
     sum_epsilon: float = 0.0
     used: ir.Value | None = None
+    idle: int = 0
 
     def weights(self, editor: Editor, before: ir.Node) -> ir.Value:
         """Compute the gates, without the factor of each expert.
@@ -161,6 +163,7 @@ def choose(
         experts=route.experts,
         indices=indices,
         used=used,
+        idle=rule.idle,
         logits=kept if softmax_of_chosen else None,
         raw=chosen,
         sigmoid=sigmoid and scores is logits,
@@ -202,6 +205,10 @@ def _used(
         )
         (wanted,) = editor.add(node, "Less", [cumulative, share])
         used = wanted if used is None else editor.add(node, "And", [wanted, used])[0]
+    if route.rule.idle:
+        first = editor.constant("ints_" + str(route.experts), np.array([route.experts]))
+        (taken,) = editor.add(node, "Less", [indices, first])
+        used = taken if used is None else editor.add(node, "And", [taken, used])[0]
     return used
 
 

@@ -1,4 +1,4 @@
-"""Convolutions and linear attention in ops that TensorRT 10.3 parses; NewMask in both flavours.
+"""Convolutions and linear attention in ops that TensorRT 10.3 parses; what both flavours share.
 
 Linear attention is a Scan over the new tokens: one step while generating, as many as the prompt
 has tokens before that. Its state is float32 in every precision.
@@ -96,6 +96,24 @@ def lower_causal_conv(emit: Emitter, node: ir.Node) -> list[ir.Value]:
     axis = emit.integers(2)
     present = emit.call("Slice", joined, emit.integers(-kept), emit.integers(_END), axis)
     return [output, emit.wide(present)]
+
+
+def lower_join_positions(emit: Emitter, node: ir.Node) -> list[ir.Value]:
+    """Join cached and new positions.
+
+    Args:
+        emit: Takes the nodes.
+        node: A JoinPositions node.
+
+    Returns:
+        The positions `[B, C, W + S]` and the float32 state `[B, C, W]`.
+    """
+    states, past = node.inputs
+    assert past is not None
+    joined = emit.call("Concat", emit.narrow(past), states, axis=2)
+    first, last = emit.integers(-size_of(past, 2)), emit.integers(_END)
+    present = emit.call("Slice", joined, first, last, emit.integers(2))
+    return [joined, emit.wide(present)]
 
 
 def lower_linear_attention(emit: Emitter, node: ir.Node) -> list[ir.Value]:

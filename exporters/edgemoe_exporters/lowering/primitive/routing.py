@@ -52,6 +52,13 @@ def lower_route(emit: Emitter, route: RouteNode) -> tuple[list[ir.Value], ir.Val
         gates = where(emit, used, gates, 0.0)
     else:
         gates, indices, used = _choose(emit, route, logits, used)
+    within = used
+    if rule.idle:
+        taken = emit.call("Less", indices, emit.integers(route.experts))
+        used = emit.call("And", used, taken)
+        gates = where(emit, taken, gates, 0.0)
+        # The gate is 0 there, so that any expert will do.
+        indices = emit.call("Where", taken, indices, emit.integers(0))
     if route.expert_scale is not None:
         scale = emit.call("Gather", route.expert_scale, indices, axis=0)
         gates = emit.call("Mul", gates, scale)
@@ -59,7 +66,7 @@ def lower_route(emit: Emitter, route: RouteNode) -> tuple[list[ir.Value], ir.Val
         gates = emit.call("Mul", gates, emit.number(rule.scaling_factor))
     gates.type = ir.TensorType(FLOAT32)
     outputs = [gates, indices, *([_count(emit, used, indices)] if route.counts else [])]
-    return outputs, _max_used(emit, route, used)
+    return outputs, _max_used(emit, route, within)
 
 
 def _max_used(emit: Emitter, route: RouteNode, used: ir.Value) -> ir.Value:

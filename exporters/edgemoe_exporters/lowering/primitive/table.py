@@ -13,6 +13,7 @@ from edgemoe_exporters.lowering.primitive.attention import (
 )
 from edgemoe_exporters.lowering.primitive.recurrence import (
     lower_causal_conv,
+    lower_join_positions,
     lower_linear_attention,
     lower_new_mask,
     lower_softplus,
@@ -35,6 +36,7 @@ LOWERINGS: dict[str, Callable[[Emitter, ir.Node], list[ir.Value]]] = {
     "NewMask": lower_new_mask,
     "Softplus": lower_softplus,
     "CausalConv": lower_causal_conv,
+    "JoinPositions": lower_join_positions,
     "LinearAttention": lower_linear_attention,
 }
 """Ops that need nothing but their node."""

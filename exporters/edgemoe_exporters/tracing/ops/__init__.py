@@ -2,9 +2,9 @@
 
 Where engines differ, the trace keeps a computation whole, as nodes of the domain `edgemoe`:
 Route, Experts (or FactoredExperts), Attention (AttendAll where the model joins past and present
-itself, after SelectKeys or SelectBlocks where it attends to some), LinearAttention and
-CausalConv (with NewMask, which hides padding from them), RotaryEmbedding (Angles where it
-rotates in another way), and RMSNorm. Each is a torch custom op, so that a model prepared
+itself, after SelectKeys or SelectBlocks where it attends to some), LinearAttention, CausalConv
+and JoinPositions (with NewMask, which hides padding from them), RotaryEmbedding (Angles where
+it rotates in another way), and RMSNorm. Each is a torch custom op, so that a model prepared
 for tracing still runs eagerly.
 Softplus is torch's own, kept whole because it must be computed in float32.
 
@@ -25,11 +25,16 @@ from edgemoe_exporters.tracing.ops.attention import (
 )
 from edgemoe_exporters.tracing.ops.factored import factored_experts
 from edgemoe_exporters.tracing.ops.moe import experts, route
-from edgemoe_exporters.tracing.ops.recurrence import causal_conv, linear_attention, new_mask
+from edgemoe_exporters.tracing.ops.recurrence import (
+    causal_conv,
+    join_positions,
+    linear_attention,
+    new_mask,
+)
 from edgemoe_exporters.tracing.ops.selection import select_blocks, select_keys
 
 __all__ = [
     "angles", "attend_all", "attention", "causal_conv", "experts", "factored_experts",
-    "linear_attention", "new_mask", "rms_norm", "rotary", "route", "select_blocks",
-    "select_keys",
+    "join_positions", "linear_attention", "new_mask", "rms_norm", "rotary", "route",
+    "select_blocks", "select_keys",
 ]  # fmt: skip

@@ -37,12 +37,14 @@ def route(
     group_score: str,
     group_fill: float,
     jitter: float,
+    idle: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose each token's experts and weights, as `edgemoe.models.routing.routers.route`.
 
     Args:
         hidden: Input of the router's projection, float `[T, H]`.
-        weight: Router rows, float `[E, H]`.
+        weight: Router rows, float `[E, H]`; these and the biases have a row for each idle
+            choice after those of the experts.
         logit_bias: Part of the logits, float `[E]`, or None.
         correction_bias: Added for the choice only, float `[E]`, or None.
         expert_scale: Multiplies each expert's weights, float `[E]`, or None.
@@ -61,10 +63,11 @@ def route(
         group_score: Score that ranks a group.
         group_fill: Choice score of experts outside the best groups.
         jitter: Of `sparsemixer`.
+        idle: Number of choices that stand for no expert.
 
     Returns:
         Weights, float `[T, top_k]`, and expert ids, int64 `[T, top_k]`, best first. A slot
-        beyond the cap has weight 0 and id E.
+        beyond the cap, or of an idle choice, has weight 0 and id E.
     """
     rule = RouterRule(
         scoring=cast("Scoring", scoring),
@@ -78,6 +81,7 @@ def route(
         group_score=cast("Literal['top2', 'max']", group_score),
         group_fill=group_fill,
         jitter=jitter,
+        idle=idle,
     )
     routing = route_by_rule(
         hidden,
@@ -113,6 +117,7 @@ def _(
     group_score: str,
     group_fill: float,
     jitter: float,
+    idle: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (hidden.shape[0], top_k)
     return hidden.new_empty(shape), hidden.new_empty(shape, dtype=torch.int64)

@@ -66,6 +66,29 @@ def _(
     return states.new_empty(states.shape), past.new_empty(past.shape)
 
 
+@torch.library.custom_op("edgemoe::join_positions", mutates_args=())
+def join_positions(
+    states: torch.Tensor, past: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the latest positions before the new ones, for what looks back a few of them.
+
+    Args:
+        states: Of new tokens, float `[B, C, S]`.
+        past: The latest positions before them, float `[B, C, W]`; zeros at the start.
+
+    Returns:
+        float `[B, C, W + S]`, and the latest positions now, float `[B, C, W]`.
+    """
+    joined = torch.cat([past.to(states.dtype), states], dim=2)
+    return joined, joined[:, :, joined.shape[2] - past.shape[2] :].to(past.dtype).clone()
+
+
+@join_positions.register_fake
+def _(states: torch.Tensor, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, channels, new = states.shape
+    return states.new_empty(batch, channels, past.shape[2] + new), past.new_empty(past.shape)
+
+
 @torch.library.custom_op("edgemoe::linear_attention", mutates_args=())
 def linear_attention(
     query: torch.Tensor,

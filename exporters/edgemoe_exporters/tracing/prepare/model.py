@@ -23,6 +23,7 @@ from edgemoe_exporters.precision import PRECISIONS
 from edgemoe_exporters.tracing import ops
 from edgemoe_exporters.tracing.cache import CacheTensor, TraceCache
 from edgemoe_exporters.tracing.prepare.attention import ACTIVE, ATTENTION, Attender, register
+from edgemoe_exporters.tracing.prepare.convolved import replace_convolved
 from edgemoe_exporters.tracing.prepare.indexers import replace_indexers
 from edgemoe_exporters.tracing.prepare.moe import replace_moe
 from edgemoe_exporters.tracing.prepare.norms import replace_norms
@@ -47,7 +48,6 @@ WITHOUT_GRAPH = frozenset(
         "inkling2_text",
         "inkling_text",
         "qwen4_exp_text",
-        "zaya",
     }
 )
 _WITH_GRAPH = ", ".join(name for name in FAMILIES if name not in WITHOUT_GRAPH)
@@ -175,6 +175,7 @@ class TraceModule(nn.Module):
             rule.group_score,
             rule.group_fill,
             rule.jitter,
+            rule.idle,
         )
         return weights, weights, indices
 
@@ -210,6 +211,7 @@ def prepared(model: MoeModel) -> Iterator[TraceModule]:
             replace_moe(stack, module, layer, position)
         replace_norms(stack, lm)
         replace_recurrence(stack, lm, module.attender)
+        replace_convolved(stack, lm, module.attender)
         replace_indexers(stack, lm, module.attender)
         if not _dry_run_usual(stack, module):
             replace_rotary(stack, lm, usual=False)

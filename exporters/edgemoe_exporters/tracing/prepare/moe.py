@@ -64,17 +64,18 @@ def _route_after(
     """Keep the router's transformation of its input, and replace its projection."""
     router: Any = layer.router
     inputs: list[torch.Tensor] = []
+    assert layer.rule is not None
+    classes = layer.num_experts + layer.rule.idle
 
     def keep(hidden: torch.Tensor) -> torch.Tensor:
         inputs[:] = [hidden]
-        return hidden.new_zeros((*hidden.shape[:-1], layer.num_experts))
+        return hidden.new_zeros((*hidden.shape[:-1], classes))
 
-    def route(
-        hidden: torch.Tensor, *rest: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # Its result for the zeros is not used, and leaves the graph.
-        type(router).forward(router, hidden, *rest)
-        return module.route(layer, position, inputs.pop())
+    def route(hidden: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        # Its choice for the zeros is not used, and leaves the graph; what else it returns, such
+        # as a state for the next layer's router, comes before the rows.
+        others = type(router).forward(router, hidden, *rest, **options)[3:]
+        return *module.route(layer, position, inputs.pop()), *others
 
     _replace_forward(stack, router.get_submodule(projection), keep)
     _replace_forward(stack, router, route)
