@@ -1,6 +1,6 @@
 """Size, perplexity and decoding speed of the demo's models, in bars.
 
-python docs/pictures/demo.py benchmarks/results/2026-11-22-demo.json docs/images/demo.svg
+python docs/pictures/demo.py benchmarks/results/2026-12-01-demo.json docs/images/demo.svg
 """
 
 from __future__ import annotations
