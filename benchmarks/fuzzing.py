@@ -13,7 +13,8 @@ from pathlib import Path
 
 import click
 
-from benchmarks.fuzz.formats import FORMATS, make_base
+from benchmarks.fuzz.formats import FORMATS
+from benchmarks.fuzz.good_files import make_base
 from benchmarks.fuzz.run import Case, check_undamaged, import_first, run_case
 from benchmarks.tables import write_table
 

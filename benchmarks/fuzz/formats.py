@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.fuzz.mutations import in_header, in_line, mutate_bytes, mutate_json
+from benchmarks.fuzz.mutations import (
+    in_entry,
+    in_header,
+    in_line,
+    mutate_bytes,
+    mutate_json,
+)
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     Mutation = Callable[[bytes, random.Random], bytes]
 
-_WORDS = 96  # of the tiny models' vocabulary
 _BOTH: tuple[Mutation, ...] = (mutate_bytes, mutate_json)
 _HEADER: tuple[Mutation, ...] = (mutate_bytes, in_header(mutate_json))
 
@@ -44,6 +45,7 @@ class Format:
 
 
 _EVALUATE = "evaluate {base}/moe --task t={base}/test.jsonl"
+_CHAT = "evaluate {base}/chat --task t={base}/chat.jsonl"
 _RUN = "run {base}/bundle --prompt w1 --max-new-tokens 1"
 FORMATS = (
     Format(
@@ -80,6 +82,60 @@ FORMATS = (
         file="choice.jsonl",
         mutations=(mutate_bytes, in_line(mutate_json)),
         commands=("evaluate {base}/moe --task t={base}/choice.jsonl",),
+    ),
+    Format(
+        name="task file of messages",
+        file="chat.jsonl",
+        mutations=(mutate_bytes, in_line(mutate_json)),
+        commands=(_CHAT,),
+    ),
+    Format(name="tokenizer_config.json", file="chat/tokenizer_config.json", commands=(_CHAT,)),
+    Format(
+        name="chat_template.jinja",
+        file="chat/chat_template.jinja",
+        mutations=(mutate_bytes,),
+        commands=(_CHAT,),
+    ),
+    Format(
+        name="k_policy.json",
+        file="adaptive/k_policy.json",
+        mutations=(mutate_json, mutate_json, mutate_bytes),
+        commands=(
+            "inspect {base}/adaptive",
+            "evaluate {base}/adaptive --task t={base}/test.jsonl",
+        ),
+    ),
+    Format(
+        name="FP8 weights",
+        file="fp8/model.safetensors",
+        mutations=_HEADER,
+        commands=("inspect {base}/fp8", "evaluate {base}/fp8 --task t={base}/test.jsonl"),
+    ),
+    Format(
+        name="config.json of FP8 weights",
+        file="fp8/config.json",
+        mutations=(in_entry("quantization_config", mutate_json),),
+        commands=("inspect {base}/fp8", "evaluate {base}/fp8 --task t={base}/test.jsonl"),
+    ),
+    Format(
+        name="GPTQ weights",
+        file="gptq/model.safetensors",
+        mutations=_HEADER,
+        commands=("inspect {base}/gptq", "evaluate {base}/gptq --task t={base}/test.jsonl"),
+    ),
+    Format(
+        name="quantize_config.json",
+        file="gptq/quantize_config.json",
+        commands=("inspect {base}/gptq", "evaluate {base}/gptq --task t={base}/test.jsonl"),
+    ),
+    Format(
+        name="GGUF file",
+        file="moe.gguf",
+        mutations=(mutate_bytes,),
+        commands=(
+            "inspect {base}/moe.gguf",
+            "evaluate {base}/moe.gguf --task t={base}/test.jsonl",
+        ),
     ),
     Format(
         name="statistics",
@@ -150,96 +206,3 @@ FORMATS = (
         commands=("inspect {base}/report",),
     ),
 )
-
-
-def make_base(folder: Path) -> None:
-    """Write one good file of each format.
-
-    Args:
-        folder: A new directory.
-
-    Raises:
-        RuntimeError: A command failed on good files.
-    """
-    from edgemoe.models.tiny import tiny_config, tiny_model, write_tiny_checkpoint
-
-    folder.mkdir()
-    write_tiny_checkpoint("glm4_moe", folder / "moe")
-    tiny_model(tiny_config("qwen2_moe")).save_pretrained(
-        folder / "sharded", max_shard_size="200KB"
-    )
-    shutil.copy(folder / "moe" / "tokenizer.json", folder / "sharded")
-    draw = random.Random(0)
-
-    def text(words: int) -> str:
-        return " ".join(f"w{draw.randrange(_WORDS)}" for _ in range(words))
-
-    lines: list[dict[str, object]] = [{"text": text(30)} for _ in range(24)]
-    choices: list[dict[str, object]] = [
-        {"prompt": text(8), "choices": ["w5", "w7"], "answer": draw.randrange(2)}
-        for _ in range(6)
-    ]
-    for name, rows in {
-        "train": lines[:16],
-        "test": lines[16:],
-        "choice": choices,
-    }.items():
-        content = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(content, encoding="utf-8")
-    for command in (
-        "calibrate {base}/moe --task t={base}/train.jsonl -o {base}/stats",
-        "calibrate {base}/moe --task t={base}/test.jsonl -o {base}/more",
-        "prune {base}/moe --stats {base}/stats --task t --method reap --keep 0.5 "
-        "-o {base}/plan.json",
-        "decompose {base}/moe --stats {base}/stats --task t --method svd --param-ratio 0.6 "
-        "-o {base}/factors.json",
-        "prune {base}/moe --stats {base}/stats --task t --method moe-i2 --keep 0.7 "
-        "-o {base}/uneven.json",
-        "apply {base}/moe --plan {base}/uneven.json -o {base}/ragged",
-        "export {base}/moe --target cpu --precision fp32 -o {base}/bundle",
-        "sweep {base}/moe --task t={base}/train.jsonl --method reap --keep 0.5,1.0 "
-        "--max-drop 0.5 --accept-weak-evidence -o {base}/report",
-    ):
-        run_command(command.format(base=folder))
-    (folder / "engine.json").write_text(_engine_key(folder), encoding="utf-8")
-
-
-def run_command(command: str) -> None:
-    """Run a command on good files.
-
-    Args:
-        command: Arguments of `edgemoe`.
-
-    Raises:
-        RuntimeError: It failed.
-    """
-    import subprocess
-    import sys
-
-    ran = subprocess.run(
-        [sys.executable, "-m", "edgemoe.cli", *command.split()],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ran.returncode:
-        raise RuntimeError(f"edgemoe {command} failed: {ran.stderr[-500:]}")
-
-
-def _engine_key(folder: Path) -> str:
-    """Write a key as `edgemoe compile` does, of a graph that was never compiled."""
-    from edgemoe_runtime.bundle.engine_cache import EngineKey
-
-    graph = (folder / "bundle" / "model.onnx").read_bytes()
-    return EngineKey(
-        task="model",
-        precision="fp32",
-        graph_sha256=hashlib.sha256(graph).hexdigest(),
-        engine_sha256=hashlib.sha256(b"x").hexdigest(),
-        engine_size=1,
-        package="tensorrt_rtx",
-        package_version="1.7.1",
-        compute_capability=89,
-        shapes={"input_ids": ((1, 1), (1, 8), (1, 64))},
-        flags={"strongly_typed": True},
-    ).dumps()

@@ -116,6 +116,29 @@ def in_header(mutate: Callable[[bytes, random.Random], bytes]) -> Callable[..., 
     return changed
 
 
+def in_entry(
+    name: str, mutate: Callable[[bytes, random.Random], bytes]
+) -> Callable[..., bytes]:
+    """Apply a mutation of JSON to one entry of a document.
+
+    Args:
+        name: The entry.
+        mutate: The mutation.
+
+    Returns:
+        A mutation of the document.
+    """
+
+    def changed(content: bytes, draw: random.Random) -> bytes:
+        document = json.loads(content)
+        mark = "@@fuzz@@"
+        entry, document[name] = document[name], mark
+        made = mutate(json.dumps(entry).encode(), draw)
+        return json.dumps(document).encode().replace(f'"{mark}"'.encode(), made)
+
+    return changed
+
+
 def in_line(mutate: Callable[[bytes, random.Random], bytes]) -> Callable[..., bytes]:
     """Apply a mutation of JSON to one line of a JSON Lines file.
 
