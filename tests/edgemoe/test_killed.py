@@ -32,6 +32,7 @@ COMMANDS = {
     "prune": ("prune {moe} --stats {one} --task t --method reap --keep 0.5", 14),
     "decompose": ("decompose {moe} --stats {one} --task t --method svd --param-ratio 0.6", 14),
     "merge-stats": ("merge-stats {one} {two}", 14),
+    "allocate": ("allocate {moe} --task t={lines} --policy top-p --mean-k 1.5", 14),
     "carve": ("carve {dense} --experts 4 --top-k 2 --data {text} --max-tokens 512", 60),
 }
 
@@ -41,6 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("files")
     names = ("moe", "dense", "one", "two", "text")
     found = {name: folder / name for name in names}
+    found["lines"] = folder / "one.jsonl"
     write_tiny_checkpoint("glm4_moe", found["moe"])
     config = LlamaConfig(
         vocab_size=96,
