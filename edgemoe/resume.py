@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 # Of what work directories hold: one of another layout cannot be gone on from.
-_LAYOUT = 3
+_LAYOUT = 4
 
 
 class Stamped(Protocol):

@@ -235,7 +235,39 @@ def is_near_tie(
     by_logits = raw or rule.softmax_of_chosen or rule.bias_on == "logits"
     slope = 1.0 if by_logits else 0.5 if rule.scoring == "sqrtsoftplus" else 0.25
     rounding = 2 * epsilon * last.abs() + slope * 32 * epsilon * logits.abs().amax(dim=-1)
-    return last - next_best <= rounding
+    tied = last - next_best <= rounding
+    return tied | is_near_jump(logits, rule, int(places.max()), 32 * epsilon)
+
+
+def is_near_jump(
+    logits: torch.Tensor, rule: RouterRule, top_k: int, resolution: float
+) -> torch.Tensor:
+    """Find the tokens whose gates jump if logits change a little.
+
+    Gates of most rules follow logits smoothly as long as the experts stay the same. Those of
+    `sparsemixer` do not: one more expert at the edge of the band takes half of a gate, and of
+    two experts in the band the first has half a gate and the second a whole one.
+
+    Args:
+        logits: float32 [tokens, experts].
+        rule: How the family chooses.
+        top_k: Experts per token.
+        resolution: Relative change of the logits, in (0, 1).
+
+    Returns:
+        bool [tokens].
+    """
+    found = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    if rule.scoring != "sparsemixer":
+        return found
+    left = logits
+    for _ in range(top_k):
+        best, index = left.max(dim=-1, keepdim=True)
+        left = left.scatter(-1, index, float("-inf"))
+        band = (best - left) / torch.maximum(left.abs(), best)
+        at_edge = (band - 2 * rule.jitter).abs() <= resolution
+        found |= ((band <= resolution) | at_edge).any(dim=-1)
+    return found
 
 
 def _score(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor:

@@ -12,7 +12,12 @@ from safetensors.numpy import load, save
 from edgemoe.layerwise.batch import Batch
 from edgemoe.layerwise.runner import LayerTask, run_layers
 from edgemoe.models.hooks import observe
-from edgemoe.models.routing.routers import is_near_tie, probability_of, select
+from edgemoe.models.routing.routers import (
+    is_near_jump,
+    is_near_tie,
+    probability_of,
+    select,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +30,8 @@ if TYPE_CHECKING:
 _ROW_TOKENS = 24
 # Batch and lengths of successive calls; their sums are at most _ROW_TOKENS. GroupQueryAttention
 # continues a batch by one token at a time only.
+# How far logits may be off that follow from activations in float16, relative.
+_HALF_RESOLUTION = 2**-8
 _SCHEDULES = ((1, (16, 1, 1, 1, 1)), (1, (5, 4, 3)), (2, (7, 1, 1)))
 
 
@@ -37,12 +44,15 @@ class EagerRun:
         steps: Lengths of the calls in which the graph gets them; their sum is `tokens`.
         logits: float32 `[batch, tokens, vocabulary]`.
         decided: bool `[batch, tokens]`: no router was near a tie up to this token.
+        steady: bool `[batch, tokens]`: no gate up to this token jumps if logits change by what
+            float16 rounds; all of them but in families with `sparsemixer`.
     """
 
     ids: np.ndarray[Any, np.dtype[np.int64]]
     steps: tuple[int, ...]
     logits: np.ndarray[Any, np.dtype[np.float32]]
     decided: np.ndarray[Any, np.dtype[np.bool_]]
+    steady: np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class EagerRows(LayerTask):
@@ -68,12 +78,13 @@ class EagerRows(LayerTask):
             used += batch
         self.current = 0
         self._tied = [torch.zeros(rows.size, dtype=torch.bool) for rows in self.rows]
+        self._jumping = [torch.zeros(rows.size, dtype=torch.bool) for rows in self.rows]
         self._logits: list[np.ndarray[Any, np.dtype[np.float32]]] = []
 
     def note_ties(
         self, layer: MoeLayer, hidden: torch.Tensor, routing: Routing, _: object
     ) -> None:
-        """Record the near ties of a layer; for `edgemoe.models.hooks.observe`."""
+        """Record the near ties and jumps of a layer; for `edgemoe.models.hooks.observe`."""
         if layer.rule is None:
             return
         used = (routing.indices < layer.num_experts).sum(dim=-1)
@@ -88,21 +99,30 @@ class EagerRows(LayerTask):
             mass = probability_of(routing.logits, layer.rule).gather(-1, chosen)
             tied |= layer.k_rule.is_near_tie(hidden, mass)
         self._tied[self.current] |= tied
+        self._jumping[self.current] |= is_near_jump(
+            routing.logits, layer.rule, layer.slots, _HALF_RESOLUTION
+        )
 
     def before_batch(self, number: int) -> None:
         """Note the index of the batch that runs next."""
         self.current = number
 
     def state(self, index: int) -> dict[str, torch.Tensor]:
-        """Return the ties so far."""
+        """Return the ties and jumps so far."""
         del index
-        return {str(number): tied for number, tied in enumerate(self._tied)}
+        return {
+            f"{kind}.{number}": found
+            for kind, rows in (("tied", self._tied), ("jumping", self._jumping))
+            for number, found in enumerate(rows)
+        }
 
     def restore(self, index: int, read: Callable[[], Mapping[str, torch.Tensor]]) -> None:
-        """Restore the ties that an earlier process recorded."""
+        """Restore what an earlier process recorded."""
         del index
         tensors = read()
-        self._tied = [tensors[str(number)].clone() for number in range(len(self.rows))]
+        numbers = range(len(self.rows))
+        self._tied = [tensors[f"tied.{number}"].clone() for number in numbers]
+        self._jumping = [tensors[f"jumping.{number}"].clone() for number in numbers]
 
     def take(self, number: int, logits: torch.Tensor) -> None:
         """Add the logits of the next batch.
@@ -122,9 +142,10 @@ class EagerRows(LayerTask):
                 steps,
                 logits,
                 ~np.logical_or.accumulate(tied.numpy().reshape(rows.shape), axis=1),
+                ~np.logical_or.accumulate(jumping.numpy().reshape(rows.shape), axis=1),
             )
-            for rows, (_, steps), logits, tied in zip(
-                self.rows, _SCHEDULES, self._logits, self._tied, strict=True
+            for rows, (_, steps), logits, tied, jumping in zip(
+                self.rows, _SCHEDULES, self._logits, self._tied, self._jumping, strict=True
             )
         ]
 
@@ -146,6 +167,7 @@ def runs_to_bytes(runs: Sequence[EagerRun]) -> bytes:
             ("steps", np.array(run.steps)),
             ("logits", run.logits),
             ("decided", run.decided),
+            ("steady", run.steady),
         )
     }
     return save(arrays)
@@ -167,8 +189,9 @@ def runs_from_bytes(content: bytes) -> list[EagerRun]:
             tuple(arrays[f"{number}/steps"].tolist()),
             arrays[f"{number}/logits"],
             arrays[f"{number}/decided"],
+            arrays[f"{number}/steady"],
         )
-        for number in range(len(arrays) // 4)
+        for number in range(len(arrays) // 5)
     ]
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edgemoe.errors import CheckpointError
 from edgemoe.models import RouterRule, adapt_model, route
-from edgemoe.models.routing.routers import is_near_tie, select
+from edgemoe.models.routing.routers import is_near_jump, is_near_tie, select
 from edgemoe.models.tiny import tiny_config, tiny_model
 
 if TYPE_CHECKING:
@@ -216,3 +216,25 @@ def test_groups_that_a_token_may_use_hold_all_that_it_uses(
     _, _, indices = layer.router(hidden)
     groups = indices // least
     assert all(len(set(row)) <= topk_group for row in groups.tolist())
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    jitter=st.sampled_from([0.01, 0.05, 0.2]),
+    top_k=st.integers(1, 3),
+)
+def test_gates_that_are_not_near_a_jump_stay_when_logits_change_a_little(
+    seed: int, jitter: float, top_k: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randn(200, 8, generator=draw)
+    moved = logits * (1 + 5e-4 * (2 * torch.rand(logits.shape, generator=draw) - 1))
+    rule = RouterRule(scoring="sparsemixer", renormalise=False, jitter=jitter)
+    near = is_near_jump(logits, rule, top_k, 4e-3)
+    before, after = (select(of, None, rule, top_k) for of in (logits, moved))
+    assert torch.equal(before.indices[~near], after.indices[~near])
+    torch.testing.assert_close(before.weights[~near], after.weights[~near], atol=5e-3, rtol=0)
+    # It is no excuse for all tokens.
+    assert near.float().mean() < 0.5
+    smooth = RouterRule(scoring="softmax", renormalise=True)
+    assert not is_near_jump(logits, smooth, top_k, 4e-3).any()
