@@ -6,10 +6,11 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 
 from edgemoe.errors import EdgemoeError
 from edgemoe.k_rule import KRule
-from edgemoe.models.routing.routers import Routing, select
+from edgemoe.models.routing.routers import Routing, select, shared_gates, shared_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -47,11 +48,10 @@ def observe(model: MoeModel, callback: Observer) -> Iterator[None]:
 def _observe_layer(layer: MoeLayer, callback: Observer, stack: contextlib.ExitStack) -> None:
     logits: list[torch.Tensor] = []
 
-    def keep_logits(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        found = output if isinstance(output, torch.Tensor) else output[0]
+    def keep_logits(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         # A router may have classes that are no routed expert, after those that are.
-        classes = layer.num_experts + (layer.rule.idle if layer.rule else 0)
-        logits[:] = [found.reshape(-1, found.shape[-1])[:, :classes]]
+        classes = layer.num_experts + (layer.rule.further_rows if layer.rule else 0)
+        logits[:] = [_logits(layer, arguments[0], output)[:, :classes]]
 
     def call_back(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         hidden, indices, weights = arguments
@@ -64,6 +64,16 @@ def _observe_layer(layer: MoeLayer, callback: Observer, stack: contextlib.ExitSt
     # What the experts are given is what counts, whoever changed it after the router.
     stack.callback(logits_module(layer).register_forward_hook(keep_logits).remove)
     stack.callback(layer.experts.register_forward_pre_hook(call_back).remove)
+
+
+def _logits(layer: MoeLayer, hidden: torch.Tensor, output: Any) -> torch.Tensor:
+    """Return logits [tokens, experts + further rows] of a call of `logits_module`."""
+    if layer.rule is not None and layer.rule.shared:
+        # The router keeps those of shared experts to itself.
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return functional.linear(flat.float(), layer.router_weight.float())
+    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return found.reshape(-1, found.shape[-1])
 
 
 def logits_module(layer: MoeLayer) -> nn.Module:
@@ -141,8 +151,7 @@ def follow(layer: MoeLayer, stack: contextlib.ExitStack, cap: int | None = None)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keep_logits(_: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        logits = output if isinstance(output, torch.Tensor) else output[0]
-        seen[:] = [(arguments[0], logits)]
+        seen[:] = [(arguments[0], _logits(layer, arguments[0], output))]
 
     def limit(
         _: nn.Module, __: tuple[Any, ...], output: tuple[torch.Tensor, ...]
@@ -156,7 +165,7 @@ def follow(layer: MoeLayer, stack: contextlib.ExitStack, cap: int | None = None)
             if isinstance(wanted, torch.Tensor):
                 wanted = wanted.clamp(max=slots)
             routing = select(
-                logits.reshape(-1, logits.shape[-1]),
+                logits,
                 layer.correction_bias,
                 layer.rule,
                 max(rule.slots, layer.top_k),
@@ -167,6 +176,12 @@ def follow(layer: MoeLayer, stack: contextlib.ExitStack, cap: int | None = None)
             shape = (*weights.shape[:-1], routing.weights.shape[-1])
             weights = routing.weights.to(weights.dtype).reshape(shape)
             indices = routing.indices.reshape(shape)
+            scores = shared_scores(routing.logits, layer.rule)
+            if scores is not None:
+                # What is left goes to the experts that every token uses.
+                scale = layer.rule.scaling_factor
+                total = scale if layer.gate_scale is None else scale * layer.gate_scale
+                rest[0] = shared_gates(scores, routing.weights, total).to(weights.dtype)
         return first, weights, indices, *rest
 
     stack.callback(logits_module(layer).register_forward_hook(keep_logits).remove)

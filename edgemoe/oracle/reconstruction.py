@@ -100,14 +100,14 @@ class Reconstruction:
     def _route(self, ids: torch.Tensor) -> Routing:
         layer = self._layer
         if layer.rule is not None:
-            idle = torch.arange(self.num_experts, self.num_experts + layer.rule.idle)
-            left = torch.cat((ids, idle))
+            further = torch.arange(self.num_experts, self._logits.shape[1])
+            left = torch.cat((ids, further))
             return select(
                 self._logits[:, left],
-                None if self._bias is None else self._bias[left],
+                None if self._bias is None else self._bias[left[: len(ids) + layer.rule.idle]],
                 layer.rule,
                 layer.top_k,
-                expert_scale=None if self._scale is None else self._scale[left],
+                expert_scale=None if self._scale is None else self._scale[ids],
             )
         with torch.no_grad(), layer.changed(layer.select(ids.tolist())):
             answers = [

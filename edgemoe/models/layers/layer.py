@@ -13,6 +13,7 @@ from edgemoe.errors import CheckpointError
 from edgemoe.models.discovery import set_expert_count
 from edgemoe.models.experts import reassign_ids
 from edgemoe.models.factored_experts import is_factored, run_factored
+from edgemoe.models.layers.router_tensors import RouterRoles
 from edgemoe.models.layers.width_axis import follow_width, width_axis
 from edgemoe.models.shapes import LayerShape
 from edgemoe.models.shared_basis_experts import INPUT_BASIS, OUTPUT_BASIS, is_based
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False, kw_only=True)
-class MoeLayer:
+class MoeLayer(RouterRoles):
     """Live view of one MoE layer; reading goes to the modules, nothing is copied.
 
     Attributes:
@@ -118,31 +119,6 @@ class MoeLayer:
     def down(self) -> torch.Tensor:
         """Down projections [num_experts, hidden, intermediate]."""
         return self._canonical("down_proj")
-
-    @property
-    def router_weight(self) -> torch.Tensor:
-        """Router rows [num_experts, inputs]; this and the biases with the idle choices'."""
-        return self._role("weight")
-
-    @property
-    def router_inputs(self) -> int:
-        """Width of what the router rows are multiplied with."""
-        return int(self.router_weight.shape[1])
-
-    @property
-    def correction_bias(self) -> torch.Tensor | None:
-        """Bias of the choice scores [num_experts], where the rule has one."""
-        return self._optional("correction_bias")
-
-    @property
-    def logit_bias(self) -> torch.Tensor | None:
-        """Bias of the logits [num_experts], where the rule has one."""
-        return self._optional("logit_bias")
-
-    @property
-    def expert_scale(self) -> torch.Tensor | None:
-        """What gates are multiplied by [num_experts], where the rule has it."""
-        return self._optional("expert_scale")
 
     @property
     def num_experts(self) -> int:
@@ -392,12 +368,3 @@ class MoeLayer:
     def _canonical(self, name: str) -> torch.Tensor:
         tensor = self.tensor(f"{self.spec.experts}.{name}")
         return tensor if self.layout.is_canonical else self.layout.to_canonical(name, tensor)
-
-    def _optional(self, role: str) -> torch.Tensor | None:
-        roles = self.spec.routing.tensors
-        return None if roles is None or getattr(roles, role) is None else self._role(role)
-
-    def _role(self, role: str) -> torch.Tensor:
-        name: str = getattr(self.spec.routing.tensors, role)
-        tensor = self.tensor(name)
-        return tensor if role == "weight" else tensor.reshape(-1)

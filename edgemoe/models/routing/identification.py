@@ -89,6 +89,8 @@ def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterSp
                 least = max(least, -(-needed // multiple))
             rule = replace(rule, min_group_size=least)
             roles = replace(tensors, correction_bias=correction, expert_scale=scale)
+            if probe.gate_scale is not None:
+                roles = replace(roles, gate_scale=probe.gate_scale[0])
             return replace(spec, rule=rule, tensors=roles, least=least)
     return spec
 
@@ -118,14 +120,18 @@ def _logits(
     if probe.rows is None:
         return
     if answer.projected is not None:
-        if answer.projected.shape[-1] == experts + probe.idle:
+        if answer.projected.shape[-1] == experts + probe.further_rows:
             projection = probe.projection() if answer.transformed else ""
             yield answer.projected, RouterTensors(weight=probe.rows, projection=projection)
         return
     rows = probe.row_weights()
-    if rows.shape[0] != experts:
+    if rows.shape[0] != experts + probe.further_rows:
         return
     products = linear(probe.hidden, rows)
+    if probe.further_rows:
+        if _close(answer.logits, products[:, : answer.logits.shape[-1]]):
+            yield products, RouterTensors(weight=probe.rows)
+        return
     for name, bias in probe.vectors.items():
         if _close(answer.logits, products + bias):
             yield products + bias, RouterTensors(weight=probe.rows, logit_bias=name)
@@ -156,12 +162,18 @@ def _explain(
     scales = None if scale is None else probe.vectors[scale]
     top_k = answer.indices.shape[-1]
     indices = answer.indices
-    if probe.idle:
+    if probe.further_rows:
         # The family names some expert where it uses none.
         indices = indices.masked_fill(answer.weights == 0, experts)
     wanted, order = indices.sort(dim=-1)
     gates = answer.weights.gather(-1, order)
-    for choosing in _choosing_rules(experts, top_k, bias is not None, jitter, probe.idle):
+    if probe.gate_scale is not None:
+        gates = gates / probe.gate_scale[1]
+    for choosing in _choosing_rules(
+        experts, top_k, bias is not None, jitter, probe.further_rows
+    ):
+        if bias is not None and len(bias) != experts + choosing.idle:
+            continue
         routing = select(logits, bias, choosing, top_k)
         if not torch.equal(routing.indices.sort(dim=-1).values, wanted):
             continue
@@ -181,7 +193,7 @@ def _explain(
 
 
 def _choosing_rules(
-    experts: int, top_k: int, biased: bool, jitter: float, idle: int
+    experts: int, top_k: int, biased: bool, jitter: float, further: int
 ) -> Iterator[RouterRule]:
     """Yield the ways to choose experts, the plain ones first."""
     plain = [
@@ -189,8 +201,9 @@ def _choosing_rules(
         RouterRule(scoring="sigmoid", renormalise=False),
         RouterRule(scoring="sqrtsoftplus", renormalise=False),
     ]
-    if idle:
-        yield from (replace(rule, idle=idle) for rule in plain)
+    if further:
+        yield from (replace(rule, idle=further) for rule in plain)
+        yield RouterRule(scoring="sigmoid", renormalise=True, shared=further)
         return
     if biased:
         plain += [replace(rule, bias_on="logits") for rule in plain]
@@ -215,7 +228,7 @@ def _choosing_rules(
 def _gate_rules(choosing: RouterRule) -> Iterator[RouterRule]:
     """Yield the ways to compute gates from the same choice."""
     yield choosing
-    if choosing.scoring == "sparsemixer" or choosing.softmax_of_chosen or choosing.idle:
+    if choosing.scoring == "sparsemixer" or choosing.softmax_of_chosen or choosing.further_rows:
         return
     epsilons = _SOFTMAX_EPSILONS if choosing.scoring == "softmax" else _OTHER_EPSILONS
     for epsilon in epsilons:

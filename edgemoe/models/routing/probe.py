@@ -55,7 +55,10 @@ class RouterProbe:
         hidden: The probes, float32 [tokens, hidden].
         rows: Name, from the block on, of the router rows; None where there is no such tensor.
         vectors: The tensors with one number per expert, float32 [experts], by name.
-        idle: Rows after those of the experts, which may stand for the choice of none.
+        further_rows: Rows after those of the experts, which may stand for the choice of none,
+            or for experts that every token uses.
+        gate_scale: Name and value of a number that all gates are proportional to, if there is
+            one.
     """
 
     def __init__(
@@ -92,10 +95,11 @@ class RouterProbe:
         held = {name: self._tensor(name) for name in self._specs}
         matrices = [name for name, value in held.items() if _is_matrix(value)]
         self.rows = matrices[0] if len(matrices) == 1 else None
-        self.idle = 0 if self.rows is None else self._specs[self.rows].tail
+        self.further_rows = 0 if self.rows is None else self._specs[self.rows].tail
         self.vectors = {
             name: value.flatten() for name, value in held.items() if not _is_matrix(value)
         }
+        self.gate_scale = self._find_gate_scale()
 
     def row_weights(self) -> torch.Tensor:
         """Return the router rows, float32 [experts, inputs]."""
@@ -168,6 +172,23 @@ class RouterProbe:
         except Exception:  # whatever a family raises with too few experts
             return False
         return bool(answer.weights.isfinite().all())
+
+    def _find_gate_scale(self) -> tuple[str, float] | None:
+        for name, tensor in self._router.named_parameters():
+            if tensor.numel() != 1:
+                continue
+            value = tensor.data.clone()
+            try:
+                before = self.ask().weights
+                tensor.data = 2 * value
+                after = self.ask().weights
+            except Exception:  # whatever a family raises on settings that make no sense
+                return None
+            finally:
+                tensor.data = value
+            if torch.allclose(after, 2 * before):
+                return f"{self._name}.{name}", float(tensor.detach())
+        return None
 
     def _fill(self, random: torch.Generator) -> None:
         for name, tensor in itertools.chain(

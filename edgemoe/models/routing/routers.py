@@ -18,7 +18,7 @@ class Routing(NamedTuple):
     """Experts and gates that a router chose.
 
     Attributes:
-        logits: float32 [tokens, experts], and a column for each of the rule's idle choices.
+        logits: float32 [tokens, experts], and a column for each of the rule's further rows.
         weights: Gates [tokens, top_k]; 0 in slots that are not used.
         indices: Experts int64 [tokens, top_k]; the number of experts, a sentinel, in slots
             that are not used.
@@ -84,8 +84,8 @@ def select(
     4).
 
     Args:
-        logits: [tokens, experts], and a column for each of the rule's idle choices.
-        correction_bias: As wide, where the rule has one.
+        logits: [tokens, experts], and a column for each of the rule's further rows.
+        correction_bias: [experts], and an entry for each idle choice, where the rule has one.
         rule: How the family chooses.
         top_k: Experts per token.
         k_cap: At most this many, in [1, inf); an int64 scalar tensor stays symbolic, and one
@@ -97,7 +97,7 @@ def select(
     Returns:
         Logits, gates and experts, float32; experts by falling choice score.
     """
-    logits = logits.float()
+    every, logits = logits.float(), choices_of(logits.float(), rule)
     experts = logits.shape[-1] - rule.idle
     used = None
     if k_cap is not None:
@@ -110,7 +110,8 @@ def select(
         choice = _choice(logits, scores, correction_bias, rule)
         indices = torch.topk(choice, top_k, dim=-1, sorted=True).indices
         used = _reach(logits, indices, rule, top_p, used)
-        weights = _gate(scores.gather(-1, indices), rule, used)
+        shared = shared_scores(every, rule)
+        weights = _gate(scores.gather(-1, indices), rule, used, shared)
     if expert_scale is not None:
         weights = weights * expert_scale.float()[indices]
     if rule.scaling_factor != 1.0:
@@ -120,7 +121,52 @@ def select(
     if used is not None:
         weights = torch.where(used, weights, torch.zeros_like(weights))
         indices = torch.where(used, indices, torch.full_like(indices, experts))
-    return Routing(logits, weights, indices)
+    return Routing(every, weights, indices)
+
+
+def choices_of(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor:
+    """Return the logits that choose: those of experts and of idle choices.
+
+    Args:
+        logits: [..., experts + further rows].
+        rule: How the family chooses.
+
+    Returns:
+        [..., experts + idle choices].
+    """
+    return logits[..., : logits.shape[-1] - rule.shared]
+
+
+def shared_scores(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor | None:
+    """Return the scores of experts that every token uses and the router weighs.
+
+    Args:
+        logits: float32 [tokens, experts + further rows].
+        rule: How the family chooses.
+
+    Returns:
+        float32 [tokens, shared]; None where there are no such experts.
+    """
+    if not rule.shared:
+        return None
+    return _score(logits[..., logits.shape[-1] - rule.shared :], rule)
+
+
+def shared_gates(
+    scores: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor | float
+) -> torch.Tensor:
+    """Compute the gates of experts that every token uses: the rest, by their scores.
+
+    Args:
+        scores: Of `shared_scores`, [tokens, shared].
+        weights: Gates of the chosen experts, [tokens, top_k].
+        scale: What all gates add up to.
+
+    Returns:
+        [tokens, shared].
+    """
+    rest = scale - weights.sum(dim=-1, keepdim=True)
+    return rest * scores / scores.sum(dim=-1, keepdim=True)
 
 
 def probability_of(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor:
@@ -131,10 +177,10 @@ def probability_of(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor:
         rule: How the family chooses.
 
     Returns:
-        float32 [tokens, experts], each row with a sum of 1: the softmax of the logits, or the
-        scores divided by their sum where they are no softmax.
+        float32 [tokens, experts + idle choices], each row with a sum of 1: the softmax of the
+        logits, or the scores divided by their sum where they are no softmax.
     """
-    logits = logits.float()
+    logits = choices_of(logits.float(), rule)
     if rule.scoring in ("sigmoid", "sqrtsoftplus"):
         scores = _score(logits, rule)
         return scores / scores.sum(dim=-1, keepdim=True)
@@ -222,7 +268,7 @@ def is_near_tie(
     Returns:
         bool [tokens].
     """
-    logits = logits.float()
+    logits = choices_of(logits.float(), rule)
     raw = rule.scoring == "sparsemixer"
     choice = logits if raw else _choice(logits, _score(logits, rule), correction_bias, rule)
     best = torch.sort(choice, dim=-1, descending=True).values
@@ -302,7 +348,12 @@ def _mask_groups(choice: torch.Tensor, rule: RouterRule) -> torch.Tensor:
     return grouped.masked_fill(~mask.unsqueeze(-1), rule.group_fill).flatten(-2)
 
 
-def _gate(scores: torch.Tensor, rule: RouterRule, used: torch.Tensor | None) -> torch.Tensor:
+def _gate(
+    scores: torch.Tensor,
+    rule: RouterRule,
+    used: torch.Tensor | None,
+    shared: torch.Tensor | None,
+) -> torch.Tensor:
     if rule.softmax_of_chosen:
         if used is not None:
             scores = scores.masked_fill(~used, float("-inf"))
@@ -310,6 +361,8 @@ def _gate(scores: torch.Tensor, rule: RouterRule, used: torch.Tensor | None) -> 
     if rule.renormalise:
         kept = scores if used is None else torch.where(used, scores, torch.zeros_like(scores))
         total = kept.sum(dim=-1, keepdim=True)
+        if shared is not None:
+            total = total + shared.sum(dim=-1, keepdim=True)
         if rule.sum_epsilon:
             total = total + rule.sum_epsilon
         scores = scores / total

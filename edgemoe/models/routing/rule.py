@@ -33,6 +33,9 @@ class RouterRule:
         idle: Number of choices, after the experts, that stand for no expert: a token that
             makes one leaves the slot unused (ZAYA, https://arxiv.org/abs/2511.17127). Only of
             rules that neither renormalise nor form groups.
+        shared: Number of experts that every token uses whose router rows come after those of
+            the others: their scores join the sum that gates are divided by, and they get the
+            rest (Inkling). Only of sigmoid scores that are renormalised.
     """
 
     scoring: Scoring
@@ -48,6 +51,7 @@ class RouterRule:
     sum_epsilon: float = 0.0
     jitter: float = 0.0
     idle: int = 0
+    shared: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.topk_group <= self.n_group:
@@ -55,6 +59,11 @@ class RouterRule:
                 f"topk_group must be in [1, n_group={self.n_group}], got {self.topk_group}. "
                 "Correct config.json."
             )
+
+    @property
+    def further_rows(self) -> int:
+        """Router rows, and logits, after those of the experts."""
+        return self.idle + self.shared
 
     @property
     def softmax_of_chosen(self) -> bool:
@@ -72,11 +81,12 @@ class RouterTensors:
     """Names, from the MoE block on, of what a router computes with.
 
     Attributes:
-        weight: Router rows [experts, inputs]. This and the biases also have an entry for each
-            of the rule's idle choices.
+        weight: Router rows [experts, inputs], and the rule's further rows. The biases have an
+            entry for each of its idle choices, too.
         logit_bias: Part of the logits [experts].
         correction_bias: For the choice only [experts].
         expert_scale: Multiplies gates [experts].
+        gate_scale: Multiplies all gates, and those of shared experts [1].
         projection: Submodule that applies `weight`, where the router transforms its input
             before; empty where logits are products of the router's input.
     """
@@ -85,4 +95,5 @@ class RouterTensors:
     logit_bias: str | None = None
     correction_bias: str | None = None
     expert_scale: str | None = None
+    gate_scale: str | None = None
     projection: str = ""

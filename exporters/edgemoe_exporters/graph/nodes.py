@@ -25,8 +25,8 @@ class RouteNode:
 
     Attributes:
         hidden: float `[T, H]`.
-        weight: Router rows, float `[E, H]`; these and the biases with a row for each idle
-            choice of the rule after those of the experts.
+        weight: Router rows, float `[E, H]`, and the rule's further rows; the biases with an
+            entry for each of its idle choices.
         logit_bias: float `[E]`.
         correction_bias: float `[E]`, where it is not the same for all experts.
         expert_scale: float `[E]`.
@@ -96,13 +96,14 @@ class RouteNode:
                 group_fill=attributes["group_fill"].as_float(),
                 jitter=attributes["jitter"].as_float(),
                 idle=attributes["idle"].as_int(),
+                shared=attributes["shared"].as_int(),
             ),
         )
 
     @property
     def experts(self) -> int:
         """Number of experts."""
-        return LazyWeight.of(self.weight).shape[0] - self.rule.idle
+        return LazyWeight.of(self.weight).shape[0] - self.rule.further_rows
 
 
 def activation_of(node: ir.Node) -> Activation:

@@ -67,15 +67,21 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
     Args:
         past: Cached tensors by name; empty in a dry run.
         joined: Layers that compute keys and values from cached tensors.
+        slots: P + S: cached and new positions.
 
     Attributes:
         given: Keys and values by layer, as passed to the layer's attention.
     """
 
     def __init__(
-        self, past: Mapping[str, torch.Tensor], joined: frozenset[int] = frozenset()
+        self,
+        past: Mapping[str, torch.Tensor],
+        joined: frozenset[int] = frozenset(),
+        slots: int = 0,
     ) -> None:
         super().__init__(layers=[])
+        self._slots = slots
+        self._new = 0
         self.past = past
         self.joined = joined
         self.given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -123,6 +129,15 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """Return 0: positions and masks are inputs of the graph."""
         return 0
+
+    def get_mask_sizes(self, query_length: int, *_: Any, **__: Any) -> tuple[int, int]:
+        """Return P + S, and the first slot: nothing is ever dropped from a cache."""
+        self._new = query_length
+        return self._slots, 0
+
+    def get_query_offset(self, *_: Any, **__: Any) -> int:
+        """Return P, as of the call of `get_mask_sizes` before."""
+        return self._slots - self._new
 
     def has_previous_state(self, *_: Any, **__: Any) -> bool:
         """Return False, so that a layer treats new tokens as it does a prompt."""

@@ -61,7 +61,13 @@ _OPS: dict[
             ("group_fill", _FLOAT),
             ("jitter", _FLOAT),
             ("idle", _INT),
+            ("shared", _INT),
         ],
+    ),
+    "SharedGates": (
+        [("hidden", "T"), ("weight", "T"), ("weights", "T")],
+        [("gates", "T")],
+        [("count", _INT), ("scale", _FLOAT)],
     ),
     "Experts": (
         [
@@ -127,6 +133,7 @@ _OPS: dict[
             ("attention_mask", "tensor(int64)"),
             ("sinks?", "T"),
             ("selected?", "T"),
+            ("bias?", "T"),
         ],
         [("output", "T")],
         [("scale", _FLOAT), ("sliding_window", _INT)],
@@ -189,6 +196,7 @@ _OPS: dict[
 # The torch op of each.
 _TORCH_NAMES = {
     "Route": "route",
+    "SharedGates": "shared_gates",
     "Experts": "experts",
     "FactoredExperts": "factored_experts",
     "Attention": "attention",

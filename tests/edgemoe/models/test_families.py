@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 
     from edgemoe.models import MoeLayer, MoeModel, Routing
 
-# Their routers follow rules of their own: experts by token, and gates shared with experts that
-# every token uses.
-WITHOUT_RULE = {"deepseek_v4", "inkling_text"}
+# Its routers choose experts by token.
+WITHOUT_RULE = {"deepseek_v4"}
 # The layers in the order in which they run, where that is not once each.
 RUNS_TWICE = {"inkling2_loop_text": [0, 1, 2, 1, 2, 3]}
 NO_GROUPS = {"n_group": 1, "topk_group": 1}

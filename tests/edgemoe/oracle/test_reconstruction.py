@@ -55,7 +55,7 @@ def test_a_set_is_judged_once(make_oracle: Callable[..., LayerOracle]) -> None:
     assert judge.evaluated == 1
 
 
-@pytest.mark.parametrize("family", ["deepseek_v4", "inkling_text"])
+@pytest.mark.parametrize("family", ["deepseek_v4"])
 def test_a_router_of_no_known_rule_is_asked_itself(
     make_oracle: Callable[..., LayerOracle], family: str
 ) -> None:

@@ -272,6 +272,7 @@ RULES = {
     "root of softplus": RouterRule(scoring="sqrtsoftplus", renormalise=True),
     "over the chosen": RouterRule(scoring="softmax", renormalise=False, softmax_over="top_k"),
     "none at times": RouterRule(scoring="softmax", renormalise=False, idle=2),
+    "with shared experts": RouterRule(scoring="sigmoid", renormalise=True, shared=2),
     "mixer": RouterRule(scoring="sparsemixer", renormalise=False, jitter=0.2),
 }
 
@@ -282,8 +283,8 @@ def test_routing_agrees_with_the_op(name: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     hidden, k_cap = torch.randn(50, 16), torch.tensor([1, 2])
     weights = {
-        "weight": torch.randn(8 + rule.idle, 16),
-        "logit_bias": 0.3 * torch.randn(8 + rule.idle),
+        "weight": torch.randn(8 + rule.further_rows, 16),
+        "logit_bias": 0.3 * torch.randn(8 + rule.further_rows),
         "correction_bias": 0.3 * torch.randn(8 + rule.idle),
         "expert_scale": torch.rand(8 + rule.idle),
     }
@@ -304,6 +305,7 @@ def test_routing_agrees_with_the_op(name: str, tmp_path: Path) -> None:
         "group_fill": rule.group_fill,
         "jitter": rule.jitter,
         "idle": rule.idle,
+        "shared": rule.shared,
     }
     order = ("weight", "logit_bias", "correction_bias", "expert_scale")
     tensors = [weights.get(part) for part in order]

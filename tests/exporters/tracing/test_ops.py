@@ -60,7 +60,7 @@ def test_routing_and_experts_are_the_models() -> None:
     _, weights, indices = block.gate(hidden)
     expected = block.experts(hidden, indices, weights)
     caps = torch.tensor([1, 99])
-    arguments = (3, *SIGMOID, 4, 2, "top2", -math.inf, 0.0, 0)
+    arguments = (3, *SIGMOID, 4, 2, "top2", -math.inf, 0.0, 0, 0)
     gate = block.gate
     tensors = (hidden, gate.weight, None, gate.e_score_correction_bias, None, caps)
     weights, indices = ops.route(*tensors, 1, *arguments)
@@ -95,7 +95,7 @@ def test_attention_is_the_models_whatever_the_padding(window: Any) -> None:
     actual, keys, values = ops.attention(
         query, key[:, :, 4:], value[:, :, 4:], *past, mask, None, 0.3, window
     )
-    whole = ops.attend_all(query, key, value, mask, None, None, 0.3, window)
+    whole = ops.attend_all(query, key, value, mask, None, None, None, 0.3, window)
     torch.testing.assert_close(whole, expected)
     torch.testing.assert_close(actual, expected)
     assert torch.equal(keys, key)
@@ -114,8 +114,9 @@ def test_ops_keep_torchs_contract() -> None:
         "rotary": (states[:1, :, :2], ids, torch.randn(4), 1.0),
         "route": (
             *(hidden, weight, torch.randn(4), None, torch.randn(4), caps, 0, 2),
-            *("softmax", "all", True, 0.0, 1.0, "scores", 1, 1, "max", 0.0, 0.0, 1),
+            *("softmax", "all", True, 0.0, 1.0, "scores", 1, 1, "max", 0.0, 0.0, 1, 0),
         ),
+        "shared_gates": (hidden, torch.randn(6, 8), torch.rand(5, 2), 2, 3.0),
         "experts": (
             hidden,
             torch.randint(0, 5, (5, 2)),
@@ -127,7 +128,7 @@ def test_ops_keep_torchs_contract() -> None:
             *(True, False, "swish", True, 1.702, 1.0, 7.0),
         ),
         "attention": (states, states, states, past, past, mask, torch.randn(2), 0.25, 0),
-        "attend_all": (states, past, past, mask[:, :2], None, None, 0.25, 2),
+        "attend_all": (states, past, past, mask[:, :2], None, None, None, 0.25, 2),
         "select_keys": (torch.randn(2, 3, 5), mask, 2),
         "select_blocks": (torch.randn(2, 2, 3, 5), mask, 2, 1, 1),
         "new_mask": (mask, torch.randn(2, 3, 8)),

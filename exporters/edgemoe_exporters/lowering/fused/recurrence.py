@@ -24,6 +24,7 @@ from edgemoe_exporters.lowering.primitive.recurrence import (
     lower_softplus,
     repeat_heads,
 )
+from edgemoe_exporters.lowering.primitive.routing import lower_shared_gates
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -35,11 +36,12 @@ _DECOMPOSED = {
     "NewMask": lower_new_mask,
     "Softplus": lower_softplus,
     "JoinPositions": lower_join_positions,
+    "SharedGates": lower_shared_gates,
 }
 
 
 def lower_recurrence(editor: Editor, precision: Precision) -> None:
-    """Replace every NewMask, Softplus, JoinPositions, CausalConv and LinearAttention.
+    """Replace what keeps a state, and what is the same in both flavours.
 
     Args:
         editor: The graph.

@@ -30,6 +30,8 @@ class Choice:
     Attributes:
         experts: Number of experts of the layer.
         idle: Number of choices after them that stand for none.
+        shared: Sum of the scores of experts that every token uses, float32 `[T, 1]`: part of
+            the sum that weights are divided by.
         indices: Their ids, int64 `[T, n]`.
         used: Which of them the token uses, bool `[T, n]`; None where it uses all.
         logits: float32 `[T, n]` whose softmax is the weights, where there is such.
@@ -48,6 +50,7 @@ class Choice:
     sum_epsilon: float = 0.0
     used: ir.Value | None = None
     idle: int = 0
+    shared: ir.Value | None = None
 
     def weights(self, editor: Editor, before: ir.Node) -> ir.Value:
         """Compute the gates, without the factor of each expert.
@@ -68,6 +71,8 @@ class Choice:
         if self.sums_to_one:
             axis = editor.constant("ints_1", np.array([1], dtype=np.int64))
             (total,) = editor.add(before, "ReduceSum", [values, axis], {"keepdims": 1})
+            if self.shared is not None:
+                (total,) = editor.add(before, "Add", [total, self.shared])
             if self.sum_epsilon:
                 tiny = np.array(self.sum_epsilon, dtype=np.float32)
                 name = f"epsilon_{self.sum_epsilon:g}"
@@ -123,6 +128,14 @@ def choose(
     (logits,) = editor.add(node, "Gemm", inputs, {"transB": 1})
     if rule.scoring == "sparsemixer":
         return _mix(editor, node, route, hidden, logits, cap)
+    shared: ir.Value | None = None
+    if rule.shared:
+        sizes = np.array([route.experts, rule.shared], dtype=np.int64)
+        split = editor.constant(f"split_{route.experts}_{rule.shared}", sizes)
+        logits, rest = editor.add(node, "Split", [logits, split], {"axis": 1}, outputs=2)
+        axis = editor.constant("ints_1", np.array([1], dtype=np.int64))
+        scored = [_sigmoid(editor, node, rest), axis]
+        (shared,) = editor.add(node, "ReduceSum", scored, {"keepdims": 1})
     sigmoid = rule.scoring == "sigmoid"
     # Sigmoid and softmax are monotonic, so logits choose as scores do, except for scores that
     # round to the same number: those tie, and the model takes the first.
@@ -164,6 +177,7 @@ def choose(
         indices=indices,
         used=used,
         idle=rule.idle,
+        shared=shared,
         logits=kept if softmax_of_chosen else None,
         raw=chosen,
         sigmoid=sigmoid and scores is logits,

@@ -70,7 +70,7 @@ def _attend(
 ) -> ir.Value:
     """Attend with float32 softmax; query heads of one key head are rows of one product."""
     query, present_key, present_value, attention_mask, *rest = inputs
-    sinks, selected = [*rest, None, None][:2]
+    sinks, selected, bias = [*rest, None, None, None][:3]
     assert query is not None
     assert present_key is not None
     assert present_value is not None
@@ -90,6 +90,10 @@ def _attend(
         chosen = emit.wide(selected)
         several = emit.call("Concat", *[chosen] * repeats, axis=2) if repeats > 1 else chosen
         scores = emit.call("Add", scores, several)
+    if bias is not None:
+        # The scores have a row for each token of each query head of a key head.
+        shape = emit.call("Shape", scores)
+        scores = emit.call("Add", scores, emit.call("Reshape", emit.wide(bias), shape))
     if sinks is not None:
         weights = _softmax_with_sinks(emit, scores, query, sinks, groups, repeats)
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from edgemoe_exporters.graph.builder import FLOAT32, Emitter
+from edgemoe_exporters.graph.builder import FLOAT32, Emitter, size_of
 
 if TYPE_CHECKING:
     from edgemoe.models.routing.rule import RouterRule
@@ -67,6 +67,36 @@ def lower_route(emit: Emitter, route: RouteNode) -> tuple[list[ir.Value], ir.Val
     gates.type = ir.TensorType(FLOAT32)
     outputs = [gates, indices, *([_count(emit, used, indices)] if route.counts else [])]
     return outputs, _max_used(emit, route, within)
+
+
+def lower_shared_gates(emit: Emitter, node: ir.Node) -> list[ir.Value]:
+    """Give the experts that every token uses what the chosen ones leave, by their scores.
+
+    Args:
+        emit: Takes the nodes.
+        node: A SharedGates node.
+
+    Returns:
+        Gates `[T, shared]`, in the type of activations.
+    """
+    hidden, weight, weights = node.inputs
+    assert hidden is not None
+    assert weight is not None
+    assert weights is not None
+    count = node.attributes["count"].as_int()
+    rows = emit.call("Unsqueeze", emit.wide(hidden), emit.integers(1))
+    end = emit.integers(size_of(weight, 0))
+    start = emit.integers(size_of(weight, 0) - count)
+    of_shared = emit.call("Slice", emit.wide(weight), start, end, emit.integers(0))
+    logits = _project(emit, rows, of_shared)
+    one = emit.number(1.0)
+    decay = emit.call("Exp", emit.call("Neg", logits))
+    scores = emit.call("Div", one, emit.call("Add", one, decay))
+    axis = emit.integers(-1)
+    given = emit.call("ReduceSum", emit.wide(weights), axis, keepdims=1)
+    rest = emit.call("Sub", emit.number(node.attributes["scale"].as_float()), given)
+    total = emit.call("ReduceSum", scores, axis, keepdims=1)
+    return [emit.narrow(emit.call("Div", emit.call("Mul", rest, scores), total))]
 
 
 def _max_used(emit: Emitter, route: RouteNode, used: ir.Value) -> ir.Value:
@@ -162,6 +192,12 @@ def _choose(
     emit: Emitter, route: RouteNode, logits: ir.Value, used: ir.Value
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     rule = route.rule
+    shared: ir.Value | None = None
+    if rule.shared:
+        first, last = emit.integers(route.experts), emit.integers(route.experts + rule.shared)
+        shared = emit.call("Slice", logits, first, last, emit.integers(1))
+        shared = _scores(emit, rule, shared)
+        logits = emit.call("Slice", logits, emit.integers(0), first, emit.integers(1))
     scores = _scores(emit, rule, logits)
     choice = _choice(emit, route, logits, scores)
     _, indices = emit.call_many("TopK", 2, choice, emit.integers(route.top_k), axis=-1)
@@ -172,6 +208,9 @@ def _choose(
     gates = where(emit, used, gates, 0.0)
     if rule.renormalise and not rule.softmax_of_chosen:
         total = emit.call("ReduceSum", gates, emit.integers(-1), keepdims=1)
+        if shared is not None:
+            others = emit.call("ReduceSum", shared, emit.integers(-1), keepdims=1)
+            total = emit.call("Add", total, others)
         if rule.sum_epsilon:
             total = emit.call("Add", total, emit.number(rule.sum_epsilon))
         gates = emit.call("Div", gates, total)

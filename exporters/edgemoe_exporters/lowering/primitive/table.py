@@ -18,6 +18,7 @@ from edgemoe_exporters.lowering.primitive.recurrence import (
     lower_new_mask,
     lower_softplus,
 )
+from edgemoe_exporters.lowering.primitive.routing import lower_shared_gates
 from edgemoe_exporters.lowering.primitive.selection import (
     lower_select_blocks,
     lower_select_keys,
@@ -38,6 +39,7 @@ LOWERINGS: dict[str, Callable[[Emitter, ir.Node], list[ir.Value]]] = {
     "CausalConv": lower_causal_conv,
     "JoinPositions": lower_join_positions,
     "LinearAttention": lower_linear_attention,
+    "SharedGates": lower_shared_gates,
 }
 """Ops that need nothing but their node."""
 

@@ -77,6 +77,7 @@ def attend_all(
     attention_mask: torch.Tensor,
     sinks: torch.Tensor | None,
     selected: torch.Tensor | None,
+    bias: torch.Tensor | None,
     scale: float,
     sliding_window: int,
 ) -> torch.Tensor:
@@ -90,13 +91,16 @@ def attend_all(
         sinks: As of `attention`.
         selected: Mask added to the scores, of all heads or of each key head, float
             `[B, 1 | M, S, P + S]`; see `tracing.ops.selection`.
+        bias: Added to the scores, such as of relative positions, float `[B, N, S, P + S]`.
         scale: Multiplies the scores.
         sliding_window: A token sees only this many latest slots; 0 for all.
 
     Returns:
         float `[B, S, N, V]`.
     """
-    return _attend(query, key, value, attention_mask, sinks, scale, sliding_window, selected)
+    return _attend(
+        query, key, value, attention_mask, sinks, scale, sliding_window, selected, bias
+    )
 
 
 @attend_all.register_fake
@@ -107,6 +111,7 @@ def _(
     attention_mask: torch.Tensor,
     sinks: torch.Tensor | None,
     selected: torch.Tensor | None,
+    bias: torch.Tensor | None,
     scale: float,
     sliding_window: int,
 ) -> torch.Tensor:
@@ -123,6 +128,7 @@ def _attend(
     scale: float,
     sliding_window: int,
     selected: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     total, new = key.shape[2], query.shape[2]
     visible = visible_slots(total, new)
@@ -137,7 +143,10 @@ def _attend(
     key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
     # A finite number: a padding row that sees nothing must not become NaN.
     lowest = torch.finfo(query.dtype).min
-    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~allowed, lowest)
+    scores = query @ key.transpose(2, 3) * scale
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~allowed, lowest)
     if sinks is not None:
         empty = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, empty], dim=-1)

@@ -13,6 +13,7 @@ from torch.nn import functional
 from edgemoe.models.activation import Activation
 from edgemoe.models.experts import ExpertsLayout
 from edgemoe.models.routing.routers import route as route_by_rule
+from edgemoe.models.routing.routers import shared_gates as shared_gates_by_rule
 from edgemoe.models.routing.rule import RouterRule, Scoring
 
 
@@ -38,13 +39,14 @@ def route(
     group_fill: float,
     jitter: float,
     idle: int,
+    shared: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose each token's experts and weights, as `edgemoe.models.routing.routers.route`.
 
     Args:
         hidden: Input of the router's projection, float `[T, H]`.
-        weight: Router rows, float `[E, H]`; these and the biases have a row for each idle
-            choice after those of the experts.
+        weight: Router rows, float `[E, H]`, and a row for each idle choice and shared expert
+            after those; biases have an entry for each idle choice too.
         logit_bias: Part of the logits, float `[E]`, or None.
         correction_bias: Added for the choice only, float `[E]`, or None.
         expert_scale: Multiplies each expert's weights, float `[E]`, or None.
@@ -64,6 +66,7 @@ def route(
         group_fill: Choice score of experts outside the best groups.
         jitter: Of `sparsemixer`.
         idle: Number of choices that stand for no expert.
+        shared: Number of experts that every token uses, and whose scores join the sum.
 
     Returns:
         Weights, float `[T, top_k]`, and expert ids, int64 `[T, top_k]`, best first. A slot
@@ -82,6 +85,7 @@ def route(
         group_fill=group_fill,
         jitter=jitter,
         idle=idle,
+        shared=shared,
     )
     routing = route_by_rule(
         hidden,
@@ -118,9 +122,38 @@ def _(
     group_fill: float,
     jitter: float,
     idle: int,
+    shared: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (hidden.shape[0], top_k)
     return hidden.new_empty(shape), hidden.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("edgemoe::shared_gates", mutates_args=())
+def shared_gates(
+    hidden: torch.Tensor, weight: torch.Tensor, weights: torch.Tensor, count: int, scale: float
+) -> torch.Tensor:
+    """Weigh the experts that every token uses, as `routing.routers.shared_gates` does.
+
+    Args:
+        hidden: Input of the router's projection, float `[T, H]`.
+        weight: Router rows, float `[E + count, H]`.
+        weights: Of the chosen experts, float `[T, k]`.
+        count: How many experts every token uses.
+        scale: What all weights of a token add up to.
+
+    Returns:
+        float `[T, count]`.
+    """
+    rows = weight[len(weight) - count :]
+    scores = functional.linear(hidden.float(), rows.float()).sigmoid()
+    return shared_gates_by_rule(scores, weights.float(), scale).to(hidden.dtype)
+
+
+@shared_gates.register_fake
+def _(
+    hidden: torch.Tensor, weight: torch.Tensor, weights: torch.Tensor, count: int, scale: float
+) -> torch.Tensor:
+    return hidden.new_empty((hidden.shape[0], count))
 
 
 @torch.library.custom_op("edgemoe::experts", mutates_args=())

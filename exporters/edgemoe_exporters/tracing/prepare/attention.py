@@ -55,6 +55,7 @@ class Attender:
         softcap: float | None = None,
         indices: torch.Tensor | None = None,
         block_indices: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attend; the mask is the marker that `mark_mask` made."""
@@ -77,10 +78,19 @@ class Attender:
             )
         # Indexers return a mask here, see tracing.prepare.indexers.
         selected = block_indices if indices is None else indices[:, None]
-        self.passed_through[index] = given[0] is key and given[1] is value and selected is None
+        as_cached = given[0] is key and given[1] is value
+        self.passed_through[index] = as_cached and selected is None and position_bias is None
         if index in self.cache.joined:
             output = ops.attend_all(
-                query, key, value, self.attention_mask, s_aux, selected, scale, int(window)
+                query,
+                key,
+                value,
+                self.attention_mask,
+                s_aux,
+                selected,
+                position_bias,
+                scale,
+                int(window),
             )
             return output, None
         past_key, past_value = self.cache.past_pair(index, key, value)
@@ -100,7 +110,7 @@ class Attender:
 
     @property
     def joined(self) -> frozenset[int]:
-        """Layers that, in the dry run, changed cached tensors or selected from them."""
+        """Layers that, in the dry run, changed cached tensors, or do more than attend."""
         return frozenset(index for index, same in self.passed_through.items() if not same)
 
 

@@ -46,7 +46,6 @@ WITHOUT_GRAPH = frozenset(
         "deepseek_v4",
         "inkling2_loop_text",
         "inkling2_text",
-        "inkling_text",
         "qwen4_exp_text",
     }
 )
@@ -95,7 +94,8 @@ class TraceModule(nn.Module):
             Logits, float `[B, S, vocabulary]`, and the tensors to cache.
         """
         given = {tensor.name: part for tensor, part in zip(self.cached, past, strict=True)}
-        cache = TraceCache(given, self.attender.joined if self.cached else frozenset())
+        joined = self.attender.joined if self.cached else frozenset()
+        cache = TraceCache(given, joined, attention_mask.shape[1])
         self.attender.cache, self.attender.attention_mask = cache, attention_mask
         self._k_cap = k_cap
         output = self.lm(
@@ -139,7 +139,7 @@ class TraceModule(nn.Module):
 
     def route(
         self, layer: MoeLayer, position: int, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         """Compute the outputs of a router module.
 
         Args:
@@ -148,7 +148,8 @@ class TraceModule(nn.Module):
             hidden: float `[..., hidden]`.
 
         Returns:
-            Logits (which are not read), weights and ids.
+            Logits (which are not read), weights and ids; then the weights of experts that every
+            token uses, where the rule has them.
         """
         assert self._k_cap is not None
         rule, roles = layer.rule, layer.spec.routing.tensors
@@ -176,8 +177,21 @@ class TraceModule(nn.Module):
             rule.group_fill,
             rule.jitter,
             rule.idle,
+            rule.shared,
         )
-        return weights, weights, indices
+        if not rule.shared:
+            return weights, weights, indices
+        gates = ops.shared_gates(
+            hidden.reshape(-1, hidden.shape[-1]),
+            layer.tensor(roles.weight),
+            weights,
+            rule.shared,
+            rule.scaling_factor,
+        )
+        if roles.gate_scale is not None:
+            # The other gates are scaled behind the experts.
+            gates = gates * layer.tensor(roles.gate_scale)
+        return weights, weights, indices, gates
 
 
 @contextlib.contextmanager

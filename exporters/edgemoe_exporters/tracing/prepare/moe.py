@@ -22,8 +22,8 @@ class Router(Protocol):
 
     def route(
         self, layer: MoeLayer, position: int, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return logits, weights and ids of one layer's router."""
+    ) -> tuple[torch.Tensor, ...]:
+        """Return logits, weights and ids of one layer's router, and what comes after those."""
         ...
 
 
@@ -45,9 +45,7 @@ def replace_moe(
         _route_after(stack, module, layer, position, roles.projection)
     else:
 
-        def route(
-            hidden: torch.Tensor, *_: Any
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def route(hidden: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
             return module.route(layer, position, hidden)
 
         _replace_forward(stack, router, route)
@@ -141,9 +139,18 @@ def _experts_op(layer: MoeLayer) -> Any:
         output = experts(functional.linear(hidden, module.input_basis), indices, weights)
         return functional.linear(output, module.output_basis)
 
-    if layer.is_factored:
-        return factored
-    return based if layer.is_based else experts
+    forward = factored if layer.is_factored else based if layer.is_based else experts
+    roles = layer.spec.routing.tensors
+    if roles is None or roles.gate_scale is None:
+        return forward
+    scale = roles.gate_scale
+
+    def scaled(
+        hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        return forward(hidden, indices, weights) * layer.tensor(scale)
+
+    return scaled
 
 
 def _replace_forward(stack: contextlib.ExitStack, module: Any, forward: Any) -> None:
