@@ -190,7 +190,8 @@ def _refuse_loops(model: nn.Module, layers: nn.ModuleList) -> None:
         raise StreamingError(
             f"a model must run each of its {len(layers)} decoder layers once to be run layer "
             f"by layer, got {type(model).__name__}, which makes {visits} visits to them. "
-            "Choose a method that reads statistics only, such as reap."
+            "Give it memory to be loaded whole (--memory-limit), and of methods choose one "
+            "that reads statistics only, such as reap."
         )
 
 

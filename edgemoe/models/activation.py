@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Far beyond every limit that a family sets, and within float32.
 _HUGE = 1e4
+_SMALL = 1e-3
 _TOLERANCE = 2e-6
 
 
@@ -34,7 +35,8 @@ class Activation:
     """A function of an expert's hidden units.
 
     With a gate it is `act(min(gate, limit)) * (clamp(up, -limit, limit) + beta)`, without
-    one `act(up)`; `swish` is `x * sigmoid(alpha * x)`.
+    one `act(up)`; `swish` is `x * sigmoid(alpha * x)`. Soft caps bound the linear factor of a
+    gated `swish` and the up half: `cap * tanh(x / cap)` stands for x (Inkling 2).
 
     Attributes:
         kind: `swish`, `gelu`, `gelu_tanh`, `relu` or `relu2` (its square).
@@ -42,6 +44,8 @@ class Activation:
         alpha: Slope inside `swish`.
         beta: What is added to the up half.
         limit: Where both halves are cut off; infinity for nowhere.
+        gate_softcap: Bound of the gate as a factor; infinity for none.
+        up_softcap: Bound of the up half; infinity for none.
     """
 
     kind: str
@@ -49,11 +53,14 @@ class Activation:
     alpha: float = 1.0
     beta: float = 0.0
     limit: float = math.inf
+    gate_softcap: float = math.inf
+    up_softcap: float = math.inf
 
     @property
     def is_swiglu(self) -> bool:
-        """Whether it is a gated `swish`, with whatever constants."""
-        return self.gated and self.kind == "swish"
+        """Whether it is a gated `swish` without soft caps, with whatever constants else."""
+        caps = (self.gate_softcap, self.up_softcap)
+        return self.gated and self.kind == "swish" and caps == (math.inf, math.inf)
 
     def __call__(self, gate: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
         """Apply it to hidden units.
@@ -72,14 +79,19 @@ class Activation:
             return value
         if self.limit < math.inf:
             up = up.clamp(-self.limit, self.limit)
+        up = _bounded(up, self.up_softcap)
         return value * (up + self.beta if self.beta else up)
 
     def _unary(self, value: torch.Tensor) -> torch.Tensor:
         if self.kind == "swish":
-            if self.alpha == 1.0:
+            if self.alpha == 1.0 and self.gate_softcap == math.inf:
                 return functional.silu(value)
-            return value * torch.sigmoid(self.alpha * value)
+            return _bounded(value, self.gate_softcap) * torch.sigmoid(self.alpha * value)
         return _UNARY[self.kind](value)
+
+
+def _bounded(value: torch.Tensor, cap: float) -> torch.Tensor:
+    return value if cap == math.inf else cap * torch.tanh(value / cap)
 
 
 _UNARY: dict[str, Unary] = {
@@ -143,6 +155,11 @@ def _candidates(
     if 0 < slope < 1:
         alpha = _rounded(math.log(slope / (1 - slope)))
         kinds.insert(0, Activation(kind="swish", alpha=alpha, beta=beta, limit=limit))
+    # A huge gate is its cap, and a small up half is itself.
+    gate_cap = one(_HUGE, _SMALL) / _SMALL
+    if 0 < gate_cap < 0.99 * _HUGE:
+        caps = _rounded(gate_cap), _rounded(one(_HUGE, _HUGE) / gate_cap)
+        kinds.append(Activation(kind="swish", gate_softcap=caps[0], up_softcap=caps[1]))
     return kinds
 
 

@@ -76,8 +76,10 @@ def describe_cache(graph: ir.Graph, inputs: tuple[TensorSpec, ...], num_layers: 
             f"a graph's cache must be pairs of key and value of one type, got {len(keys)} "
             f"keys, {len(values)} values, types {sorted(dtypes)}: a defect of the lowering."
         )
+    # Layers that run several times for a token keep something each time.
+    times = max([num_layers, *(int(name.partition(".")[0]) + 1 for name in cached)])
     layers: list[KvLayer | None] = []
-    for index in map(str, range(num_layers)):
+    for index in map(str, range(times)):
         if index not in keys:
             layers.append(None)
             continue

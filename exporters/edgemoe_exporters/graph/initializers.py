@@ -9,6 +9,8 @@ import onnx_ir as ir
 from edgemoe.errors import ExportError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
 
     from edgemoe_exporters.graph.lazy_weights import LazyWeight
@@ -61,6 +63,21 @@ def set_weight(value: ir.Value, content: LazyWeight, dtype: ir.DataType | None =
     value.shape = ir.Shape(tensor.shape.numpy())
 
 
+def convert_once(value: ir.Value, convert: Callable[[], LazyWeight]) -> None:
+    """Replace the content of an initializer, unless that was done already.
+
+    A layer that runs several times for a token has as many nodes, and one set of weights.
+
+    Args:
+        value: The initializer.
+        convert: Gives the new content.
+    """
+    if _CONVERTED not in value.meta:
+        set_weight(value, convert())
+        value.meta[_CONVERTED] = True
+
+
+_CONVERTED = "edgemoe.converted"
 # Where a traced node has the state that it reads.
 _STATES = {"CausalConv": 1, "JoinPositions": 1, "LinearAttention": 5}
 

@@ -115,6 +115,8 @@ def activation_of(node: ir.Node) -> Activation:
         alpha=attributes["alpha"].as_float(),
         beta=attributes["beta"].as_float(),
         limit=attributes["limit"].as_float(),
+        gate_softcap=attributes["gate_softcap"].as_float(),
+        up_softcap=attributes["up_softcap"].as_float(),
     )
 
 

@@ -105,8 +105,14 @@ def _narrow(graph: ir.Graph, compute: ir.DataType) -> None:
 
 def _lower_nodes(graph: ir.Graph, compute: ir.DataType, *, static_shapes: bool) -> None:
     shared = Shared()
-    # TensorRT for RTX 1.7 has an internal error with data-dependent shapes beside a Scan.
-    allow_dynamic = not static_shapes and not any(n.op_type == "LinearAttention" for n in graph)
+    # TensorRT for RTX 1.7 has an internal error with data-dependent shapes beside a Scan, and
+    # with those that follow from one cap in several places: layers that run several times.
+    routes = [node.attributes["k_cap_index"].as_int() for node in graph if _is_route(node)]
+    allow_dynamic = (
+        not static_shapes
+        and not any(node.op_type == "LinearAttention" for node in graph)
+        and len(set(routes)) == len(routes)
+    )
     chosen: dict[ir.Value, Slots] = {}
     for node in list(graph):
         if node.domain != DOMAIN:
@@ -137,6 +143,10 @@ def _lower_nodes(graph: ir.Graph, compute: ir.DataType, *, static_shapes: bool) 
         else:
             raise ExportError(f"op {node.op_type} must have a TensorRT form, and has none.")
         _replace(graph, node, emit.nodes, outputs)
+
+
+def _is_route(node: ir.Node) -> bool:
+    return node.domain == DOMAIN and node.op_type == "Route"
 
 
 def _replace(

@@ -81,6 +81,7 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
     ) -> None:
         super().__init__(layers=[])
         self._slots = slots
+        self._updated: int | None = None
         self._new = 0
         self.past = past
         self.joined = joined
@@ -105,7 +106,21 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
             self.keep_pair(layer_idx, key_states, value_states)
         self._request(layer_idx, KEY, 0)
         self.given[layer_idx] = key_states, value_states
+        self._updated = layer_idx
         return key_states, value_states
+
+    def take_updated(self, layer: int) -> int:
+        """Return whose keys and values attention gets next.
+
+        Args:
+            layer: Index of the decoder layer that attends.
+
+        Returns:
+            What `update` was called for since; a layer that runs several times for a token
+            counts each time as another. The layer itself where there was no call.
+        """
+        found, self._updated = self._updated, None
+        return layer if found is None else found
 
     def past_pair(
         self, layer: int, key: torch.Tensor, value: torch.Tensor
@@ -134,6 +149,21 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """Return P + S, and the first slot: nothing is ever dropped from a cache."""
         self._new = query_length
         return self._slots, 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Return nothing: no layer drops positions."""
+        return []
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Return nothing, as for `is_sliding`."""
+        return []
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """Return nothing, as for `is_sliding`."""
+        return []
 
     def get_query_offset(self, *_: Any, **__: Any) -> int:
         """Return P, as of the call of `get_mask_sizes` before."""

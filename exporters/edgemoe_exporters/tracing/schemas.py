@@ -88,6 +88,8 @@ _OPS: dict[
             ("alpha", _FLOAT),
             ("beta", _FLOAT),
             ("limit", _FLOAT),
+            ("gate_softcap", _FLOAT),
+            ("up_softcap", _FLOAT),
         ],
     ),
     "FactoredExperts": (
@@ -110,6 +112,8 @@ _OPS: dict[
             ("alpha", _FLOAT),
             ("beta", _FLOAT),
             ("limit", _FLOAT),
+            ("gate_softcap", _FLOAT),
+            ("up_softcap", _FLOAT),
         ],
     ),
     "Attention": (

@@ -98,7 +98,8 @@ class KvCache:
             and attention_mask [batch, total] gives the true length; `concat`: present is past
             with the new positions appended.
         dtype: of keys and values.
-        layers: one entry per decoder layer; None where it keeps no keys and values.
+        layers: one entry per decoder layer, and one for each further time that a layer runs for
+            a token; None where it keeps no keys and values.
         states: what else is kept: never shared buffers, present replaces past.
     """
 

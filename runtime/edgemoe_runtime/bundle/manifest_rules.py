@@ -112,8 +112,8 @@ def _check_model(manifest: Manifest) -> None:
         specials,
     )
     _require(
-        len(manifest.kv_cache.layers) == model.num_layers,
-        f"kv_cache.layers must have one entry per decoder layer ({model.num_layers})",
+        len(manifest.kv_cache.layers) >= model.num_layers,
+        f"kv_cache.layers must have at least one entry per decoder layer ({model.num_layers})",
         len(manifest.kv_cache.layers),
     )
 

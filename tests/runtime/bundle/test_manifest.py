@@ -201,7 +201,7 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("kv_cache/form", "paged", "shared_buffer"),
         ("kv_cache/layers/0/heads", 0, ">= 1"),
         ("kv_cache/layers/0/heads", True, ">= 1"),
-        ("kv_cache/layers", [], "one entry per decoder layer"),
+        ("kv_cache/layers", [], "at least one entry per decoder layer"),
         ("tasks", {}, "at least one task"),
         ("tasks/model/graph", "other.onnx", "must be model.onnx"),
         ("tasks/model/top_k", 9, "at least top_k 9"),

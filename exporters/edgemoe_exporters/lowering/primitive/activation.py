@@ -44,9 +44,18 @@ def activate(
         gate = emit.call("Min", gate, high)
         low = emit.number(-activation.limit, emit.compute)
         up = emit.call("Max", emit.call("Min", up, high), low)
+    up = _bounded(emit, up, activation.up_softcap)
     if activation.beta:
         up = emit.call("Add", up, emit.number(activation.beta, emit.compute))
     return emit.call("Mul", emit.call("Mul", _unary(emit, activation, gate), gates), up)
+
+
+def _bounded(emit: Emitter, value: ir.Value, cap: float) -> ir.Value:
+    """Return `cap * tanh(value / cap)`; the value itself where the cap is infinite."""
+    if cap == math.inf:
+        return value
+    bent = emit.call("Tanh", emit.call("Mul", value, emit.number(1 / cap, emit.compute)))
+    return emit.call("Mul", bent, emit.number(cap, emit.compute))
 
 
 def _unary(emit: Emitter, activation: Activation, value: ir.Value) -> ir.Value:
@@ -57,7 +66,8 @@ def _unary(emit: Emitter, activation: Activation, value: ir.Value) -> ir.Value:
         inner = value
         if activation.alpha != 1.0:
             inner = emit.call("Mul", value, number(activation.alpha))
-        return emit.call("Mul", value, emit.call("Sigmoid", inner))
+        factor = _bounded(emit, value, activation.gate_softcap)
+        return emit.call("Mul", factor, emit.call("Sigmoid", inner))
     if activation.kind == "relu":
         return emit.call("Relu", value)
     if activation.kind == "relu2":

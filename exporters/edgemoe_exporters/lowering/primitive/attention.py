@@ -111,13 +111,14 @@ def _softmax_with_sinks(
     groups: int,
     repeats: int,
 ) -> ir.Value:
-    """Compute a softmax with one more, empty slot per head (attention sinks)."""
-    one = emit.integers(1)
-    batch = emit.call("Shape", query, start=0, end=1)
-    new = emit.call("Shape", query, start=2, end=3)
-    column = emit.call("Reshape", emit.wide(sinks), emit.integers(1, groups, repeats, 1, 1))
-    shape = emit.call("Concat", batch, one, one, new, one, axis=0)
-    column = emit.call("Expand", column, shape)
+    """Compute a softmax with one more, empty slot per head, or token (attention sinks)."""
+    one, column = emit.integers(1), emit.wide(sinks)
+    if sinks.shape is not None and len(sinks.shape) == 1:
+        batch = emit.call("Shape", query, start=0, end=1)
+        new = emit.call("Shape", query, start=2, end=3)
+        column = emit.call("Reshape", column, emit.integers(1, groups, repeats, 1, 1))
+        shape = emit.call("Concat", batch, one, one, new, one, axis=0)
+        column = emit.call("Expand", column, shape)
     column = emit.call("Reshape", column, emit.integers(0, groups, -1, 1))
     weights = emit.call("Softmax", emit.call("Concat", scores, column, axis=-1), axis=-1)
     return emit.call("Slice", weights, emit.integers(0), emit.integers(-1), emit.integers(-1))

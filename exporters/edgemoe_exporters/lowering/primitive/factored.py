@@ -18,7 +18,7 @@ import torch
 from edgemoe.models.experts import ExpertsLayout
 from edgemoe_exporters.graph.builder import Emitter, size_of
 from edgemoe_exporters.graph.editor import required
-from edgemoe_exporters.graph.initializers import set_weight
+from edgemoe_exporters.graph.initializers import convert_once
 from edgemoe_exporters.graph.lazy_weights import LazyWeight
 from edgemoe_exporters.graph.nodes import activation_of
 from edgemoe_exporters.lowering.primitive.activation import activate
@@ -150,13 +150,11 @@ def lower_factored_experts(emit: Emitter, node: ir.Node, slots: Slots) -> list[i
     factors = [required(value) for value in (up_in, up_out, down_in, down_out)]
     _transpose_up_out(factors[1], layout)
     for value in factors[2:]:
-        stored = LazyWeight.of(value)
-        count, rows, columns = stored.shape
-        transposed = stored.map(lambda array: array.transpose(0, 2, 1), (count, columns, rows))
-        set_weight(value, transposed)
+        convert_once(value, partial(_transposed, value))
     if up_bias is not None:
-        name = f"{layout.gate_up_name}_bias"
-        set_weight(up_bias, LazyWeight.of(up_bias).map(partial(_canonical, layout, name)))
+        convert = partial(_canonical, layout, f"{layout.gate_up_name}_bias")
+        stored = LazyWeight.of(up_bias)
+        convert_once(up_bias, lambda: stored.map(convert))
     layer = _Layer(
         hidden=required(hidden),
         up_in=factors[0],
@@ -179,7 +177,13 @@ def _transpose_up_out(up_out: ir.Value, layout: ExpertsLayout) -> None:
     def transpose(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return _canonical(layout, layout.gate_up_name, array).transpose(0, 2, 1)
 
-    set_weight(up_out, stored.map(transpose, (count, columns, rows)))
+    convert_once(up_out, lambda: stored.map(transpose, (count, columns, rows)))
+
+
+def _transposed(value: ir.Value) -> LazyWeight:
+    stored = LazyWeight.of(value)
+    count, rows, columns = stored.shape
+    return stored.map(lambda array: array.transpose(0, 2, 1), (count, columns, rows))
 
 
 def _canonical(

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgemoe_exporters.graph.builder import Emitter, size_of
-from edgemoe_exporters.graph.initializers import set_weight
+from edgemoe_exporters.graph.initializers import convert_once
 from edgemoe_exporters.lowering.primitive.activation import activate
 from edgemoe_exporters.lowering.primitive.dispatch import run_dynamic, run_static
 from edgemoe_exporters.lowering.primitive.static_shapes import Stacks, StaticLayer
@@ -50,12 +50,13 @@ def lower_experts(emit: Emitter, experts: ExpertsNode, slots: Slots) -> list[ir.
     """
     gate_up, down = experts.gate_up, experts.down
     # Products read them in place.
-    set_weight(down, _transposed(experts.down_array()))
-    stored = experts.gate_up_array()
-    set_weight(gate_up, stored if slots.max_used is None else _transposed(stored))
+    convert_once(down, lambda: _transposed(experts.down_array()))
+    first = experts.gate_up_array
+    convert_once(gate_up, first if slots.max_used is None else lambda: _transposed(first()))
     bias = experts.gate_up_bias_array()
     if bias is not None and experts.gate_up_bias is not None:
-        set_weight(experts.gate_up_bias, bias)
+        canonical = bias
+        convert_once(experts.gate_up_bias, lambda: canonical)
     kind = StaticLayer if slots.max_used is None else Layer
     layer = kind(
         hidden=experts.hidden,

@@ -88,7 +88,7 @@ def attend_all(
         key: Of all positions, float `[B, M, P + S, D]`.
         value: Of all positions, float `[B, M, P + S, V]`.
         attention_mask: int64 `[B, P + S]`, 0 where a slot is padding.
-        sinks: As of `attention`.
+        sinks: As of `attention`; or one of each token, float `[B, N, S, 1]`.
         selected: Mask added to the scores, of all heads or of each key head, float
             `[B, 1 | M, S, P + S]`; see `tracing.ops.selection`.
         bias: Added to the scores, such as of relative positions, float `[B, N, S, P + S]`.
@@ -148,7 +148,8 @@ def _attend(
         scores = scores + bias
     scores = scores.masked_fill(~allowed, lowest)
     if sinks is not None:
-        empty = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        rows = sinks.reshape(1, -1, 1, 1) if sinks.ndim == 1 else sinks
+        empty = rows.to(scores.dtype).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, empty], dim=-1)
     weights = scores.softmax(dim=-1)[..., :total]
     return (weights @ value).transpose(1, 2).contiguous()

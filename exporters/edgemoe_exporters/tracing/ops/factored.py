@@ -30,6 +30,8 @@ def factored_experts(
     alpha: float,
     beta: float,
     limit: float,
+    gate_softcap: float,
+    up_softcap: float,
 ) -> torch.Tensor:
     """Sum the chosen experts' outputs, each times its weight.
 
@@ -50,12 +52,22 @@ def factored_experts(
         alpha: Slope inside `swish`.
         beta: Added to the up half.
         limit: Where both halves are cut off.
+        gate_softcap: Bound of the gate as a factor.
+        up_softcap: Bound of the up half.
 
     Returns:
         float `[T, H]`.
     """
     layout = ExpertsLayout(has_gate=gated, is_concatenated=is_concatenated)
-    act = Activation(kind=activation, gated=gated, alpha=alpha, beta=beta, limit=limit)
+    act = Activation(
+        kind=activation,
+        gated=gated,
+        alpha=alpha,
+        beta=beta,
+        limit=limit,
+        gate_softcap=gate_softcap,
+        up_softcap=up_softcap,
+    )
     output = torch.zeros_like(hidden)
     for expert in range(up_in.shape[0]):
         token, slot = torch.where(indices == expert)
@@ -90,5 +102,7 @@ def _(
     alpha: float,
     beta: float,
     limit: float,
+    gate_softcap: float,
+    up_softcap: float,
 ) -> torch.Tensor:
     return torch.empty_like(hidden)

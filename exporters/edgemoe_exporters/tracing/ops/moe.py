@@ -172,6 +172,8 @@ def experts(
     alpha: float,
     beta: float,
     limit: float,
+    gate_softcap: float,
+    up_softcap: float,
 ) -> torch.Tensor:
     """Sum the chosen experts' outputs, each times its weight.
 
@@ -192,6 +194,8 @@ def experts(
         alpha: Slope inside `swish`.
         beta: Added to the up half.
         limit: Where both halves are cut off.
+        gate_softcap: Bound of the gate as a factor.
+        up_softcap: Bound of the up half.
 
     Returns:
         float `[T, H]`.
@@ -202,7 +206,15 @@ def experts(
         is_transposed=is_transposed,
         is_concatenated=is_concatenated,
     )
-    act = Activation(kind=activation, gated=gated, alpha=alpha, beta=beta, limit=limit)
+    act = Activation(
+        kind=activation,
+        gated=gated,
+        alpha=alpha,
+        beta=beta,
+        limit=limit,
+        gate_softcap=gate_softcap,
+        up_softcap=up_softcap,
+    )
     name = layout.gate_up_name
     output = torch.zeros_like(hidden)
     for expert in range(gate_up.shape[0]):
@@ -237,5 +249,7 @@ def _(
     alpha: float,
     beta: float,
     limit: float,
+    gate_softcap: float,
+    up_softcap: float,
 ) -> torch.Tensor:
     return torch.empty_like(hidden)

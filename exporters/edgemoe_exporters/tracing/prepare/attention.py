@@ -56,9 +56,18 @@ class Attender:
         indices: torch.Tensor | None = None,
         block_indices: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Attend; the mask is the marker that `mark_mask` made."""
+        """Attend; the mask is the marker that `mark_mask` made.
+
+        Some modules attend to something else than tokens: they have no layer, and no mask.
+        """
+        if not hasattr(module, "layer_idx"):
+            scores = torch.matmul(query, key.transpose(2, 3)) * (scaling or 1.0)
+            mixed = torch.matmul(torch.softmax(scores, dim=-1), value)
+            return mixed.transpose(1, 2), None
+        s_aux = sinks if s_aux is None else s_aux
         assert self.cache is not None
         assert self.attention_mask is not None
         if softcap:
@@ -69,7 +78,7 @@ class Attender:
         window = 0 if attention_mask is None else attention_mask.shape[0] - 1
         window = window or sliding_window or 0
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        index = int(module.layer_idx)  # type: ignore[arg-type]
+        index = self.cache.take_updated(int(module.layer_idx))  # type: ignore[arg-type]
         given = self.cache.given.get(index)
         if given is None:
             raise ExportError(

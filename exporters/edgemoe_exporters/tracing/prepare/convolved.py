@@ -1,13 +1,16 @@
-"""Attention whose queries, keys and values look back: compressed convolutional attention.
+"""Queries, keys and values that look back a few tokens in ways of their own.
 
-ZAYA (https://arxiv.org/abs/2510.04476) mixes queries and keys of neighbouring tokens by two
-convolutions, one after the other, and takes half of each value from the token before. What is
-cached for that is the input of the first convolution, and the delayed half of the values.
+Compressed convolutional attention (ZAYA, https://arxiv.org/abs/2510.04476) mixes queries and
+keys of neighbouring tokens by two convolutions, one after the other, and takes half of each
+value from the token before. What is cached for that is the input of the first convolution, and
+the delayed half of the values. Inkling 2 convolves keys and values with weights that follow
+from the token.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 _PROJECTION = "ZayaCCAProjection"
 _NORM = "ZayaQKNorm"
+_DYNAMIC = "DynamicShortConvolution"
 # Of a sum of squares: only a vector of zeros shows that there is one.
 _EPSILON = 1e-12
 
@@ -31,7 +35,7 @@ _EPSILON = 1e-12
 def replace_convolved(
     stack: contextlib.ExitStack, model: nn.Module, attender: Attender
 ) -> None:
-    """Replace convolved projections, and the norms of what they give.
+    """Replace convolved projections, the norms of what they give, and convolutions by token.
 
     Args:
         stack: Undoes the replacement.
@@ -45,6 +49,8 @@ def replace_convolved(
             forward = functools.partial(_project, attender, module)
         elif name == _NORM:
             forward = functools.partial(_normalise, module)
+        elif name.endswith(_DYNAMIC):
+            forward = functools.partial(_convolve_by_token, attender, module)
         if forward is not None:
             module.forward = forward
             stack.callback(delattr, module, "forward")
@@ -84,6 +90,36 @@ def _project(
         late = late + delayed.bias
     value = torch.cat([module.v_proj_current(hidden_states), late], dim=-1)
     return query, key + key_rest, value.view(batch, new, groups, size)
+
+
+def _convolve_by_token(
+    attender: Attender,
+    module: Any,
+    hidden_states: torch.Tensor,
+    dynamic_input: torch.Tensor,
+    cache: Any = None,
+    conv_mask: torch.Tensor | None = None,
+    cache_offset: int = 0,
+    **_: Any,
+) -> torch.Tensor:
+    """Convolve `[B, S, C]` with weights that are the channel's plus the token's for a head."""
+    del cache
+    batch, new, channels = hidden_states.shape
+    taps, heads = module.conv_kernel_size, module.num_heads
+    of_token = module.weight_proj(dynamic_input).view(batch, new, heads, 1, taps)
+    weights = module.static_weight.T.reshape(heads, -1, taps) + of_token
+    seen = hidden_states
+    if conv_mask is not None:
+        seen = seen * conv_mask[:, :, None].to(seen.dtype)
+    layer = module.layer_idx + cache_offset
+    joined = _look_back(attender, layer, module.conv_idx, seen.transpose(1, 2), taps - 1)
+    mixed = torch.zeros_like(hidden_states).view(batch, new, heads, -1)
+    for lag in range(taps):
+        first = taps - 1 - lag
+        part = joined[:, :, first : first + new].transpose(1, 2)
+        mixed = mixed + part.reshape(batch, new, heads, -1) * weights[..., lag]
+    output = mixed.reshape(batch, new, channels) + hidden_states
+    return output / math.sqrt(2 * taps + 1)
 
 
 def _look_back(

@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 WITHOUT_GRAPH = frozenset(
     {
         "deepseek_v4",
-        "inkling2_loop_text",
-        "inkling2_text",
         "qwen4_exp_text",
     }
 )

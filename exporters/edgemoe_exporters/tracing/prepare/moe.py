@@ -101,6 +101,8 @@ def _experts_op(layer: MoeLayer) -> Any:
             activation.alpha,
             activation.beta,
             activation.limit,
+            activation.gate_softcap,
+            activation.up_softcap,
         )
         return output
 
@@ -129,6 +131,8 @@ def _experts_op(layer: MoeLayer) -> Any:
             activation.alpha,
             activation.beta,
             activation.limit,
+            activation.gate_softcap,
+            activation.up_softcap,
         )
         return output
 
