@@ -28,6 +28,7 @@ exclude_patterns = ["_build", "pictures", "tools", "extending/examples"]
 root_doc = "index"
 default_role = "code"  # docstrings have single backticks
 add_module_names = False
+smartquotes = False  # options begin with two hyphens
 python_maximum_signature_line_length = 88
 myst_heading_anchors = 4
 
