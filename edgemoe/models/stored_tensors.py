@@ -60,6 +60,11 @@ class StoredTensor:
     begin: int
 
     @property
+    def stored_nbytes(self) -> int:
+        """Size of what the file holds of it, in bytes."""
+        return self.nbytes
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize

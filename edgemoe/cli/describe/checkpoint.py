@@ -64,7 +64,7 @@ def describe_checkpoint(path: Path, *, full: bool = False) -> dict[str, Any]:
     from edgemoe.models.config.k_policy_file import read_k_policy
     from edgemoe.models.config.ragged_note import read_ragged_note
     from edgemoe.models.gguf.reading import open_gguf
-    from edgemoe.models.quantised.notes import find_quantisation_note
+    from edgemoe.models.quantised.notes import find_quantisation_note, reader_beside
     from edgemoe.models.safety import check_directory, check_weights, read_json_object
 
     check_directory(path)
@@ -75,9 +75,7 @@ def describe_checkpoint(path: Path, *, full: bool = False) -> dict[str, Any]:
     weights = check_weights(path)
     tensors = read_headers(weights)
     text = text_config(config)
-    quantised = find_quantisation_note(
-        config, lambda name: (path / name).read_bytes() if (path / name).is_file() else None
-    )
+    quantised = find_quantisation_note(config, reader_beside(path))
     as_stored = tensors
     tensors, said = plain_tensors(tensors, quantised, config)
     facts: dict[str, Any] = {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgemoe.errors import CheckpointError
+from edgemoe_runtime.input_files import parse_strict, read_file
 from edgemoe_runtime.messages import clip
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ def find_quantisation_note(
 
     Returns:
         The first note; None where there is none, or all say that nothing is quantised.
+
+    Raises:
+        CheckpointError: A file that would announce it is no JSON object, has a key twice, or a
+            number that is none.
     """
     nested = ((f"{name}.", part) for name, part in content.items() if isinstance(part, dict))
     for prefix, part in (("", content), *nested):
@@ -70,17 +75,45 @@ def find_quantisation_note(
                 return _note(f"{prefix}{name}", part[name])
     for name in NOTE_FILES:
         found = read(name)
-        try:
-            settings = None if found is None else json.loads(found)
-        except (ValueError, RecursionError):
-            settings = None
-        if isinstance(settings, dict) and settings:
+        settings = None if found is None else _parse(name, found)
+        if settings:
             inner = settings.get("quantization")
             note = _note(name, inner if isinstance(inner, dict) else settings)
             # A tool writes its file also where it quantises nothing but the cache of keys.
             if note.method:
                 return note
     return None
+
+
+def reader_beside(path: Path) -> Callable[[str], bytes | None]:
+    """Return what reads small files of a checkpoint.
+
+    Args:
+        path: Checkpoint directory.
+
+    Returns:
+        A function from a name to what the file holds; None where there is none.
+    """
+
+    def read(name: str) -> bytes | None:
+        return read_file(path / name) if (path / name).is_file() else None
+
+    return read
+
+
+def _parse(name: str, content: bytes) -> dict[str, Any]:
+    try:
+        settings = parse_strict(content, infinities=True)
+    except (ValueError, RecursionError) as error:
+        got = clip(str(error))
+    else:
+        if isinstance(settings, dict):
+            return settings
+        got = type(settings).__name__
+    raise CheckpointError(
+        f"{name} must be a JSON object, since it may say how weights are stored, got {got}. "
+        "Copy it again, or remove it where the weights are plain."
+    )
 
 
 def _note(place: str, settings: Mapping[str, Any]) -> QuantisationNote:

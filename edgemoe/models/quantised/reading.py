@@ -13,12 +13,13 @@ from edgemoe.models.quantised.form import UnreadableFormError
 from edgemoe.models.quantised.notes import (
     find_quantisation_note,
     quantised_message,
+    reader_beside,
     without_notes,
 )
 from edgemoe.models.quantised.tensors import QuantisedTensor
 from edgemoe.models.stored_tensors import DTYPE_NAMES
 from edgemoe.small_files import read_once
-from edgemoe_runtime.input_files import parse_strict, read_file
+from edgemoe_runtime.input_files import parse_strict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -200,8 +201,5 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _read_note(
     path: Path, content: Mapping[str, Any]
 ) -> tuple[QuantisationNote | None, Form | None]:
-    def read(name: str) -> bytes | None:
-        return read_file(path / name) if (path / name).is_file() else None
-
-    note = find_quantisation_note(content, read)
+    note = find_quantisation_note(content, reader_beside(path))
     return note, find_form(path, note)

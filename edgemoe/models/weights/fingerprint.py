@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgemoe.models.gguf.paths import SUFFIX as GGUF_SUFFIX
+from edgemoe.models.quantised.notes import NOTE_FILES
 from edgemoe.models.safety import check_weights
 from edgemoe.progress import track
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from edgemoe.resume import WorkDirectory
 
 _CHUNK_BYTES = 1 << 22
-_DEFINING = ("config.json", "edgemoe.json", "k_policy.json")
+# What beside config.json says how weights are stored decides what they are.
+_DEFINING = ("config.json", "edgemoe.json", "k_policy.json", *NOTE_FILES)
 
 
 def fingerprint_checkpoint(path: Path) -> str:

@@ -84,7 +84,7 @@ def judge_left_out(
         LeftOut(
             what=what,
             tensors=len(tensors),
-            nbytes=sum(tensor.nbytes for tensor in tensors),
+            nbytes=sum(tensor.stored_nbytes for tensor in tensors),
             example=tensors[0].name,
         )
         for what, tensors in kinds.items()

@@ -30,7 +30,7 @@ CONFIG = Glm4MoeConfig(
 )
 
 SIGMOID = ("sigmoid", "all", True, 1e-20, 1.5, "scores")
-SILU = (False, True, "swish", True, 1.0, 0.0, math.inf)
+SILU = (False, True, "swish", True, 1.0, 0.0, math.inf, math.inf, math.inf)
 
 
 def test_norm_is_the_models() -> None:
@@ -125,7 +125,7 @@ def test_ops_keep_torchs_contract() -> None:
             torch.randn(4, 6, 8),
             torch.randn(4, 12),
             torch.randn(4, 8),
-            *(True, False, "swish", True, 1.702, 1.0, 7.0),
+            *(True, False, "swish", True, 1.702, 1.0, 7.0, math.inf, math.inf),
         ),
         "attention": (states, states, states, past, past, mask, torch.randn(2), 0.25, 0),
         "attend_all": (states, past, past, mask[:, :2], None, None, None, 0.25, 2),
