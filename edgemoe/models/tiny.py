@@ -105,6 +105,18 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "o_lora_rank": 16,
         "num_key_value_heads": 1,
         "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
+        "layer_types": [
+            "sliding_attention",
+            "heavily_compressed_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+        ],
+        "compress_rates": {
+            "compressed_sparse_attention": 2,
+            "heavily_compressed_attention": 4,
+        },
+        "index_n_heads": 16,
+        "index_topk": 4,
     },
     # Of other sizes than the layers that see everything, and by default 40 times as wide.
     "dots3_note_text": {

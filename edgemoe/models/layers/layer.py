@@ -72,6 +72,11 @@ class MoeLayer(RouterRoles):
         return self.spec.routing.rule
 
     @property
+    def by_id(self) -> RouterRule | None:
+        """How the router weighs experts that a token's id chooses; None where it chooses."""
+        return self.spec.routing.by_id
+
+    @property
     def top_k(self) -> int:
         """Experts per token."""
         return self.spec.routing.top_k

@@ -14,7 +14,7 @@ import torch
 
 from edgemoe.errors import CheckpointError
 from edgemoe.models.routing.probe import linear
-from edgemoe.models.routing.routers import select
+from edgemoe.models.routing.routers import select, weigh_chosen
 from edgemoe.models.routing.rule import RouterRule, RouterTensors
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class RouterSpec:
     Attributes:
         top_k: Experts per token.
         rule: How it chooses; None where it follows none of the rules that edgemoe knows.
-        tensors: What it computes with; None without a rule.
+        by_id: How it weighs experts, where a token's id chooses them: it then has no rule.
+        tensors: What it computes with; None where neither is known.
         multiple: The number of experts must be a multiple of this.
         least: Fewest experts, in multiples of `multiple`, with which the router runs.
     """
@@ -47,6 +48,7 @@ class RouterSpec:
     tensors: RouterTensors | None
     multiple: int
     least: int
+    by_id: RouterRule | None = None
 
 
 def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterSpec:
@@ -92,6 +94,32 @@ def identify_router(probe: RouterProbe, experts: int, jitter: float) -> RouterSp
             if probe.gate_scale is not None:
                 roles = replace(roles, gate_scale=probe.gate_scale[0])
             return replace(spec, rule=rule, tensors=roles, least=least)
+    return spec if probe.table is None else _explain_table(probe, answer, spec)
+
+
+def _explain_table(probe: RouterProbe, answer: Answer, spec: RouterSpec) -> RouterSpec:
+    """Find how a router weighs experts that it looks up by a token's id."""
+    table, ids = probe.table_rows()
+    if probe.rows is None or not torch.equal(table[ids], answer.indices):
+        return spec
+    logits = linear(probe.hidden, probe.row_weights())
+    if not _close(answer.logits, logits):
+        return spec
+    for choosing in (
+        RouterRule(scoring="softmax", renormalise=False),
+        RouterRule(scoring="sigmoid", renormalise=False),
+        RouterRule(scoring="sqrtsoftplus", renormalise=False),
+    ):
+        for rule in _gate_rules(choosing):
+            found = weigh_chosen(logits, answer.indices, rule, spec.top_k)
+            _, order = found.indices.sort(dim=-1)
+            _, wanted = answer.indices.sort(dim=-1)
+            ratio = answer.weights.gather(-1, wanted) / found.weights.gather(-1, order)
+            factor = float(ratio.median())
+            if float((ratio / factor - 1).abs().max()) < _TOLERANCE:
+                rule = replace(rule, scaling_factor=float(f"{factor:.5g}"))
+                tensors = RouterTensors(weight=probe.rows, table=probe.table)
+                return replace(spec, by_id=rule, tensors=tensors)
     return spec
 
 

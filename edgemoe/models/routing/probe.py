@@ -57,6 +57,7 @@ class RouterProbe:
         vectors: The tensors with one number per expert, float32 [experts], by name.
         further_rows: Rows after those of the experts, which may stand for the choice of none,
             or for experts that every token uses.
+        table: Name of the experts of each id, if there is such a table.
         gate_scale: Name and value of a number that all gates are proportional to, if there is
             one.
     """
@@ -100,11 +101,19 @@ class RouterProbe:
             name: value.flatten() for name, value in held.items() if not _is_matrix(value)
         }
         self.gate_scale = self._find_gate_scale()
+        named = self._router.named_buffers()
+        of_ids = [f"{router}.{name}" for name, held in named if not held.is_floating_point()]
+        self.table = of_ids[0] if len(of_ids) == 1 else None
 
     def row_weights(self) -> torch.Tensor:
         """Return the router rows, float32 [experts, inputs]."""
         assert self.rows is not None
         return self._tensor(self.rows)
+
+    def table_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the table, int64 [ids, top_k], and the ids of the probes, int64 [tokens]."""
+        assert self.table is not None
+        return self._tensor(self.table), self._ids[0]
 
     def projection(self) -> str:
         """Return the submodule that applies the rows; empty where the router itself does."""

@@ -124,6 +124,32 @@ def select(
     return Routing(every, weights, indices)
 
 
+def weigh_chosen(
+    logits: torch.Tensor, chosen: torch.Tensor, rule: RouterRule, k_cap: torch.Tensor | int
+) -> Routing:
+    """Weigh experts that something else than the logits chose, such as a token's id.
+
+    Args:
+        logits: [tokens, experts].
+        chosen: Distinct experts of each token, int64 [tokens, top_k].
+        rule: How gates follow from scores; the sum runs over all that were chosen.
+        k_cap: A token keeps this many, those of the largest gates.
+
+    Returns:
+        Logits, gates and experts, float32; experts by falling gate.
+    """
+    logits = logits.float()
+    weights = _gate(_score(logits, rule).gather(-1, chosen), rule, None, None)
+    weights, order = weights.sort(dim=-1, descending=True, stable=True)
+    used = torch.arange(chosen.shape[-1], device=logits.device) < k_cap
+    indices = chosen.gather(-1, order)
+    return Routing(
+        logits,
+        torch.where(used, weights * rule.scaling_factor, torch.zeros_like(weights)),
+        torch.where(used, indices, torch.full_like(indices, logits.shape[-1])),
+    )
+
+
 def choices_of(logits: torch.Tensor, rule: RouterRule) -> torch.Tensor:
     """Return the logits that choose: those of experts and of idle choices.
 

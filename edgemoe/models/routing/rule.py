@@ -87,6 +87,7 @@ class RouterTensors:
         correction_bias: For the choice only [experts].
         expert_scale: Multiplies gates [experts].
         gate_scale: Multiplies all gates, and those of shared experts [1].
+        table: Experts of each token's id [vocabulary, top_k], where the id chooses.
         projection: Submodule that applies `weight`, where the router transforms its input
             before; empty where logits are products of the router's input.
     """
@@ -96,4 +97,5 @@ class RouterTensors:
     correction_bias: str | None = None
     expert_scale: str | None = None
     gate_scale: str | None = None
+    table: str | None = None
     projection: str = ""

@@ -112,6 +112,7 @@ def compile_bundle(
             f"{target}: its shapes and precisions were chosen for the other. Give --target "
             f"{manifest.target}, or export the model again with --target {target}."
         )
+    _refuse_windows(manifest, wanted)
     limits = choose_limits(
         manifest,
         max_batch=max_batch,
@@ -136,6 +137,20 @@ def compile_bundle(
             _compile(api, bundle, manifest, name, capability, profile, force=force)
             for name, capability in track(jobs, "Building engines")
         ]
+
+
+def _refuse_windows(manifest: Manifest, target: CompileTarget) -> None:
+    """Refuse what the builder of TensorRT for RTX 1.7 does not end with, nor run out of."""
+    windows = [s.name for s in manifest.kv_cache.states if s.name.endswith(_WINDOWS)]
+    if windows and target.package == "tensorrt_rtx":
+        raise CompileError(
+            "graphs for TensorRT for RTX must not compress windows of positions, got "
+            f"{windows[0]}: its builder (1.7) takes all memory and does not end. Export the "
+            "model again with --target cuda or cpu."
+        )
+
+
+_WINDOWS = ".compressor"
 
 
 def _compile(

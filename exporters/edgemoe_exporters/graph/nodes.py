@@ -30,6 +30,7 @@ class RouteNode:
         logit_bias: float `[E]`.
         correction_bias: float `[E]`, where it is not the same for all experts.
         expert_scale: float `[E]`.
+        chosen: Experts that the token's id chooses, int64 `[T, top_k]`.
         k_cap: int64 `[L]`.
         k_cap_index: Which element of `k_cap` is this layer's.
         top_k: Most experts of a token without a cap.
@@ -45,6 +46,7 @@ class RouteNode:
     logit_bias: ir.Value | None
     correction_bias: ir.Value | None
     expert_scale: ir.Value | None
+    chosen: ir.Value | None
     k_cap: ir.Value
     k_cap_index: int
     top_k: int
@@ -58,7 +60,7 @@ class RouteNode:
     def of(cls, node: ir.Node) -> RouteNode:
         """Read a node."""
         # Inputs after the cap were added by a k policy.
-        hidden, weight, logit_bias, correction, scale, k_cap, *rest = node.inputs
+        hidden, weight, logit_bias, correction, scale, chosen, k_cap, *rest = node.inputs
         attributes = node.attributes
         top_p = attributes.get("top_p")
         if correction is not None and np.ptp(weight_of(correction)) == 0:
@@ -72,6 +74,7 @@ class RouteNode:
             logit_bias=logit_bias,
             correction_bias=correction,
             expert_scale=scale,
+            chosen=chosen,
             k_cap=k_cap,
             k_cap_index=attributes["k_cap_index"].as_int(),
             top_k=attributes["top_k"].as_int(),

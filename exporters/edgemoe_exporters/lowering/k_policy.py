@@ -79,8 +79,9 @@ def count_experts_used(graph: ir.Model) -> None:
             call's tokens, int64 `[1]`. The new output has them all, int64 `[MoE layers]`.
     """
     counts: dict[int, ir.Value] = {}
-    for node in _routes(graph):
-        position = node.attributes["k_cap_index"].as_int()
+    # Of a layer that runs several times for a token, the last.
+    last = {node.attributes["k_cap_index"].as_int(): node for node in _routes(graph)}
+    for position, node in last.items():
         node.resize_outputs(3)
         count = node.outputs[2]
         count.name = f"{EXPERTS_USED}.{position}"

@@ -34,7 +34,7 @@ _IR_VERSION = 10
 _COMPUTE = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
 # Inputs of custom ops that stay float32, by position.
 _WIDE_INPUTS = {
-    "Route": (1, 2, 3, 4, 6, 7),
+    "Route": (1, 2, 3, 4, 7, 8),
     "RotaryEmbedding": (2,),
     "Angles": (1,),
     "RMSNorm": (1,),

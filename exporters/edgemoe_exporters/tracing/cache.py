@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 KEY, VALUE, INDEXER = "key", "value", "indexer_key"
+SHARED_KV, COMPRESSOR, INDEX_COMPRESSOR = "shared_kv", "compressor", "indexer_compressor"
 CONV, RECURRENT = "conv_state", "recurrent_state"
-_ORDER = (KEY, VALUE, INDEXER, CONV, RECURRENT)
 # These grow with the text, along the axis before the last.
-_GROWING = frozenset({KEY, VALUE, INDEXER})
+_GROWING = (KEY, VALUE, INDEXER, SHARED_KV, COMPRESSOR, INDEX_COMPRESSOR)
+_ORDER = (*_GROWING, CONV, RECURRENT)
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class CacheTensor:
 
     Attributes:
         layer: Index of the decoder layer.
-        kind: `key`, `value`, `indexer_key`, `conv_state` or `recurrent_state`; with a
-            number behind it where it is not the layer's first of its kind.
+        kind: `key`, `value`, `indexer_key`, `shared_kv`, `compressor`, `indexer_compressor`,
+            `conv_state` or `recurrent_state`; with a number behind it where it is not the
+            layer's first of its kind.
         shape: Without the batch; None is the number of cached positions.
     """
 
@@ -136,9 +138,22 @@ class TraceCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """Return the index keys of all positions, `[B, ..., P + S, D]`."""
-        past = self.past.get(f"{layer_idx}.{INDEXER}", indexer_key_states[..., :0, :])
-        joined = torch.cat([past, indexer_key_states], dim=-2)
-        self._present[layer_idx, INDEXER] = joined
+        return self.grow(layer_idx, INDEXER, indexer_key_states)
+
+    def grow(self, layer: int, kind: str, states: torch.Tensor) -> torch.Tensor:
+        """Add new positions to what grows with the text.
+
+        Args:
+            layer: Index of the decoder layer.
+            kind: What the layer caches.
+            states: Of new tokens, float `[B, ..., S, D]`.
+
+        Returns:
+            That of all positions, `[B, ..., P + S, D]`.
+        """
+        past = self.past.get(f"{layer}.{kind}", states[..., :0, :])
+        joined = torch.cat([past, states], dim=-2)
+        self._present[layer, kind] = joined
         return joined
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:

@@ -43,6 +43,7 @@ _OPS: dict[
             ("logit_bias?", "T"),
             ("correction_bias?", "T"),
             ("expert_scale?", "T"),
+            ("chosen?", "tensor(int64)"),
             ("k_cap", "tensor(int64)"),
         ],
         [("weights", "T"), ("indices", "tensor(int64)")],
@@ -152,6 +153,11 @@ _OPS: dict[
         [("selected", "T")],
         [("block_size", _INT), ("count", _INT), ("local", _INT)],
     ),
+    "PoolWindows": (
+        [("states", "T"), ("bias", "T")],
+        [("entries", "T")],
+        [("overlaps", _INT)],
+    ),
     "NewMask": (
         [("attention_mask", "tensor(int64)"), ("states", "T")],
         [("mask", "T")],
@@ -207,6 +213,7 @@ _TORCH_NAMES = {
     "AttendAll": "attend_all",
     "SelectKeys": "select_keys",
     "SelectBlocks": "select_blocks",
+    "PoolWindows": "pool_windows",
     "NewMask": "new_mask",
     "CausalConv": "causal_conv",
     "JoinPositions": "join_positions",

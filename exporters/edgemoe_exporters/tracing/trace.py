@@ -47,7 +47,7 @@ def trace(model: MoeModel) -> ir.Model:
         ExportError: The model cannot be traced.
     """
     with _on_one_device(model.model), prepared(model) as module, torch.no_grad():
-        arguments = _example(model, module.cached)
+        arguments = _example(model, module.cached, module.longest_window)
         try:
             program = _export(module, arguments, module.cached)
         except torch.onnx.OnnxExporterError as error:
@@ -84,9 +84,12 @@ def _on_one_device(model: torch.nn.Module) -> Iterator[None]:
             table[name] = tensor
 
 
-def _example(model: MoeModel, cached: tuple[CacheTensor, ...]) -> tuple[Any, ...]:
-    """Return arguments with sizes that differ, so that no two dimensions look related."""
-    batch, new, past = 2, 3, 4
+def _example(model: MoeModel, cached: tuple[CacheTensor, ...], window: int) -> tuple[Any, ...]:
+    """Return arguments with sizes that differ, so that no two dimensions look related.
+
+    Windows are several, since torch takes no, or one, of something for a number that stays.
+    """
+    batch, new, past = 2, 3, 4 + 5 * window
     first = next(model.model.parameters())
     with torch.device(first.device):
         return (
@@ -160,5 +163,5 @@ def _mark_experts(traced: ir.Model, model: MoeModel) -> None:
     for layer in model.layers:
         for spec in layer.spec.tensors:
             value = traced.graph.initializers.get(f"{layer.name}.{spec.name}")
-            if value is not None and not spec.tail:
+            if value is not None and not spec.tail and not spec.holds_ids:
                 mark_experts(value, spec.axis, layer.index)

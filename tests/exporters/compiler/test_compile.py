@@ -27,6 +27,7 @@ from edgemoe_exporters.compiler.compile import compile_bundle
 from edgemoe_exporters.compiler.targets import Machine
 from edgemoe_exporters.export import export_bundle
 from edgemoe_exporters.request import ExportRequest
+from edgemoe_runtime.bundle.cache_spec import CacheState
 from edgemoe_runtime.bundle.engine_cache import EngineKey, find_engine
 from edgemoe_runtime.bundle.integrity import verify_bundle
 from edgemoe_runtime.bundle.manifest_file import load_manifest, save_manifest
@@ -277,6 +278,17 @@ def test_graph_for_onnxruntime_is_refused(bundle: Path, tmp_path: Path) -> None:
     save_manifest(replace(load_manifest(copy), flavour="ort"), copy)
     with pytest.raises(CompileError, match=r"flavour ort .*--target tensorrt-rtx"):
         compile_bundle(copy, "tensorrt-rtx", machine=BARE)
+
+
+def test_what_the_builder_would_not_end_with_is_refused(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = load_manifest(bundle)
+    states = (CacheState(name="0.compressor", dtype="float32", shape=(None, 8)),)
+    made = replace(manifest, kv_cache=replace(manifest.kv_cache, states=states))
+    monkeypatch.setattr("edgemoe_exporters.compiler.compile.load_manifest", lambda _: made)
+    with pytest.raises(CompileError, match=r"compress windows.* 0\.compressor.*--target cuda"):
+        compile_bundle(bundle, "tensorrt-rtx", machine=BARE)
 
 
 def test_altered_weights_never_reach_the_parser(bundle: Path, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 # One of each kind: gated delta rule, Kimi's with latent attention, Mamba-2, Mamba, lightning
 # attention, a convolution alone, sparse attention by keys and by blocks; convolved queries and
 # delayed values, several convolutions of a layer beside biases of relative positions,
-# convolutions by token beside sinks by token, and layers that run several times.
+# convolutions by token beside sinks by token, layers that run several times, and compressed
+# windows beside experts by id.
 FAMILIES = [
     "qwen3_next",
     "kimi_linear",
@@ -43,6 +44,7 @@ FAMILIES = [
     "inkling_text",
     "inkling2_text",
     "inkling2_loop_text",
+    "deepseek_v4",
 ]
 FLAVOURS = [pytest.param(lower_ort, marks=pytest.mark.fused), lower_tensorrt]
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -243,7 +245,7 @@ def test_half_precision_keeps_states_in_float32(traced: Any, family: str, flavou
         expected = model.model(input_ids=torch.from_numpy(ids), use_cache=False).logits
     lowered = flavour.lower(graph.clone(), "fp16")
     found, past = run(lowered, ids, np.ones_like(ids), [9, 1, 1, 3], len(model.layers))
-    wanted = {name: np.float32 if "state" in name else np.float16 for name in past}
+    wanted = {name: np.float32 if "_state" in name else np.float16 for name in past}
     assert {name: array.dtype for name, array in past.items()} == wanted
     right, wrong = expected.log_softmax(-1), torch.from_numpy(found).log_softmax(-1)
     divergence = (right.exp() * (right - wrong)).sum(-1)

@@ -273,6 +273,7 @@ RULES = {
     "over the chosen": RouterRule(scoring="softmax", renormalise=False, softmax_over="top_k"),
     "none at times": RouterRule(scoring="softmax", renormalise=False, idle=2),
     "with shared experts": RouterRule(scoring="sigmoid", renormalise=True, shared=2),
+    "by id": RouterRule(scoring="sqrtsoftplus", renormalise=True, scaling_factor=1.5),
     "mixer": RouterRule(scoring="sparsemixer", renormalise=False, jitter=0.2),
 }
 
@@ -309,7 +310,10 @@ def test_routing_agrees_with_the_op(name: str, tmp_path: Path) -> None:
     }
     order = ("weight", "logit_bias", "correction_bias", "expert_scale")
     tensors = [weights.get(part) for part in order]
-    expected, ids = ops.route(hidden, *tensors, k_cap, **attributes)
+    chosen = torch.rand(50, 8).argsort(dim=-1)[:, :3] if name == "by id" else None
+    if chosen is not None:
+        tensors, weights = [weights["weight"], None, None, None], {"weight": weights["weight"]}
+    expected, ids = ops.route(hidden, *tensors, chosen, k_cap, **attributes)
     inputs = [
         ir.val("hidden", ir.DataType.FLOAT, (50, 16)),
         ir.val("k_cap", ir.DataType.INT64, (2,)),
@@ -323,9 +327,12 @@ def test_routing_agrees_with_the_op(name: str, tmp_path: Path) -> None:
         )
         for part, tensor in weights.items()
     }
+    if chosen is not None:
+        inputs.append(ir.val("chosen", ir.DataType.INT64, (50, 3)))
+    last: list[ir.Value | None] = [*inputs[2:]] or [None]
     node = ir.node(
         "Route",
-        [inputs[0], *(values.get(part) for part in order), inputs[1]],
+        [inputs[0], *(values.get(part) for part in order), *last, inputs[1]],
         attributes={
             part: int(value) if isinstance(value, bool) else value
             for part, value in attributes.items()
@@ -348,7 +355,10 @@ def test_routing_agrees_with_the_op(name: str, tmp_path: Path) -> None:
     path = tmp_path / "route.onnx"
     ir.save(lower(ir.Model(graph, ir_version=10), "fp32"), path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    gates, found = session.run(None, {"hidden": hidden.numpy(), "k_cap": k_cap.numpy()})
+    feeds = {"hidden": hidden.numpy(), "k_cap": k_cap.numpy()}
+    if chosen is not None:
+        feeds["chosen"] = chosen.numpy()
+    gates, found = session.run(None, feeds)
     np.testing.assert_allclose(gates, expected.numpy(), atol=2e-6)
     used = expected.numpy() > 0
     np.testing.assert_array_equal(found[used], ids.numpy()[used])

@@ -62,7 +62,7 @@ def test_routing_and_experts_are_the_models() -> None:
     caps = torch.tensor([1, 99])
     arguments = (3, *SIGMOID, 4, 2, "top2", -math.inf, 0.0, 0, 0)
     gate = block.gate
-    tensors = (hidden, gate.weight, None, gate.e_score_correction_bias, None, caps)
+    tensors = (hidden, gate.weight, None, gate.e_score_correction_bias, None, None, caps)
     weights, indices = ops.route(*tensors, 1, *arguments)
     moe = block.experts
     parts = (moe.gate_up_proj, moe.down_proj, None, None, *SILU)
@@ -113,7 +113,7 @@ def test_ops_keep_torchs_contract() -> None:
         "angles": (ids, torch.randn(4), 1.5, "pairs"),
         "rotary": (states[:1, :, :2], ids, torch.randn(4), 1.0),
         "route": (
-            *(hidden, weight, torch.randn(4), None, torch.randn(4), caps, 0, 2),
+            *(hidden, weight, torch.randn(4), None, torch.randn(4), None, caps, 0, 2),
             *("softmax", "all", True, 0.0, 1.0, "scores", 1, 1, "max", 0.0, 0.0, 1, 0),
         ),
         "shared_gates": (hidden, torch.randn(6, 8), torch.rand(5, 2), 2, 3.0),
@@ -136,6 +136,7 @@ def test_ops_keep_torchs_contract() -> None:
             *(torch.randn(2, 6, 3), torch.randn(2, 6, 3), torch.randn(6, 4)),
             *(torch.randn(6), "silu"),
         ),
+        "pool_windows": (torch.randn(2, 11, 16), torch.randn(3, 8), True),
         "join_positions": (torch.randn(2, 6, 3), torch.randn(2, 6, 2)),
         "linear_attention": (
             *(torch.randn(2, 3, 2, 8), torch.randn(2, 3, 2, 8), torch.randn(2, 3, 4, 5)),

@@ -25,6 +25,7 @@ from edgemoe_exporters.lowering.primitive.recurrence import (
     repeat_heads,
 )
 from edgemoe_exporters.lowering.primitive.routing import lower_shared_gates
+from edgemoe_exporters.lowering.primitive.windows import lower_pool_windows
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,6 +38,7 @@ _DECOMPOSED = {
     "Softplus": lower_softplus,
     "JoinPositions": lower_join_positions,
     "SharedGates": lower_shared_gates,
+    "PoolWindows": lower_pool_windows,
 }
 
 

@@ -12,7 +12,11 @@ import numpy as np
 import onnx_ir as ir
 
 from edgemoe_exporters.graph.builder import FLOAT32, Emitter
-from edgemoe_exporters.lowering.primitive.routing import router_probabilities, sparsemixer
+from edgemoe_exporters.lowering.primitive.routing import (
+    chosen_gates,
+    router_probabilities,
+    sparsemixer,
+)
 
 if TYPE_CHECKING:
     from edgemoe_exporters.graph.editor import Editor
@@ -126,6 +130,8 @@ def choose(
     if route.logit_bias is not None:
         inputs.append(route.logit_bias)
     (logits,) = editor.add(node, "Gemm", inputs, {"transB": 1})
+    if route.chosen is not None:
+        return _weigh(editor, node, route, route.chosen, logits, cap)
     if rule.scoring == "sparsemixer":
         return _mix(editor, node, route, hidden, logits, cap)
     shared: ir.Value | None = None
@@ -243,6 +249,24 @@ def _mix(
     (indices,) = editor.add(node, "Slice", [indices, zero, cap, axis])
     used = _used(editor, node, route, hidden, logits, indices, cap)
     return Choice(experts=route.experts, indices=indices, logits=None, raw=gates, used=used)
+
+
+def _weigh(
+    editor: Editor,
+    node: ir.Node,
+    route: RouteNode,
+    chosen: ir.Value,
+    logits: ir.Value,
+    cap: ir.Value,
+) -> Choice:
+    emit = Emitter(editor.graph, FLOAT32, f"{node.name}/weigh")
+    gates = chosen_gates(emit, route.rule, logits, chosen)
+    editor.graph.insert_before(node, emit.nodes)
+    gates, places = editor.add(
+        node, "TopK", [gates, cap], {"axis": 1, "largest": 1, "sorted": 1}, outputs=2
+    )
+    (indices,) = editor.add(node, "GatherElements", [chosen, places], {"axis": 1})
+    return Choice(experts=route.experts, indices=indices, logits=None, raw=gates)
 
 
 def _sigmoid(editor: Editor, before: ir.Node, logits: ir.Value) -> ir.Value:

@@ -192,6 +192,8 @@ def _choose(
     emit: Emitter, route: RouteNode, logits: ir.Value, used: ir.Value
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     rule = route.rule
+    if route.chosen is not None:
+        return _weigh(emit, route, logits, route.chosen, used)
     shared: ir.Value | None = None
     if rule.shared:
         first, last = emit.integers(route.experts), emit.integers(route.experts + rule.shared)
@@ -215,6 +217,40 @@ def _choose(
             total = emit.call("Add", total, emit.number(rule.sum_epsilon))
         gates = emit.call("Div", gates, total)
     return gates, indices, used
+
+
+def _weigh(
+    emit: Emitter, route: RouteNode, logits: ir.Value, chosen: ir.Value, used: ir.Value
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Weigh what something else chose, the largest gate first."""
+    gates = chosen_gates(emit, route.rule, logits, chosen)
+    slots = emit.integers(route.top_k)
+    gates, order = emit.call_many("TopK", 2, gates, slots, axis=-1)
+    indices = emit.call("GatherElements", chosen, order, axis=1)
+    return where(emit, used, gates, 0.0), indices, used
+
+
+def chosen_gates(
+    emit: Emitter, rule: RouterRule, logits: ir.Value, chosen: ir.Value
+) -> ir.Value:
+    """Compute the gates of experts that something else chose, without the rule's factor.
+
+    Args:
+        emit: Takes the nodes.
+        rule: How gates follow from scores.
+        logits: float32 `[T, E]`.
+        chosen: int64 `[T, k]`.
+
+    Returns:
+        float32 `[T, k]`.
+    """
+    gates = emit.call("GatherElements", _scores(emit, rule, logits), chosen, axis=1)
+    if rule.renormalise:
+        total = emit.call("ReduceSum", gates, emit.integers(-1), keepdims=1)
+        if rule.sum_epsilon:
+            total = emit.call("Add", total, emit.number(rule.sum_epsilon))
+        gates = emit.call("Div", gates, total)
+    return gates
 
 
 def _scores(emit: Emitter, rule: RouterRule, logits: ir.Value) -> ir.Value:

@@ -23,6 +23,7 @@ from edgemoe_exporters.lowering.primitive.selection import (
     lower_select_blocks,
     lower_select_keys,
 )
+from edgemoe_exporters.lowering.primitive.windows import lower_pool_windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +41,7 @@ LOWERINGS: dict[str, Callable[[Emitter, ir.Node], list[ir.Value]]] = {
     "JoinPositions": lower_join_positions,
     "LinearAttention": lower_linear_attention,
     "SharedGates": lower_shared_gates,
+    "PoolWindows": lower_pool_windows,
 }
 """Ops that need nothing but their node."""
 

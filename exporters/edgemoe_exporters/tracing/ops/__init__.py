@@ -5,8 +5,8 @@ Route (and SharedGates, for experts that every token uses and the router weighs)
 FactoredExperts), Attention (AttendAll where the model joins past and present itself, after
 SelectKeys or SelectBlocks where it attends to some), LinearAttention, CausalConv and
 JoinPositions (with NewMask, which hides padding from them), RotaryEmbedding (Angles where it
-rotates in another way), and RMSNorm. Each is a torch custom op, so that a model prepared for
-tracing still runs eagerly.
+rotates in another way), PoolWindows, and RMSNorm. Each is a torch custom op, so that a model
+prepared for tracing still runs eagerly.
 Softplus is torch's own, kept whole because it must be computed in float32.
 
 Letters in shapes: T tokens, B batch, S new tokens of a row, P cached tokens, E experts,
@@ -33,9 +33,10 @@ from edgemoe_exporters.tracing.ops.recurrence import (
     new_mask,
 )
 from edgemoe_exporters.tracing.ops.selection import select_blocks, select_keys
+from edgemoe_exporters.tracing.ops.windows import pool_windows
 
 __all__ = [
     "angles", "attend_all", "attention", "causal_conv", "experts", "factored_experts",
-    "join_positions", "linear_attention", "new_mask", "rms_norm", "rotary", "route",
-    "select_blocks", "select_keys", "shared_gates",
+    "join_positions", "linear_attention", "new_mask", "pool_windows", "rms_norm", "rotary",
+    "route", "select_blocks", "select_keys", "shared_gates",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from edgemoe.models.activation import Activation
 from edgemoe.models.experts import ExpertsLayout
 from edgemoe.models.routing.routers import route as route_by_rule
 from edgemoe.models.routing.routers import shared_gates as shared_gates_by_rule
+from edgemoe.models.routing.routers import weigh_chosen
 from edgemoe.models.routing.rule import RouterRule, Scoring
 
 
@@ -24,6 +25,7 @@ def route(
     logit_bias: torch.Tensor | None,
     correction_bias: torch.Tensor | None,
     expert_scale: torch.Tensor | None,
+    chosen: torch.Tensor | None,
     k_cap: torch.Tensor,
     k_cap_index: int,
     top_k: int,
@@ -50,6 +52,7 @@ def route(
         logit_bias: Part of the logits, float `[E]`, or None.
         correction_bias: Added for the choice only, float `[E]`, or None.
         expert_scale: Multiplies each expert's weights, float `[E]`, or None.
+        chosen: Experts that the token's id chooses, int64 `[T, top_k]`, or None.
         k_cap: Most experts a token may use, for every MoE layer, int64 `[L]`, each >= 1.
         k_cap_index: Which element of `k_cap` is this layer's.
         top_k: Experts per token without a cap.
@@ -87,6 +90,10 @@ def route(
         idle=idle,
         shared=shared,
     )
+    if chosen is not None:
+        logits = functional.linear(hidden.float(), weight.float())
+        routing = weigh_chosen(logits, chosen, rule, k_cap[k_cap_index])
+        return routing.weights.contiguous(), routing.indices.contiguous()
     routing = route_by_rule(
         hidden,
         weight,
@@ -107,6 +114,7 @@ def _(
     logit_bias: torch.Tensor | None,
     correction_bias: torch.Tensor | None,
     expert_scale: torch.Tensor | None,
+    chosen: torch.Tensor | None,
     k_cap: torch.Tensor,
     k_cap_index: int,
     top_k: int,

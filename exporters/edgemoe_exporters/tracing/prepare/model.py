@@ -23,6 +23,7 @@ from edgemoe_exporters.precision import PRECISIONS
 from edgemoe_exporters.tracing import ops
 from edgemoe_exporters.tracing.cache import CacheTensor, TraceCache
 from edgemoe_exporters.tracing.prepare.attention import ACTIVE, ATTENTION, Attender, register
+from edgemoe_exporters.tracing.prepare.compressed import replace_compressed
 from edgemoe_exporters.tracing.prepare.convolved import replace_convolved
 from edgemoe_exporters.tracing.prepare.indexers import replace_indexers
 from edgemoe_exporters.tracing.prepare.moe import replace_moe
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 # of a kind that graphs do not have.
 WITHOUT_GRAPH = frozenset(
     {
-        "deepseek_v4",
         "qwen4_exp_text",
     }
 )
@@ -60,6 +60,7 @@ class TraceModule(nn.Module):
     Attributes:
         lm: The transformers model.
         cached: The tensors that decoder layers cache, in the order of the graph's inputs.
+        longest_window: Positions of the longest window that layers compress; 0 for none.
     """
 
     def __init__(self, model: MoeModel) -> None:
@@ -69,7 +70,9 @@ class TraceModule(nn.Module):
         self.attender = Attender()
         self._cache_name = cache_name(self.lm)
         self._moe_layers = len(model.layers)
+        self.longest_window = 0
         self._k_cap: torch.Tensor | None = None
+        self._ids: torch.Tensor | None = None
 
     def forward(
         self,
@@ -95,7 +98,7 @@ class TraceModule(nn.Module):
         joined = self.attender.joined if self.cached else frozenset()
         cache = TraceCache(given, joined, attention_mask.shape[1])
         self.attender.cache, self.attender.attention_mask = cache, attention_mask
-        self._k_cap = k_cap
+        self._k_cap, self._ids = k_cap, input_ids
         output = self.lm(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -104,7 +107,7 @@ class TraceModule(nn.Module):
             **{self._cache_name: cache},
         )
         present = cache.present(self.cached)
-        self.attender.attention_mask = self._k_cap = None
+        self.attender.attention_mask = self._k_cap = self._ids = None
         return output.logits, present
 
     def dry_run(self) -> None:
@@ -150,9 +153,13 @@ class TraceModule(nn.Module):
             token uses, where the rule has them.
         """
         assert self._k_cap is not None
-        rule, roles = layer.rule, layer.spec.routing.tensors
+        rule, roles = layer.rule or layer.by_id, layer.spec.routing.tensors
         assert rule is not None
         assert roles is not None
+        chosen: torch.Tensor | None = None
+        if roles.table is not None:
+            assert self._ids is not None
+            chosen = layer.tensor(roles.table)[self._ids.reshape(-1)]
         weights, indices = ops.route(
             hidden.reshape(-1, hidden.shape[-1]),
             layer.tensor(roles.weight),
@@ -160,6 +167,7 @@ class TraceModule(nn.Module):
                 None if name is None else layer.tensor(name)
                 for name in (roles.logit_bias, roles.correction_bias, roles.expert_scale)
             ),
+            chosen,
             self._k_cap,
             position,
             layer.top_k,
@@ -224,6 +232,7 @@ def prepared(model: MoeModel) -> Iterator[TraceModule]:
         replace_norms(stack, lm)
         replace_recurrence(stack, lm, module.attender)
         replace_convolved(stack, lm, module.attender)
+        module.longest_window = replace_compressed(stack, lm, module.attender)
         replace_indexers(stack, lm, module.attender)
         if not _dry_run_usual(stack, module):
             replace_rotary(stack, lm, usual=False)
@@ -295,8 +304,9 @@ def check_layer(layer: MoeLayer, family: str) -> None:
     Raises:
         ExportError: Its router or its activation is of no known kind.
     """
-    unknown = "router" if layer.rule is None else "activation of experts"
-    if layer.rule is None or layer.activation is None:
+    is_known = layer.rule is not None or layer.by_id is not None
+    unknown = "activation of experts" if is_known else "router"
+    if not is_known or layer.activation is None:
         raise ExportError(
             f"the {unknown} of {family} must be of a kind that graphs know, got another in "
             f"layer {layer.index}. {_NOT_YET}"

@@ -9,8 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgemoe.errors import CheckpointError
-from edgemoe.models import RouterRule, adapt_model, route
-from edgemoe.models.routing.routers import is_near_jump, is_near_tie, select
+from edgemoe.models import RouterRule, adapt_model, limit_k, route
+from edgemoe.models.routing.routers import (
+    is_near_jump,
+    is_near_tie,
+    select,
+    weigh_chosen,
+)
 from edgemoe.models.tiny import tiny_config, tiny_model
 
 if TYPE_CHECKING:
@@ -238,3 +243,23 @@ def test_gates_that_are_not_near_a_jump_stay_when_logits_change_a_little(
     assert near.float().mean() < 0.5
     smooth = RouterRule(scoring="softmax", renormalise=True)
     assert not is_near_jump(logits, smooth, top_k, 4e-3).any()
+
+
+def test_experts_by_id_are_weighed_as_the_router_does_and_capped_as_eager_is() -> None:
+    model = adapt_model(tiny_model(tiny_config("deepseek_v4")))
+    layer = model.layers[0]
+    assert layer.by_id is not None
+    ids = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(1, 40, layer.hidden_size, generator=torch.Generator().manual_seed(2))
+    router: Any = layer.router
+    for cap in range(1, layer.top_k + 1):
+        with limit_k(model, cap):
+            logits, weights, indices = router(hidden, ids)
+        table = layer.tensor("gate.tid2eid")[ids[0]]
+        ours = weigh_chosen(logits, table, layer.by_id, cap)
+        torch.testing.assert_close(
+            as_sets(ours.weights, ours.indices, layer.num_experts),
+            as_sets(weights, indices, layer.num_experts),
+            rtol=1e-6,
+            atol=0,
+        )
